@@ -70,6 +70,13 @@ class ModelRef:
     dense_layout: str = ""
     dense_size: int = 0
 
+    @property
+    def version(self) -> str:
+        """One name (hex) for the state of both groups."""
+        if not self.dense_size:
+            return self.base
+        return hashlib.sha256(f"{self.base} {self.dense_base}".encode()).hexdigest()
+
 
 @dataclass(frozen=True)
 class ClientTerms:
@@ -272,22 +279,22 @@ def _bad_plan(what: str) -> UpdateError:
     )
 
 
-def check_compatible(plan: RoundPlan) -> None:
-    """Refuse a plan made by another codec or another copy of the package.
+def check_same_code(codec: object, package: object, theirs: str, ours: str) -> None:
+    """Refuse to work with another codec version or another copy of the package.
 
-    Raises `UpdateError` with reason "version" or "package".
+    ``theirs`` and ``ours`` say who is who in the message. Raises `UpdateError` with reason
+    "version" or "package".
     """
-    if plan.codec != CODEC_VERSION:
+    if codec != CODEC_VERSION:
         raise UpdateError(
-            f"round plan has codec version {plan.codec}, this client {CODEC_VERSION}; install the "
+            f"{theirs} has codec version {str(codec)[:32]}, {ours} {CODEC_VERSION}; install the "
             "same dare-agg on server and clients",
             reason="version",
         )
-    if plan.package != package_fingerprint():
+    if package != package_fingerprint():
         raise UpdateError(
-            f"round plan was made by package {plan.package}, this client runs "
-            f"{package_fingerprint()}; start the nodes from a neutral directory so that they load "
-            "the code of the bundle",
+            f"{theirs} runs package {str(package)[:32]}, {ours} {package_fingerprint()}; start "
+            "the nodes from a neutral directory so that they load the code of the bundle",
             reason="package",
         )
 

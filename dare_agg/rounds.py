@@ -19,6 +19,7 @@ from typing import Any
 
 import numpy as np
 
+from dare_agg.downlink import Downlink, FullDownlink
 from dare_agg.errors import (
     BaseMismatchError,
     ConfigError,
@@ -32,7 +33,7 @@ from dare_agg.groups import Arrays, GlobalModel, global_model
 from dare_agg.layout import FloatVector, check_finite, compile_patterns, matches
 from dare_agg.mask import DropRate, parse_drop_rate
 from dare_agg.merge.engine import merge_deltas
-from dare_agg.plan import ModelRef, PlanSettings, RoundPlan, check_compatible
+from dare_agg.plan import ModelRef, PlanSettings, RoundPlan, check_same_code
 from dare_agg.server_step import ServerStep, StepState, server_step
 from dare_agg.update import Update, decode_update, encode_update
 from dare_agg.values import VALUE_FORMATS
@@ -155,7 +156,7 @@ def make_client_update(plan: RoundPlan, base: Arrays, tuned: Arrays) -> ClientUp
     ``base`` is not the state the plan names, `LayoutError` for missing or reshaped tensors,
     `NonFiniteError` when training produced a NaN or an infinity.
     """
-    check_compatible(plan)
+    check_same_code(plan.codec, plan.package, "the round plan", "this client")
     model = model_of_plan(plan, base)
     groups = model.groups
     patterns = compile_patterns(plan.exclude)
@@ -339,12 +340,22 @@ def merge_round(
 
 
 def advance(
-    model: GlobalModel, state: StepState, merged: MergedRound, settings: FederatedSettings
+    model: GlobalModel,
+    state: StepState,
+    merged: MergedRound,
+    settings: FederatedSettings,
+    downlink: Downlink | None = None,
+    plans: Sequence[RoundPlan] = (),
 ) -> tuple[GlobalModel, StepState]:
-    """Apply the server step to the delta group and the mean to the dense group."""
+    """Apply the server step to the delta group and the mean to the dense group.
+
+    ``downlink`` decides what becomes of the step (it may round it); ``plans`` are those of
+    the merged updates, for a downlink that draws their masks again.
+    """
     next_state, step = settings.step.apply(state, merged.delta)
     check_finite(model.groups.layout, step, "server step")
-    return model.moved(step, merged.dense), next_state
+    carrier = downlink or FullDownlink()
+    return carrier.advance(model, step, merged.dense, plans), next_state
 
 
 def _norm(vector: FloatVector) -> float:

@@ -1,0 +1,98 @@
+"""How the global model reaches the clients: a small protocol, and the plain way.
+
+The server's half (`Downlink`) decides what becomes of a step (it may round it to a grid and
+keep the rest) and what a client that holds a given version must be sent. The client's half
+(`Receiver`) turns that into the model's full arrays. Both are free of Flower; the strategy
+and the mod carry the payloads.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Protocol
+
+from dare_agg.errors import BaseMismatchError
+from dare_agg.groups import Arrays, GlobalModel
+from dare_agg.layout import FloatVector
+from dare_agg.plan import RoundPlan
+
+
+@dataclass(frozen=True)
+class Broadcast:
+    """What one client is sent: the full arrays, or payloads its receiver understands."""
+
+    full: bool = True
+    payloads: Mapping[str, bytes] = field(default_factory=dict)
+
+
+class Downlink(Protocol):
+    """The server's half. ``name`` tells clients which receiver to use."""
+
+    name: str
+
+    def start(self, model: GlobalModel) -> GlobalModel:
+        """Take over the model a run starts or resumes with; returns what clients will hold."""
+
+    def advance(
+        self,
+        model: GlobalModel,
+        step: FloatVector,
+        dense_step: FloatVector | None,
+        plans: Sequence[RoundPlan],
+    ) -> GlobalModel:
+        """Return the model after a round; ``plans`` are those of the accepted updates."""
+
+    def broadcast(self, model: GlobalModel, have: str) -> Broadcast:
+        """Return what brings a client from version ``have`` ("" for none) to ``model``."""
+
+
+class Receiver(Protocol):
+    """The client's half."""
+
+    def have(self) -> str:
+        """The version this client could start from, "" for none."""
+
+    def receive(self, version: str, payloads: Mapping[str, bytes], arrays: Arrays | None) -> Arrays:
+        """Return the full arrays of ``version``; raises `BaseMismatchError` when it cannot.
+
+        ``arrays`` are the full arrays where the broadcast held them. After an error the
+        server sends the same version again as if this client held none.
+        """
+
+
+@dataclass(frozen=True)
+class FullDownlink:
+    """Every client gets the full arrays every time, as with Flower's FedAvg."""
+
+    name: str = "full"
+
+    def start(self, model: GlobalModel) -> GlobalModel:
+        return model
+
+    def advance(
+        self,
+        model: GlobalModel,
+        step: FloatVector,
+        dense_step: FloatVector | None,
+        plans: Sequence[RoundPlan],
+    ) -> GlobalModel:
+        return model.moved(step, dense_step)
+
+    def broadcast(self, model: GlobalModel, have: str) -> Broadcast:
+        return Broadcast()
+
+
+@dataclass(frozen=True)
+class FullReceiver:
+    """Takes the full arrays as they came and keeps nothing."""
+
+    def have(self) -> str:
+        return ""
+
+    def receive(self, version: str, payloads: Mapping[str, bytes], arrays: Arrays | None) -> Arrays:
+        if arrays is None:
+            raise BaseMismatchError(
+                f"version {version[:12]} came without arrays; this client keeps no versions"
+            )
+        return arrays

@@ -1,0 +1,12 @@
+"""DARE on Flower: a strategy for the ServerApp and a mod for the ClientApp.
+
+Two lines turn a FedAvg app into a DARE one::
+
+    strategy = DareStrategy(...)            # instead of FedAvg(...)
+    app = ClientApp(mods=[dare_mod])        # training code untouched
+"""
+
+from dare_agg.flower.mod import dare_mod
+from dare_agg.flower.strategy import DareStrategy, RoundOutcome
+
+__all__ = ["DareStrategy", "RoundOutcome", "dare_mod"]

@@ -1,0 +1,130 @@
+"""Sending messages and taking replies as they come, with a deadline that holds.
+
+Flower's own ``send_and_receive`` keeps every reply in memory until the last one is there,
+and one pull blocks while a slow client uploads. Here replies are pulled one by one by a few
+threads and handed on at once; at the deadline, blocked pulls are left behind.
+"""
+
+from __future__ import annotations
+
+import logging
+import queue
+import threading
+import time
+from collections.abc import Iterator, Sequence
+
+from flwr.app import Message
+from flwr.serverapp import Grid
+
+from dare_agg.errors import RunError
+
+LOG = logging.getLogger("flwr")
+PULLERS = 8
+POLL_SECONDS = 0.05
+POLL_SECONDS_MOST = 1.0
+
+
+def online_nodes(grid: Grid) -> list[int]:
+    """Node ids that are online now, ascending."""
+    return sorted(set(grid.get_node_ids()))
+
+
+def exchange(
+    grid: Grid, messages: Sequence[Message], timeout: float
+) -> Iterator[tuple[int, Message]]:
+    """Send ``messages`` and yield ``(index of the message, reply)`` as replies arrive.
+
+    Ends when every message has its reply, or after ``timeout`` seconds; messages without a
+    reply are simply not yielded. Raises `RunError` when the SuperLink takes no message.
+    """
+    if not messages:
+        return
+    deadline = time.monotonic() + timeout
+    sent = _push(grid, messages)
+    waiting: queue.SimpleQueue[str] = queue.SimpleQueue()
+    for message_id in sent:
+        waiting.put(message_id)
+    found: queue.Queue[tuple[str, Message] | BaseException] = queue.Queue(maxsize=PULLERS)
+    stop = threading.Event()
+    pullers = min(PULLERS, len(sent))
+    for number in range(pullers):
+        threading.Thread(
+            target=_pull, args=(grid, waiting, found, stop), name=f"puller-{number}", daemon=True
+        ).start()
+    missing = set(sent)
+    try:
+        while missing:
+            left = deadline - time.monotonic()
+            if left <= 0:
+                return
+            try:
+                item = found.get(timeout=min(left, 0.5))
+            except queue.Empty:
+                continue
+            if isinstance(item, BaseException):
+                raise item
+            message_id, reply = item
+            if message_id in missing:
+                missing.discard(message_id)
+                yield sent[message_id], reply
+    finally:
+        stop.set()
+
+
+def _push(grid: Grid, messages: Sequence[Message]) -> dict[str, int]:
+    """Push the messages; returns message id → index."""
+    ids = list(grid.push_messages(messages))
+    sent: dict[str, int] = {}
+    if len(ids) == len(messages):
+        sent = {message_id: index for index, message_id in enumerate(ids) if message_id}
+    else:
+        # Flower's in-memory grid leaves refused messages out: match by the id it set.
+        accepted = set(ids)
+        for index, message in enumerate(messages):
+            if message.metadata.message_id in accepted:
+                sent[message.metadata.message_id] = index
+    if not sent:
+        raise RunError(
+            f"the SuperLink accepted none of {len(messages)} messages; see its log for the reason",
+            reason="push",
+        )
+    return sent
+
+
+def _pull(
+    grid: Grid,
+    waiting: queue.SimpleQueue[str],
+    found: queue.Queue[tuple[str, Message] | BaseException],
+    stop: threading.Event,
+) -> None:
+    pause = POLL_SECONDS
+    while not stop.is_set():
+        try:
+            message_id = waiting.get_nowait()
+        except queue.Empty:
+            return
+        try:
+            replies = list(grid.pull_messages([message_id]))
+        except BaseException as error:
+            _hand_over(found, error, stop)
+            return
+        if replies:
+            _hand_over(found, (message_id, replies[0]), stop)
+            pause = POLL_SECONDS
+        else:
+            waiting.put(message_id)
+            stop.wait(pause)
+            pause = min(pause * 1.2, POLL_SECONDS_MOST)
+
+
+def _hand_over(
+    found: queue.Queue[tuple[str, Message] | BaseException],
+    item: tuple[str, Message] | BaseException,
+    stop: threading.Event,
+) -> None:
+    while not stop.is_set():
+        try:
+            found.put(item, timeout=0.5)
+            return
+        except queue.Full:
+            continue

@@ -1,0 +1,265 @@
+"""Judging the replies of a round, one by one, as they come.
+
+A bad reply becomes a `Rejection` with a reason and never an exception: the round goes on.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import logging
+import math
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import cast
+
+from flwr.app import Message, MetricRecord, RecordDict
+
+from dare_agg.errors import DareError, UpdateError
+from dare_agg.flower.records import (
+    DENSE_KEY,
+    REPLY_KEY,
+    UPDATE_KEY,
+    one_line,
+    read_config,
+    read_payload,
+    read_refusal,
+)
+from dare_agg.flower.transport import message_bytes
+from dare_agg.plan import RoundPlan, check_same_code
+from dare_agg.rounds import Accepted, Rejection, check_reply
+from dare_agg.update import UpdateSpec
+from dare_agg.values import payload_bytes
+
+LOG = logging.getLogger("flwr")
+
+# Header, checksum and block scales' slack; the decoder checks the exact length.
+HEADER_ROOM = 1024
+MetricsFn = Callable[[list[RecordDict], str], MetricRecord]
+
+
+@dataclass(frozen=True)
+class TrainReply:
+    """An accepted reply: the update, the app's metrics, and what it cost."""
+
+    node: int
+    accepted: Accepted
+    metrics: MetricRecord
+    update_bytes: int
+    dense_bytes: int
+    message_bytes: int
+    delta_norm: float
+    delta_max: float
+    share_above: float
+    have: str
+    digest: bytes
+
+
+@dataclass
+class Inbox:
+    """The replies of one train exchange. ``plans`` maps node id to its plan."""
+
+    plans: Mapping[int, RoundPlan]
+    weighted_by_key: str = "num-examples"
+    weighting: str = "examples"
+    replies: dict[int, TrainReply] = field(default_factory=dict)
+    rejections: dict[int, Rejection] = field(default_factory=dict)
+    strangers: list[Rejection] = field(default_factory=list)
+    duplicates: int = 0
+
+    def take(self, node: int, message: Message) -> None:
+        """Judge one reply to the message that was sent to ``node``."""
+        plan = self.plans.get(node)
+        if plan is None:
+            self._reject_stranger(node, "no plan of this round is for this node")
+            return
+        # Error replies on a node's behalf come from the SuperLink.
+        if not message.has_error() and message.metadata.src_node_id != node:
+            self._reject_stranger(
+                message.metadata.src_node_id, f"it answered the message for node {node}"
+            )
+            return
+        judged = judge(plan, node, message, self.weighted_by_key, self.weighting)
+        earlier = self.replies.get(node)
+        if earlier is not None or node in self.rejections:
+            self._take_again(plan, node, earlier, judged)
+        elif isinstance(judged, Rejection):
+            self._reject(node, judged)
+        else:
+            self.replies[node] = judged
+
+    def close(self) -> None:
+        """Note every client that did not answer in time."""
+        for node, plan in self.plans.items():
+            if node not in self.replies and node not in self.rejections:
+                self._reject(
+                    node,
+                    Rejection(plan.client, "late", "no answer before the round's deadline"),
+                )
+
+    def in_order(self) -> list[TrainReply]:
+        """The accepted replies in the order of merging."""
+        return sorted(self.replies.values(), key=lambda reply: reply.accepted.plan.client)
+
+    def all_rejections(self) -> list[Rejection]:
+        ordered = sorted(self.rejections.values(), key=lambda rejection: rejection.client)
+        return [*ordered, *self.strangers]
+
+    def _take_again(
+        self, plan: RoundPlan, node: int, earlier: TrainReply | None, judged: object
+    ) -> None:
+        self.duplicates += 1
+        if (
+            earlier is not None
+            and isinstance(judged, TrainReply)
+            and judged.digest == earlier.digest
+        ):
+            return
+        self.replies.pop(node, None)
+        self._reject(
+            node,
+            Rejection(plan.client, "duplicate", "two different answers in one round; both dropped"),
+        )
+
+    def _reject(self, node: int, rejection: Rejection) -> None:
+        self.rejections[node] = rejection
+        LOG.warning(
+            "rejected client %d (node %d): %s: %s",
+            rejection.client,
+            node,
+            rejection.reason,
+            rejection.detail,
+        )
+
+    def _reject_stranger(self, node: int, detail: str) -> None:
+        self.strangers.append(Rejection(-1, "unknown-node", f"node {node}: {detail}"))
+        LOG.warning("rejected node %d: unknown-node: %s", node, detail)
+
+
+def judge(
+    plan: RoundPlan, node: int, message: Message, weighted_by_key: str, weighting: str
+) -> TrainReply | Rejection:
+    """Check one reply against its plan, from the cheapest test to the decoder."""
+    if message.has_error():
+        return Rejection(plan.client, *_flower_error(message))
+    content = message.content
+    try:
+        receipt = read_config(content, REPLY_KEY)
+        if receipt is None:
+            raise UpdateError(
+                "the reply holds no update; put dare_mod into ClientApp(mods=[dare_mod])",
+                reason="mod",
+            )
+        refusal = read_refusal(receipt)
+        if refusal is not None:
+            return Rejection(plan.client, *refusal)
+        check_same_code(receipt.get("codec"), receipt.get("package"), "the client", "this server")
+        if receipt.get("round") != plan.round:
+            raise UpdateError(
+                f"the reply is of round {one_line(receipt.get('round'), 32)}, this is round "
+                f"{plan.round}",
+                reason="round",
+            )
+        if receipt.get("plan") != plan.digest()[:16]:
+            raise UpdateError("the reply answers another plan than this client's", reason="plan")
+        blob = read_payload(content, UPDATE_KEY, _limit(plan.spec()))
+        if blob is None:
+            raise UpdateError("the reply holds no update payload", reason="truncated")
+        dense_spec = plan.dense_spec()
+        dense_limit = _limit(dense_spec) if dense_spec else 0
+        dense_blob = read_payload(content, DENSE_KEY, dense_limit)
+        metrics, weight = _metrics_and_weight(content, weighted_by_key, weighting)
+    except DareError as error:
+        return Rejection(plan.client, error.reason, one_line(error))
+    checked = check_reply(plan, blob, dense_blob, weight)
+    if isinstance(checked, Rejection):
+        return checked
+    return TrainReply(
+        node=node,
+        accepted=checked,
+        metrics=metrics,
+        update_bytes=len(blob),
+        dense_bytes=len(dense_blob or b""),
+        message_bytes=message_bytes(content),
+        delta_norm=_number(receipt.get("delta-norm")),
+        delta_max=_number(receipt.get("delta-max")),
+        share_above=_number(receipt.get("share-above")),
+        have=str(receipt.get("have", ""))[:64],
+        digest=_reply_digest(blob, dense_blob, checked.weight),
+    )
+
+
+def _limit(spec: UpdateSpec) -> int:
+    """Most bytes a payload of this specification can have, known before it arrives."""
+    stride = spec.drop_rate
+    strata = -(-spec.size * stride.denominator // stride.numerator)
+    survivors = spec.size if spec.mask == "bernoulli" else strata
+    return payload_bytes(spec.values, survivors) + HEADER_ROOM
+
+
+def _flower_error(message: Message) -> tuple[str, str]:
+    # The exception itself is the last line of the text Flower sends.
+    lines = (message.error.reason or "").strip().splitlines()
+    detail = one_line(lines[-1] if lines else "no text")
+    return "client-error", f"Flower error code {message.error.code}: {detail}"
+
+
+def _metrics_and_weight(
+    content: RecordDict, weighted_by_key: str, weighting: str
+) -> tuple[MetricRecord, object]:
+    records = [record for record in content.values() if isinstance(record, MetricRecord)]
+    metrics = records[0] if len(records) == 1 else MetricRecord()
+    if weighting == "equal":
+        return metrics, 1.0
+    if len(records) != 1 or weighted_by_key not in metrics:
+        raise UpdateError(
+            f"the reply has {len(records)} MetricRecords and no weight {weighted_by_key!r}; return "
+            f"MetricRecord({{{weighted_by_key!r}: number of examples}}) or set weighting='equal'",
+            reason="weight",
+        )
+    return metrics, metrics[weighted_by_key]
+
+
+def _number(value: object) -> float:
+    if isinstance(value, bool) or not isinstance(value, int | float) or not math.isfinite(value):
+        return math.nan
+    return float(value)
+
+
+def _reply_digest(blob: bytes, dense_blob: bytes | None, weight: float) -> bytes:
+    digest = hashlib.sha256(blob)
+    digest.update(dense_blob or b"")
+    digest.update(repr(weight).encode())
+    return digest.digest()
+
+
+def weighted_metrics(
+    records: Sequence[RecordDict], weights: Sequence[float], weighted_by_key: str
+) -> MetricRecord:
+    """Weighted mean of every metric that all records have as a finite number.
+
+    The weight itself is left out, as Flower's FedAvg does.
+
+    Lists of one length are averaged element by element. Anything else a client may have put
+    there is left out.
+    """
+    rows = [next(iter(record.metric_records.values()), MetricRecord()) for record in records]
+    result = MetricRecord()
+    if not rows:
+        return result
+    for key in sorted(set(rows[0]).intersection(*rows[1:])):
+        if key == weighted_by_key or len(key) > 128 or not key.isprintable():
+            continue
+        values = [row[key] for row in rows]
+        if all(isinstance(value, int | float) and math.isfinite(value) for value in values):
+            pairs = zip(cast(list[float], values), weights, strict=True)
+            result[key] = math.fsum(value * weight for value, weight in pairs)
+        elif all(isinstance(value, list) for value in values):
+            lists = cast(list[list[float]], values)
+            if len({len(item) for item in lists}) == 1 and all(
+                math.isfinite(number) for item in lists for number in item
+            ):
+                result[key] = [
+                    math.fsum(v * w for v, w in zip(column, weights, strict=True))
+                    for column in zip(*lists, strict=True)
+                ]
+    return result

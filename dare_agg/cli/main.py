@@ -1,0 +1,114 @@
+"""The `dare-agg` entry point: a table of commands, each imported only when called."""
+
+from __future__ import annotations
+
+import importlib
+import sys
+from typing import Any
+
+import click
+import typer
+from typer.core import TyperGroup
+
+from dare_agg import __version__
+from dare_agg.errors import DareError, did_you_mean
+
+# name -> one-line help; the command lives in dare_agg/cli/<name>.py as function <name>,
+# dashes turned into underscores.
+COMMANDS: dict[str, str] = {
+    "demo": "Fine-tune a real model over 10 clients on this machine and compare methods.",
+    "run": "Run the Flower app (simulation or deployment); exit with the run's true status.",
+    "diff": "Write the update that leads from BASE to TUNED.",
+    "inspect": "Show what an update file holds.",
+    "apply": "Apply an update file to its BASE.",
+    "merge": "Merge checkpoints, adapters or updates into one model.",
+    "methods": "List the merge methods with options, defaults and formulas.",
+    "statistics": "Collect the Fisher diagonal or Gram matrices of a model on data.",
+    "diagnose": "Say whether models fit BASE and which drop rate is safe.",
+    "report": "Write the HTML report of a run.",
+    "keys": "Make identities and sign rosters for secure merging.",
+    "certs": "Make a CA, server certificate and SuperNode keys.",
+    "doctor": "Check versions, ports, bundle and environment.",
+}
+
+
+def load_command(name: str) -> click.Command:
+    """Import ``dare_agg.cli.<name>`` and return its command (a group where it has one)."""
+    attribute = name.replace("-", "_")
+    module = importlib.import_module(f"dare_agg.cli.{attribute}")
+    target = getattr(module, attribute)
+    if isinstance(target, typer.Typer):
+        command = typer.main.get_command(target)
+    else:
+        single = typer.Typer(add_completion=False, rich_markup_mode=None)
+        single.command(name=name)(target)
+        command = typer.main.get_command(single)
+    command.name = name
+    return command
+
+
+class LazyGroup(TyperGroup):
+    """A group that lists its commands from the table and imports one only to run it."""
+
+    def list_commands(self, ctx: click.Context) -> list[str]:
+        return list(COMMANDS)
+
+    def get_command(self, ctx: click.Context, cmd_name: str) -> click.Command | None:
+        if cmd_name not in COMMANDS:
+            return None
+        return click.Command(cmd_name, help=COMMANDS[cmd_name])
+
+    def resolve_command(
+        self, ctx: click.Context, args: list[str]
+    ) -> tuple[str | None, click.Command | None, list[str]]:
+        name = args[0]
+        if name not in COMMANDS:
+            ctx.fail(f"no command {name!r}{did_you_mean(name, COMMANDS)}")
+        return name, load_command(name), args[1:]
+
+
+app = typer.Typer(
+    cls=LazyGroup,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+    rich_markup_mode=None,
+    no_args_is_help=True,
+    context_settings={"help_option_names": ["-h", "--help"]},
+)
+
+
+def _print_version(value: bool) -> None:
+    if value:
+        typer.echo(f"dare-agg {__version__}")
+        raise typer.Exit
+
+
+@app.callback()
+def _root(
+    version: bool = typer.Option(
+        False, "--version", callback=_print_version, is_eager=True, help="Print the version."
+    ),
+) -> None:
+    """Federated fine-tuning and private model merging with DARE updates."""
+
+
+def main(arguments: list[str] | None = None) -> Any:
+    """Run the command line; errors of the library become one line and exit status 1."""
+    try:
+        app(args=arguments, prog_name="dare-agg")
+    except DareError as error:
+        _exit_with(str(error))
+    except (OSError, MemoryError) as error:
+        _exit_with(f"{type(error).__name__}: {error}")
+    except KeyboardInterrupt:
+        sys.stderr.write("error: interrupted\n")
+        sys.exit(130)
+
+
+def _exit_with(message: str) -> None:
+    sys.stderr.write("error: " + " ".join(message.split()) + "\n")
+    sys.exit(1)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,300 @@
+"""Named tensors as one flat float32 vector.
+
+A `Layout` fixes which tensors of a model take part, and where each begins in the flat
+vector. Tensors are ordered by the UTF-8 bytes of their names, so the order in which a
+framework happens to list them does not matter. Names that match an exclusion pattern
+(task heads) and buffers (not floating point, or named as such) are listed apart: they
+are never in a delta.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import re
+import struct
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from functools import cached_property
+
+import numpy as np
+from numpy.typing import NDArray
+
+from dare_agg.errors import LayoutError, NonFiniteError
+
+FloatVector = NDArray[np.float32]
+
+MAX_TENSORS = 1 << 20
+MAX_NAME_BYTES = 4096
+MAX_DIMENSIONS = 16
+MAX_PARAMETERS = 1 << 40
+
+
+@dataclass(frozen=True)
+class Entry:
+    """One tensor of a layout: elements ``offset`` to ``offset + size`` of the vector."""
+
+    name: str
+    shape: tuple[int, ...]
+    offset: int
+    size: int
+
+    @property
+    def stop(self) -> int:
+        return self.offset + self.size
+
+
+@dataclass(frozen=True)
+class Layout:
+    """Names, shapes and offsets of the tensors in the flat vector, in order.
+
+    ``excluded`` are the names kept out by pattern (heads), ``buffers`` those that are no
+    parameters. Make one with `layout_of`.
+    """
+
+    entries: tuple[Entry, ...]
+    excluded: tuple[str, ...] = ()
+    buffers: tuple[str, ...] = ()
+    _by_name: dict[str, Entry] = field(init=False, repr=False, compare=False, hash=False)
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "_by_name", {e.name: e for e in self.entries})
+
+    @property
+    def size(self) -> int:
+        """Number of parameters in the flat vector."""
+        return self.entries[-1].stop if self.entries else 0
+
+    @property
+    def names(self) -> tuple[str, ...]:
+        return tuple(e.name for e in self.entries)
+
+    def __contains__(self, name: str) -> bool:
+        return name in self._by_name
+
+    def __getitem__(self, name: str) -> Entry:
+        return self._by_name[name]
+
+    @cached_property
+    def fingerprint(self) -> str:
+        """SHA-256 (hex) over names and shapes; equal layouts have equal fingerprints."""
+        digest = hashlib.sha256(b"dare-agg layout 1\0")
+        for entry in self.entries:
+            digest.update(_canonical_header(entry))
+        return digest.hexdigest()
+
+    def pieces(self, start: int, stop: int) -> Iterator[tuple[Entry, int, int]]:
+        """Yield ``(entry, lo, hi)``: the part of each tensor inside ``[start, stop)``.
+
+        ``lo`` and ``hi`` count within the tensor.
+        """
+        for entry in self.entries[self._first_at(start) :]:
+            if entry.offset >= stop:
+                break
+            lo, hi = max(start, entry.offset), min(stop, entry.stop)
+            if lo < hi:
+                yield entry, lo - entry.offset, hi - entry.offset
+
+    def _first_at(self, position: int) -> int:
+        lo, hi = 0, len(self.entries)
+        while lo < hi:
+            mid = (lo + hi) // 2
+            if self.entries[mid].stop <= position:
+                lo = mid + 1
+            else:
+                hi = mid
+        return lo
+
+    def flatten(
+        self, arrays: Mapping[str, NDArray[np.generic]], out: FloatVector | None = None
+    ) -> FloatVector:
+        """Copy ``arrays`` into one float32 vector of ``size`` elements.
+
+        Raises `LayoutError` for a missing name, another shape or a dtype that is not
+        floating point.
+        """
+        vector = np.empty(self.size, np.float32) if out is None else out
+        if vector.shape != (self.size,) or vector.dtype != np.float32:
+            raise LayoutError(
+                f"vector has shape {vector.shape} and dtype {vector.dtype}; "
+                f"this layout needs ({self.size},) float32"
+            )
+        for entry in self.entries:
+            if entry.name not in arrays:
+                raise LayoutError(f"tensor {entry.name!r} is missing; the layout needs it")
+            array = np.asarray(arrays[entry.name])
+            if array.shape != entry.shape:
+                raise LayoutError(
+                    f"tensor {entry.name!r} has shape {array.shape}; "
+                    f"the layout has {entry.shape}"
+                )
+            if array.dtype.kind != "f":
+                raise LayoutError(
+                    f"tensor {entry.name!r} has dtype {array.dtype}; a floating-point dtype is "
+                    "needed (name it in buffers, or exclude it)"
+                )
+            vector[entry.offset : entry.stop] = array.reshape(-1)
+        return vector
+
+    def unflatten(
+        self, vector: FloatVector, dtypes: Mapping[str, np.dtype] | None = None
+    ) -> dict[str, NDArray[np.generic]]:
+        """Cut the vector into named arrays (views where the dtype stays float32)."""
+        if vector.shape != (self.size,):
+            raise LayoutError(
+                f"vector has shape {vector.shape}; this layout has {self.size} parameters"
+            )
+        arrays: dict[str, NDArray[np.generic]] = {}
+        for entry in self.entries:
+            piece = vector[entry.offset : entry.stop].reshape(entry.shape)
+            if dtypes is not None and entry.name in dtypes:
+                piece = piece.astype(dtypes[entry.name], copy=False)
+            arrays[entry.name] = piece
+        return arrays
+
+
+def compile_patterns(patterns: Iterable[str]) -> tuple[re.Pattern[str], ...]:
+    """Compile exclusion patterns; a bad one raises `LayoutError` naming it."""
+    compiled = []
+    for pattern in patterns:
+        try:
+            compiled.append(re.compile(pattern))
+        except re.error as error:
+            raise LayoutError(
+                f"exclusion pattern {pattern!r} is not a regular expression: {error}"
+            ) from error
+    return tuple(compiled)
+
+
+def matches(name: str, patterns: Sequence[re.Pattern[str]]) -> bool:
+    """Whether any pattern is found anywhere in ``name`` (`re.search`)."""
+    return any(pattern.search(name) for pattern in patterns)
+
+
+def layout_of(
+    shapes: Mapping[str, tuple[int, ...]],
+    *,
+    exclude: Iterable[str] = (),
+    buffers: Iterable[str] = (),
+) -> Layout:
+    """Lay named shapes out in one flat vector.
+
+    ``exclude`` are regular expressions searched in each name; ``buffers`` are exact names.
+    Every name ends up in exactly one of ``entries``, ``excluded``, ``buffers``.
+
+    >>> layout_of({"b": (2,), "a": (2, 3)}).names
+    ('a', 'b')
+    """
+    patterns = compile_patterns(exclude)
+    buffer_names = set(buffers)
+    if len(shapes) > MAX_TENSORS:
+        raise LayoutError(f"{len(shapes)} tensors; at most {MAX_TENSORS} are allowed")
+    entries: list[Entry] = []
+    excluded: list[str] = []
+    kept_buffers: list[str] = []
+    offset = 0
+    for name in sorted(shapes, key=lambda n: n.encode()):
+        if not name or len(name.encode()) > MAX_NAME_BYTES:
+            raise LayoutError(
+                f"tensor name {name[:80]!r} has {len(name.encode())} bytes; "
+                f"1 to {MAX_NAME_BYTES} are allowed"
+            )
+        shape = tuple(int(d) for d in shapes[name])
+        if len(shape) > MAX_DIMENSIONS or any(d < 0 for d in shape):
+            raise LayoutError(
+                f"tensor {name!r} has shape {shape}; at most {MAX_DIMENSIONS} dimensions, "
+                "none negative"
+            )
+        if name in buffer_names:
+            kept_buffers.append(name)
+        elif matches(name, patterns):
+            excluded.append(name)
+        else:
+            size = 1
+            for dimension in shape:
+                size *= dimension
+            entries.append(Entry(name, shape, offset, size))
+            offset += size
+    if offset > MAX_PARAMETERS:
+        raise LayoutError(f"{offset} parameters; at most {MAX_PARAMETERS} are allowed")
+    return Layout(tuple(entries), tuple(excluded), tuple(kept_buffers))
+
+
+def layout_of_arrays(
+    arrays: Mapping[str, NDArray[np.generic]], *, exclude: Iterable[str] = ()
+) -> Layout:
+    """Lay arrays out; those that are not floating point become buffers."""
+    return layout_of(
+        {name: array.shape for name, array in arrays.items()},
+        exclude=exclude,
+        buffers=[name for name, array in arrays.items() if array.dtype.kind != "f"],
+    )
+
+
+def fingerprint(layout: Layout, vector: FloatVector) -> str:
+    """SHA-256 (hex) of a model's parameters, the name of a base or a version.
+
+    Hashes, tensor by tensor in layout order, the name, the shape and the values as
+    little-endian float32. A bfloat16 or float16 checkpoint has the fingerprint of its
+    exact float32 copy; -0.0 and 0.0 differ.
+    """
+    digest = FingerprintStream(layout)
+    digest.update(vector)
+    return digest.hexdigest()
+
+
+class FingerprintStream:
+    """`fingerprint` over a vector that arrives in pieces, in order."""
+
+    def __init__(self, layout: Layout) -> None:
+        self._layout = layout
+        self._digest = hashlib.sha256(b"dare-agg parameters 1\0")
+        self._position = 0
+
+    def update(self, piece: FloatVector) -> None:
+        start, stop = self._position, self._position + piece.size
+        if stop > self._layout.size:
+            raise LayoutError(f"{stop} values; this layout has {self._layout.size} parameters")
+        little = np.ascontiguousarray(piece, dtype="<f4")
+        if stop == start:
+            return
+        for entry, lo, hi in self._layout.pieces(start, stop):
+            if lo == 0:
+                self._digest.update(_canonical_header(entry))
+            at = entry.offset - start
+            self._digest.update(little[at + lo : at + hi].data)
+        self._position = stop
+
+    def hexdigest(self) -> str:
+        if self._position != self._layout.size:
+            raise LayoutError(
+                f"{self._position} values seen; this layout has {self._layout.size} parameters"
+            )
+        return self._digest.hexdigest()
+
+
+def _canonical_header(entry: Entry) -> bytes:
+    name = entry.name.encode()
+    return (
+        struct.pack("<I", len(name))
+        + name
+        + struct.pack("<I", len(entry.shape))
+        + struct.pack(f"<{len(entry.shape)}Q", *entry.shape)
+    )
+
+
+def check_finite(layout: Layout, vector: FloatVector, what: str) -> None:
+    """Raise `NonFiniteError` naming the first tensor and index that is NaN or infinite."""
+    block = 1 << 16
+    for start in range(0, vector.size, block):
+        piece = vector[start : start + block]
+        finite = np.isfinite(piece)
+        if not finite.all():
+            position = start + int(np.argmin(finite))
+            for entry, lo, _ in layout.pieces(position, position + 1):
+                index = tuple(int(i) for i in np.unravel_index(lo, entry.shape or (1,)))
+                raise NonFiniteError(
+                    f"{what}: {vector[position]} in tensor {entry.name!r} at index {index}; "
+                    "only finite values can be merged: check the training step (learning rate, "
+                    "overflow)"
+                )
+            raise NonFiniteError(f"{what}: {vector[position]} at position {position}")

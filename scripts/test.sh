@@ -1,0 +1,13 @@
+#!/usr/bin/env bash
+# Sets itself up, lints, type-checks and runs the tests. Arguments go to pytest:
+#   scripts/test.sh                  everything
+#   scripts/test.sh -m "not slow"    the fast path
+set -euo pipefail
+arguments=("$@")
+set --
+source "$(dirname "${BASH_SOURCE[0]}")/setup.sh" dev
+cd "$root"
+ruff check .
+ruff format --check .
+mypy
+exec python -m pytest -n 2 --dist worksteal -q "${arguments[@]+"${arguments[@]}"}"

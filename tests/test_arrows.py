@@ -1,0 +1,147 @@
+"""The rooms and their arrows: no import runs back up, and the core stays light."""
+
+import ast
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).resolve().parent.parent
+ROOMS = ("dare_agg", "server", "client", "simulations")
+HEAVY = {"torch", "transformers", "peft", "ray", "matplotlib", "jinja2", "datasets",
+         "flwr_datasets", "pandas", "tensorboard", "prometheus_client", "grpc"}
+
+
+def imports(path: Path, *, module_level_only: bool = False) -> set[str]:
+    tree = ast.parse(path.read_text(encoding="utf-8"))
+    found: set[str] = set()
+
+    def visit(node: ast.AST) -> None:
+        for child in ast.iter_child_nodes(node):
+            if isinstance(child, ast.Import):
+                found.update(alias.name for alias in child.names)
+            elif isinstance(child, ast.ImportFrom) and child.level == 0:
+                found.add(child.module or "")
+            is_function = isinstance(child, ast.FunctionDef | ast.AsyncFunctionDef)
+            if module_level_only and (is_function or _is_type_checking(child)):
+                continue
+            visit(child)
+
+    visit(tree)
+    return found
+
+
+def _is_type_checking(node: ast.AST) -> bool:
+    return isinstance(node, ast.If) and "TYPE_CHECKING" in ast.unparse(node.test)
+
+
+def files(room: str) -> list[Path]:
+    return sorted((ROOT / room).rglob("*.py"))
+
+
+def tops(names: set[str]) -> set[str]:
+    return {name.split(".")[0] for name in names}
+
+
+@pytest.mark.parametrize("room", ROOMS)
+def test_every_room_has_files(room: str) -> None:
+    assert files(room)
+
+
+@pytest.mark.parametrize(
+    ("room", "forbidden"),
+    [
+        ("dare_agg", {"server", "client", "simulations", "tests"}),
+        ("server", {"client", "simulations", "tests"}),
+        ("client", {"server", "simulations", "tests"}),
+        ("simulations", {"tests"}),
+    ],
+)
+def test_no_import_runs_back_up(room: str, forbidden: set[str]) -> None:
+    bad = {
+        str(path.relative_to(ROOT)): sorted(tops(imports(path)) & forbidden)
+        for path in files(room)
+        if tops(imports(path)) & forbidden
+    }
+    assert not bad
+
+
+def test_only_the_flower_room_of_the_library_imports_flwr() -> None:
+    flower = ROOT / "dare_agg" / "flower"
+    bad = [
+        str(path.relative_to(ROOT))
+        for path in files("dare_agg")
+        if flower not in path.parents and "flwr" in tops(imports(path, module_level_only=True))
+    ]
+    assert not bad
+
+
+def test_the_core_does_not_reach_into_the_flower_room() -> None:
+    flower = ROOT / "dare_agg" / "flower"
+    bad = [
+        str(path.relative_to(ROOT))
+        for path in files("dare_agg")
+        if flower not in path.parents
+        and any(n.startswith("dare_agg.flower") for n in imports(path, module_level_only=True))
+    ]
+    assert not bad
+
+
+def test_the_core_imports_nothing_heavy_at_module_level() -> None:
+    flower = ROOT / "dare_agg" / "flower"
+    bad = {
+        str(path.relative_to(ROOT)): sorted(tops(imports(path, module_level_only=True)) & HEAVY)
+        for path in files("dare_agg")
+        if flower not in path.parents
+        and tops(imports(path, module_level_only=True)) & HEAVY
+    }
+    assert not bad
+
+
+def test_nothing_uses_pickle() -> None:
+    bad = [
+        str(path.relative_to(ROOT))
+        for room in ROOMS
+        for path in files(room)
+        if tops(imports(path)) & {"pickle", "cloudpickle", "dill", "shelve", "marshal"}
+    ]
+    assert not bad
+
+
+def cpu_seconds(*command: str) -> float:
+    """Least CPU time of a few fresh processes (user + system), in seconds."""
+    script = (
+        "import resource, subprocess, sys\n"
+        "subprocess.run(sys.argv[1:], check=True, stdout=subprocess.DEVNULL)\n"
+        "usage = resource.getrusage(resource.RUSAGE_CHILDREN)\n"
+        "print(usage.ru_utime + usage.ru_stime)\n"
+    )
+    runs = [
+        subprocess.run(
+            [sys.executable, "-c", script, *command],
+            check=True, capture_output=True, text=True, cwd=ROOT,
+        ).stdout
+        for _ in range(3)
+    ]
+    return min(float(run) for run in runs)
+
+
+def test_help_loads_no_heavy_library() -> None:
+    script = (
+        "import sys\n"
+        "from dare_agg.cli.main import main\n"
+        "try:\n    main(['--help'])\nexcept SystemExit as stop:\n    assert not stop.code\n"
+        f"print(sorted(set(sys.modules) & {HEAVY | {'flwr', 'numpy'}!r}), file=sys.stderr)\n"
+    )
+    done = subprocess.run(
+        [sys.executable, "-c", script], check=True, capture_output=True, text=True, cwd=ROOT
+    )
+    assert done.stderr.strip() == "[]"
+    assert "merge" in done.stdout
+
+
+@pytest.mark.slow
+def test_start_up_is_cheap() -> None:
+    assert cpu_seconds(sys.executable, "-c", "import dare_agg") <= 0.5
+    assert cpu_seconds(sys.executable, "-m", "dare_agg.cli.main", "--help") <= 0.5

@@ -192,8 +192,8 @@ class DareStrategy(Strategy):
             self.min_available_nodes,
         )
         LOG.info(
-            "\t├── Updates: drop rate %s, values %s, mask %s; dense %s as %s; local %s",
-            settings.drop_rate,
+            "\t├── Updates: drop rate %.6g, values %s, mask %s; dense %s as %s; local %s",
+            settings.drop_rate.p,  # type: ignore[union-attr]
             settings.values,
             settings.mask,
             list(settings.dense),

@@ -1,0 +1,1 @@
+"""A FedAvg app in the manner of the PyTorch tutorial."""

@@ -1,0 +1,128 @@
+"""Round plans: keys, ranks, the record form, and what a client refuses."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+import numpy as np
+import pytest
+from dare_agg.mask import parse_drop_rate
+from dare_agg.update import CODEC_VERSION
+
+from dare_agg.errors import ConfigError, UpdateError
+from dare_agg.plan import (
+    ClientTerms,
+    ModelRef,
+    PlanSettings,
+    check_same_code,
+    make_plans,
+    package_fingerprint,
+    plan_from_record,
+)
+
+MODEL = ModelRef("ab" * 32, "cd" * 32, 5000, "ef" * 32, "01" * 32, 70)
+SECRET = bytes(range(32))
+
+
+def plans_for(count: int, p: str = "0.9", **settings):
+    plan_settings = PlanSettings(parse_drop_rate(p), **settings)
+    return make_plans(SECRET, 3, [None] * count, plan_settings, MODEL, run="r1")
+
+
+def test_same_secret_same_plans_other_secret_other_keys():
+    assert plans_for(4) == plans_for(4)
+    other = make_plans(bytes(32), 3, [None], PlanSettings(parse_drop_rate("0.9")), MODEL)
+    assert other[0].mask_key != plans_for(1)[0].mask_key
+
+
+def test_masks_of_a_family_are_disjoint_and_the_next_family_has_its_own_key():
+    plans = plans_for(12)
+    assert [plan.rank for plan in plans] == [*range(10), 0, 1]
+    assert len({plan.mask_key for plan in plans}) == 2
+    seen = np.zeros(MODEL.size, np.int64)
+    for plan in plans[:10]:
+        seen[plan.delta_mask().indices(0, MODEL.size)] += 1
+    assert seen.max() == 1 and seen.sum() == 10 * 500
+
+
+def test_every_client_has_its_own_value_key():
+    plans = plans_for(12)
+    assert len({plan.values_key for plan in plans}) == 12
+    assert len({plan.dense_values_key for plan in plans}) == 12
+    assert len({plan.digest() for plan in plans}) == 12
+
+
+def test_shared_mask_gives_every_client_rank_zero():
+    plans = plans_for(12, shared_mask=True)
+    assert {plan.rank for plan in plans} == {0}
+    assert len({plan.mask_key for plan in plans}) == 1
+
+
+def test_clients_of_another_drop_rate_are_ranked_among_themselves():
+    slow = ClientTerms(parse_drop_rate("0.99"), "b1")
+    plans = make_plans(
+        SECRET, 1, [None, slow, None, slow], PlanSettings(parse_drop_rate("0.5"), "f16"), MODEL
+    )
+    assert [plan.rank for plan in plans] == [0, 0, 1, 1]
+    assert [plan.values for plan in plans] == ["f16", "b1", "f16", "b1"]
+    assert plans[0].mask_key == plans[2].mask_key != plans[1].mask_key == plans[3].mask_key
+
+
+def test_record_form_round_trips_and_has_no_empty_values():
+    (plan,) = plans_for(1, dense=("head",), exclude=("^classifier", "x"))
+    record = plan.to_record()
+    assert plan_from_record(record) == plan
+    assert all(value != "" and value != [] for value in record.values())
+    bare = replace(plan, run="", dense=(), exclude=())
+    assert plan_from_record(bare.to_record()) == bare
+
+
+@pytest.mark.parametrize(
+    ("field", "value"),
+    [
+        ("mask-key", None),
+        ("mask-key", b"short"),
+        ("round", "3"),
+        ("round", True),
+        ("round", -1),
+        ("size", 1.5),
+        ("stride", 0),
+        ("exclude", [1]),
+        ("exclude", "head"),
+        ("base", "a" * 5000),
+        ("rescale", 1),
+    ],
+)
+def test_a_damaged_record_is_refused_by_field(field, value):
+    record = plans_for(1)[0].to_record()
+    if value is None:
+        del record[field]
+    else:
+        record[field] = value
+    with pytest.raises(UpdateError) as caught:
+        plan_from_record(record)
+    assert caught.value.reason == "plan"
+
+
+def test_any_change_of_the_plan_changes_its_digest_and_both_contexts():
+    (plan,) = plans_for(1)
+    for other in (replace(plan, round=4), replace(plan, run="r2"), replace(plan, max_weight=1.0)):
+        assert other.digest() != plan.digest()
+        assert other.spec().context != plan.spec().context
+        assert other.dense_spec().context != plan.dense_spec().context
+    assert plan.spec().context != plan.dense_spec().context
+
+
+def test_other_code_is_refused_with_its_reason():
+    check_same_code(CODEC_VERSION, package_fingerprint(), "a", "b")
+    with pytest.raises(UpdateError, match="codec version 99") as caught:
+        check_same_code(99, package_fingerprint(), "the server", "this client")
+    assert caught.value.reason == "version"
+    with pytest.raises(UpdateError, match="neutral directory") as caught:
+        check_same_code(CODEC_VERSION, "0" * 16, "the server", "this client")
+    assert caught.value.reason == "package"
+
+
+def test_a_round_without_clients_is_refused():
+    with pytest.raises(ConfigError):
+        make_plans(SECRET, 1, [], PlanSettings(parse_drop_rate("0.9")), MODEL)

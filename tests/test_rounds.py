@@ -1,0 +1,284 @@
+"""A round without a network: identity, unbiasedness, order, and every rejection."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+import numpy as np
+import pytest
+from dare_agg.mask import parse_drop_rate
+
+from dare_agg.errors import BaseMismatchError, ConfigError, LayoutError, NonFiniteError
+from dare_agg.groups import global_model
+from dare_agg.plan import ClientTerms, make_plans
+from dare_agg.rounds import (
+    Accepted,
+    FederatedSettings,
+    Rejection,
+    advance,
+    check_reply,
+    check_weight,
+    make_client_update,
+    merge_round,
+)
+from dare_agg.server_step import StepState, server_step
+
+SIZE = 2000
+WEIGHTS = (30, 10, 20)
+
+
+def base_arrays() -> dict[str, np.ndarray]:
+    generator = np.random.default_rng(0)
+    return {
+        "encoder": generator.normal(size=(40, 50)).astype(np.float32),
+        "head": generator.normal(size=30).astype(np.float32),
+        "mine": generator.normal(size=7).astype(np.float32),
+    }
+
+
+def tuned_arrays(client: int, same: bool = False) -> dict[str, np.ndarray]:
+    generator = np.random.default_rng(1000 if same else 1000 + client)
+    return {
+        name: array + generator.normal(0.001, 0.003, size=array.shape).astype(np.float32)
+        for name, array in base_arrays().items()
+    }
+
+
+def settings_of(**words) -> FederatedSettings:
+    return FederatedSettings(**{"dense": ("head",), "exclude": ("mine",), **words})
+
+
+def play(settings, seed=0, terms=(None, None, None), same=False):
+    """One round of three clients; returns model, plans, accepted replies."""
+    model = global_model(base_arrays(), dense=settings.dense, exclude=settings.exclude)
+    secret = seed.to_bytes(32, "little")
+    plans = make_plans(secret, 1, terms, settings.plan_settings(), model.ref)
+    accepted = []
+    for client, plan in enumerate(plans):
+        update = make_client_update(plan, base_arrays(), tuned_arrays(client, same))
+        reply = check_reply(plan, update.blob, update.dense_blob, WEIGHTS[client])
+        assert isinstance(reply, Accepted), reply
+        accepted.append(reply)
+    return model, plans, accepted
+
+
+def weighted_mean(name: str, weights=WEIGHTS, same=False) -> np.ndarray:
+    base = base_arrays()[name].astype(np.float64)
+    deltas = [tuned_arrays(client, same)[name] - base for client in range(3)]
+    return np.average([delta.reshape(-1) for delta in deltas], axis=0, weights=weights)
+
+
+@pytest.mark.parametrize("method", ["task-arithmetic", "average"])
+@pytest.mark.parametrize("weighting", ["examples", "equal"])
+def test_without_dropping_a_round_is_federated_averaging(method, weighting):
+    settings = settings_of(
+        method=method, weighting=weighting, drop_rate=0, values="f32", dense_values="f32"
+    )
+    model, _, accepted = play(settings)
+    merged = merge_round(model, accepted, settings)
+    weights = WEIGHTS if weighting == "examples" else (1, 1, 1)
+    np.testing.assert_allclose(merged.delta, weighted_mean("encoder", weights), atol=1e-7)
+    np.testing.assert_allclose(merged.dense, weighted_mean("head", weights), atol=1e-7)
+
+
+@pytest.mark.parametrize("mask", ["stratified", "bernoulli"])
+@pytest.mark.parametrize("values", ["f32", "b1"])
+def test_a_dropped_round_is_unbiased_with_mixed_drop_rates(mask, values):
+    settings = settings_of(values=values, mask=mask, drop_rate="0.9", dense_values="b1")
+    terms = (None, ClientTerms(parse_drop_rate("0.5"), "b1"), ClientTerms(parse_drop_rate(0), "i8"))
+    draws = []
+    for seed in range(150):
+        model, _, accepted = play(settings, seed, terms)
+        draws.append(merge_round(model, accepted, settings).delta)
+    expected = weighted_mean("encoder")
+    mean, spread = np.mean(draws, axis=0), np.std(draws, axis=0) / np.sqrt(len(draws))
+    # A bias shows as a mean error well above its standard error over all elements.
+    error = np.linalg.norm(mean - expected)
+    assert error < 1.3 * np.linalg.norm(spread)
+    assert abs(float((mean - expected) @ expected) / float(expected @ expected)) < 0.06
+
+
+def test_ties_with_the_expected_count_keeps_the_scale_of_equal_deltas():
+    settings = settings_of(method="ties", values="f32", drop_rate="0.9", weighting="equal")
+    draws = [
+        merge_round(*(lambda m, p, a: (m, a, settings))(*play(settings, seed, same=True))).delta
+        for seed in range(200)
+    ]
+    expected = weighted_mean("encoder", same=True)
+    scale = float(np.mean(draws, axis=0) @ expected) / float(expected @ expected)
+    assert scale == pytest.approx(1.0, abs=0.05)
+
+
+@pytest.mark.parametrize("method", ["task-arithmetic", "ties"])
+def test_arrival_order_does_not_matter(method):
+    settings = settings_of(method=method)
+    model, _, accepted = play(settings)
+    first = merge_round(model, accepted, settings)
+    second = merge_round(model, accepted[::-1], settings)
+    third = merge_round(model, [accepted[1], accepted[2], accepted[0]], settings)
+    for other in (second, third):
+        assert first.delta.tobytes() == other.delta.tobytes()
+        assert first.dense.tobytes() == other.dense.tobytes()
+        assert first.weights == other.weights
+
+
+def test_tiles_and_threads_do_not_matter():
+    settings = settings_of(method="ties")
+    model, _, accepted = play(settings)
+    first = merge_round(model, accepted, settings).delta
+    second = merge_round(model, accepted, replace(settings, tile=128, threads=3)).delta
+    assert first.tobytes() == second.tobytes()
+
+
+def test_the_model_moves_and_clients_agree_on_the_new_base():
+    settings = settings_of(step=server_step("momentum"))
+    model, _, accepted = play(settings)
+    merged = merge_round(model, accepted, settings)
+    moved, state = advance(model, StepState(), merged, settings)
+    assert state.count == 1
+    assert np.array_equal(moved.arrays()["mine"], base_arrays()["mine"])
+    received = global_model(moved.arrays(), dense=settings.dense, exclude=settings.exclude)
+    assert received.ref == moved.ref != model.ref
+
+
+def test_measurements_count_what_was_sent():
+    settings = settings_of()
+    model, _, accepted = play(settings)
+    measured = merge_round(model, accepted, settings).measurements
+    assert measured["survivors"] == [200, 200, 200]
+    assert measured["survivors_per_element"] == pytest.approx(0.3)
+    assert measured["weights"] == pytest.approx([0.5, 1 / 6, 1 / 3])
+
+
+# --- what a client refuses -----------------------------------------------------------------
+
+
+def test_another_base_is_refused():
+    _, (plan, *_), _ = play(settings_of())
+    other = base_arrays()
+    other["encoder"][0, 0] += 1e-3
+    with pytest.raises(BaseMismatchError, match="fetch the global model again"):
+        make_client_update(plan, other, tuned_arrays(0))
+
+
+def test_another_model_is_refused():
+    _, (plan, *_), _ = play(settings_of())
+    other = {**base_arrays(), "encoder": np.zeros((3, 3), np.float32)}
+    with pytest.raises(LayoutError, match="other names or shapes"):
+        make_client_update(plan, other, other)
+
+
+@pytest.mark.parametrize("bad", [np.nan, np.inf, -np.inf])
+@pytest.mark.parametrize("name", ["encoder", "head"])
+def test_a_diverged_training_is_refused_naming_the_tensor(bad, name):
+    _, (plan, *_), _ = play(settings_of())
+    tuned = tuned_arrays(0)
+    tuned[name].reshape(-1)[5] = bad
+    with pytest.raises(NonFiniteError, match=name):
+        make_client_update(plan, base_arrays(), tuned)
+
+
+def test_local_tensors_may_be_missing_or_changed_but_strangers_are_refused():
+    _, (plan, *_), _ = play(settings_of())
+    tuned = tuned_arrays(0)
+    blob = make_client_update(plan, base_arrays(), tuned).blob
+    tuned["mine"] = np.full(99, np.nan, np.float32)
+    tuned["mine.too"] = np.zeros(3, np.float32)
+    assert make_client_update(plan, base_arrays(), tuned).blob == blob
+    del tuned["mine"]
+    assert make_client_update(plan, base_arrays(), tuned).blob == blob
+    with pytest.raises(LayoutError, match="'extra'"):
+        make_client_update(plan, base_arrays(), {**tuned, "extra": np.zeros(2, np.float32)})
+
+
+# --- what the server rejects ---------------------------------------------------------------
+
+
+def reply_to(plan, **changes):
+    update = make_client_update(plan, base_arrays(), tuned_arrays(0))
+    arguments = {"blob": update.blob, "dense_blob": update.dense_blob, "weight": 10, **changes}
+    return check_reply(plan, **arguments)
+
+
+@pytest.mark.parametrize(
+    "weight",
+    [0, -79, float("nan"), float("inf"), True, False, "10", None, 2**63, 1e12, 1e7 + 1, [1]],
+)
+def test_absurd_weights_are_rejected(weight):
+    _, (plan, *_), _ = play(settings_of())
+    rejected = reply_to(plan, weight=weight)
+    assert isinstance(rejected, Rejection) and rejected.reason == "weight"
+
+
+def test_real_weights_pass():
+    assert check_weight(1, 1e7) == 1.0
+    assert check_weight(0.5, 1e7) == 0.5
+    assert check_weight(10**7, 1e7) == 1e7
+
+
+def test_damaged_payloads_are_rejected_with_a_reason():
+    _, (plan, *_), _ = play(settings_of(values="f32"))
+    update = make_client_update(plan, base_arrays(), tuned_arrays(0))
+    flipped = bytearray(update.blob)
+    flipped[-1] ^= 1
+    for blob in (
+        b"",
+        update.blob[:10],
+        update.blob[:-1],
+        update.blob + b"\0",
+        bytes(flipped),
+        update.dense_blob,
+    ):
+        assert isinstance(reply_to(plan, blob=blob), Rejection)
+    assert reply_to(plan, dense_blob=None).reason == "truncated"
+    assert isinstance(reply_to(plan, dense_blob=update.blob), Rejection)
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        {"round": 2},
+        {"run": "another"},
+        {"client": 5},
+        {"rank": 3},
+        {"mask_key": bytes(16)},
+        {"values_key": bytes(16)},
+        {"mask": "bernoulli"},
+        {"values": "f16"},
+        {"drop_rate": parse_drop_rate("0.5")},
+    ],
+)
+def test_an_update_fits_its_own_plan_alone(change):
+    _, (plan, *_), _ = play(settings_of())
+    update = make_client_update(plan, base_arrays(), tuned_arrays(0))
+    other = replace(plan, **change)
+    assert isinstance(check_reply(other, update.blob, update.dense_blob, 10), Rejection)
+
+
+def test_another_base_or_layout_is_named():
+    _, (plan, *_), _ = play(settings_of())
+    update = make_client_update(plan, base_arrays(), tuned_arrays(0))
+    for change, reason in (({"base": "00" * 32}, "base"), ({"layout": "00" * 32}, "layout")):
+        other = replace(plan, model=replace(plan.model, **change))
+        # The digest changes too; the header's own fields are looked at first.
+        rejected = check_reply(other, update.blob, update.dense_blob, 10)
+        assert isinstance(rejected, Rejection) and rejected.reason == reason
+
+
+@pytest.mark.parametrize(
+    ("words", "says"),
+    [
+        ({"method": "tie"}, "did you mean 'ties'"),
+        ({"values": "b3"}, "value format"),
+        ({"mask": "random"}, "mask"),
+        ({"weighting": "example"}, "did you mean 'examples'"),
+        ({"drop_rate": 1.0}, ""),
+        ({"scaling": 0}, "above 0"),
+        ({"scaling": float("nan")}, "finite"),
+        ({"max_weight": True}, "number"),
+        ({"exclude": "head"}, "list of patterns"),
+    ],
+)
+def test_settings_are_checked_when_made(words, says):
+    with pytest.raises(ConfigError, match=says):
+        FederatedSettings(**words)

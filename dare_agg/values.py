@@ -1,0 +1,435 @@
+"""Value formats: how the survivors of an update are written as bytes.
+
+========  ====  =========================================================================
+name      bits  rule
+========  ====  =========================================================================
+f32       32    IEEE 754 binary32
+f16       16    IEEE 754 binary16, nearest
+bf16      16    the upper half of binary32, nearest even
+i8        8     per block ⌊x·127/max|x| + dither⌋, unbiased
+b4 b2     4 2   rotated, nearest Gaussian level, one unbiased scale a block
+b1        1     rotated, sign, one unbiased scale a block
+========  ====  =========================================================================
+
+A payload holds the codes of all survivors in order, then one float32 scale a block, then
+(i8 and b* only) the unrotated rest as float32. The rotated formats are DRIVE (arXiv
+2105.08339) and EDEN (arXiv 2108.08842) with a Hadamard rotation: codes q of y = H·D·x with
+scale ‖x‖²/⟨y, q⟩ give E[scale·D·H·q] = x. Blocks are those of `dare_agg.rotation`.
+
+Nothing here depends on libm, BLAS or a library's random generator.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+
+import numpy as np
+from numpy.typing import NDArray
+
+from dare_agg.derive import Keystream
+from dare_agg.errors import ConfigError, NonFiniteError, UpdateError, did_you_mean
+from dare_agg.layout import FloatVector
+from dare_agg.rotation import (
+    BLOCK,
+    GROUP,
+    column_sums,
+    count_blocks,
+    cut_blocks,
+    flip_signs,
+    hadamard,
+)
+
+Bytes = NDArray[np.uint8]
+
+# Values beyond this are refused: rescaling and summing them could overflow float32.
+MAX_MAGNITUDE = np.float32(2.0**60)
+
+# Lloyd-Max levels of the standard normal distribution (positive half; J. Max, 1960), with
+# the midpoints between neighbours as thresholds.
+_LEVELS = {
+    1: (1.0,),
+    2: (0.4528, 1.510),
+    4: (0.1284, 0.3881, 0.6568, 0.9424, 1.256, 1.618, 2.069, 2.733),
+}
+
+
+@dataclass(frozen=True)
+class ValueFormat:
+    """One row: name, wire code, bits a value, and whether it has blocks and scales.
+
+    ``nmse`` is the format's own expected squared error relative to the squared value; the
+    error of an update at drop rate p is (1 + nmse)/(1 − p) − 1.
+    """
+
+    name: str
+    code: int
+    bits: int
+    blocks: bool
+    nmse: float
+    encode_group: Callable[[FloatVector, Bytes | None], tuple[Bytes, FloatVector, FloatVector]]
+    decode_group: Callable[[Bytes, FloatVector, FloatVector, int, Bytes | None], FloatVector]
+    keystream_bytes: Callable[[int], int]
+
+
+# --- plain formats -------------------------------------------------------------------------
+
+_NOTHING = np.empty(0, np.float32)
+
+
+def _encode_f32(values: FloatVector, _: Bytes | None) -> tuple[Bytes, FloatVector, FloatVector]:
+    return values.astype("<f4").view(np.uint8), _NOTHING, _NOTHING
+
+
+def _decode_f32(
+    codes: Bytes, _s: FloatVector, _r: FloatVector, count: int, _k: Bytes | None
+) -> FloatVector:
+    return codes.view("<f4").astype(np.float32)
+
+
+def _encode_f16(values: FloatVector, _: Bytes | None) -> tuple[Bytes, FloatVector, FloatVector]:
+    with np.errstate(over="ignore"):
+        halves = values.astype("<f2")
+    if not np.isfinite(halves).all():
+        worst = float(np.abs(values).max())
+        raise NonFiniteError(
+            f"a value of magnitude {worst:g} does not fit f16 (at most 65504); use bf16 or f32"
+        )
+    return halves.view(np.uint8), _NOTHING, _NOTHING
+
+
+def _decode_f16(
+    codes: Bytes, _s: FloatVector, _r: FloatVector, count: int, _k: Bytes | None
+) -> FloatVector:
+    return codes.view("<f2").astype(np.float32)
+
+
+def _encode_bf16(values: FloatVector, _: Bytes | None) -> tuple[Bytes, FloatVector, FloatVector]:
+    bits = values.view(np.uint32)
+    rounded = bits + np.uint32(0x7FFF) + ((bits >> np.uint32(16)) & np.uint32(1))
+    return (rounded >> np.uint32(16)).astype("<u2").view(np.uint8), _NOTHING, _NOTHING
+
+
+def _decode_bf16(
+    codes: Bytes, _s: FloatVector, _r: FloatVector, count: int, _k: Bytes | None
+) -> FloatVector:
+    return (codes.view("<u2").astype(np.uint32) << np.uint32(16)).view(np.float32)
+
+
+# --- i8 ------------------------------------------------------------------------------------
+
+
+def _encode_i8(
+    values: FloatVector, keystream: Bytes | None
+) -> tuple[Bytes, FloatVector, FloatVector]:
+    assert keystream is not None
+    # Dither in (0, 1): 256 equal steps, so rounding is unbiased up to 2**-9 of a step.
+    dither = keystream.astype(np.float32)
+    dither += np.float32(0.5)
+    dither *= np.float32(1 / 256)
+    codes = np.empty(values.size, np.int8)
+    scales: list[FloatVector] = []
+    rest = _NOTHING
+    for start, rows, columns in cut_blocks(values.size):
+        stop = start + rows * columns
+        if rows == 1:
+            rest = values[start:stop].astype("<f4")
+            codes[start:stop] = 0
+            continue
+        block = values[start:stop].reshape(rows, columns)
+        scale = np.abs(block).max(axis=0) / np.float32(127)
+        inverse = np.zeros_like(scale)
+        np.divide(np.float32(1), scale, out=inverse, where=scale > 2.0**-120)
+        steps = block * inverse
+        steps += dither[start:stop].reshape(rows, columns)
+        np.floor(steps, out=steps)
+        np.clip(steps, -127, 127, out=steps)
+        codes[start:stop] = steps.reshape(-1)
+        scales.append(scale)
+    return codes[: values.size - rest.size].view(np.uint8), _joined(scales), rest
+
+
+def _decode_i8(
+    codes: Bytes, scales: FloatVector, rest: FloatVector, count: int, _k: Bytes | None
+) -> FloatVector:
+    values = np.empty(count, np.float32)
+    at = 0
+    for start, rows, columns in cut_blocks(count):
+        stop = start + rows * columns
+        if rows == 1:
+            values[start:stop] = rest
+            continue
+        block = values[start:stop].reshape(rows, columns)
+        np.multiply(
+            codes[start:stop].view(np.int8).reshape(rows, columns),
+            scales[at : at + columns],
+            out=block,
+        )
+        at += columns
+    return values
+
+
+# --- rotated formats -----------------------------------------------------------------------
+
+
+def _levels(bits: int) -> tuple[FloatVector, FloatVector]:
+    """Levels by code (ascending) and the thresholds between them, for unit variance."""
+    half = np.array(_LEVELS[bits], np.float64)
+    levels = np.concatenate([-half[::-1], half])
+    return levels.astype(np.float32), ((levels[1:] + levels[:-1]) / 2).astype(np.float32)
+
+
+def _rotated(bits: int) -> tuple[Callable, Callable]:
+    levels, thresholds = _levels(bits)
+    per_byte = 8 // bits
+    # Row b holds the levels that the codes in byte b stand for, lowest bits first.
+    byte_codes = np.arange(256)[:, None] >> (bits * np.arange(per_byte)) & ((1 << bits) - 1)
+    byte_levels = levels[byte_codes]
+
+    def pack(codes: Bytes) -> Bytes:
+        if bits == 1:
+            return np.packbits(codes, bitorder="little")
+        padded = np.zeros(-(-codes.size // per_byte) * per_byte, np.uint8)
+        padded[: codes.size] = codes
+        lanes = padded.reshape(-1, per_byte)
+        packed = lanes[:, 0].copy()
+        for lane in range(1, per_byte):
+            packed |= lanes[:, lane] << np.uint8(bits * lane)
+        return packed
+
+    def encode(
+        values: FloatVector, keystream: Bytes | None
+    ) -> tuple[Bytes, FloatVector, FloatVector]:
+        assert keystream is not None
+        work = values.copy()
+        spare = np.empty_like(work)
+        scales: list[FloatVector] = []
+        rest = _NOTHING
+        rotated = work.size
+        codes = np.empty(work.size, np.uint8)
+        for start, rows, columns in cut_blocks(work.size):
+            stop = start + rows * columns
+            if rows == 1:
+                rest, rotated = values[start:stop].astype("<f4"), start
+                continue
+            block = work[start:stop].reshape(rows, columns)
+            scratch = spare[start:stop].reshape(rows, columns)
+            np.multiply(block, block, out=scratch)
+            energy = column_sums(scratch)
+            # start is a multiple of 8: every block length is.
+            flip_signs(work[start:stop], keystream[start // 8 : -(-stop // 8)])
+            hadamard(block, spare[start:stop])
+            code = codes[start:stop].reshape(rows, columns)
+            if bits == 1:
+                np.greater_equal(block, np.float32(0), out=code.view(np.bool_))
+                np.abs(block, out=scratch)
+            else:
+                sigma = np.sqrt(energy)
+                code[...] = 0
+                for threshold in thresholds:
+                    code += block >= threshold * sigma
+                np.multiply(block, levels[code], out=scratch)
+            product = column_sums(scratch)
+            scale = np.zeros_like(energy)
+            np.divide(energy, product, out=scale, where=product > 0)
+            scales.append(scale)
+        return pack(codes[:rotated]), _joined(scales), rest
+
+    def decode(
+        codes: Bytes,
+        scales: FloatVector,
+        rest: FloatVector,
+        count: int,
+        keystream: Bytes | None,
+    ) -> FloatVector:
+        assert keystream is not None
+        values = np.empty(count, np.float32)
+        rotated = count - rest.size
+        values[:rotated] = byte_levels.take(codes, axis=0).reshape(-1)[:rotated]
+        spare = np.empty(count, np.float32)
+        at = 0
+        for start, rows, columns in cut_blocks(count):
+            stop = start + rows * columns
+            if rows == 1:
+                values[start:stop] = rest
+                continue
+            block = values[start:stop].reshape(rows, columns)
+            hadamard(block, spare[start:stop])
+            block *= scales[at : at + columns]
+            flip_signs(values[start:stop], keystream[start // 8 : -(-stop // 8)])
+            at += columns
+        return values
+
+    return encode, decode
+
+
+def _joined(parts: list[FloatVector]) -> FloatVector:
+    return np.concatenate(parts).astype("<f4") if parts else _NOTHING
+
+
+def _no_keystream(_: int) -> int:
+    return 0
+
+
+def _bit_each(count: int) -> int:
+    return -(-count // 8)
+
+
+def _byte_each(count: int) -> int:
+    return count
+
+
+VALUE_FORMATS: dict[str, ValueFormat] = {
+    row.name: row
+    for row in (
+        ValueFormat("f32", 0, 32, False, 0.0, _encode_f32, _decode_f32, _no_keystream),
+        ValueFormat("f16", 1, 16, False, 0.0, _encode_f16, _decode_f16, _no_keystream),
+        ValueFormat("bf16", 2, 16, False, 0.0, _encode_bf16, _decode_bf16, _no_keystream),
+        ValueFormat("i8", 3, 8, True, 0.0, _encode_i8, _decode_i8, _byte_each),
+        ValueFormat("b4", 4, 4, True, 0.0096, *_rotated(4), _bit_each),
+        ValueFormat("b2", 5, 2, True, 0.1331, *_rotated(2), _bit_each),
+        ValueFormat("b1", 6, 1, True, 0.5708, *_rotated(1), _bit_each),
+    )
+}
+
+
+def find_values(name: str) -> ValueFormat:
+    """Return the row of a value format; an unknown name raises `ConfigError`."""
+    if name not in VALUE_FORMATS:
+        raise ConfigError(f"value format {name!r} is unknown{did_you_mean(name, VALUE_FORMATS)}")
+    return VALUE_FORMATS[name]
+
+
+@dataclass(frozen=True)
+class Sections:
+    """Where the parts of a payload of so many survivors lie, in bytes."""
+
+    codes: int
+    scales: int
+    rest: int
+
+    @property
+    def total(self) -> int:
+        return self.codes + self.scales + self.rest
+
+
+def payload_sections(name: str, survivors: int) -> Sections:
+    """Return the exact sizes of a payload's sections."""
+    row = find_values(name)
+    if not row.blocks:
+        return Sections(survivors * row.bits // 8, 0, 0)
+    blocks, rest = count_blocks(survivors)
+    return Sections(-(-(survivors - rest) * row.bits // 8), 4 * blocks, 4 * rest)
+
+
+def payload_bytes(name: str, survivors: int) -> int:
+    """Return the exact number of bytes that so many survivors take, without a header."""
+    return payload_sections(name, survivors).total
+
+
+def encode_values(
+    name: str, groups: Iterator[FloatVector], survivors: int, key: bytes, out: memoryview
+) -> None:
+    """Write a payload to ``out``, of `payload_bytes` bytes.
+
+    ``groups`` yields the survivors' values in pieces of exactly `GROUP`, the last one
+    shorter. Raises `NonFiniteError` for a NaN, an infinity or a magnitude above 2**60.
+    """
+    row = find_values(name)
+    sections = payload_sections(name, survivors)
+    target = np.frombuffer(out, np.uint8)
+    if target.size != sections.total:
+        raise ConfigError(f"{target.size} bytes of room; {sections.total} are needed")
+    stream = Keystream(key) if row.keystream_bytes(1) else None
+    per_group = row.keystream_bytes(GROUP)
+    at, code_at, scale_at = 0, 0, sections.codes
+    rest_at = sections.codes + sections.scales
+    for number, values in enumerate(groups):
+        check_magnitude(values, at)
+        keystream = (
+            stream.read(number * per_group, row.keystream_bytes(values.size)) if stream else None
+        )
+        codes, scales, rest = row.encode_group(values, keystream)
+        target[code_at : code_at + codes.size] = codes
+        code_at += codes.size
+        target[scale_at : scale_at + 4 * scales.size] = scales.view(np.uint8)
+        scale_at += 4 * scales.size
+        target[rest_at : rest_at + 4 * rest.size] = rest.view(np.uint8)
+        rest_at += 4 * rest.size
+        at += values.size
+    if at != survivors:
+        raise ConfigError(f"{at} values came, {survivors} survivors were announced")
+
+
+def decode_values(
+    name: str, payload: Bytes, survivors: int, key: bytes, group: int
+) -> FloatVector:
+    """Return group number ``group`` (of `GROUP` survivors) of a checked payload."""
+    row = find_values(name)
+    sections = payload_sections(name, survivors)
+    first = group * GROUP
+    count = min(GROUP, survivors - first)
+    keystream = None
+    if need := row.keystream_bytes(count):
+        keystream = Keystream(key).read(group * row.keystream_bytes(GROUP), need)
+    scales = rest = _NOTHING
+    coded = count
+    if row.blocks:
+        blocks, left = count_blocks(count)
+        coded = count - left
+        lo = sections.codes + 4 * group * (GROUP // BLOCK)
+        scales = payload[lo : lo + 4 * blocks].copy().view("<f4").astype(np.float32)
+        if left:
+            lo = sections.codes + sections.scales
+            rest = payload[lo : lo + 4 * left].copy().view("<f4").astype(np.float32)
+    lo = first * row.bits // 8
+    codes = payload[lo : lo + -(-coded * row.bits // 8)].copy()
+    return row.decode_group(codes, scales, rest, count, keystream)
+
+
+def check_payload(name: str, payload: Bytes, survivors: int) -> None:
+    """Refuse a payload of the right size whose contents are out of bounds.
+
+    Raises `NonFiniteError` for values that are NaN, infinite or above 2**60, `UpdateError`
+    for negative scales, a code of −128 and padding bits that are not 0.
+    """
+    row = find_values(name)
+    sections = payload_sections(name, survivors)
+    if not row.blocks:
+        step = GROUP * row.bits // 8
+        for at in range(0, payload.size, step):
+            piece = payload[at : at + step].copy()
+            values = row.decode_group(piece, _NOTHING, _NOTHING, 0, None)
+            check_magnitude(values, at * 8 // row.bits)
+        return
+    numbers = payload[sections.codes :].copy().view("<f4")
+    scales = numbers[: sections.scales // 4]
+    # A code stands for at most 1024 (rotated) or 127 (i8) scales.
+    check_magnitude(scales * np.float32(BLOCK), 0, what="scale")
+    check_magnitude(numbers[scales.size :], survivors - sections.rest // 4)
+    if np.signbit(scales).any():
+        raise UpdateError(
+            f"scale number {int(np.argmax(np.signbit(scales)))} is negative; scales are >= 0",
+            reason="malformed",
+        )
+    codes = payload[: sections.codes]
+    if name == "i8" and sections.codes and int(codes.view(np.int8).min()) == -128:
+        raise UpdateError("i8 code -128; codes run from -127 to 127", reason="malformed")
+    used = (survivors - sections.rest // 4) * row.bits % 8
+    if used and int(codes[-1]) >> used:
+        raise UpdateError("padding bits of the last code byte are not 0", reason="malformed")
+
+
+def check_magnitude(values: FloatVector, first: int, what: str = "survivor") -> None:
+    """Raise `NonFiniteError` unless all values are finite and at most 2**60 in magnitude."""
+    if not values.size:
+        return
+    # NaN fails every comparison, so it is caught too.
+    if values.max() <= MAX_MAGNITUDE and values.min() >= -MAX_MAGNITUDE:
+        return
+    good = np.abs(values) <= MAX_MAGNITUDE
+    at = int(np.argmin(good))
+    raise NonFiniteError(
+        f"{what} number {first + at} is {values[at]:g}; only finite values of magnitude <= 2**60 "
+        "are allowed: check the training step (learning rate, overflow)"
+    )

@@ -124,8 +124,7 @@ class Layout:
             array = np.asarray(arrays[entry.name])
             if array.shape != entry.shape:
                 raise LayoutError(
-                    f"tensor {entry.name!r} has shape {array.shape}; "
-                    f"the layout has {entry.shape}"
+                    f"tensor {entry.name!r} has shape {array.shape}; the layout has {entry.shape}"
                 )
             if array.dtype.kind != "f":
                 raise LayoutError(

@@ -25,12 +25,9 @@ SMALLEST = 32
 _TAIL_BLOCKS = (512, 256, 128, 64, 32)
 
 # Row b holds the IEEE sign bits that the eight bits of byte b stand for.
-_SIGN_BITS = (
-    np.unpackbits(np.arange(256, dtype=np.uint8)[:, None], axis=1, bitorder="little").astype(
-        np.uint32
-    )
-    << np.uint32(31)
-)
+_SIGN_BITS = np.unpackbits(
+    np.arange(256, dtype=np.uint8)[:, None], axis=1, bitorder="little"
+).astype(np.uint32) << np.uint32(31)
 
 
 def cut_blocks(count: int) -> Iterator[tuple[int, int, int]]:

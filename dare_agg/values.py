@@ -361,9 +361,7 @@ def encode_values(
         raise ConfigError(f"{at} values came, {survivors} survivors were announced")
 
 
-def decode_values(
-    name: str, payload: Bytes, survivors: int, key: bytes, group: int
-) -> FloatVector:
+def decode_values(name: str, payload: Bytes, survivors: int, key: bytes, group: int) -> FloatVector:
     """Return group number ``group`` (of `GROUP` survivors) of a checked payload."""
     row = find_values(name)
     sections = payload_sections(name, survivors)

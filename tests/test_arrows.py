@@ -9,8 +9,20 @@ import pytest
 
 ROOT = Path(__file__).resolve().parent.parent
 ROOMS = ("dare_agg", "server", "client", "simulations")
-HEAVY = {"torch", "transformers", "peft", "ray", "matplotlib", "jinja2", "datasets",
-         "flwr_datasets", "pandas", "tensorboard", "prometheus_client", "grpc"}
+HEAVY = {
+    "torch",
+    "transformers",
+    "peft",
+    "ray",
+    "matplotlib",
+    "jinja2",
+    "datasets",
+    "flwr_datasets",
+    "pandas",
+    "tensorboard",
+    "prometheus_client",
+    "grpc",
+}
 
 
 def imports(path: Path, *, module_level_only: bool = False) -> set[str]:
@@ -93,8 +105,7 @@ def test_the_core_imports_nothing_heavy_at_module_level() -> None:
     bad = {
         str(path.relative_to(ROOT)): sorted(tops(imports(path, module_level_only=True)) & HEAVY)
         for path in files("dare_agg")
-        if flower not in path.parents
-        and tops(imports(path, module_level_only=True)) & HEAVY
+        if flower not in path.parents and tops(imports(path, module_level_only=True)) & HEAVY
     }
     assert not bad
 
@@ -120,7 +131,10 @@ def cpu_seconds(*command: str) -> float:
     runs = [
         subprocess.run(
             [sys.executable, "-c", script, *command],
-            check=True, capture_output=True, text=True, cwd=ROOT,
+            check=True,
+            capture_output=True,
+            text=True,
+            cwd=ROOT,
         ).stdout
         for _ in range(3)
     ]

@@ -55,11 +55,7 @@ def test_unflatten_restores_dtypes() -> None:
 @given(st.integers(0, 7), st.integers(0, 7))
 def test_pieces_cover_a_range_once(start: int, stop: int) -> None:
     layout = layout_of_arrays(ARRAYS, exclude=["head"])
-    seen = [
-        entry.offset + i
-        for entry, lo, hi in layout.pieces(start, stop)
-        for i in range(lo, hi)
-    ]
+    seen = [entry.offset + i for entry, lo, hi in layout.pieces(start, stop) for i in range(lo, hi)]
     assert seen == list(range(start, stop))
 
 
@@ -68,7 +64,10 @@ def test_fingerprint_is_the_documented_hash() -> None:
     vector = np.array([1.0, -2.0], np.float32)
     expected = hashlib.sha256(
         b"dare-agg parameters 1\0"
-        + struct.pack("<I", 1) + b"w" + struct.pack("<I", 1) + struct.pack("<Q", 2)
+        + struct.pack("<I", 1)
+        + b"w"
+        + struct.pack("<I", 1)
+        + struct.pack("<Q", 2)
         + struct.pack("<2f", 1.0, -2.0)
     ).hexdigest()
     assert fingerprint(layout, vector) == expected

@@ -1,0 +1,369 @@
+"""Updates: what a client sends. Header and quantised survivors, no index bytes.
+
+`dare_agg/UPDATE_FORMAT.md` is the normative text. Two forms share one body: inside a round
+the receiver knows the `UpdateSpec` from the round plan, and the header of 120 bytes only
+proves that the sender meant the same; as a file (`*.dare`) an envelope describes it.
+
+The decoder never trusts: every size follows from the spec and is compared before anything
+is allocated.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import struct
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from typing import Protocol
+
+import numpy as np
+from numpy.typing import NDArray
+
+from dare_agg.errors import ConfigError, UpdateError
+from dare_agg.layout import FloatVector
+from dare_agg.mask import MASK_KINDS, DropRate, Mask
+from dare_agg.rotation import GROUP
+from dare_agg.values import (
+    check_payload,
+    decode_values,
+    encode_values,
+    find_values,
+    payload_bytes,
+)
+
+CODEC_VERSION = 1
+MAGIC = b"DARE"
+HEADER = struct.Struct("<4sHBBB3xIIIQQQ8s8s8s32s16s")
+HEADER_BYTES = HEADER.size
+CHECKSUM_BYTES = 16
+_CHECKSUM_AT = HEADER_BYTES - CHECKSUM_BYTES
+MAX_CONTEXT_BYTES = 32
+_FLAG_RESCALE = 1
+
+# Every way an update or a reply can be refused; `UpdateError.reason` is one of these.
+REASONS: dict[str, str] = {
+    "truncated": "shorter than its header or its plan says",
+    "trailing": "longer than its plan says",
+    "malformed": "not an update, or a field out of bounds",
+    "checksum": "damaged on the way",
+    "version": "another codec version",
+    "package": "another copy of the library",
+    "base": "made from another base",
+    "layout": "other names or shapes",
+    "shape": "another number of parameters or survivors",
+    "mask": "another mask key, rank, kind or drop rate",
+    "values": "another value format",
+    "context": "another run, round or client",
+    "non-finite": "a NaN, an infinity or a magnitude above 2**60",
+    "plan": "the round plan cannot be read",
+    "weight": "an absurd weight",
+    "duplicate": "a second, different reply",
+    "unknown-node": "a node that was not asked",
+    "signature": "the signature does not fit",
+    "late": "after the round closed",
+}
+
+
+class DeltaSource(Protocol):
+    """Anything that yields a delta tile by tile."""
+
+    @property
+    def size(self) -> int: ...
+
+    def read(self, lo: int, hi: int, out: FloatVector) -> None:
+        """Overwrite ``out`` (hi − lo elements) with ``delta[lo:hi]``."""
+
+
+@dataclass(frozen=True)
+class UpdateSpec:
+    """All that sender and receiver of an update agree on beforehand.
+
+    ``base`` and ``layout`` are hex fingerprints; ``context`` binds the update to a run, a
+    round and a client (at most 32 bytes). ``rescale`` tells the receiver to multiply the
+    survivors by 1/(1−p); without it they are added as they are (DropOnly, error feedback).
+    """
+
+    size: int
+    drop_rate: DropRate
+    mask: str
+    mask_key: bytes
+    values_key: bytes
+    rank: int
+    values: str
+    base: str
+    layout: str
+    rescale: bool = True
+    context: bytes = b""
+
+    def __post_init__(self) -> None:
+        find_values(self.values)
+        for name in ("base", "layout"):
+            text = getattr(self, name)
+            try:
+                good = len(bytes.fromhex(text)) == 32
+            except (ValueError, TypeError):
+                good = False
+            if not good:
+                raise ConfigError(f"{name} fingerprint {text!r:.80} is not 64 hex digits")
+        if len(self.context) > MAX_CONTEXT_BYTES:
+            raise ConfigError(
+                f"context of {len(self.context)} bytes; at most {MAX_CONTEXT_BYTES} are allowed"
+            )
+        for name in ("mask_key", "values_key"):
+            if len(getattr(self, name)) != 16:
+                raise ConfigError(f"{name} has {len(getattr(self, name))} bytes; 16 are needed")
+
+    def draw_mask(self) -> Mask:
+        """Return the mask of this update."""
+        return Mask(self.mask, self.size, self.drop_rate, self.mask_key, self.rank)
+
+    def mask_digest(self) -> bytes:
+        """8 bytes that stand for mask kind, key, rank and values key in the header."""
+        text = struct.pack("<BI", MASK_KINDS.index(self.mask), self.rank)
+        return hashlib.sha256(
+            b"dare-agg mask 1\0" + text + self.mask_key + self.values_key
+        ).digest()[:8]
+
+
+@dataclass(frozen=True)
+class Update:
+    """A checked update; a `DeltaSource` of its (rescaled) sparse delta."""
+
+    spec: UpdateSpec
+    mask: Mask
+    payload: NDArray[np.uint8] = field(repr=False)
+    nbytes: int
+    survivors: int
+    _decoded: dict[int, FloatVector] = field(
+        default_factory=dict, init=False, repr=False, compare=False, hash=False
+    )
+
+    @property
+    def size(self) -> int:
+        return self.spec.size
+
+    def values(self, first: int, last: int) -> FloatVector:
+        """Return the decoded, unscaled survivors number ``first`` to ``last``."""
+        parts = []
+        while first < last:
+            group = first // GROUP
+            decoded = self._group(group)
+            stop = min(last, (group + 1) * GROUP)
+            parts.append(decoded[first - group * GROUP : stop - group * GROUP])
+            first = stop
+        if not parts:
+            return np.empty(0, np.float32)
+        return parts[0] if len(parts) == 1 else np.concatenate(parts)
+
+    def _group(self, group: int) -> FloatVector:
+        decoded = self._decoded.get(group)
+        if decoded is None:
+            decoded = decode_values(
+                self.spec.values, self.payload, self.survivors, self.spec.values_key, group
+            )
+            # One group is enough for sequential reads; more would not be bounded.
+            self._decoded.clear()
+            self._decoded[group] = decoded
+        return decoded
+
+    def sparse(self, lo: int, hi: int) -> Iterator[tuple[NDArray[np.int64], FloatVector]]:
+        """Yield ``(positions, rescaled values)`` of the survivors in ``[lo, hi)``, in order."""
+        first, last = self.mask.ordinal(lo), self.mask.ordinal(hi)
+        for positions, scale in self.mask.blocks(first, last):
+            values = self.values(first, first + positions.size)
+            yield positions, values * scale if self.spec.rescale else values
+            first += positions.size
+
+    def read(self, lo: int, hi: int, out: FloatVector) -> None:
+        """Overwrite ``out`` with the delta's elements ``lo`` to ``hi``."""
+        out[:] = 0
+        for positions, values in self.sparse(lo, hi):
+            out[positions - lo] = values
+
+    def add(self, lo: int, hi: int, out: FloatVector, weight: float = 1.0) -> None:
+        """Add ``weight`` times the delta's elements ``lo`` to ``hi`` to ``out``."""
+        factor = np.float32(weight)
+        for positions, values in self.sparse(lo, hi):
+            # Positions are unique, so plain indexing adds each once.
+            out[positions - lo] += values * factor
+
+    def present(self, lo: int, hi: int) -> NDArray[np.bool_]:
+        """Which elements ``lo`` to ``hi`` survived."""
+        kept = np.zeros(hi - lo, np.bool_)
+        kept[self.mask.indices(lo, hi) - lo] = True
+        return kept
+
+
+def encode_update(
+    spec: UpdateSpec, delta: FloatVector | tuple[FloatVector, FloatVector] | DeltaSource
+) -> bytes:
+    """Encode a delta, or a pair (base, tuned), as the update that ``spec`` describes.
+
+    Reads the survivors only; extra memory does not grow with the model. Raises
+    `NonFiniteError` for a survivor that is no number, `ConfigError` for another size.
+    """
+    mask = spec.draw_mask()
+    survivors = mask.survivors
+    buffer = bytearray(HEADER_BYTES + payload_bytes(spec.values, survivors))
+    groups = _regrouped(_survivors(spec, mask, delta))
+    encode_values(
+        spec.values, groups, survivors, spec.values_key, memoryview(buffer)[HEADER_BYTES:]
+    )
+    buffer[:HEADER_BYTES] = _header(spec, survivors, len(buffer) - HEADER_BYTES)
+    buffer[_CHECKSUM_AT : _CHECKSUM_AT + CHECKSUM_BYTES] = _checksum(buffer)
+    return bytes(buffer)
+
+
+def _header(spec: UpdateSpec, survivors: int, payload: int) -> bytes:
+    return HEADER.pack(
+        MAGIC,
+        CODEC_VERSION,
+        MASK_KINDS.index(spec.mask),
+        find_values(spec.values).code,
+        _FLAG_RESCALE if spec.rescale else 0,
+        spec.rank,
+        spec.drop_rate.numerator,
+        spec.drop_rate.denominator,
+        spec.size,
+        survivors,
+        payload,
+        bytes.fromhex(spec.base)[:8],
+        bytes.fromhex(spec.layout)[:8],
+        spec.mask_digest(),
+        spec.context.ljust(MAX_CONTEXT_BYTES, b"\0"),
+        bytes(CHECKSUM_BYTES),
+    )
+
+
+def _checksum(blob: bytes | bytearray | memoryview) -> bytes:
+    """First 16 bytes of SHA-256 over the update with its checksum field left out."""
+    view = memoryview(blob)
+    digest = hashlib.sha256(view[:_CHECKSUM_AT])
+    digest.update(view[_CHECKSUM_AT + CHECKSUM_BYTES :])
+    return digest.digest()[:CHECKSUM_BYTES]
+
+
+def _survivors(
+    spec: UpdateSpec,
+    mask: Mask,
+    delta: FloatVector | tuple[FloatVector, FloatVector] | DeltaSource,
+) -> Iterator[FloatVector]:
+    """Yield the survivors' values in the order of their positions."""
+    vectors = delta if isinstance(delta, tuple) else (delta,)
+    for vector in vectors:
+        size = vector.size
+        if size != spec.size:
+            raise ConfigError(f"delta of {size} elements; the update needs {spec.size}")
+    if isinstance(delta, tuple):
+        base, tuned = delta
+        for positions, _ in mask.blocks():
+            piece = tuned.take(positions)
+            piece -= base.take(positions)
+            yield piece
+    elif isinstance(delta, np.ndarray):
+        for positions, _ in mask.blocks():
+            yield delta.take(positions)
+    else:
+        tile = np.empty(1 << 18, np.float32)
+        for lo in range(0, spec.size, tile.size):
+            hi = min(spec.size, lo + tile.size)
+            delta.read(lo, hi, tile[: hi - lo])
+            positions = mask.indices(lo, hi)
+            positions -= lo
+            yield tile.take(positions)
+
+
+def _regrouped(pieces: Iterator[FloatVector]) -> Iterator[FloatVector]:
+    """Join pieces of any length into groups of exactly `GROUP`; the last may be shorter.
+
+    A group is valid until the next one is asked for.
+    """
+    group = np.empty(GROUP, np.float32)
+    filled = 0
+    for piece in pieces:
+        while piece.size:
+            take = min(piece.size, GROUP - filled)
+            group[filled : filled + take] = piece[:take]
+            filled += take
+            piece = piece[take:]
+            if filled == GROUP:
+                yield group
+                filled = 0
+    if filled:
+        yield group[:filled]
+
+
+def decode_update(blob: bytes | memoryview, spec: UpdateSpec) -> Update:
+    """Check an update against what the receiver expects and return it.
+
+    Raises `UpdateError` with a reason of `REASONS`. Nothing is allocated beyond the blob
+    before its length is found right.
+    """
+    view = memoryview(blob)
+    survivors = spec.draw_mask().survivors
+    expected = HEADER_BYTES + payload_bytes(spec.values, survivors)
+    if view.nbytes < HEADER_BYTES:
+        raise UpdateError(
+            f"update of {view.nbytes} bytes; the header alone has {HEADER_BYTES}: send it again",
+            reason="truncated",
+        )
+    fields = HEADER.unpack(view[:HEADER_BYTES])
+    magic, version, kind, code, flags, rank, num, den, size, count, payload = fields[:11]
+    base, layout, mask_digest, context, checksum = fields[11:]
+    if magic != MAGIC:
+        raise UpdateError(f"update begins with {magic!r}, not {MAGIC!r}", reason="malformed")
+    if version != CODEC_VERSION:
+        raise UpdateError(
+            f"update of codec version {version}; this is {CODEC_VERSION}: install the same dare-agg",
+            reason="version",
+        )
+    wanted = _header(spec, survivors, expected - HEADER_BYTES)
+    known = HEADER.unpack(wanted)
+    if view[:HEADER_BYTES].tobytes()[:_CHECKSUM_AT] != wanted[:_CHECKSUM_AT]:
+        _refuse_header(spec, fields, known)
+    if view.nbytes != expected:
+        raise UpdateError(
+            f"update of {view.nbytes} bytes; its plan says {expected}: send it again",
+            reason="truncated" if view.nbytes < expected else "trailing",
+        )
+    if checksum != _checksum(view):
+        raise UpdateError("the checksum does not fit the bytes: send it again", reason="checksum")
+    payload_view = np.frombuffer(view, np.uint8, offset=HEADER_BYTES)
+    check_payload(spec.values, payload_view, survivors)
+    return Update(spec, spec.draw_mask(), payload_view, view.nbytes, survivors)
+
+
+def _refuse_header(spec: UpdateSpec, fields: tuple, known: tuple) -> None:
+    """Say which header field differs from the expected one, worst first."""
+    names = (
+        "magic", "version", "mask", "values", "flags", "rank", "stride", "stride-of",
+        "parameters", "survivors", "payload", "base", "layout", "mask-digest", "context",
+    )  # fmt: skip
+    reasons = {
+        "base": "base",
+        "layout": "layout",
+        "parameters": "shape",
+        "values": "values",
+        "mask": "mask",
+        "rank": "mask",
+        "stride": "mask",
+        "stride-of": "mask",
+        "mask-digest": "mask",
+        "survivors": "shape",
+        "context": "context",
+        "flags": "malformed",
+        "payload": "shape",
+    }
+    theirs, ours = dict(zip(names, fields, strict=False)), dict(zip(names, known, strict=False))
+    for name, reason in reasons.items():
+        if theirs[name] != ours[name]:
+            raise UpdateError(
+                f"update has {name} {_shown(theirs[name])}, its plan says {_shown(ours[name])}; "
+                "send the update made for this plan",
+                reason=reason,
+            )
+    raise UpdateError("reserved header bytes are not 0", reason="malformed")
+
+
+def _shown(value: object) -> str:
+    return value.hex()[:16] if isinstance(value, bytes) else str(value)

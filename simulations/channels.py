@@ -1,0 +1,252 @@
+"""What travels between clients and server: one channel a method, all with the same five calls.
+
+A channel holds the global model. `begin` hands it to the clients (and counts the bytes down),
+`send` takes one client's trained state (and counts the bytes up), `finish` merges.
+
+- `DareChannel`: the product's own round (`dare_agg.rounds`), with any downlink.
+- `VectorChannel`: dense FedAvg, and the compressors of `simulations.baselines`.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any, Protocol
+
+import numpy as np
+from numpy.typing import NDArray
+
+from dare_agg.errors import ConfigError
+from dare_agg.layout import FloatVector, fingerprint, layout_of
+
+HEAD = r"(^|\.)(head|classifier)\."
+State = Mapping[str, NDArray[Any]]
+
+
+@dataclass(frozen=True)
+class Traffic:
+    """Bytes of one message or one round: the delta group's and the small dense head's."""
+
+    delta: int
+    dense: int
+
+
+class Channel(Protocol):
+    """What a federated run needs of a method."""
+
+    size: int
+    head_size: int
+
+    def begin(self, number: int, clients: Sequence[int]) -> Traffic: ...
+    def state(self) -> State: ...
+    def send(self, client: int, tuned: State, weight: float) -> Traffic: ...
+    def finish(self) -> None: ...
+    def fingerprint(self) -> str: ...
+    def measurements(self) -> dict[str, Any]: ...
+
+
+def make_channel(settings: Mapping[str, Any], state: State, seed: int, clients: int) -> Channel:
+    """Make the channel of a cell's ``method``."""
+    if settings["method"] == "dare":
+        return DareChannel(settings, state, seed, clients)
+    return VectorChannel(settings, state, seed)
+
+
+class VectorChannel:
+    """Flat vectors, a compressor for the encoder, the head dense in float32, weighted mean."""
+
+    def __init__(self, settings: Mapping[str, Any], state: State, seed: int) -> None:
+        from simulations.baselines import make_compressor
+
+        is_head = re.compile(HEAD).search
+        self._body = layout_of({n: a.shape for n, a in state.items() if not is_head(n)})
+        self._head = layout_of({n: a.shape for n, a in state.items() if is_head(n)})
+        self._names = tuple(state)
+        self.size, self.head_size = self._body.size, self._head.size
+        self._body_vector = self._body.flatten(state)
+        self._head_vector = self._head.flatten(state)
+        method = settings["method"]
+        self._compressor = (
+            None
+            if method in ("fedavg", "head-only")
+            else make_compressor(method, self.size, seed, settings)
+        )
+        self._number = 0
+
+    def begin(self, number: int, clients: Sequence[int]) -> Traffic:
+        self._number = number
+        self._sum = np.zeros(self.size, np.float32)
+        self._head_sum = np.zeros(self.head_size, np.float32)
+        self._weight = 0.0
+        down = 4 * self.size
+        if self._compressor is not None and self._compressor.down_bytes is not None:
+            down = self._compressor.down_bytes
+        return Traffic(down * len(clients), 4 * self.head_size * len(clients))
+
+    def state(self) -> State:
+        named = dict(self._body.unflatten(self._body_vector))
+        named.update(self._head.unflatten(self._head_vector))
+        return {name: named[name] for name in self._names}
+
+    def send(self, client: int, tuned: State, weight: float) -> Traffic:
+        delta = self._body.flatten(tuned)
+        delta -= self._body_vector
+        nbytes = 4 * self.size
+        if self._compressor is not None:
+            delta, nbytes = self._compressor.send(client, self._number, delta)
+        delta *= np.float32(weight)
+        self._sum += delta
+        self._head_sum += np.float32(weight) * (self._head.flatten(tuned) - self._head_vector)
+        self._weight += weight
+        return Traffic(nbytes, 4 * self.head_size)
+
+    def finish(self) -> None:
+        share = np.float32(1 / self._weight)
+        step = self._sum * share
+        if self._compressor is not None:
+            step = self._compressor.merge(step)
+        self._body_vector += step
+        self._head_vector += self._head_sum * share
+
+    def fingerprint(self) -> str:
+        layout = self._body if self.size else self._head
+        return fingerprint(layout, self._body_vector if self.size else self._head_vector)
+
+    def measurements(self) -> dict[str, Any]:
+        return {}
+
+
+class DareChannel:
+    """The product's round: plans, encoded updates, checked replies, merge, server step."""
+
+    def __init__(
+        self, settings: Mapping[str, Any], state: State, seed: int, clients: int
+    ) -> None:
+        from dare_agg.derive import seed_secret
+        from dare_agg.groups import global_model
+        from dare_agg.rounds import FederatedSettings
+        from dare_agg.server_step import StepState, server_step
+
+        self._settings = FederatedSettings(
+            method=settings["merge"],
+            scaling=settings["scaling"],
+            drop_rate=str(settings["drop_rate"]),
+            values=settings["values"],
+            mask=settings["mask"],
+            dense=(HEAD,),
+            dense_values=settings["dense_values"],
+            weighting=settings["weighting"],
+            step=server_step(settings["server_step"], **settings["server_step_numbers"]),
+            options=settings["merge_options"],
+            shared_mask=settings["masks"] == "shared",
+            rescale=not settings["feedback"],
+        )
+        self._independent = settings["masks"] == "independent"
+        self._secret = seed_secret(seed)
+        self._downlink = make_downlink(settings, self._settings)
+        self._model = self._downlink.start(global_model(state, dense=(HEAD,)))
+        self._step_state = StepState()
+        self.size = self._model.delta.size
+        self.head_size = self._model.dense.size
+        self._have = [self._model.ref.version] * clients
+        self._fed = settings["feedback"]
+        self._residual: dict[int, FloatVector] = {}
+        self._measured: list[dict[str, Any]] = []
+        self._first = True
+
+    def begin(self, number: int, clients: Sequence[int]) -> Traffic:
+        from dataclasses import replace
+
+        from dare_agg.derive import derive_key
+        from dare_agg.plan import make_plans
+
+        plans = make_plans(
+            derive_key(self._secret, "round", number),
+            number,
+            [None] * len(clients),
+            self._settings.plan_settings(),
+            self._model.ref,
+        )
+        if self._independent:
+            plans = [
+                replace(p, rank=0, mask_key=derive_key(self._secret, "own", number, p.client))
+                for p in plans
+            ]
+        self._plans = dict(zip(clients, plans, strict=True))
+        self._accepted: list[Any] = []
+        down = head = 0
+        for client in clients:
+            sent = self._downlink.broadcast(self._model, self._have[client])
+            if sent.full:
+                down += 4 * self.size
+                head += 4 * self.head_size
+            else:
+                dense = sum(len(v) for k, v in sent.payloads.items() if "dense" in k)
+                down += sum(len(v) for v in sent.payloads.values()) - dense
+                head += dense
+            self._have[client] = self._model.ref.version
+        self._arrays = self._model.arrays()
+        return Traffic(down, head)
+
+    def state(self) -> State:
+        return self._model.arrays()
+
+    def send(self, client: int, tuned: State, weight: float) -> Traffic:
+        from dare_agg.rounds import Rejection, check_reply, make_client_update
+
+        plan = self._plans[client]
+        if self._fed:
+            tuned = self._with_residual(client, tuned)
+        sent = make_client_update(plan, self._arrays, tuned)
+        reply = check_reply(plan, sent.blob, sent.dense_blob, weight)
+        if isinstance(reply, Rejection):
+            raise ConfigError(f"client {client} rejected: {reply.reason}: {reply.detail}")
+        if self._fed:
+            self._keep_residual(client, tuned, reply.update)
+        self._accepted.append(reply)
+        return Traffic(len(sent.blob), len(sent.dense_blob or b""))
+
+    def _with_residual(self, client: int, tuned: State) -> State:
+        if client not in self._residual:
+            return tuned
+        layout = self._model.groups.layout
+        vector = layout.flatten(tuned)
+        vector += self._residual[client]
+        return {**tuned, **layout.unflatten(vector)}
+
+    def _keep_residual(self, client: int, tuned: State, update: Any) -> None:
+        rest = self._model.groups.layout.flatten(tuned)
+        rest -= self._model.delta
+        update.add(0, rest.size, rest, -1.0)
+        self._residual[client] = rest
+
+    def finish(self) -> None:
+        from dare_agg.rounds import advance, merge_round
+
+        merged = merge_round(self._model, self._accepted, self._settings)
+        plans = [reply.plan for reply in self._accepted]
+        self._model, self._step_state = advance(
+            self._model, self._step_state, merged, self._settings, self._downlink, plans
+        )
+        kept = ("survivors_per_element", "merged_norm")
+        self._measured.append({k: round(merged.measurements[k], 6) for k in kept})
+        self._accepted = []
+
+    def fingerprint(self) -> str:
+        return self._model.ref.version
+
+    def measurements(self) -> dict[str, Any]:
+        return {"rounds": self._measured}
+
+
+def make_downlink(settings: Mapping[str, Any], federated: Any) -> Any:
+    """Return the downlink by name: "full", or a form of `dare_agg.versions`."""
+    from dare_agg.downlink import FullDownlink
+
+    name = settings["downlink"]
+    if name == "full":
+        return FullDownlink()
+    from dare_agg.versions import make_version_downlink
+
+    return make_version_downlink(name, **settings["downlink_options"])

@@ -1,0 +1,172 @@
+"""The runner: ``python -m simulations.run SCENARIO.toml``.
+
+Writes one JSON line a (cell, seed) to ``simulations/results/<scenario>.jsonl``; a run that
+was cut off goes on where it stopped, since rows that are there already are skipped.
+"""
+
+from __future__ import annotations
+
+import argparse
+import importlib
+import json
+import multiprocessing
+import os
+import platform
+import sys
+import time
+from concurrent.futures import FIRST_COMPLETED, Future, ProcessPoolExecutor, wait
+from pathlib import Path
+from typing import Any
+
+RESULTS = Path(__file__).parent / "results"
+THREAD_VARIABLES = ("OMP_NUM_THREADS", "MKL_NUM_THREADS", "OPENBLAS_NUM_THREADS")
+
+
+def versions() -> dict[str, str]:
+    """Versions of what decides the figures."""
+    from importlib.metadata import version
+
+    found = {"python": platform.python_version(), "machine": platform.machine()}
+    for name in ("dare-agg", "numpy", "torch", "transformers"):
+        found[name] = version(name)
+    return found
+
+
+def run_row(row: Any) -> dict[str, Any]:
+    """Run one row in this process; measures its CPU seconds and stamps versions."""
+    from simulations.scenario import KINDS
+
+    module = importlib.import_module(KINDS[row.kind][0])
+    cpu, wall = time.process_time(), time.monotonic()
+    result = module.run_row(row)
+    return {
+        "scenario": row.scenario,
+        "cell": row.cell,
+        "seed": row.seed,
+        "key": row.key,
+        **result,
+        "cpu_seconds": round(time.process_time() - cpu, 1),
+        "wall_seconds": round(time.monotonic() - wall, 1),
+        "settings": dict(row.settings),
+        "versions": versions(),
+    }
+
+
+def read_rows(path: Path) -> list[dict[str, Any]]:
+    """Read a results file; a last line cut off by a crash is left out."""
+    if not path.is_file():
+        return []
+    rows = []
+    for line in path.read_text(encoding="utf-8").splitlines():
+        try:
+            rows.append(json.loads(line))
+        except json.JSONDecodeError:
+            continue
+    return rows
+
+
+def append_row(path: Path, row: dict[str, Any]) -> None:
+    """Append one line and flush it to disk, on a line of its own."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with path.open("a+b") as file:
+        if file.tell() > 0:
+            file.seek(-1, os.SEEK_END)
+            if file.read(1) != b"\n":
+                file.write(b"\n")
+        file.write(json.dumps(row, allow_nan=False).encode() + b"\n")
+        file.flush()
+        os.fsync(file.fileno())
+
+
+def run_scenario(path: Path, out: Path | None, workers: int, limit: int, only: str) -> int:
+    """Run what is missing of a scenario; returns the number of rows that failed."""
+    from rich.console import Console
+    from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn
+    from rich.progress import TimeElapsedColumn, TimeRemainingColumn
+
+    from simulations.scenario import read_scenario
+
+    scenario = read_scenario(path)
+    target = out or RESULTS / f"{scenario.name}.jsonl"
+    done = {row["key"] for row in read_rows(target)}
+    rows = list(scenario.rows())
+    missing = [row for row in rows if row.key not in done and (not only or only in row.cell)]
+    missing = missing[:limit] if limit else missing
+    console = Console(stderr=True)
+    console.print(f"{scenario.name}: {len(rows)} rows, {len(missing)} to run → {target}")
+    failed = 0
+    columns = (
+        TextColumn("{task.description}"),
+        BarColumn(),
+        MofNCompleteColumn(),
+        TimeElapsedColumn(),
+        TimeRemainingColumn(),
+    )
+    with Progress(*columns, console=console) as progress:
+        bar = progress.add_task(scenario.name, total=len(missing))
+
+        def finish(row: Any, outcome: dict[str, Any] | Exception) -> int:
+            progress.advance(bar)
+            if isinstance(outcome, Exception):
+                console.print(f"[red]{row.cell} seed {row.seed}: {outcome!r}[/red]")
+                return 1
+            append_row(target, outcome)
+            shown = {k: outcome[k] for k in ("accuracy", "cpu_seconds") if k in outcome}
+            console.print(f"{row.cell} seed {row.seed}: {shown}")
+            return 0
+
+        if workers == 1:
+            for row in missing:
+                try:
+                    failed += finish(row, run_row(row))
+                except Exception as error:
+                    failed += finish(row, error)
+            return failed
+        context = multiprocessing.get_context("spawn")
+        with ProcessPoolExecutor(workers, context) as pool:
+            running: dict[Future, Any] = {}
+            waiting = list(reversed(missing))
+            while waiting or running:
+                while waiting and len(running) < workers:
+                    row = waiting.pop()
+                    running[pool.submit(run_row, row)] = row
+                ready, _ = wait(running, return_when=FIRST_COMPLETED)
+                for future in ready:
+                    row = running.pop(future)
+                    error = future.exception()
+                    if error is not None and not isinstance(error, Exception):
+                        raise error
+                    failed += finish(row, error or future.result())
+    return failed
+
+
+def main() -> int:
+    """Entry point; exit status 1 when a row failed."""
+    from dare_agg.errors import DareError
+
+    parser = argparse.ArgumentParser(prog="python -m simulations.run", description=__doc__)
+    parser.add_argument("scenario", type=Path, nargs="+", help="TOML file(s)")
+    parser.add_argument("--out", type=Path, default=None, help="results file (JSON lines)")
+    parser.add_argument("--workers", type=int, default=2, help="processes, one thread each")
+    parser.add_argument("--limit", type=int, default=0, help="run at most so many rows")
+    parser.add_argument("--only", default="", help="only cells whose name holds this text")
+    options = parser.parse_args()
+    for variable in THREAD_VARIABLES:
+        os.environ[variable] = "1"
+    os.environ.setdefault("HF_HUB_OFFLINE", "1")
+    os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+    if hasattr(os, "nice"):
+        os.nice(10)
+    try:
+        failed = sum(
+            run_scenario(path, options.out, options.workers, options.limit, options.only)
+            for path in options.scenario
+        )
+    except DareError as error:
+        sys.stderr.write(f"error: {error}\n")
+        return 1
+    return 1 if failed else 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

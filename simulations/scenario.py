@@ -1,0 +1,127 @@
+"""Scenario files: TOML, checked before anything runs, expanded into (cell, seed) rows."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import tomllib
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from dare_agg.errors import ConfigError, did_you_mean
+
+# The kinds of experiment: module of this package that has ``run_row(row) -> dict``, and the
+# settings a cell may carry with their defaults.
+KINDS: Mapping[str, tuple[str, Mapping[str, Any]]] = {
+    "federated": (
+        "simulations.federated",
+        {
+            "method": "fedavg",
+            "drop_rate": "0.9",
+            "values": "b1",
+            "mask": "stratified",
+            "masks": "rotated",
+            "merge": "task-arithmetic",
+            "merge_options": {},
+            "scaling": 1.0,
+            "weighting": "examples",
+            "server_step": "plain",
+            "server_step_numbers": {},
+            "dense_values": "f32",
+            "feedback": False,
+            "downlink": "full",
+            "downlink_options": {},
+            "rounds": 12,
+            "clients": 10,
+            "sample": 0,
+            "partition": "dirichlet",
+            "alpha": 0.5,
+            "evaluate_every": 2,
+            "evaluate_rows": 600,
+            "task": {},
+        },
+    ),
+    "single": (
+        "simulations.single",
+        {"sweeps": [], "drop_rates": [], "task": {}, "masks": 1, "large_delta": 0.0},
+    ),
+    "merging": (
+        "simulations.merging",
+        {"tasks": [], "methods": [], "drop_rates": ["0", "0.9"], "scalings": [1.0], "masks": 1},
+    ),
+}
+TOP_LEVEL = ("name", "kind", "title", "seeds", "defaults", "cells")
+
+
+@dataclass(frozen=True)
+class Row:
+    """One run to be made: a cell of the scenario with a seed."""
+
+    scenario: str
+    kind: str
+    cell: str
+    seed: int
+    settings: Mapping[str, Any]
+
+    @property
+    def key(self) -> str:
+        """Names the run by everything that decides its result."""
+        text = json.dumps([self.kind, self.seed, dict(self.settings)], sort_keys=True)
+        return hashlib.sha256(text.encode()).hexdigest()[:16]
+
+
+@dataclass(frozen=True)
+class Scenario:
+    """A checked scenario. ``cells`` maps a cell's name to its full settings."""
+
+    name: str
+    kind: str
+    title: str
+    seeds: tuple[int, ...]
+    cells: Mapping[str, Mapping[str, Any]]
+
+    def rows(self) -> Iterator[Row]:
+        """Yield the runs, every cell of the first seed before the second seed."""
+        for seed in self.seeds:
+            for cell, settings in self.cells.items():
+                yield Row(self.name, self.kind, cell, seed, settings)
+
+
+def read_scenario(path: Path) -> Scenario:
+    """Read a scenario file; raises `ConfigError` naming the wrong key and the nearest right one."""
+    try:
+        with path.open("rb") as file:
+            raw = tomllib.load(file)
+    except FileNotFoundError as error:
+        raise ConfigError(f"scenario {str(path)!r} does not exist; check the path") from error
+    except tomllib.TOMLDecodeError as error:
+        raise ConfigError(f"scenario {str(path)!r} is not TOML: {error}") from error
+    _check_keys(raw, TOP_LEVEL, f"scenario {path.name}")
+    kind = raw.get("kind", "federated")
+    if kind not in KINDS:
+        raise ConfigError(f"kind {kind!r} is unknown{did_you_mean(str(kind), KINDS)}")
+    known = KINDS[kind][1]
+    defaults = raw.get("defaults", {})
+    _check_keys(defaults, known, f"[defaults] of {path.name}")
+    cells: dict[str, dict[str, Any]] = {}
+    for cell in raw.get("cells", []):
+        own = {key: value for key, value in cell.items() if key != "name"}
+        if "name" not in cell or cell["name"] in cells:
+            raise ConfigError(f"{path.name}: every [[cells]] needs a name of its own")
+        _check_keys(own, known, f"cell {cell['name']!r}")
+        settings = {**known, **defaults, **own}
+        if isinstance(known.get("task"), dict):
+            settings["task"] = {**defaults.get("task", {}), **own.get("task", {})}
+        cells[cell["name"]] = settings
+    seeds = tuple(raw.get("seeds", (0,)))
+    if not cells or not all(isinstance(s, int) and s >= 0 for s in seeds):
+        raise ConfigError(f"{path.name} needs at least one cell and seeds that are whole numbers")
+    return Scenario(raw.get("name", path.stem), kind, raw.get("title", ""), seeds, cells)
+
+
+def _check_keys(found: Mapping[str, Any], known: Any, where: str) -> None:
+    for key in found:
+        if key not in known:
+            raise ConfigError(f"{where}: key {key!r} is unknown{did_you_mean(key, known)}")

@@ -1,0 +1,372 @@
+"""Checkpoints: safetensors files and Hugging Face folders, read mapped and written atomically.
+
+Tensors are never loaded whole: a reader converts the tile it is asked for from the mapped
+file (bfloat16, float16 and float32, without any dtype package), and the writer rounds and
+writes tile by tile into a temporary neighbour that is renamed when complete.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+import re
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, field
+from functools import cached_property
+from pathlib import Path
+
+import numpy as np
+from numpy.typing import NDArray
+
+from dare_agg.errors import CheckpointError, LayoutError, NonFiniteError
+from dare_agg.layout import FingerprintStream, FloatVector, Layout, layout_of
+
+WEIGHTS_NAME = "model.safetensors"
+INDEX_NAME = "model.safetensors.index.json"
+MAX_HEADER_BYTES = 100_000_000
+
+# safetensors dtype -> bytes an element.
+DTYPE_BYTES = {
+    "F64": 8, "I64": 8, "U64": 8, "F32": 4, "I32": 4, "U32": 4,
+    "F16": 2, "BF16": 2, "I16": 2, "U16": 2, "I8": 1, "U8": 1, "BOOL": 1,
+    "F8_E4M3": 1, "F8_E5M2": 1, "C64": 8,
+}  # fmt: skip
+FLOAT_DTYPES = {"F32": "<f4", "F16": "<f2", "BF16": "<u2", "F64": "<f8"}
+DTYPE_WORDS = {"float32": "F32", "float16": "F16", "bfloat16": "BF16"}
+# Bits of the exponent: all set means NaN or infinity.
+_EXPONENT = {"F32": 0x7F800000, "F16": 0x7C00, "BF16": 0x7F80}
+_SUFFIX = ".safetensors"
+
+
+@dataclass(frozen=True)
+class TensorInfo:
+    """Where a tensor lies: bytes ``start`` to ``stop`` of ``file``."""
+
+    name: str
+    dtype: str
+    shape: tuple[int, ...]
+    file: Path
+    start: int
+    stop: int
+
+    @property
+    def size(self) -> int:
+        return math.prod(self.shape)
+
+    @property
+    def is_float(self) -> bool:
+        return self.dtype in FLOAT_DTYPES
+
+
+@dataclass(frozen=True)
+class Checkpoint:
+    """A model on disk, its tensors mapped, not loaded. Make one with `open_checkpoint`."""
+
+    path: Path
+    tensors: Mapping[str, TensorInfo]
+    metadata: Mapping[str, str] = field(default_factory=dict)
+    _maps: dict[Path, NDArray[np.uint8]] = field(
+        default_factory=dict, init=False, repr=False, compare=False, hash=False
+    )
+
+    @property
+    def folder(self) -> Path | None:
+        """The Hugging Face folder, or None for a single file."""
+        return self.path if self.path.is_dir() else None
+
+    @property
+    def names(self) -> tuple[str, ...]:
+        return tuple(self.tensors)
+
+    @property
+    def shapes(self) -> dict[str, tuple[int, ...]]:
+        return {name: info.shape for name, info in self.tensors.items()}
+
+    @property
+    def dtypes(self) -> dict[str, str]:
+        return {name: info.dtype for name, info in self.tensors.items()}
+
+    @cached_property
+    def files(self) -> tuple[Path, ...]:
+        """The safetensors files, sorted."""
+        return tuple(sorted({info.file for info in self.tensors.values()}))
+
+    def layout(self, exclude: Iterable[str] = ()) -> Layout:
+        """Lay out the floating-point tensors; the others are buffers."""
+        return layout_of(
+            self.shapes,
+            exclude=exclude,
+            buffers=[name for name, info in self.tensors.items() if not info.is_float],
+        )
+
+    def raw(self, name: str) -> NDArray[np.generic]:
+        """Return a tensor's elements, flat, as stored (bfloat16 as uint16), mapped read-only."""
+        info = self.tensors[name]
+        if info.file not in self._maps:
+            self._maps[info.file] = np.memmap(info.file, np.uint8, "r")
+        data = self._maps[info.file][info.start : info.stop]
+        if not info.is_float:
+            return np.asarray(data)
+        dtype = np.dtype(FLOAT_DTYPES[info.dtype])
+        if data.ctypes.data % dtype.itemsize:
+            data = data.copy()
+        return np.asarray(data.view(dtype))
+
+    def array(self, name: str) -> NDArray[np.float32]:
+        """Return one tensor as float32, in its shape."""
+        info = self.tensors[name]
+        out = np.empty(info.size, np.float32)
+        widen(self.raw(name), info.dtype, out)
+        return out.reshape(info.shape)
+
+    def vector(self, layout: Layout) -> FloatVector:
+        """Return the whole model as one flat float32 vector (in memory)."""
+        out = np.empty(layout.size, np.float32)
+        self.reader(layout).read(0, layout.size, out)
+        return out
+
+    def reader(self, layout: Layout) -> CheckpointReader:
+        """Return the model over ``layout`` as a source of tiles.
+
+        Raises `LayoutError` naming the first tensor that is missing or has another shape.
+        """
+        self.check_layout(layout)
+        return CheckpointReader(self, layout)
+
+    def check_layout(self, layout: Layout) -> None:
+        for entry in layout.entries:
+            info = self.tensors.get(entry.name)
+            if info is None:
+                raise LayoutError(
+                    f"{self.path}: tensor {entry.name!r} is missing; exclude it by a pattern if "
+                    "it is no shared parameter"
+                )
+            if info.shape != entry.shape:
+                raise LayoutError(
+                    f"{self.path}: tensor {entry.name!r} has shape {info.shape}, the base has "
+                    f"{entry.shape}; merge models of one architecture and vocabulary"
+                )
+            if not info.is_float:
+                raise LayoutError(
+                    f"{self.path}: tensor {entry.name!r} has dtype {info.dtype}; "
+                    f"{', '.join(FLOAT_DTYPES)} can be merged: convert it first"
+                )
+
+    def fingerprint(self, layout: Layout | None = None) -> str:
+        """SHA-256 (hex) of the parameters, as `dare_agg.layout.fingerprint`."""
+        chosen = self.layout() if layout is None else layout
+        stream, reader = FingerprintStream(chosen), self.reader(chosen)
+        tile = np.empty(1 << 18, np.float32)
+        for lo in range(0, chosen.size, tile.size):
+            piece = tile[: min(chosen.size, lo + tile.size) - lo]
+            reader.read(lo, lo + piece.size, piece)
+            stream.update(piece)
+        return stream.hexdigest()
+
+    def check_finite(self, layout: Layout) -> None:
+        """Raise `NonFiniteError` naming the first tensor and index that is NaN or infinite."""
+        scratch = np.empty(1 << 16, np.uint64)
+        for entry in layout.entries:
+            info, stored = self.tensors[entry.name], self.raw(entry.name)
+            if info.dtype == "F64":
+                bad = ~np.isfinite(stored)
+                first = int(np.argmax(bad)) if bad.any() else -1
+            else:
+                first = _first_nonfinite(stored, _EXPONENT[info.dtype], scratch)
+            if first >= 0:
+                index = tuple(int(i) for i in np.unravel_index(first, info.shape or (1,)))
+                value = np.empty(1, np.float32)
+                widen(stored[first : first + 1], info.dtype, value)
+                raise NonFiniteError(
+                    f"{self.path}: {value[0]} in tensor {entry.name!r} at index {index}; only "
+                    "finite values can be merged: check how the model was trained"
+                )
+
+
+def _first_nonfinite(stored: NDArray, exponent: int, scratch: NDArray[np.uint64]) -> int:
+    bits = stored.view(f"<u{stored.dtype.itemsize}")
+    buffer = scratch.view(bits.dtype)
+    mask = bits.dtype.type(exponent)
+    for lo in range(0, bits.size, buffer.size):
+        piece = bits[lo : lo + buffer.size]
+        masked = np.bitwise_and(piece, mask, out=buffer[: piece.size])
+        if masked.max() == exponent:
+            return lo + int(np.argmax(masked == mask))
+    return -1
+
+
+def widen(stored: NDArray, dtype: str, out: FloatVector) -> None:
+    """Convert stored elements (bfloat16 as uint16) to float32 into ``out``."""
+    if dtype == "BF16":
+        bits = out.view(np.uint32)
+        bits[:] = stored
+        np.left_shift(bits, np.uint32(16), out=bits)
+    else:
+        out[:] = stored
+
+
+def narrow(values: FloatVector, dtype: str) -> NDArray[np.generic]:
+    """Round float32 to a stored dtype (to nearest, ties to even; bfloat16 as uint16)."""
+    if dtype == "BF16":
+        bits = values.view(np.uint32)
+        rounded = bits >> np.uint32(16)
+        rounded &= np.uint32(1)
+        rounded += np.uint32(0x7FFF)
+        rounded += bits
+        return rounded.view(np.uint16)[1::2]
+    with np.errstate(over="ignore"):
+        return values.astype(FLOAT_DTYPES[dtype], copy=False)
+
+
+@dataclass(frozen=True)
+class CheckpointReader:
+    """A checkpoint over a layout, readable in any part as float32 (a `DeltaSource`)."""
+
+    checkpoint: Checkpoint
+    layout: Layout
+    _raw: dict[str, tuple[NDArray, str]] = field(
+        default_factory=dict, init=False, repr=False, compare=False, hash=False
+    )
+
+    @property
+    def size(self) -> int:
+        return self.layout.size
+
+    def stored(self, name: str) -> tuple[NDArray, str]:
+        """Return a tensor's stored elements and dtype."""
+        found = self._raw.get(name)
+        if found is None:
+            found = self.checkpoint.raw(name), self.checkpoint.tensors[name].dtype
+            self._raw[name] = found
+        return found
+
+    def read(self, lo: int, hi: int, out: FloatVector) -> None:
+        """Overwrite ``out`` with the parameters ``lo`` to ``hi``."""
+        for entry, first, last in self.layout.pieces(lo, hi):
+            stored, dtype = self.stored(entry.name)
+            at = entry.offset - lo
+            widen(stored[first:last], dtype, out[at + first : at + last])
+
+    def take(self, positions: NDArray[np.int64]) -> FloatVector:
+        """Return the parameters at ascending positions."""
+        out = np.empty(positions.size, np.float32)
+        if not positions.size:
+            return out
+        at = 0
+        for entry, _, _ in self.layout.pieces(int(positions[0]), int(positions[-1]) + 1):
+            stop = int(np.searchsorted(positions, entry.stop))
+            if stop > at:
+                stored, dtype = self.stored(entry.name)
+                picked = stored.take(positions[at:stop] - entry.offset)
+                widen(picked, dtype, out[at:stop])
+                at = stop
+        return out
+
+
+def open_checkpoint(path: str | os.PathLike[str]) -> Checkpoint:
+    """Open a ``.safetensors`` file or a Hugging Face folder (sharded or not).
+
+    Raises `CheckpointError` for a missing path, pickled weights or a malformed file.
+    """
+    where = Path(path)
+    if where.is_file():
+        if where.suffix != _SUFFIX:
+            raise CheckpointError(
+                f"{where} is no {_SUFFIX} file; save the model with safe serialization first"
+            )
+        tensors, metadata = _read_header(where)
+        return Checkpoint(where, tensors, metadata)
+    if not where.is_dir():
+        raise CheckpointError(f"{where} does not exist; give a {_SUFFIX} file or a model folder")
+    if (where / INDEX_NAME).is_file():
+        return _open_sharded(where)
+    if (where / WEIGHTS_NAME).is_file():
+        tensors, metadata = _read_header(where / WEIGHTS_NAME)
+        return Checkpoint(where, tensors, metadata)
+    others = sorted(p.name for p in where.iterdir() if p.suffix in (".bin", ".pt", ".pth", ".ckpt"))
+    if others:
+        raise CheckpointError(
+            f"{where} has only pickled weights ({others[0]}), which are not read: pickle runs "
+            "code; save the model again with save_pretrained"
+        )
+    raise CheckpointError(f"{where} has no {WEIGHTS_NAME}; give a model folder or a file")
+
+
+def _open_sharded(folder: Path) -> Checkpoint:
+    try:
+        weight_map = json.loads((folder / INDEX_NAME).read_text(encoding="utf-8"))["weight_map"]
+        shards = sorted(set(weight_map.values()))
+    except (ValueError, KeyError, TypeError, AttributeError, UnicodeDecodeError) as error:
+        raise CheckpointError(f"{folder / INDEX_NAME} is no index: {error}") from error
+    tensors: dict[str, TensorInfo] = {}
+    metadata: dict[str, str] = {}
+    for shard in shards:
+        if not isinstance(shard, str) or Path(shard).name != shard:
+            raise CheckpointError(f"{folder / INDEX_NAME} names shard {shard!r} outside its folder")
+        if not (folder / shard).is_file():
+            raise CheckpointError(f"{folder}: shard {shard} of the index is missing; copy it")
+        found, extra = _read_header(folder / shard)
+        metadata.update(extra)
+        for name, info in found.items():
+            if weight_map.get(name) == shard:
+                tensors[name] = info
+    missing = sorted(set(weight_map) - set(tensors))
+    if missing:
+        raise CheckpointError(f"{folder}: tensor {missing[0]!r} of the index is in no shard")
+    return Checkpoint(folder, dict(sorted(tensors.items())), metadata)
+
+
+def _read_header(file: Path) -> tuple[dict[str, TensorInfo], dict[str, str]]:
+    """Read and check a safetensors header: every tensor inside the file, none overlapping."""
+    total = file.stat().st_size
+    with file.open("rb") as stream:
+        length = int.from_bytes(stream.read(8), "little")
+        if total < 8 or not 2 <= length <= min(MAX_HEADER_BYTES, total - 8):
+            raise CheckpointError(
+                f"{file} is cut off or no safetensors file ({total} bytes, header {length})"
+            )
+        text = stream.read(length)
+    begin = 8 + length
+    tensors: dict[str, TensorInfo] = {}
+    try:
+        header = json.loads(text)
+        metadata = {str(k): str(v) for k, v in header.pop("__metadata__", {}).items()}
+        for name in sorted(header):
+            entry = header[name]
+            dtype = entry["dtype"]
+            shape = tuple(int(d) for d in entry["shape"])
+            lo, hi = (int(v) for v in entry["data_offsets"])
+            if dtype not in DTYPE_BYTES:
+                raise CheckpointError(f"{file}: tensor {name!r} has unknown dtype {dtype!r}")
+            if min(shape, default=0) < 0 or hi - lo != math.prod(shape) * DTYPE_BYTES[dtype]:
+                raise CheckpointError(
+                    f"{file}: tensor {name!r} has {hi - lo} bytes, its shape and dtype need "
+                    f"{math.prod(shape) * DTYPE_BYTES[dtype]}"
+                )
+            if not 0 <= lo <= hi <= total - begin:
+                raise CheckpointError(
+                    f"{file} is cut off: tensor {name!r} ends at byte {begin + hi} of {total}; "
+                    "copy the file again"
+                )
+            tensors[name] = TensorInfo(name, dtype, shape, file, begin + lo, begin + hi)
+    except (ValueError, KeyError, TypeError, AttributeError) as error:
+        raise CheckpointError(f"{file} has a malformed header: {error}") from error
+    at = begin
+    for info in sorted(tensors.values(), key=lambda t: (t.start, t.stop)):
+        if info.start < at:
+            raise CheckpointError(f"{file}: tensor {info.name!r} overlaps another")
+        at = info.stop
+    return tensors, metadata
+
+
+def parse_dtype(word: str) -> str:
+    """Return the safetensors dtype of "float32", "bfloat16", "float16"."""
+    if word in DTYPE_WORDS:
+        return DTYPE_WORDS[word]
+    raise CheckpointError(f"dtype {word!r} is unknown; known: {', '.join(DTYPE_WORDS)}")
+
+
+def file_safe(name: str) -> str:
+    """Turn any text into a plain file name."""
+    return re.sub(r"[^A-Za-z0-9._-]+", "-", name).strip("-.") or "model"

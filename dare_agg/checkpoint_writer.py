@@ -1,0 +1,268 @@
+"""Writing checkpoints: streamed tile by tile, complete or not there at all."""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+import shutil
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from types import TracebackType
+
+import numpy as np
+from numpy.typing import NDArray
+
+from dare_agg.checkpoint_reader import (
+    _EXPONENT,
+    _SUFFIX,
+    DTYPE_BYTES,
+    INDEX_NAME,
+    WEIGHTS_NAME,
+    Checkpoint,
+    narrow,
+)
+from dare_agg.errors import CheckpointError, NonFiniteError
+from dare_agg.layout import FloatVector, Layout
+
+_WEIGHT_SUFFIXES = (_SUFFIX, ".bin", ".pt", ".pth", ".ckpt", ".h5", ".msgpack", ".onnx", ".gguf")
+_SPARE_BYTES = 64 << 20
+
+
+@dataclass(frozen=True)
+class TensorPlan:
+    """One tensor to be written: its dtype (safetensors word), shape and shard file name."""
+
+    dtype: str
+    shape: tuple[int, ...]
+    shard: str = WEIGHTS_NAME
+
+
+@dataclass
+class CheckpointWriter:
+    """Writes tensors in any order, in parts, into a temporary neighbour of ``out``.
+
+    Use as a context: leaving it normally puts everything in place by a rename, leaving it by
+    an error removes the temporary and leaves ``out`` as it was.
+    """
+
+    out: Path
+    plans: Mapping[str, TensorPlan]
+    metadata: Mapping[str, str]
+    overwrite: bool = False
+    durable: bool = True
+    _starts: dict[str, int] = field(default_factory=dict, init=False)
+    _files: dict[str, int] = field(default_factory=dict, init=False)
+    _temporary: Path = field(default=Path(), init=False)
+
+    @property
+    def single(self) -> bool:
+        return self.out.suffix == _SUFFIX
+
+    def __enter__(self) -> CheckpointWriter:
+        check_target(self.out, self.plans, overwrite=self.overwrite)
+        parent = self.out.absolute().parent
+        parent.mkdir(parents=True, exist_ok=True)
+        self._temporary = parent / f".{self.out.name}.partial-{os.getpid()}"
+        self._discard()
+        if not self.single:
+            self._temporary.mkdir()
+        try:
+            shards = sorted({plan.shard for plan in self.plans.values()})
+            for shard in shards:
+                self._create(shard)
+            if len(shards) > 1 and not self.single:
+                self._write_index()
+        except BaseException:
+            self._discard()
+            raise
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        trace: TracebackType | None,
+    ) -> None:
+        try:
+            if kind is None:
+                self._publish()
+        finally:
+            self._discard()
+
+    @property
+    def folder(self) -> Path:
+        """The temporary folder: other files of the model go here before the end."""
+        return self._temporary
+
+    def write(self, name: str, first: int, values: FloatVector) -> None:
+        """Round float32 ``values`` to the tensor's dtype; write from element ``first``.
+
+        Raises `NonFiniteError` where a finite value is too large for the dtype.
+        """
+        dtype = self.plans[name].dtype
+        rounded = np.ascontiguousarray(narrow(values, dtype))
+        if dtype in ("F16", "BF16"):
+            bits = rounded.view(np.uint16) & np.uint16(_EXPONENT[dtype])
+            if bits.size and bits.max() == _EXPONENT[dtype]:
+                at = int(np.argmax(bits))
+                raise NonFiniteError(
+                    f"merged value {values[at]:g} in tensor {name!r} at flat index {first + at} "
+                    f"does not fit {dtype}; write with --dtype float32"
+                )
+        self.write_raw(name, first * DTYPE_BYTES[dtype], rounded)
+
+    def write_raw(self, name: str, offset: int, stored: NDArray[np.generic]) -> None:
+        """Write bytes as they are, from byte ``offset`` of the tensor."""
+        file = self._files[self.plans[name].shard]
+        view = memoryview(np.ascontiguousarray(stored).reshape(-1).view(np.uint8))
+        at = self._starts[name] + offset
+        while view:
+            written = os.pwrite(file, view, at)
+            view, at = view[written:], at + written
+
+    def _create(self, shard: str) -> None:
+        # Wide dtypes first keep every tensor aligned to its element.
+        names = sorted(
+            (name for name, plan in self.plans.items() if plan.shard == shard),
+            key=lambda name: (-DTYPE_BYTES[self.plans[name].dtype], name.encode()),
+        )
+        header: dict[str, object] = {"__metadata__": dict(sorted(self.metadata.items()))}
+        at = 0
+        for name in names:
+            plan = self.plans[name]
+            stop = at + math.prod(plan.shape) * DTYPE_BYTES[plan.dtype]
+            header[name] = {
+                "dtype": plan.dtype, "shape": list(plan.shape), "data_offsets": [at, stop],
+            }  # fmt: skip
+            self._starts[name] = at
+            at = stop
+        text = json.dumps(header, separators=(",", ":")).encode()
+        text += b" " * (-len(text) % 8)
+        path = self._temporary if self.single else self._temporary / shard
+        file = os.open(path, os.O_RDWR | os.O_CREAT | os.O_EXCL, 0o644)
+        self._files[shard] = file
+        os.pwrite(file, len(text).to_bytes(8, "little") + text, 0)
+        for name in names:
+            self._starts[name] += 8 + len(text)
+        os.truncate(file, 8 + len(text) + at)
+
+    def _write_index(self) -> None:
+        total = sum(math.prod(p.shape) * DTYPE_BYTES[p.dtype] for p in self.plans.values())
+        index = {
+            "metadata": {"total_size": total},
+            "weight_map": {name: self.plans[name].shard for name in sorted(self.plans)},
+        }
+        text = json.dumps(index, indent=2) + "\n"
+        (self._temporary / INDEX_NAME).write_text(text, encoding="utf-8")
+
+    def _publish(self) -> None:
+        for shard in list(self._files):
+            file = self._files.pop(shard)
+            if self.durable:
+                os.fsync(file)
+            os.close(file)
+        if self.single or not self.out.exists():
+            os.replace(self._temporary, self.out)
+            return
+        aside = self.out.absolute().parent / f".{self.out.name}.replaced-{os.getpid()}"
+        os.replace(self.out, aside)
+        try:
+            os.replace(self._temporary, self.out)
+        except OSError:
+            os.replace(aside, self.out)
+            raise
+        shutil.rmtree(aside) if aside.is_dir() else aside.unlink()
+
+    def _discard(self) -> None:
+        for file in self._files.values():
+            os.close(file)
+        self._files.clear()
+        if self._temporary.is_dir() and self._temporary != Path():
+            shutil.rmtree(self._temporary)
+        else:
+            self._temporary.unlink(missing_ok=True) if self._temporary != Path() else None
+
+
+def check_target(out: Path, plans: Mapping[str, TensorPlan], *, overwrite: bool) -> None:
+    """Refuse an existing ``out`` (unless ``overwrite``) and a disk too full for the result."""
+    if out.exists() and not overwrite:
+        raise CheckpointError(f"{out} exists; choose another name or allow overwriting (--force)")
+    if out.exists() and out.is_dir() == (out.suffix == _SUFFIX):
+        raise CheckpointError(f"{out} exists and is of the other kind (file, folder); remove it")
+    if out.is_dir() and any(out.iterdir()) and not any(out.glob(f"*{_SUFFIX}")):
+        raise CheckpointError(f"{out} is a folder without a model; it is not replaced")
+    parent = out.absolute().parent
+    while not parent.exists():
+        parent = parent.parent
+    needed = sum(math.prod(p.shape) * DTYPE_BYTES[p.dtype] for p in plans.values()) + _SPARE_BYTES
+    free = shutil.disk_usage(parent).free
+    if free < needed:
+        raise CheckpointError(
+            f"{out} needs {needed / 1e9:.2f} GB, {parent} has {free / 1e9:.2f} GB free; make room"
+        )
+
+
+def plan_like(
+    checkpoint: Checkpoint, out: Path, layout: Layout, dtype: str | None
+) -> dict[str, TensorPlan]:
+    """Plan an output with the tensors, dtypes and shards of ``checkpoint``.
+
+    ``dtype`` (a safetensors word) replaces the dtype of the layout's tensors. A single-file
+    output has one shard.
+    """
+    single = out.suffix == _SUFFIX
+    sharded = len(checkpoint.files) > 1
+    return {
+        name: TensorPlan(
+            dtype if dtype is not None and name in layout else info.dtype,
+            info.shape,
+            info.file.name if sharded and not single else WEIGHTS_NAME,
+        )
+        for name, info in checkpoint.tensors.items()
+    }
+
+
+def carry_files(source: Path, target: Path) -> tuple[str, ...]:
+    """Copy configuration and tokenizer files of a model folder, weights and cards left out."""
+    carried = []
+    for file in sorted(source.iterdir()):
+        weights = file.suffix in _WEIGHT_SUFFIXES or file.name.endswith(".index.json")
+        if file.is_file() and not weights and file.name.lower() != "readme.md":
+            shutil.copyfile(file, target / file.name)
+            carried.append(file.name)
+    return tuple(carried)
+
+
+def write_checkpoint(
+    out: str | os.PathLike[str],
+    arrays: Mapping[str, NDArray[np.generic]],
+    *,
+    metadata: Mapping[str, str] | None = None,
+    dtypes: Mapping[str, str] | None = None,
+    overwrite: bool = False,
+) -> None:
+    """Write named arrays atomically as a ``.safetensors`` file or a model folder.
+
+    ``dtypes`` gives safetensors words for tensors to be rounded from float32 (e.g. "BF16").
+    """
+    words = {
+        "float32": "F32", "float64": "F64", "float16": "F16", "int64": "I64", "int32": "I32",
+        "int16": "I16", "int8": "I8", "uint8": "U8", "bool": "BOOL", "uint16": "U16",
+        "uint32": "U32", "uint64": "U64",
+    }  # fmt: skip
+    wanted = dict(dtypes or {})
+    plans = {}
+    for name, array in arrays.items():
+        if array.dtype.name not in words:
+            raise CheckpointError(f"tensor {name!r} has dtype {array.dtype}; convert it first")
+        plans[name] = TensorPlan(wanted.get(name, words[array.dtype.name]), array.shape)
+    with CheckpointWriter(
+        Path(out), plans, {"format": "pt", **(metadata or {})}, overwrite
+    ) as writer:
+        for name, array in arrays.items():
+            if name in wanted and array.dtype.kind == "f":
+                writer.write(name, 0, np.ascontiguousarray(array, np.float32).reshape(-1))
+            else:
+                writer.write_raw(name, 0, array)

@@ -79,14 +79,15 @@ def run_row(row: Any) -> dict[str, Any]:
             up += sent.delta
             up_head += sent.dense
         channel.finish()
-        if number % settings["evaluate_every"] == 0 or number == settings["rounds"]:
-            last = number == settings["rounds"]
-            scores = task.evaluate(channel.state(), None if last else measure)
+        whole = number == settings["rounds"] or number in settings["milestones"]
+        if whole or number % settings["evaluate_every"] == 0:
+            scores = task.evaluate(channel.state(), None if whole else measure)
             curve.append(
                 {
                     "round": number,
                     "accuracy": round(scores["accuracy"], 4),
                     "loss": round(scores["loss"], 4),
+                    "rows": len(task.test_rows) if whole else len(measure),
                     "train_loss": round(float(np.mean(losses)), 4),
                     "upload_bytes": up + up_head,
                     "download_bytes": down + down_head,

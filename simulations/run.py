@@ -90,6 +90,12 @@ def run_scenario(path: Path, out: Path | None, workers: int, limit: int, only: s
     target = out or RESULTS / f"{scenario.name}.jsonl"
     done = {row["key"] for row in read_rows(target)}
     rows = list(scenario.rows())
+    # The same run may serve two scenarios: it is copied, not repeated.
+    made = {row["key"]: row for other in RESULTS.glob("*.jsonl") for row in read_rows(other) if "key" in row}
+    for row in rows:
+        if row.key in made and row.key not in done:
+            append_row(target, {**made[row.key], "scenario": row.scenario, "cell": row.cell})
+            done.add(row.key)
     missing = [row for row in rows if row.key not in done and (not only or only in row.cell)]
     missing = missing[:limit] if limit else missing
     console = Console(stderr=True)

@@ -40,12 +40,13 @@ KINDS: Mapping[str, tuple[str, Mapping[str, Any]]] = {
             "alpha": 0.5,
             "evaluate_every": 2,
             "evaluate_rows": 600,
+            "milestones": [],
             "task": {},
         },
     ),
     "single": (
         "simulations.single",
-        {"sweeps": [], "drop_rates": [], "task": {}, "masks": 1, "large_delta": 0.0},
+        {"sweeps": [], "drop_rates": [], "task": {}},
     ),
     "merging": (
         "simulations.merging",

@@ -1,0 +1,115 @@
+"""One fine-tuned model: what is left of it after its delta was dropped from.
+
+The paper's first finding. The model is tuned once and kept under the cache folder
+(``DARE_AGG_CACHE``, default ``~/.cache/dare-agg``); seeds draw the masks.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from dare_agg.derive import derive_key, seed_secret
+from dare_agg.errors import ConfigError, did_you_mean
+from dare_agg.layout import FloatVector, Layout, layout_of
+from dare_agg.mask import Mask, parse_drop_rate
+from dare_agg.sparsify import dare, drop_only, magnitude
+from simulations.channels import HEAD
+from simulations.federated import build
+
+State = Mapping[str, NDArray[Any]]
+SWEEPS = ("dare", "dare-bernoulli", "drop-only", "magnitude", "magnitude-rescaled", "weights")
+
+
+def cache_folder() -> Path:
+    """Where tuned checkpoints are kept between runs."""
+    return Path(os.environ.get("DARE_AGG_CACHE", "~/.cache/dare-agg")).expanduser()
+
+
+def tuned_state(settings: Mapping[str, Any]) -> tuple[Any, State, State]:
+    """Return (task, base state, tuned state); trains once, then reads the cached file."""
+    from safetensors.numpy import load_file, save_file
+
+    task = build(dict(settings), 0)
+    base = task.initial_state()
+    name = hashlib.sha256(json.dumps(dict(settings), sort_keys=True).encode()).hexdigest()[:12]
+    path = cache_folder() / f"{task.data.name}-{name}.safetensors"
+    if not path.is_file():
+        tuned, _, _ = task.train(base, np.arange(len(task.train_rows)), seed=(0, 1))
+        path.parent.mkdir(parents=True, exist_ok=True)
+        partial = path.with_suffix(f".{os.getpid()}.part")
+        save_file(dict(tuned), str(partial))
+        partial.replace(path)
+    return task, base, load_file(str(path))
+
+
+def body_layout(state: State) -> Layout:
+    """The layout of everything but the task's head."""
+    import re
+
+    return layout_of({n: a.shape for n, a in state.items() if not re.search(HEAD, n)})
+
+
+def dropped(
+    sweep: str, base: FloatVector, delta: FloatVector, drop_rate: str, layout: Layout, seed: int
+) -> FloatVector:
+    """Return the parameters after a sweep's way of dropping; seed draws the mask."""
+    kind = "bernoulli" if sweep == "dare-bernoulli" else "stratified"
+    key = derive_key(seed_secret(seed), "mask")
+    mask = Mask(kind, delta.size, parse_drop_rate(drop_rate), key)
+    if sweep.startswith("dare"):
+        return base + dare(delta, mask)
+    if sweep == "drop-only":
+        return base + drop_only(delta, mask)
+    if sweep == "weights":  # the control: the tuned parameters themselves are masked
+        return dare(base + delta, mask)
+    if sweep in ("magnitude", "magnitude-rescaled"):
+        return base + magnitude(delta, drop_rate, layout, rescale=sweep != "magnitude")
+    raise ConfigError(f"sweep {sweep!r} is unknown{did_you_mean(sweep, SWEEPS)}")
+
+
+def run_row(row: Any) -> dict[str, Any]:
+    """Measure accuracy by sweep and drop rate on one task, with the masks of one seed."""
+    settings = row.settings
+    task, base, tuned = tuned_state(settings["task"])
+    layout = body_layout(base)
+    start, delta = layout.flatten(base), layout.flatten(tuned)
+    delta -= start
+    heads = {name: array for name, array in tuned.items() if name not in layout}
+
+    def score(vector: FloatVector) -> float:
+        return round(task.evaluate({**layout.unflatten(vector), **heads})["accuracy"], 4)
+
+    points = [
+        {"sweep": "tuned", "drop_rate": "0", "accuracy": score(start + delta)},
+        {"sweep": "base", "drop_rate": "1", "accuracy": score(start)},
+    ]
+    for sweep in settings["sweeps"]:
+        if row.seed and sweep.startswith("magnitude"):
+            continue  # no randomness in it
+        for rate in settings["drop_rates"]:
+            vector = dropped(sweep, start, delta, rate, layout, row.seed)
+            points.append({"sweep": sweep, "drop_rate": rate, "accuracy": score(vector)})
+    sizes = np.abs(delta)
+    moved = sizes[sizes > 0]
+    return {
+        "task": task.data.name,
+        "accuracy": points[0]["accuracy"],
+        "test_rows": len(task.test_rows),
+        "parameters": layout.size,
+        "points": points,
+        "delta": {
+            "quantiles": {
+                str(q): float(np.quantile(moved, q)) for q in (0.01, 0.25, 0.5, 0.75, 0.99, 1.0)
+            },
+            "share_above_0.005": float(np.mean(sizes > 0.005)),
+            "exact_zeros": float(np.mean(sizes == 0)),
+        },
+    }

@@ -120,9 +120,7 @@ class VectorChannel:
 class DareChannel:
     """The product's round: plans, encoded updates, checked replies, merge, server step."""
 
-    def __init__(
-        self, settings: Mapping[str, Any], state: State, seed: int, clients: int
-    ) -> None:
+    def __init__(self, settings: Mapping[str, Any], state: State, seed: int, clients: int) -> None:
         from dare_agg.derive import seed_secret
         from dare_agg.groups import global_model
         from dare_agg.rounds import FederatedSettings

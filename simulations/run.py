@@ -81,8 +81,14 @@ def append_row(path: Path, row: dict[str, Any]) -> None:
 def run_scenario(path: Path, out: Path | None, workers: int, limit: int, only: str) -> int:
     """Run what is missing of a scenario; returns the number of rows that failed."""
     from rich.console import Console
-    from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn
-    from rich.progress import TimeElapsedColumn, TimeRemainingColumn
+    from rich.progress import (
+        BarColumn,
+        MofNCompleteColumn,
+        Progress,
+        TextColumn,
+        TimeElapsedColumn,
+        TimeRemainingColumn,
+    )
 
     from simulations.scenario import read_scenario
 
@@ -91,7 +97,12 @@ def run_scenario(path: Path, out: Path | None, workers: int, limit: int, only: s
     done = {row["key"] for row in read_rows(target)}
     rows = list(scenario.rows())
     # The same run may serve two scenarios: it is copied, not repeated.
-    made = {row["key"]: row for other in RESULTS.glob("*.jsonl") for row in read_rows(other) if "key" in row}
+    made = {
+        row["key"]: row
+        for other in RESULTS.glob("*.jsonl")
+        for row in read_rows(other)
+        if "key" in row
+    }
     for row in rows:
         if row.key in made and row.key not in done:
             append_row(target, {**made[row.key], "scenario": row.scenario, "cell": row.cell})

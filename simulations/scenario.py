@@ -50,7 +50,7 @@ KINDS: Mapping[str, tuple[str, Mapping[str, Any]]] = {
     ),
     "merging": (
         "simulations.merging",
-        {"tasks": [], "methods": [], "drop_rates": ["0", "0.9"], "scalings": [1.0], "masks": 1},
+        {"tasks": [], "methods": [], "drop_rates": ["0", "0.9"], "all_only": False},
     ),
 }
 TOP_LEVEL = ("name", "kind", "title", "seeds", "defaults", "cells")

@@ -1,0 +1,126 @@
+"""Error and accuracy by bytes of every way to send one real delta.
+
+``python -m simulations.bench_rate [--json]`` fine-tunes (or reads from the cache) the tasks of
+``scenarios/single.toml``, sends each delta once by every method, and writes
+``results/rate.jsonl``. NMSE is ‖restored − δ‖²/‖δ‖².
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import time
+from collections.abc import Iterator
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from simulations.baselines import COMPRESSORS, Sent, library
+
+TASKS = ("Reuters R8", "election author")
+OURS = ("f32", "f16", "i8", "b4", "b2", "b1")
+OUR_RATES = ("0", "0.9", "0.99")
+KEEPS = (0.1, 0.01)
+
+
+def methods() -> Iterator[tuple[str, str, Any]]:
+    """Yield (family, setting, compressor)."""
+    for values in OURS:
+        for rate in OUR_RATES:
+            if values == "b1" and rate == "0":
+                continue  # that is dense EDEN, listed below
+            yield f"DARE {values}", f"p={rate}", partial(library, drop_rate=rate, values=values)
+    yield "DARE b1", "p=0.999", partial(library, drop_rate="0.999", values="b1")
+    yield "QSGD / FedPAQ", "8 bit", COMPRESSORS["fedpaq8"]
+    yield "QSGD / FedPAQ", "4 bit", COMPRESSORS["fedpaq4"]
+    yield "signSGD", "", COMPRESSORS["signsgd"]
+    yield "dense EDEN 1-bit", "", COMPRESSORS["eden1"]
+    for keep in (*KEEPS, 0.001):
+        yield "top-k f16 + Golomb", f"{keep:g}", partial(COMPRESSORS["topk"], keep=keep)
+        yield "STC", f"{keep:g}", partial(COMPRESSORS["stc"], keep=keep)
+    for keep in KEEPS:
+        yield "random-k f32", f"{keep:g}", partial(COMPRESSORS["randk"], keep=keep)
+
+
+def measure(delta: np.ndarray, sent: Sent) -> dict[str, float]:
+    """NMSE, the same after the best single factor, and bits a parameter."""
+    restored, nbytes = sent
+    energy = aligned = 0.0
+    error = power = 0.0
+    for lo in range(0, delta.size, 1 << 18):
+        x = delta[lo : lo + (1 << 18)].astype(np.float64)
+        y = restored[lo : lo + (1 << 18)].astype(np.float64)
+        energy += x @ x
+        power += y @ y
+        aligned += x @ y
+        error += (x - y) @ (x - y)
+    return {
+        "bytes": nbytes,
+        "bits_per_parameter": 8 * nbytes / delta.size,
+        "nmse": error / energy,
+        # The direction alone: what remains when a server may choose the step's length.
+        "nmse_best_scale": 1 - aligned**2 / (energy * power) if power else 1.0,
+    }
+
+
+def run(out: Path, accuracy: bool) -> list[dict[str, Any]]:
+    """Measure what is missing of the results file; returns all rows."""
+    from simulations.run import append_row, read_rows, versions
+    from simulations.scenario import read_scenario
+    from simulations.single import body_layout, tuned_state
+
+    scenario = read_scenario(Path(__file__).parent / "scenarios" / "single.toml")
+    done = {(r["task"], r["method"], r["setting"]) for r in read_rows(out)}
+    for name in TASKS:
+        task, base, tuned = tuned_state(scenario.cells[name]["task"])
+        layout = body_layout(base)
+        start = layout.flatten(base)
+        delta = layout.flatten(tuned) - start
+        heads = {n: a for n, a in tuned.items() if n not in layout}
+        for family, setting, compress in methods():
+            if (name, family, setting) in done:
+                continue
+            began = time.process_time()
+            sent = compress(delta, np.random.default_rng(np.random.SeedSequence([1, 60])))
+            row: dict[str, Any] = {
+                "task": name,
+                "method": family,
+                "setting": setting,
+                "parameters": delta.size,
+                **measure(delta, sent),
+                "codec_cpu_seconds": round(time.process_time() - began, 2),
+            }
+            if accuracy:
+                state = {**layout.unflatten(start + sent[0]), **heads}
+                row["accuracy"] = round(task.evaluate(state)["accuracy"], 4)
+            append_row(out, {**row, "versions": versions()})
+    return read_rows(out)
+
+
+def main() -> None:
+    """Entry point."""
+    parser = argparse.ArgumentParser(prog="python -m simulations.bench_rate", description=__doc__)
+    parser.add_argument("--json", action="store_true", help="print the rows as one JSON object")
+    parser.add_argument("--no-accuracy", action="store_true", help="errors only")
+    parser.add_argument(
+        "--out", type=Path, default=Path(__file__).parent / "results" / "rate.jsonl"
+    )
+    options = parser.parse_args()
+    os.environ.setdefault("HF_HUB_OFFLINE", "1")
+    rows = run(options.out, not options.no_accuracy)
+    if options.json:
+        print(json.dumps({"rows": rows}))
+        return
+    for row in sorted(rows, key=lambda r: (r["task"], r["bits_per_parameter"])):
+        print(
+            f"{row['task']:18} {row['method']:20} {row['setting']:8} "
+            f"{row['bits_per_parameter']:9.4f} bit  NMSE {row['nmse']:9.3f}  "
+            f"accuracy {row.get('accuracy', float('nan')):.3f}"
+        )
+
+
+if __name__ == "__main__":
+    main()

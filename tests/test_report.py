@@ -1,0 +1,70 @@
+"""The HTML report: figures of a run, table, no network, safe text."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from dare_agg.errors import StateError
+from dare_agg.report import (
+    RoundRecord,
+    RunRecord,
+    histogram_of,
+    read_metrics,
+    table_row,
+    write_report,
+)
+
+
+def _run(name: str, upload: float, accuracies: tuple[float, ...]) -> RunRecord:
+    rounds = tuple(
+        RoundRecord(number, accuracy, 1.0, upload, 100.0, 5000.0, 4, 2.0, 0.25)
+        for number, accuracy in enumerate(accuracies, 1)
+    )
+    edges = histogram_of(np.array([1e-3, -2e-4, 0, 5e-5], np.float32))
+    return RunRecord(name, rounds, 1000, 9.0, {"seed": 0}, edges, "ab" * 32)
+
+
+def test_table_row_gives_accuracy_bytes_and_ratio() -> None:
+    row = table_row(_run("DARE", 40.0, (0.5, 0.75)))
+    assert row == ["75.0 %", "40 B", "100×", "100 B", "5.0 kB", "9"]
+
+
+def test_a_run_without_encoder_upload_has_no_ratio() -> None:
+    assert table_row(_run("head only", 0.0, (0.5,)))[1:3] == ["–", "–"]
+
+
+def test_histogram_counts_what_moved() -> None:
+    edges, counts = histogram_of(np.array([0, 1e-3, -1e-3, 1e-20, 5], np.float32))
+    assert sum(counts) == 4 and len(edges) == len(counts) + 1
+    assert counts[0] == 1 and counts[-1] == 1
+
+
+def test_report_is_one_file_with_pictures_and_escaped_names(tmp_path: Path) -> None:
+    runs = [_run("FedAvg", 4000.0, (0.5, 0.8)), _run("<b>DARE</b>", 40.0, (0.5, 0.79))]
+    runs.append(_run("head only", 0.0, (0.3, 0.4)))
+    path = write_report(tmp_path / "sub" / "report.html", runs, title="A & B", lead="lead")
+    text = path.read_text(encoding="utf-8")
+    assert text.count("<svg") == 4
+    assert "&lt;b&gt;DARE&lt;/b&gt;" in text and "<b>DARE</b>" not in text
+    assert "A &amp; B" in text
+    assert "-1.0 points" in text and "+39.0 points" in text
+    for outside in ("<script", "<link", 'src="http', "@import"):
+        assert outside not in text
+
+
+def test_same_runs_give_the_same_page(tmp_path: Path) -> None:
+    runs = [_run("FedAvg", 4000.0, (0.5, 0.8))]
+    pages = [write_report(tmp_path / name, runs, title="t", lead="l").read_bytes() for name in "ab"]
+    assert pages[0] == pages[1]
+
+
+def test_metrics_file_that_is_being_written_is_read_up_to_there(tmp_path: Path) -> None:
+    path = tmp_path / "metrics.jsonl"
+    path.write_text('{"round": 1}\n{"round": 2', encoding="utf-8")
+    assert read_metrics(path) == [{"round": 1}]
+    path.write_text('{"round": 1\n{"round": 2}\n', encoding="utf-8")
+    with pytest.raises(StateError, match="line 1 is not JSON"):
+        read_metrics(path)

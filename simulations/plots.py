@@ -1,0 +1,131 @@
+"""Pictures of the results page: small SVG files in ``docs/plots``."""
+
+from __future__ import annotations
+
+import math
+from collections import defaultdict
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from simulations.tables import Rows, by_cell
+
+COLOURS = (
+    "#6b7280", "#9d4edd", "#0b7a75", "#2563eb", "#e07a1f", "#be123c", "#4d7c0f", "#b45309",
+    "#0891b2", "#111827",
+)  # fmt: skip
+
+
+def _axes(width: float = 6.4, height: float = 4.0) -> tuple[Any, Any]:
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(width, height))
+    axes = figure.add_subplot()
+    for side in ("top", "right"):
+        axes.spines[side].set_visible(False)
+    axes.grid(True, color="#e6eaf2", linewidth=0.8)
+    axes.set_axisbelow(True)
+    axes.tick_params(labelsize=9)
+    return figure, axes
+
+
+def _save(figure: Any, path: Path) -> Path:
+    import matplotlib
+
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with matplotlib.rc_context({"svg.hashsalt": "dare-agg"}):
+        figure.tight_layout()
+        figure.savefig(path, format="svg", facecolor="white", metadata={"Date": None})
+    return path
+
+
+def federated_plot(rows: Rows, path: Path, *, by_bytes: bool) -> Path:
+    """Accuracy by round, or by bytes moved in both directions; mean and range of the seeds."""
+    figure, axes = _axes()
+    for index, (cell, own) in enumerate(by_cell(rows).items()):
+        numbers = [p["round"] for p in own[0]["curve"]]
+        scores = np.array(
+            [
+                [100 * p["accuracy"] for p in r["curve"]]
+                for r in own
+                if len(r["curve"]) == len(numbers)
+            ]
+        )
+        if by_bytes:
+            x = [(p["upload_bytes"] + p["download_bytes"]) / 1e6 for p in own[0]["curve"]]
+        else:
+            x = numbers
+        colour = COLOURS[index % len(COLOURS)]
+        axes.plot(x, scores.mean(axis=0), color=colour, marker="osD^vP*X"[index % 8], markersize=4,
+                  linewidth=4.5 if cell == "FedAvg" else 1.9,
+                  alpha=0.55 if cell == "FedAvg" else 1, label=cell)  # fmt: skip
+        axes.fill_between(x, scores.min(axis=0), scores.max(axis=0), color=colour, alpha=0.12)
+    if by_bytes:
+        axes.set_xscale("log")
+        axes.set_xlabel("megabytes up and down, all clients (log scale)")
+    else:
+        axes.set_xlabel("round")
+        axes.xaxis.get_major_locator().set_params(integer=True)
+    axes.set_ylabel("test accuracy, %")
+    axes.legend(frameon=False, fontsize=8.5)
+    return _save(figure, path)
+
+
+def single_plot(rows: Rows, path: Path) -> Path:
+    """Accuracy by drop rate, one panel a task."""
+    from matplotlib.figure import Figure
+
+    cells = by_cell(rows)
+    figure = Figure(figsize=(3.3 * len(cells), 3.6))
+    for place, (cell, own) in enumerate(cells.items(), 1):
+        axes = figure.add_subplot(1, len(cells), place)
+        curves: dict[str, dict[float, list[float]]] = defaultdict(lambda: defaultdict(list))
+        for row in own:
+            for point in row["points"]:
+                if point["sweep"] not in ("tuned", "base"):
+                    keep = 1 - float(point["drop_rate"])
+                    curves[point["sweep"]][-math.log10(keep)].append(100 * point["accuracy"])
+        for index, (sweep, points) in enumerate(curves.items()):
+            x = sorted(points)
+            axes.plot(x, [np.mean(points[v]) for v in x], marker="osD^vP"[index % 6], markersize=4,
+                      color=COLOURS[(index + 2) % len(COLOURS)], label=sweep)  # fmt: skip
+        ends = {p["sweep"]: p["accuracy"] for p in own[0]["points"][:2]}
+        for name, style in (("tuned", "--"), ("base", ":")):
+            axes.axhline(100 * ends[name], color="#6b7280", linestyle=style, linewidth=1)
+        axes.set_title(cell, fontsize=10)
+        axes.set_xticks([-math.log10(1 - p) for p in (0.1, 0.5, 0.9, 0.99, 0.999)])
+        axes.set_xticklabels([".1", ".5", ".9", ".99", ".999"], fontsize=8)
+        axes.tick_params(axis="y", labelsize=8)
+        axes.set_xlabel("drop rate", fontsize=9)
+        axes.grid(True, color="#e6eaf2", linewidth=0.8)
+        if place == 1:
+            axes.set_ylabel("test accuracy, %", fontsize=9)
+            axes.legend(frameon=False, fontsize=7.5, loc="lower left")
+    return _save(figure, path)
+
+
+def rate_plot(rows: Rows, path: Path) -> Path:
+    """NMSE against bits a parameter with the Gaussian limits, first task."""
+    task = rows[0]["task"]
+    families: dict[str, list[tuple[float, float]]] = defaultdict(list)
+    for row in rows:
+        if row["task"] == task and row["nmse"] > 0:
+            families[row["method"]].append((row["bits_per_parameter"], row["nmse"]))
+    figure, axes = _axes(7.2, 4.6)
+    for index, (family, points) in enumerate(families.items()):
+        points.sort()
+        axes.plot([x for x, _ in points], [y for _, y in points],
+                  "-" if len(points) > 1 else "", marker="osD^vP*Xdh<>"[index % 12], markersize=5,
+                  linewidth=2.2 if family == "DARE b1" else 1.1,
+                  color=COLOURS[index % len(COLOURS)], label=family)  # fmt: skip
+    bits = np.geomspace(5e-4, 16, 200)
+    axes.plot(bits, 1 / (4.0**bits - 1), "k--", linewidth=1.1, label="limit, unbiased (Gaussian)")
+    axes.plot(bits, 4.0**-bits, "k:", linewidth=1.1, label="Shannon limit, biased (Gaussian)")
+    axes.set_xscale("log")
+    axes.set_yscale("log")
+    axes.set_ylim(1e-6, 3e4)
+    axes.set_xlabel("bits a parameter")
+    axes.set_ylabel(f"NMSE of one delta ({task})")
+    axes.legend(frameon=False, fontsize=7.5, ncol=2)
+    return _save(figure, path)

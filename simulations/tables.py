@@ -1,0 +1,252 @@
+"""Tables of the results page, as Markdown, from the rows in ``simulations/results``."""
+
+from __future__ import annotations
+
+import math
+from collections import defaultdict
+from collections.abc import Iterable, Mapping, Sequence
+from typing import Any
+
+from dare_agg.cli.output import human_bytes
+
+Rows = Sequence[Mapping[str, Any]]
+# Two-sided 95 % quantiles of Student's t for 1, 2, … degrees of freedom.
+_T = (12.706, 4.303, 3.182, 2.776, 2.571, 2.447, 2.365, 2.306, 2.262)
+# Uplinks in kbit/s; the downlink is taken to be as fast.
+LINKS = {"NB-IoT": 20, "LTE-M": 300, "rural ADSL": 700, "LTE Cat-1": 2000}
+SIZES = {"22.7 M": 22.7e6, "125 M": 125e6, "1 B": 1e9, "7 B": 7e9}
+
+
+def markdown(columns: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
+    """Return a Markdown table, first column left, the others right."""
+    lines = ["| " + " | ".join(columns) + " |", "|" + " --- |" + " ---: |" * (len(columns) - 1)]
+    lines += ["| " + " | ".join(row) + " |" for row in rows]
+    return "\n".join(lines)
+
+
+def mean_and_interval(values: Sequence[float]) -> tuple[float, float | None]:
+    """Mean and the half width of its 95 % confidence interval (None for a single value)."""
+    mean = math.fsum(values) / len(values)
+    if len(values) < 2:
+        return mean, None
+    variance = math.fsum((v - mean) ** 2 for v in values) / (len(values) - 1)
+    return mean, _T[min(len(values) - 2, len(_T) - 1)] * math.sqrt(variance / len(values))
+
+
+def shown(values: Sequence[float], *, signed: bool = False) -> str:
+    """Format shares as percent, with the interval and the number of seeds."""
+    mean, half = mean_and_interval([100 * v for v in values])
+    text = f"{mean:+.1f}" if signed else f"{mean:.1f}"
+    return text if half is None else f"{text} ± {half:.1f}"
+
+
+def by_cell(rows: Rows) -> dict[str, list[Mapping[str, Any]]]:
+    """Group rows by cell, in order of first appearance, sorted by seed."""
+    grouped: dict[str, list[Mapping[str, Any]]] = defaultdict(list)
+    for row in rows:
+        grouped[row["cell"]].append(row)
+    return {cell: sorted(own, key=lambda r: r["seed"]) for cell, own in grouped.items()}
+
+
+def accuracy_at(row: Mapping[str, Any], number: int) -> float | None:
+    """Accuracy after a round, on the whole test set only."""
+    points = [p for p in row["curve"] if p["round"] == number and p["rows"] == row["test_rows"]]
+    return points[0]["accuracy"] if points else None
+
+
+def federated_table(rows: Rows, number: int) -> str:
+    """Accuracy after ``number`` rounds and bytes, each cell against FedAvg on the same seeds."""
+    cells = by_cell(rows)
+    dense = {r["seed"]: accuracy_at(r, number) for r in cells.get("FedAvg", [])}
+    lines = []
+    for cell, own in cells.items():
+        pairs = [(r["seed"], accuracy_at(r, number)) for r in own]
+        scores = {seed: value for seed, value in pairs if value is not None}
+        if not scores:
+            continue
+        gaps = [v - dense[s] for s, v in scores.items() if dense.get(s) is not None]
+        first = own[0]
+        upload = first["upload_bytes_per_client_round"]
+        ratio = 4 * first["parameters"] / upload if upload else None
+        lines.append(
+            (
+                cell,
+                shown(list(scores.values())),
+                "–" if cell == "FedAvg" or not gaps else shown(gaps, signed=True),
+                human_bytes(upload) if upload else "–",
+                "–" if ratio is None else f"{ratio:,.0f}×",
+                human_bytes(first["head_bytes_per_client_round"]),
+                human_bytes(first["download_bytes_per_client_round"]) if upload else "–",
+                str(len(scores)),
+            )
+        )
+    columns = (
+        "Method",
+        "Accuracy, %",
+        "minus FedAvg, points",
+        "Upload a client and round",
+        "Smaller by",
+        "Head, extra",
+        "Download a client and round",
+        "Seeds",
+    )
+    return markdown(columns, lines)
+
+
+def traffic_table(rows: Rows) -> str:
+    """Bytes of a whole run in both directions, everything counted."""
+    cells = by_cell(rows)
+    dense = {r["seed"]: r for r in cells.get("FedAvg", [])}
+    lines = []
+    for cell, own in cells.items():
+        total = own[0]["upload_bytes"] + own[0]["download_bytes"]
+        gaps = [r["accuracy"] - dense[r["seed"]]["accuracy"] for r in own if r["seed"] in dense]
+        first = next(iter(dense.values()), own[0])
+        ratio = (first["upload_bytes"] + first["download_bytes"]) / total
+        lines.append(
+            (
+                cell,
+                shown([r["accuracy"] for r in own]),
+                "–" if cell == "FedAvg" or not gaps else shown(gaps, signed=True),
+                human_bytes(own[0]["upload_bytes"]),
+                human_bytes(own[0]["download_bytes"]),
+                human_bytes(own[0]["head_upload_bytes"] + own[0]["head_download_bytes"]),
+                f"{ratio:,.0f}×",
+                str(len(own)),
+            )
+        )
+    columns = (
+        "Method",
+        "Accuracy, %",
+        "minus FedAvg, points",
+        "Up, whole run",
+        "Down, whole run",
+        "of both: head",
+        "Smaller by",
+        "Seeds",
+    )
+    return markdown(columns, lines)
+
+
+def single_table(rows: Rows) -> str:
+    """Accuracy by sweep and drop rate, mean over the masks, one block a task."""
+    rates: list[str] = []
+    scores: dict[tuple[str, str], dict[str, list[float]]] = {}
+    for row in rows:
+        for point in row["points"]:
+            key = (row["cell"], point["sweep"])
+            rate = point["drop_rate"]
+            if point["sweep"] in ("tuned", "base"):
+                continue
+            if rate not in rates:
+                rates.append(rate)
+            scores.setdefault(key, {}).setdefault(rate, []).append(point["accuracy"])
+    ends = {row["cell"]: {p["sweep"]: p["accuracy"] for p in row["points"][:2]} for row in rows}
+    lines = []
+    for (cell, sweep), own in scores.items():
+        tuned, base = ends[cell]["tuned"], ends[cell]["base"]
+        cells = [shown(own[rate]) if rate in own else "–" for rate in rates]
+        lines.append((f"{cell} ({100 * tuned:.1f} tuned, {100 * base:.1f} base)", sweep, *cells))
+    return markdown(("Task", "Way", *(f"p={rate}" for rate in rates)), lines)
+
+
+def delta_table(rows: Rows) -> str:
+    """The range of each tuned model's delta."""
+    lines = []
+    for row in rows:
+        if row["seed"]:
+            continue
+        q = row["delta"]["quantiles"]
+        lines.append(
+            (
+                row["cell"],
+                f"{q['0.5']:.5f}",
+                f"{q['0.99']:.5f}",
+                f"{q['1.0']:.4f}",
+                f"{100 * row['delta']['share_above_0.005']:.3f} %",
+                f"{100 * row['delta']['exact_zeros']:.1f} %",
+            )
+        )
+    columns = ("Task", "median", "99 %", "largest", "above 0.005", "exactly 0")
+    return markdown(columns, lines)
+
+
+def merging_table(rows: Rows) -> str:
+    """Mean accuracy over the merged tasks, by method, with and without DARE."""
+    scores: dict[tuple[str, float], dict[tuple[str, str], list[float]]] = {}
+    columns: list[tuple[str, str]] = []
+    for row in rows:
+        for point in row["points"]:
+            short = " + ".join(name.split()[0] for name in point["tasks"])
+            column = (short, point["drop_rate"])
+            if column not in columns:
+                columns.append(column)
+            own = scores.setdefault((point["method"], point["scaling"]), {})
+            own.setdefault(column, []).append(point["accuracy"])
+    columns.sort(key=lambda c: (c[0].count("+"), c[0], c[1]))
+    lines = [
+        (f"{method}, λ {scaling:g}", *(shown(own[c]) if c in own else "–" for c in columns))
+        for (method, scaling), own in scores.items()
+    ]
+    heads = [f"{tasks}{'' if rate == '0' else f', DARE {rate}'}" for tasks, rate in columns]
+    return markdown(("Method", *heads), lines)
+
+
+def rate_table(rows: Rows) -> str:
+    """Every way to send one delta, by bits a parameter."""
+    tasks = list(dict.fromkeys(row["task"] for row in rows))
+    grouped: dict[tuple[str, str], dict[str, Mapping[str, Any]]] = {}
+    for row in rows:
+        grouped.setdefault((row["method"], row["setting"]), {})[row["task"]] = row
+    lines = []
+    for (method, setting), own in sorted(
+        grouped.items(), key=lambda item: next(iter(item[1].values()))["bits_per_parameter"]
+    ):
+        first = next(iter(own.values()))
+        cells = []
+        for task in tasks:
+            found = own.get(task)
+            cells.append(f"{found['nmse']:.3g}" if found else "–")
+            cells.append(f"{100 * found['accuracy']:.1f}" if found else "–")
+        lines.append((f"{method} {setting}".strip(), f"{first['bits_per_parameter']:.4f}", *cells))
+    heads = [text for task in tasks for text in (f"{task}: NMSE", "accuracy, %")]
+    return markdown(("Method", "bits a parameter", *heads), lines)
+
+
+def rounds_to(row: Mapping[str, Any], target: float) -> int | None:
+    """First measured round whose accuracy reaches ``target``."""
+    return next((p["round"] for p in row["curve"] if p["accuracy"] >= target), None)
+
+
+def links_table(rows: Rows, compact: str, step_seconds: float, steps: int) -> str:
+    """Hours to FedAvg's final accuracy minus one point, by link and model size.
+
+    Transfer is computed from the measured bits a parameter; compute is the measured time of
+    a training step here, taken to grow with the parameters.
+    """
+    cells = by_cell(rows)
+    dense, ours = cells["FedAvg"][0], cells[compact][0]
+    target = dense["accuracy"] - 0.01
+    lines = []
+    for link, kbit in LINKS.items():
+        shown_cells = []
+        for size in SIZES.values():
+            hours = []
+            for row in (dense, ours):
+                turns = row["rounds"] * row["clients"]
+                per_parameter = (row["upload_bytes"] + row["download_bytes"]) / turns
+                scale = size / row["parameters"]
+                seconds = 8 * per_parameter * scale / (1000 * kbit) + step_seconds * steps * scale
+                number = rounds_to(row, target) or row["rounds"]
+                hours.append(number * seconds / 3600)
+            shown_cells.append(f"{_hours(hours[0])} → {_hours(hours[1])}")
+        lines.append((f"{link}, {kbit} kbit/s", *shown_cells))
+    return markdown(("Link", *SIZES), lines)
+
+
+def _hours(hours: float) -> str:
+    if hours >= 48:
+        return f"{hours / 24:,.0f} d"
+    if hours >= 1:
+        return f"{hours:.1f} h"
+    return f"{60 * hours:.1f} min"

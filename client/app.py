@@ -1,0 +1,120 @@
+"""The Flower ClientApp: wires messages to tasks; the mod turns replies into updates."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from functools import lru_cache
+
+import numpy as np
+from flwr.app import (
+    ConfigRecord,
+    Context,
+    Message,
+    MetricRecord,
+    RecordDict,
+)
+from flwr.clientapp import ClientApp
+
+from client.config import task_config
+from client.partition import partition
+from client.tasks import Indices, TaskConfig, TextClassification, build_task
+from dare_agg.flower import dare_mod
+from dare_agg.flower.transport import to_record
+
+app = ClientApp(mods=[dare_mod])
+
+
+# Where the process lives on between messages (simulation, warm trainer), model and tokens do.
+@lru_cache(maxsize=2)
+def _task(config: TaskConfig) -> TextClassification:
+    return build_task(config)
+
+
+def _own_task(msg: Message, context: Context) -> TextClassification:
+    record = msg.content.config_records.get("config", ConfigRecord())
+    labels = record.get("labels", [])
+    assert isinstance(labels, list)
+    return _task(
+        task_config(
+            context.run_config,
+            context.node_config,
+            labels=tuple(str(name) for name in labels),
+            method=str(record.get("train", "")),
+        )
+    )
+
+
+def _place(context: Context) -> tuple[int, int]:
+    """This node's number and how many there are; (0, 1) in a deployment with its own data."""
+    node = context.node_config
+    if "data-path" in node or "data" in node or "partition-id" not in node:
+        return 0, 1
+    return int(node["partition-id"]), int(node["num-partitions"])
+
+
+@lru_cache(maxsize=64)
+def _train_rows(config: TaskConfig, rule: str, alpha: float, number: int, count: int) -> Indices:
+    rows = _task(config).train_rows
+    if count == 1:
+        return np.arange(len(rows))
+    return partition(rule, rows.labels, rows.groups, count, alpha=alpha, seed=config.seed)[number]
+
+
+@app.query("describe")
+def describe(msg: Message, context: Context) -> Message:
+    """Say which labels this node's data has, before anything trains."""
+    task = _own_task(msg, context)
+    described = ConfigRecord(
+        {"labels": list(task.data.label_names), "rows": len(task.train_rows)}
+    )
+    return Message(RecordDict({"description": described}), reply_to=msg)
+
+
+@app.query("initial")
+def initial(msg: Message, context: Context) -> Message:
+    """Return the state that training starts from: the public base and a seeded head."""
+    state = _own_task(msg, context).initial_state()
+    return Message(RecordDict({"arrays": to_record(state)}), reply_to=msg)
+
+
+@app.train()
+def train(msg: Message, context: Context) -> Message:
+    """Train on this node's rows for one round."""
+    task = _own_task(msg, context)
+    number, count = _place(context)
+    run = context.run_config
+    rows = _train_rows(
+        task.config, str(run["partition"]), float(run["alpha"]), number, count
+    )
+    config = msg.content.config_records["config"]
+    seed: Sequence[int] = (task.config.seed, int(config["server-round"]), number)  # type: ignore[arg-type]
+    state, examples, metrics = task.train(_state(msg, task), rows, seed=seed)
+    measured = MetricRecord({"num-examples": examples, **metrics})
+    return Message(RecordDict({"arrays": to_record(state), "metrics": measured}), reply_to=msg)
+
+
+@app.evaluate()
+def evaluate(msg: Message, context: Context) -> Message:
+    """Evaluate on this node's share of the test rows.
+
+    In a simulation the shares are disjoint and cover the whole common test set, so their
+    weighted mean is the accuracy on it.
+    """
+    task = _own_task(msg, context)
+    number, count = _place(context)
+    rows = np.arange(number, len(task.test_rows), count)
+    metrics = task.evaluate(_state(msg, task), rows)
+    measured = MetricRecord({"num-examples": len(rows), **metrics})
+    return Message(RecordDict({"metrics": measured}), reply_to=msg)
+
+
+def _state(msg: Message, task: TextClassification) -> dict[str, np.ndarray]:
+    """The received state; a head of another task's shape gives way to this task's own."""
+    received = {name: array.numpy() for name, array in msg.content["arrays"].items()}  # type: ignore[union-attr]
+    own = task.initial_state()
+    for name, array in own.items():
+        other_head = name.startswith("head.") and name in received
+        if name not in received or (other_head and received[name].shape != array.shape):
+            received[name] = array
+    return received
+

@@ -1,0 +1,1 @@
+"""The server side of the Flower app: run config, rounds, measurements, export."""

@@ -1,0 +1,223 @@
+"""The Flower ServerApp: wires run config, strategy, measurements and export together."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from flwr.app import ArrayRecord, ConfigRecord, Context, Message, RecordDict
+from flwr.serverapp import Grid, ServerApp
+
+from dare_agg.errors import DareError, RunError
+from dare_agg.flower import DareStrategy, RoundOutcome
+from dare_agg.flower.exchange import exchange, online_nodes
+from dare_agg.flower.transport import to_numpy
+from dare_agg.server_step import server_step
+from server.config import METHODS, RunConfig, read_config
+from server.export import export_model
+from server.recorder import Recorder
+
+app = ServerApp()
+
+
+@app.main()
+def main(grid: Grid, context: Context) -> None:
+    """Check everything, then run the methods one after another on the same data and seeds."""
+    config = read_config(context.run_config)
+    folder = Path(config.output or f"runs/{context.run_id}").absolute()
+    recorder = Recorder(folder)
+    settings = config.model_dump(by_alias=True)
+    recorder.status("running", config=settings)
+    try:
+        labels = agree_on_labels(grid, config)
+        prints = {name: run_method(grid, config, name, labels, recorder) for name in config.methods}
+    except BaseException as error:
+        reason = str(error) if isinstance(error, DareError) else f"{type(error).__name__}: {error}"
+        recorder.status("failed", config=settings, error=reason)
+        raise
+    finally:
+        recorder.close()
+    recorder.status("completed", config=settings, labels=list(labels), fingerprints=prints)
+
+
+def ask(grid: Grid, nodes: list[int], what: str, config: ConfigRecord, timeout: float) -> list:
+    """Send a query to nodes and return the replies' contents, in the order of the nodes.
+
+    Raises `RunError` naming the first node that failed or stayed silent.
+    """
+    messages = [
+        Message(RecordDict({"config": config}), node, f"query.{what}", ttl=timeout + 60)
+        for node in nodes
+    ]
+    contents: dict[int, RecordDict] = {}
+    for index, reply in exchange(grid, messages, timeout):
+        if reply.has_error():
+            lines = (reply.error.reason or "no text").strip().splitlines()
+            raise RunError(f"node {nodes[index]} could not {what}: {lines[-1] if lines else ''}")
+        contents[index] = reply.content
+    for index, node in enumerate(nodes):
+        if index not in contents:
+            raise RunError(f"node {node} did not {what} within {timeout:g} s; check its log")
+    return [contents[index] for index in range(len(nodes))]
+
+
+def wait_for_nodes(grid: Grid, config: RunConfig) -> list[int]:
+    """Return the nodes online once there are enough; raises `RunError` after node-timeout."""
+    until = time.monotonic() + config.node_timeout
+    while True:
+        nodes = sorted(online_nodes(grid))
+        if len(nodes) >= config.min_clients:
+            return nodes
+        if time.monotonic() > until:
+            raise RunError(
+                f"{len(nodes)} of {config.min_clients} clients are online after "
+                f"{config.node_timeout:g} s; start more SuperNodes or lower min-clients",
+                reason="nodes",
+            )
+        time.sleep(0.5)
+
+
+def agree_on_labels(grid: Grid, config: RunConfig) -> tuple[str, ...]:
+    """Return the run's labels: those of the config, else all that any node's data has.
+
+    Where heads stay local (``exclude`` covers them), every node keeps its own labels.
+    """
+    nodes = wait_for_nodes(grid, config)
+    if config.labels or any("head" in pattern for pattern in config.exclude):
+        return config.labels
+    found: set[str] = set()
+    for content in ask(grid, nodes, "describe", ConfigRecord(), config.node_timeout):
+        found.update(str(name) for name in content["description"]["labels"])  # type: ignore[arg-type,index]
+    return tuple(sorted(found))
+
+
+def run_method(
+    grid: Grid, config: RunConfig, name: str, labels: tuple[str, ...], recorder: Recorder
+) -> str:
+    """Run one method from the common start to its last round; returns the final fingerprint."""
+    train = "head" if name == "head-only" else config.train
+    orders = ConfigRecord({"train": train, "method": name})
+    if labels:
+        orders["labels"] = list(labels)
+    first = wait_for_nodes(grid, config)[:1]
+    initial = ask(grid, first, "initial", orders, config.node_timeout)[0]["arrays"]
+    assert isinstance(initial, ArrayRecord)
+    began = time.monotonic()
+    totals = {"upload_bytes": 0, "download_bytes": 0}
+
+    def record(outcome: RoundOutcome) -> None:
+        row = _row(name, outcome, time.monotonic() - began)
+        totals["upload_bytes"] += row["upload_bytes"]
+        totals["download_bytes"] += row["download_bytes"]
+        recorder.row(row)
+
+    strategy = make_strategy(config, name, record)
+    base = strategy_base(strategy, initial)
+    result = strategy.start(
+        grid, initial, num_rounds=config.num_rounds, train_config=orders, evaluate_config=orders
+    )
+    outcome = strategy.outcome
+    if outcome is None or not result.arrays:
+        raise RunError(f"method {name}: no round was finished")
+    fingerprint = outcome.model.ref.version
+    if config.save_model:
+        export_model(
+            recorder.folder / f"model-{name}",
+            to_numpy(result.arrays),
+            model=config.model,
+            labels=labels,
+            provenance={
+                "base_fingerprint": base,
+                "final_fingerprint": fingerprint,
+                "method": name,
+                "rounds": outcome.round,
+                "clients": len(outcome.measurements["clients"]),
+                **totals,
+                "seed": config.seed,
+                "metrics": dict(outcome.client_metrics or {}),
+                "config": config.model_dump(by_alias=True),
+            },
+        )
+    return fingerprint
+
+
+def strategy_base(strategy: DareStrategy, initial: ArrayRecord) -> str:
+    """Fingerprint of the state a run starts from."""
+    from dare_agg.groups import global_model
+
+    settings = strategy.settings
+    model = global_model(to_numpy(initial), dense=settings.dense, exclude=settings.exclude)
+    return model.ref.version
+
+
+def make_strategy(config: RunConfig, name: str, record: Any) -> DareStrategy:
+    """Build the strategy of one method from the run config."""
+    step = (
+        server_step(config.server_step, lr=config.server_learning_rate)
+        if config.server_learning_rate
+        else server_step(config.server_step)
+    )
+    words: dict[str, Any] = {
+        "scaling": config.scaling,
+        "drop_rate": config.drop_rate,
+        "values": config.values,
+        "mask": config.mask,
+        "dense_values": config.dense_values,
+        "server_step": step,
+        # With the head alone there is no delta group besides it.
+        "dense": () if name == "head-only" or config.train == "head" else config.dense,
+        **METHODS[name],
+    }
+    return DareStrategy(
+        fraction_train=config.fraction_train,
+        fraction_evaluate=1.0 if config.evaluate else 0.0,
+        min_train_nodes=min(config.min_clients, 2),
+        min_evaluate_nodes=1,
+        min_available_nodes=config.min_clients,
+        exclude=config.exclude,
+        weighting=config.weighting,
+        seed=config.seed,
+        run=str(config.seed),
+        deadline=config.deadline or None,
+        node_timeout=config.node_timeout,
+        min_replies=config.min_replies,
+        round_hook=record,
+        **words,
+    )
+
+
+def _row(method: str, outcome: RoundOutcome, seconds: float) -> dict[str, Any]:
+    """One row of metrics.jsonl; byte counts are those of the encoded payloads."""
+    measured: Mapping[str, Any] = outcome.measurements
+    count = max(1, len(measured["update_bytes"]))
+    updates, dense = sum(measured["update_bytes"]), sum(measured["dense_bytes"])
+    merge = measured.get("merge", {})
+    client = {f"{key}": value for key, value in dict(outcome.client_metrics or {}).items()}
+    return {
+        "method": method,
+        "round": outcome.round,
+        **client,
+        "train-loss": dict(outcome.train_metrics or {}).get("train-loss"),
+        "clients": len(measured["clients"]),
+        "accepted": measured["accepted"],
+        "rejected": measured["rejected"],
+        "update_bytes_per_client": updates // count,
+        "dense_bytes_per_client": dense // count,
+        "upload_bytes_per_client": (updates + dense) // count,
+        "download_bytes_per_client": sum(measured["download_bytes"])
+        // max(1, len(measured["download_bytes"])),
+        "upload_bytes": updates + dense,
+        "download_bytes": sum(measured["download_bytes"]),
+        "message_upload_bytes": sum(measured["upload_bytes"]),
+        "evaluate_download_bytes": measured.get("evaluate_download_bytes", 0),
+        "survivors_per_element": measured.get("survivors_per_element"),
+        "sign_conflict": merge.get("sign_conflict"),
+        "touched": merge.get("touched"),
+        "merged_norm": measured.get("merged_norm"),
+        "delta_max": max(measured["delta_max"], default=None),
+        "share_above": max(measured["share_above"], default=None),
+        "round_seconds": measured["seconds"],
+        "seconds": seconds,
+    }

@@ -1,0 +1,123 @@
+"""The run config, checked before any node trains."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Annotated, Any, Literal
+
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError
+
+from dare_agg.errors import ConfigError, did_you_mean
+from dare_agg.layout import compile_patterns
+from dare_agg.mask import parse_drop_rate
+from dare_agg.values import find_values
+
+# What a run can compare: name → what differs from the run config.
+METHODS: Mapping[str, Mapping[str, Any]] = {
+    "fedavg": {"method": "task-arithmetic", "drop_rate": "0", "values": "f32", "dense_values": "f32"},
+    "dare-task-arithmetic": {"method": "task-arithmetic"},
+    "dare-ties": {"method": "ties"},
+    "dare-average": {"method": "average"},
+    "head-only": {"method": "task-arithmetic", "drop_rate": "0", "values": "f32"},
+}
+
+
+def _split(value: Any) -> Any:
+    # Flower's run config holds scalars only: lists come as comma-separated text.
+    if isinstance(value, str):
+        return tuple(part.strip() for part in value.split(",") if part.strip())
+    return value
+
+
+Words = Annotated[tuple[str, ...], BeforeValidator(_split)]
+
+
+def _kebab(name: str) -> str:
+    return name.replace("_", "-")
+
+
+class RunConfig(BaseModel):
+    """Every key of ``[tool.flwr.app.config]``, in kebab-case there.
+
+    Keys from ``model`` on are read by the clients too; they are checked here so that a typo
+    fails before anyone trains.
+    """
+
+    model_config = ConfigDict(extra="forbid", alias_generator=_kebab, frozen=True)
+
+    num_rounds: int = Field(5, ge=1, le=100_000)
+    methods: Words = ("dare-task-arithmetic",)
+    drop_rate: str = "0.9"
+    values: str = "b1"
+    mask: Literal["stratified", "bernoulli"] = "stratified"
+    scaling: float = Field(1.0, gt=0)
+    dense: Words = (r"^head\.",)
+    dense_values: str = "f16"
+    exclude: Words = ()
+    weighting: Literal["examples", "equal"] = "examples"
+    server_step: Literal["plain", "momentum", "adam"] = "plain"
+    server_learning_rate: float = Field(0.0, ge=0)
+    fraction_train: float = Field(1.0, gt=0, le=1)
+    min_clients: int = Field(2, ge=1)
+    deadline: float = Field(0.0, ge=0)
+    node_timeout: float = Field(600.0, gt=0)
+    min_replies: int = Field(1, ge=1)
+    evaluate: bool = True
+    seed: int = Field(0, ge=0, lt=1 << 63)
+    output: str = ""
+    save_model: bool = True
+
+    model: str = "minilm"
+    data: str = "reuters-r8"
+    text_column: str = "text"
+    label_column: str = "label"
+    labels: Words = ()
+    partition: Literal["iid", "dirichlet", "column"] = "dirichlet"
+    partition_by: str = ""
+    alpha: float = Field(0.5, gt=0)
+    train: Literal["full", "lora", "head"] = "full"
+    lora_rank: int = Field(8, ge=1)
+    lora_alpha: int = Field(16, ge=1)
+    lora_targets: Words = ("query", "value")
+    pooling: Literal["mean", "cls"] = "mean"
+    length: int = Field(32, ge=2, le=8192)
+    batch: int = Field(16, ge=1)
+    steps: int = Field(5, ge=1)
+    epochs: int = Field(0, ge=0)
+    learning_rate: float = Field(5e-5, gt=0)
+    head_learning_rate: float = Field(1e-3, gt=0)
+    weight_decay: float = Field(0.0, ge=0)
+    train_rows: int = Field(0, ge=0)
+    test_rows: int = Field(0, ge=0)
+    precision: Literal["float32", "bfloat16"] = "float32"
+
+
+def read_config(raw: Mapping[str, Any]) -> RunConfig:
+    """Check a run config; raises `ConfigError` naming the first key that is wrong."""
+    try:
+        config = RunConfig.model_validate(dict(raw))
+    except ValidationError as error:
+        raise ConfigError(_explain(error)) from error
+    for name in config.methods:
+        if name not in METHODS:
+            raise ConfigError(f"methods: {name!r} is unknown{did_you_mean(name, METHODS)}")
+    if not config.methods:
+        raise ConfigError("methods is empty; name at least one, for example dare-task-arithmetic")
+    parse_drop_rate(config.drop_rate)
+    find_values(config.values)
+    find_values(config.dense_values)
+    compile_patterns([*config.dense, *config.exclude])
+    if config.partition == "column" and not config.partition_by:
+        raise ConfigError('partition = "column" needs partition-by, the name of a column')
+    return config
+
+
+def _explain(error: ValidationError) -> str:
+    first = error.errors()[0]
+    key = ".".join(str(part) for part in first["loc"][:1])
+    if first["type"] == "extra_forbidden":
+        known = [_kebab(name) for name in RunConfig.model_fields]
+        return f"run config key {key!r} is unknown{did_you_mean(key, known)}"
+    return f"run config {key} = {first['input']!r}: {first['msg']}"
+
+

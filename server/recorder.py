@@ -1,0 +1,84 @@
+"""What a run leaves behind while it goes: metrics.jsonl, TensorBoard, run.json."""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+import time
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from dare_agg.errors import StateError
+
+
+def write_json(path: Path, value: Mapping[str, Any]) -> None:
+    """Write a JSON file atomically: a reader sees the old or the new one, never half."""
+    draft = path.with_name(path.name + ".part")
+    draft.write_text(json.dumps(value, indent=1) + "\n", encoding="utf-8")
+    os.replace(draft, path)
+
+
+@dataclass
+class Recorder:
+    """Appends one row a round to ``metrics.jsonl`` and to TensorBoard where it is installed."""
+
+    folder: Path
+    _writers: dict[str, Any] = field(default_factory=dict, init=False, repr=False)
+    started: float = field(default_factory=time.monotonic, init=False)
+
+    def __post_init__(self) -> None:
+        try:
+            self.folder.mkdir(parents=True, exist_ok=True)
+            (self.folder / "metrics.jsonl").touch()
+        except OSError as error:
+            raise StateError(
+                f"output folder {str(self.folder)!r} cannot be written: {error}; set output"
+            ) from error
+
+    def status(self, state: str, **more: Any) -> None:
+        """Write ``run.json``: "running", "completed" or "failed", with the reason."""
+        write_json(self.folder / "run.json", {"status": state, **more})
+
+    def row(self, values: Mapping[str, Any]) -> None:
+        """Append one row; numbers that are not finite become null."""
+        clean = {key: _finite(value) for key, value in values.items()}
+        with (self.folder / "metrics.jsonl").open("a", encoding="utf-8") as file:
+            file.write(json.dumps(clean, allow_nan=False) + "\n")
+        self._tensorboard(clean)
+
+    def close(self) -> None:
+        for writer in self._writers.values():
+            if writer is not None:
+                writer.close()
+
+    def _tensorboard(self, row: Mapping[str, Any]) -> None:
+        method = str(row.get("method", "run"))
+        if method not in self._writers:
+            self._writers[method] = self._open(method)
+        writer = self._writers[method]
+        if writer is None:
+            return
+        for key, value in row.items():
+            if isinstance(value, int | float) and not isinstance(value, bool) and key != "round":
+                writer.add_scalar(key, value, row.get("round", 0))
+        writer.flush()
+
+    def _open(self, method: str) -> Any:
+        try:
+            from torch.utils.tensorboard import SummaryWriter
+        except ImportError:
+            return None
+        return SummaryWriter(str(self.folder / "tensorboard" / method))
+
+
+def _finite(value: Any) -> Any:
+    if isinstance(value, float) and not math.isfinite(value):
+        return None
+    if isinstance(value, dict):
+        return {key: _finite(item) for key, item in value.items()}
+    if isinstance(value, list | tuple):
+        return [_finite(item) for item in value]
+    return value

@@ -30,7 +30,10 @@ _WIRE_MODULES = (
     "feedback.py",
     "plan.py",
     "rounds.py",
+    "version_grid.py",
+    "version_steps.py",
     "versions.py",
+    "version_cache.py",
     "flower/transport.py",
     "flower/mod.py",
 )

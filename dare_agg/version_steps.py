@@ -1,0 +1,353 @@
+"""One step of the global model as immutable bytes: what brings version u to version v.
+
+A step names its parent and its child, the round, and how its positions are drawn again; no
+index travels. Both ends decode the same values and round them to the same whole grid steps.
+
+Layout of the head, little-endian, followed by the families of masks, the delta group's
+payload and (apart, so that it can be counted apart) the dense group's payload::
+
+    magic "DVST" · version u8 · form u8 · values u8 · dense values u8 · round u32
+    parent 32 B · child 32 B · key 16 B · families u16 · flags u16
+    survivors u64 · payload bytes u64 · dense bytes u64 · checksum 8 B (SHA-256 of all else)
+    family: kind u8 · stride u32 · stride-of u32 · first rank u32 · ranks u32 · key 16 B
+
+Forms: **union** (the elements that any mask of the families keeps), **dense** (all),
+**dare** (one stratified mask, rescaled by the receiver), **lossless** (the very integers,
+bytewise planes of zigzag counts in tiles of 2^20, each a u32 length and a zlib stream).
+"""
+
+from __future__ import annotations
+
+import hashlib
+import struct
+import zlib
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+
+import numpy as np
+
+from dare_agg.errors import ConfigError, UpdateError
+from dare_agg.layout import FloatVector
+from dare_agg.mask import MASK_KINDS, DropRate, Mask
+from dare_agg.plan import RoundPlan
+from dare_agg.rotation import GROUP
+from dare_agg.values import (
+    VALUE_FORMATS,
+    check_payload,
+    decode_values,
+    encode_values,
+    payload_bytes,
+)
+from dare_agg.version_grid import TILE, Counts, Positions, VersionGrid, add_steps
+
+MAGIC = b"DVST"
+STEP_VERSION = 1
+FORMS = ("union", "dense", "dare", "lossless")
+MAX_FAMILIES = 1 << 15
+HEAD = struct.Struct("<4sBBBBI32s32s16sHHQQQ8s")
+FAMILY = struct.Struct("<BIIII16s")
+_VALUES = {row.code: row.name for row in VALUE_FORMATS.values()}
+
+
+@dataclass(frozen=True)
+class Family:
+    """Masks of one key with consecutive ranks, as the clients of a round drew them."""
+
+    kind: str
+    drop_rate: DropRate
+    first: int
+    ranks: int
+    key: bytes
+
+    def masks(self, size: int) -> list[Mask]:
+        return [
+            Mask(self.kind, size, self.drop_rate, self.key, rank)
+            for rank in range(self.first, self.first + self.ranks)
+        ]
+
+
+@dataclass(frozen=True)
+class StepHead:
+    """Everything of a step but its payloads."""
+
+    form: str
+    values: str
+    dense_values: str
+    round: int
+    parent: str
+    child: str
+    key: bytes
+    families: tuple[Family, ...] = ()
+    survivors: int = 0
+
+
+@dataclass(frozen=True)
+class Step:
+    """A step as it is stored and sent: ``body`` (head and delta payload) and ``dense``."""
+
+    head: StepHead
+    body: bytes
+    dense: bytes
+
+    @property
+    def nbytes(self) -> int:
+        return len(self.body) + len(self.dense)
+
+
+def families_of(plans: Sequence[RoundPlan]) -> tuple[Family, ...]:
+    """Return the masks of the plans, consecutive ranks of one key as one family."""
+    groups: dict[tuple[str, DropRate, bytes], set[int]] = {}
+    for plan in plans:
+        groups.setdefault((plan.mask, plan.drop_rate, plan.mask_key), set()).add(plan.rank)
+    found = []
+    for (kind, rate, key), ranks in groups.items():
+        ordered = sorted(ranks)
+        first = 0
+        for place in range(1, len(ordered) + 1):
+            if place == len(ordered) or ordered[place] != ordered[place - 1] + 1:
+                found.append(Family(kind, rate, ordered[first], place - first, key))
+                first = place
+    return tuple(sorted(found, key=lambda f: (f.key, f.first, f.kind)))
+
+
+def positions_of(head: StepHead, size: int) -> Iterator[tuple[Positions, FloatVector | np.float32]]:
+    """Yield ``(positions, rescale)`` of a step, ascending, tile by tile."""
+    one = np.float32(1)
+    if head.form == "dense":
+        for lo in range(0, size, TILE):
+            yield np.arange(lo, min(size, lo + TILE), dtype=np.int64), one
+    elif head.form == "dare":
+        yield from head.families[0].masks(size)[0].blocks()
+    else:
+        masks = [mask for family in head.families for mask in family.masks(size)]
+        for lo in range(0, size, TILE):
+            hi = min(size, lo + TILE)
+            kept = np.zeros(hi - lo, np.bool_)
+            for mask in masks:
+                kept[mask.indices(lo, hi) - lo] = True
+            yield np.flatnonzero(kept) + lo, one
+
+
+def _regrouped(values: FloatVector) -> Iterator[FloatVector]:
+    for lo in range(0, values.size, GROUP):
+        yield values[lo : lo + GROUP]
+
+
+def encode_payload(name: str, values: FloatVector, key: bytes) -> bytes:
+    """Encode values in a format of the codec."""
+    out = bytearray(payload_bytes(name, values.size))
+    encode_values(name, _regrouped(values), values.size, key, memoryview(out))
+    return bytes(out)
+
+
+def decode_payload(name: str, payload: bytes, count: int, key: bytes) -> FloatVector:
+    """Decode ``count`` values; raises `UpdateError` for a payload that cannot be right."""
+    if len(payload) != payload_bytes(name, count):
+        raise UpdateError(
+            f"step payload of {len(payload)} bytes, {payload_bytes(name, count)} are due",
+            reason="truncated",
+        )
+    data = np.frombuffer(payload, np.uint8)
+    check_payload(name, data, count)
+    parts = [decode_values(name, data, count, key, g) for g in range(-(-count // GROUP))]
+    return np.concatenate(parts) if parts else np.empty(0, np.float32)
+
+
+def write_step(head: StepHead, payload: bytes, dense: bytes) -> Step:
+    """Put a step together."""
+    families = b"".join(
+        FAMILY.pack(
+            MASK_KINDS.index(f.kind),
+            f.drop_rate.numerator,
+            f.drop_rate.denominator,
+            f.first,
+            f.ranks,
+            f.key,
+        )
+        for f in head.families
+    )
+    if len(head.families) > MAX_FAMILIES:
+        raise ConfigError(f"{len(head.families)} mask families; at most {MAX_FAMILIES}")
+
+    def packed(checksum: bytes) -> bytes:
+        return HEAD.pack(
+            MAGIC,
+            STEP_VERSION,
+            FORMS.index(head.form),
+            VALUE_FORMATS[head.values].code,
+            VALUE_FORMATS[head.dense_values].code,
+            head.round,
+            bytes.fromhex(head.parent),
+            bytes.fromhex(head.child),
+            head.key,
+            len(head.families),
+            0,
+            head.survivors,
+            len(payload),
+            len(dense),
+            checksum,
+        )
+
+    rest = families + payload
+    checksum = _checksum(packed(bytes(8)), rest, dense)
+    return Step(head, packed(checksum) + rest, dense)
+
+
+def read_steps(body: bytes, dense: bytes) -> list[Step]:
+    """Cut joined steps apart; raises `UpdateError` for anything that is not whole."""
+    steps = []
+    at = dense_at = 0
+    while at < len(body):
+        step = _read_step(body, at, dense, dense_at)
+        steps.append(step)
+        at += len(step.body)
+        dense_at += len(step.dense)
+    if dense_at != len(dense):
+        raise UpdateError(
+            f"{len(dense) - dense_at} bytes follow the last step's dense payload",
+            reason="trailing",
+        )
+    return steps
+
+
+def _read_step(body: bytes, at: int, dense: bytes, dense_at: int) -> Step:
+    if len(body) - at < HEAD.size:
+        raise _broken(f"step of {len(body) - at} bytes, its head alone has {HEAD.size}")
+    raw = HEAD.unpack_from(body, at)
+    magic, version, form, values, dense_values, number, parent, child, key = raw[:9]
+    families, flags, survivors, payload_size, dense_size, checksum = raw[9:]
+    if magic != MAGIC or version != STEP_VERSION or flags:
+        raise UpdateError(
+            f"step with magic {magic!r}, version {version}; {MAGIC!r}, {STEP_VERSION} are "
+            "known: run the same dare-agg on both ends",
+            reason="version",
+        )
+    stop = at + HEAD.size + families * FAMILY.size + payload_size
+    if stop > len(body) or dense_at + dense_size > len(dense):
+        raise _broken(
+            f"step announces {stop - at} and {dense_size} bytes, {len(body) - at} and "
+            f"{len(dense) - dense_at} came"
+        )
+    mine, my_dense = body[at:stop], dense[dense_at : dense_at + dense_size]
+    rest = mine[HEAD.size :]
+    if _checksum(mine[: HEAD.size - 8] + bytes(8), rest, my_dense) != checksum:
+        raise UpdateError("step's checksum does not fit its bytes", reason="checksum")
+    if form >= len(FORMS) or values not in _VALUES or dense_values not in _VALUES:
+        raise UpdateError(f"step of form {form}, values {values}", reason="malformed")
+    found = []
+    for place in range(families):
+        kind, num, den, first, ranks, mask_key = FAMILY.unpack_from(rest, place * FAMILY.size)
+        if kind >= len(MASK_KINDS) or not 1 <= ranks <= 1 << 20:
+            raise UpdateError(f"mask family of kind {kind}, {ranks} ranks", reason="malformed")
+        found.append(Family(MASK_KINDS[kind], DropRate(num, den), first, ranks, mask_key))
+    if FORMS[form] in ("union", "dare") and not found:
+        raise UpdateError("step without the masks it is made of", reason="malformed")
+    head = StepHead(
+        FORMS[form],
+        _VALUES[values],
+        _VALUES[dense_values],
+        number,
+        parent.hex(),
+        child.hex(),
+        key,
+        tuple(found),
+        survivors,
+    )
+    return Step(head, mine, my_dense)
+
+
+def _broken(what: str) -> UpdateError:
+    return UpdateError(f"{what}; ask for the version again", reason="truncated")
+
+
+def _checksum(*parts: bytes) -> bytes:
+    digest = hashlib.sha256(b"dare-agg step 1\0")
+    for part in parts:
+        digest.update(part)
+    return digest.digest()[:8]
+
+
+def payload_of(step: Step) -> bytes:
+    """The delta group's payload of a step."""
+    return step.body[HEAD.size + len(step.head.families) * FAMILY.size :]
+
+
+def dense_key(key: bytes) -> bytes:
+    """The values key of the dense group's payload."""
+    return hashlib.sha256(b"dare-agg dense step\0" + key).digest()[:16]
+
+
+def apply_step(
+    step: Step, grid: VersionGrid, counts: Counts, dense_grid: VersionGrid, dense_counts: Counts
+) -> None:
+    """Add a step's integers to both groups' counts, in place.
+
+    Raises `UpdateError` for a step that does not fit the model, `StateError` beyond int32.
+    """
+    head = step.head
+    if head.form == "lossless":
+        _add_lossless(payload_of(step), counts)
+        if dense_grid.size:
+            _add_lossless(step.dense, dense_counts)
+        return
+    # The number of values is bounded by the model before anything is decoded.
+    if head.survivors > grid.size:
+        raise UpdateError(
+            f"step of {head.survivors} values for {grid.size} parameters", reason="shape"
+        )
+    values = decode_payload(head.values, payload_of(step), head.survivors, head.key)
+    at = 0
+    for positions, scale in positions_of(head, grid.size):
+        piece = values[at : at + positions.size]
+        if piece.size != positions.size:
+            raise UpdateError("step holds fewer values than its masks keep", reason="mask")
+        add_steps(counts, positions, grid.round_at(positions, piece * scale))
+        at += positions.size
+    if at != values.size:
+        raise UpdateError("step holds more values than its masks keep", reason="mask")
+    if dense_grid.size and step.dense:
+        moved = decode_payload(head.dense_values, step.dense, dense_grid.size, dense_key(head.key))
+        places = np.arange(dense_grid.size, dtype=np.int64)
+        add_steps(dense_counts, places, dense_grid.round_at(places, moved))
+
+
+# --- the lossless form ---------------------------------------------------------------------
+
+
+def encode_lossless(counts: Counts) -> bytes:
+    """Write whole steps exactly: planes of bytes, so that unmoved parameters cost nothing."""
+    parts = []
+    for lo in range(0, counts.size, TILE):
+        piece = counts[lo : lo + TILE]
+        zigzag = ((piece << 1) ^ (piece >> 31)).astype("<u4")
+        planes = np.ascontiguousarray(zigzag.view(np.uint8).reshape(-1, 4).T)
+        packed = zlib.compress(planes.tobytes(), 6)
+        parts.append(struct.pack("<I", len(packed)) + packed)
+    return b"".join(parts)
+
+
+def _add_lossless(payload: bytes, counts: Counts) -> None:
+    at = 0
+    for lo in range(0, counts.size, TILE):
+        hi = min(counts.size, lo + TILE)
+        if len(payload) - at < 4:
+            raise _broken(f"lossless step ends at parameter {lo} of {counts.size}")
+        (length,) = struct.unpack_from("<I", payload, at)
+        at += 4
+        unpack = zlib.decompressobj()
+        try:
+            # One byte of room more than is due tells a bomb from a fitting tile.
+            raw = unpack.decompress(payload[at : at + length], 4 * (hi - lo) + 1)
+        except zlib.error as error:
+            raise UpdateError(f"lossless step: {error}", reason="malformed") from error
+        if len(raw) != 4 * (hi - lo) or not unpack.eof:
+            raise UpdateError(
+                f"lossless step: a tile of {len(raw)} bytes, {4 * (hi - lo)} are due",
+                reason="malformed",
+            )
+        at += length
+        planes = np.frombuffer(raw, np.uint8).reshape(4, hi - lo)
+        zigzag = np.ascontiguousarray(planes.T).view("<u4").reshape(-1).astype(np.int64)
+        add_steps(counts, slice(lo, hi), (zigzag >> 1) ^ -(zigzag & 1))
+    if at != len(payload):
+        raise UpdateError(f"lossless step: {len(payload) - at} bytes too many", reason="trailing")

@@ -1,0 +1,383 @@
+"""The server's version store: small immutable steps down, the same bits at every client.
+
+After a round the merged change is coded in few bits, decoded as every client will decode it,
+rounded to whole steps of the version grid and added; what coding and rounding left out is
+kept and added to the next change (server feedback). A client that names the version it holds
+is sent the cheapest way to the newest one: the chain of steps, their exact sum, or the base
+and either. Every way ends in the same integers, hence in the same parameters.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import numpy as np
+
+from dare_agg.derive import derive_key
+from dare_agg.downlink import Broadcast
+from dare_agg.errors import ConfigError, StateError, did_you_mean
+from dare_agg.groups import Arrays, GlobalModel
+from dare_agg.layout import FloatVector
+from dare_agg.mask import parse_drop_rate
+from dare_agg.plan import RoundPlan
+from dare_agg.values import find_values
+from dare_agg.version_grid import Counts, VersionGrid, add_steps, grid_of
+from dare_agg.version_steps import (
+    Family,
+    Step,
+    StepHead,
+    apply_step,
+    decode_payload,
+    dense_key,
+    encode_lossless,
+    encode_payload,
+    families_of,
+    positions_of,
+    read_steps,
+    write_step,
+)
+
+DOWNLINK_NAME = "versions"
+BASE = "base"
+STEPS = "steps"
+DENSE_STEPS = "dense-steps"
+
+
+@dataclass(frozen=True)
+class Form:
+    """A row of `FORMS`: where the values of a step lie and whether the rest is kept."""
+
+    form: str
+    values: str
+    feedback: bool
+    about: str
+
+
+FORMS: Mapping[str, Form] = {
+    "auto": Form("auto", "b1", True, "union-b1 while the step lies on the masks, else dense-b1"),
+    "union-b1": Form("union", "b1", True, "1-bit values on the union of the round's masks"),
+    "union-i8": Form("union", "i8", True, "8-bit values on the union of the round's masks"),
+    "union-f32": Form("union", "f32", True, "exact values on the union of the round's masks"),
+    "dense-b1": Form("dense", "b1", True, "1-bit values of every parameter"),
+    "dense-i8": Form("dense", "i8", True, "8-bit values of every parameter"),
+    "dare-b1": Form("dare", "b1", False, "unbiased DARE with 1-bit values"),
+    "lossless": Form("lossless", "f32", True, "the exact change on the grid"),
+}
+
+
+@dataclass
+class _Group:
+    """One group's place on the grid: base, whole steps, and what was not sent yet."""
+
+    grid: VersionGrid
+    base: FloatVector
+    counts: Counts
+    rest: FloatVector
+
+    def values(self) -> FloatVector:
+        return self.grid.values(self.base, self.counts)
+
+
+def _group(grid: VersionGrid, base: FloatVector) -> _Group:
+    return _Group(grid, base, np.zeros(grid.size, np.int32), np.zeros(grid.size, np.float32))
+
+
+@dataclass
+class VersionDownlink:
+    """The server's half of the downlink (`dare_agg.downlink.Downlink`).
+
+    ``form`` is a row of `FORMS`, ``dense_values`` the format of the dense group's change,
+    ``drop_rate`` that of the form dare, ``keep_bytes`` how many bytes of steps are kept for
+    clients that stayed away; older ones get the exact sum from the base.
+    """
+
+    form: str = "auto"
+    dense_values: str = "i8"
+    drop_rate: str = "0.9"
+    keep_bytes: int = 1 << 28
+    name: str = DOWNLINK_NAME
+    base_version: str = ""
+    version: str = ""
+    steps: list[Step] = field(default_factory=list)
+    _model: GlobalModel | None = None
+    _base_model: GlobalModel | None = None
+    _delta: _Group | None = None
+    _dense: _Group | None = None
+    _sums: dict[tuple[str, str], Step] = field(default_factory=dict)
+    _base_payload: bytes = b""
+
+    def __post_init__(self) -> None:
+        if self.form not in FORMS:
+            raise ConfigError(f"downlink {self.form!r} is unknown{did_you_mean(self.form, FORMS)}")
+        find_values(self.dense_values)
+        parse_drop_rate(self.drop_rate)
+        if not isinstance(self.keep_bytes, int) or self.keep_bytes < 0:
+            raise ConfigError(f"keep_bytes = {self.keep_bytes!r}; a number of bytes is needed")
+
+    # --- the protocol ----------------------------------------------------------------------
+
+    def start(self, model: GlobalModel) -> GlobalModel:
+        """Take ``model`` as the base, unless it is the version this store already is at."""
+        version = model.ref.version
+        if self._model is not None and version == self.version:
+            return self._model
+        groups = model.groups
+        self._delta = _group(grid_of(groups.layout, model.delta, groups.dtypes), model.delta)
+        self._dense = _group(grid_of(groups.dense_layout, model.dense, groups.dtypes), model.dense)
+        self._model = self._base_model = model
+        self.base_version = self.version = version
+        self.steps.clear()
+        self._sums.clear()
+        self._base_payload = b""
+        return model
+
+    def advance(
+        self,
+        model: GlobalModel,
+        step: FloatVector,
+        dense_step: FloatVector | None,
+        plans: Sequence[RoundPlan],
+    ) -> GlobalModel:
+        """Round the change to the grid, store it as a step and return the new version."""
+        delta, dense = self._groups()
+        if model.ref.version != self.version:
+            raise StateError(
+                f"the model is at version {model.ref.version[:12]}, the version store at "
+                f"{self.version[:12]}; resume both from the same round"
+            )
+        families = families_of(plans)
+        row = self._row(step, families)
+        number = max((plan.round for plan in plans), default=0)
+        key = derive_key(
+            bytes.fromhex(self.version),
+            "downlink",
+            number,
+            *(family.key for family in families),
+        )
+        if row.form == "dare":
+            families = (Family("stratified", parse_drop_rate(self.drop_rate), 0, 1, key),)
+        elif row.form != "union":
+            families = ()
+        head = StepHead(
+            row.form, row.values, self.dense_values, number, self.version, "00" * 32, key, families
+        )
+        head, payload = self._move_delta(delta, head, step, row.feedback)
+        dense_payload = b""
+        if dense_step is not None and dense.grid.size:
+            dense_payload = self._move_dense(dense, head, dense_step)
+        moved = model.placed(delta.values(), dense.values())
+        self._model, self.version = moved, moved.ref.version
+        done = StepHead(**{**vars(head), "child": self.version})
+        self.steps.append(write_step(done, payload, dense_payload))
+        self._sums.clear()
+        while len(self.steps) > 1 and sum(s.nbytes for s in self.steps) > self.keep_bytes:
+            self.steps.pop(0)
+        return moved
+
+    def broadcast(self, model: GlobalModel, have: str) -> Broadcast:
+        """Return the fewest bytes that bring a client from ``have`` to ``model``."""
+        if model.ref.version != self.version:
+            raise StateError(
+                f"version {model.ref.version[:12]} is asked for, the store holds "
+                f"{self.version[:12]}; broadcast only the newest"
+            )
+        if have == self.version:
+            return Broadcast(full=False)
+        known = [have] if have in self.parents() or have == self.base_version else []
+        if have and self.base_version not in known and known:
+            # Who holds a version holds its base too: the sum from there may be cheaper.
+            known.append(self.base_version)
+        best = min(
+            (self.path(start) for start in known or [self.base_version]),
+            key=lambda path: sum(step.nbytes for step in path),
+        )
+        payloads = {STEPS: b"".join(step.body for step in best)} if best else {}
+        if dense := b"".join(step.dense for step in best):
+            payloads[DENSE_STEPS] = dense
+        if not known:
+            payloads[BASE] = self._base_bytes()
+        return Broadcast(full=False, payloads=payloads)
+
+    # --- paths -----------------------------------------------------------------------------
+
+    def parents(self) -> list[str]:
+        """The versions a chain of kept steps leads from, oldest first."""
+        return [step.head.parent for step in self.steps]
+
+    def path(self, start: str) -> list[Step]:
+        """Return the cheapest steps from ``start`` (kept, or the base) to the newest version."""
+        if start == self.version:
+            return []
+        parents = self.parents()
+        chain = self.steps[parents.index(start) :] if start in parents else None
+        if chain is not None:
+            moved = int(np.count_nonzero(self._groups()[0].counts))
+            # A sum takes at least a byte or so for each element that moved.
+            if len(chain) == 1 or sum(step.nbytes for step in chain) <= moved:
+                return chain
+        total = self.summed(start)
+        if chain is not None and sum(step.nbytes for step in chain) <= total.nbytes:
+            return chain
+        return [total]
+
+    def summed(self, start: str) -> Step:
+        """Return one lossless step from ``start`` to the newest version."""
+        if (start, self.version) in self._sums:
+            return self._sums[start, self.version]
+        delta, dense = self._groups()
+        counts, dense_counts = delta.counts, dense.counts
+        if start != self.base_version:
+            counts, dense_counts = np.zeros_like(counts), np.zeros_like(dense_counts)
+            for step in self.steps[self.parents().index(start) :]:
+                apply_step(step, delta.grid, counts, dense.grid, dense_counts)
+        number = self.steps[-1].head.round if self.steps else 0
+        head = StepHead("lossless", "f32", "f32", number, start, self.version, bytes(16))
+        total = write_step(
+            head,
+            encode_lossless(counts),
+            encode_lossless(dense_counts) if dense.grid.size else b"",
+        )
+        self._sums[start, self.version] = total
+        return total
+
+    # --- resume ----------------------------------------------------------------------------
+
+    def state_arrays(self) -> dict[str, np.ndarray]:
+        """Return all that a restart needs besides the base, as named arrays."""
+        delta, dense = self._groups()
+        body = b"".join(step.body for step in self.steps)
+        dense_body = b"".join(step.dense for step in self.steps)
+        return {
+            "counts": delta.counts,
+            "rest": delta.rest,
+            "dense-counts": dense.counts,
+            "dense-rest": dense.rest,
+            "steps": np.frombuffer(body, np.uint8),
+            "dense-steps": np.frombuffer(dense_body, np.uint8),
+        }
+
+    def restore(self, base: GlobalModel, arrays: Mapping[str, np.ndarray]) -> GlobalModel:
+        """Take up `state_arrays` again over the base they belong to; returns the model."""
+        self.start(base)
+        delta, dense = self._groups()
+        for name, group in (("", delta), ("dense-", dense)):
+            for what, dtype in (("counts", np.int32), ("rest", np.float32)):
+                found = arrays.get(name + what)
+                if found is None or found.shape != (group.grid.size,) or found.dtype != dtype:
+                    raise StateError(
+                        f"version state holds no {name}{what} of {group.grid.size} "
+                        f"{np.dtype(dtype)}; resume from an older round"
+                    )
+                setattr(group, what, np.array(found))
+        body, dense_body = (
+            np.asarray(arrays.get(k, np.empty(0, np.uint8)), np.uint8).tobytes()
+            for k in ("steps", "dense-steps")
+        )
+        self.steps = read_steps(body, dense_body)
+        self._model = base.placed(delta.values(), dense.values())
+        self.version = self._model.ref.version
+        if self.steps and self.steps[-1].head.child != self.version:
+            raise StateError(
+                f"version state ends at {self.version[:12]}, its last step at "
+                f"{self.steps[-1].head.child[:12]}; resume from an older round"
+            )
+        return self._model
+
+    # --- inside ----------------------------------------------------------------------------
+
+    def _groups(self) -> tuple[_Group, _Group]:
+        if self._delta is None or self._dense is None:
+            raise StateError("the version store has no base yet; call start first")
+        return self._delta, self._dense
+
+    def _row(self, step: FloatVector, families: Sequence[Family]) -> Form:
+        row = FORMS[self.form]
+        if row.form == "union" and not families:
+            return FORMS["dense-" + row.values] if row.values != "f32" else FORMS["lossless"]
+        if row.form != "auto":
+            return row
+        if not families:
+            return FORMS["dense-b1"]
+        head = StepHead("union", "b1", "f32", 0, "", "", b"", tuple(families))
+        kept = sum(
+            int(np.count_nonzero(step[positions])) for positions, _ in positions_of(head, step.size)
+        )
+        return FORMS["union-b1" if kept == np.count_nonzero(step) else "dense-b1"]
+
+    def _move_delta(
+        self, group: _Group, head: StepHead, step: FloatVector, feedback: bool
+    ) -> tuple[StepHead, bytes]:
+        """Move the group's counts by what its clients will decode; returns the payload."""
+        target = step
+        if feedback:
+            group.rest += step
+            target = group.rest
+        if head.form == "lossless":
+            everything = np.arange(step.size, dtype=np.int64)
+            steps = group.grid.round_at(everything, target)
+            before = group.counts.copy()
+            add_steps(group.counts, everything, steps)
+            group.rest -= group.grid.value_at(everything, steps)
+            return head, encode_lossless(group.counts - before)
+        parts = [target[positions] for positions, _ in positions_of(head, step.size)]
+        values = np.concatenate(parts) if parts else np.empty(0, np.float32)
+        head = StepHead(**{**vars(head), "survivors": values.size})
+        payload = encode_payload(head.values, values, head.key)
+        decoded = decode_payload(head.values, payload, values.size, head.key)
+        at = 0
+        for positions, scale in positions_of(head, step.size):
+            steps = group.grid.round_at(positions, decoded[at : at + positions.size] * scale)
+            add_steps(group.counts, positions, steps)
+            if feedback:
+                group.rest[positions] -= group.grid.value_at(positions, steps)
+            at += positions.size
+        return head, payload
+
+    def _move_dense(self, group: _Group, head: StepHead, step: FloatVector) -> bytes:
+        group.rest += step
+        places = np.arange(step.size, dtype=np.int64)
+        if head.form == "lossless":
+            steps = group.grid.round_at(places, group.rest)
+            before = group.counts.copy()
+            add_steps(group.counts, places, steps)
+            group.rest -= group.grid.value_at(places, steps)
+            return encode_lossless(group.counts - before)
+        key = dense_key(head.key)
+        payload = encode_payload(self.dense_values, group.rest, key)
+        decoded = decode_payload(self.dense_values, payload, step.size, key)
+        steps = group.grid.round_at(places, decoded)
+        add_steps(group.counts, places, steps)
+        group.rest -= group.grid.value_at(places, steps)
+        return payload
+
+    def base_arrays(self) -> Arrays:
+        """The base's arrays, as the run started with them."""
+        if self._base_model is None:
+            raise StateError("the version store has no base yet; call start first")
+        return self._base_model.arrays()
+
+    def _base_bytes(self) -> bytes:
+        if not self._base_payload:
+            self._base_payload = write_base(self.base_arrays())
+        return self._base_payload
+
+
+def write_base(arrays: Arrays) -> bytes:
+    """Write a base's arrays with their order as safetensors bytes."""
+    import json
+
+    from safetensors.numpy import save
+
+    packed = {name: np.array(array, order="C", copy=None) for name, array in arrays.items()}
+    return bytes(save(packed, metadata={"order": json.dumps(list(arrays))}))
+
+
+def make_version_downlink(form: str = "auto", **options: Any) -> VersionDownlink:
+    """Make the downlink of a form by name; raises `ConfigError` for an unknown option."""
+    known = ("dense_values", "drop_rate", "keep_bytes")
+    for key in options:
+        if key not in known:
+            raise ConfigError(f"downlink has no option {key!r}{did_you_mean(key, known)}")
+    return VersionDownlink(form, **options)

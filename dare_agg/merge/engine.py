@@ -1,32 +1,28 @@
 """The tiled merge engine: any number of deltas of any size, in bounded memory.
 
-Memory is O(tile × models): a tile of every delta is read, merged and written before the
-next. Methods that need a global figure first (TIES: thresholds, majority sign) read the
-sources once more for it.
+A method's row prepares a kernel (methods that need a global figure, such as TIES its
+thresholds, read the sources once for it), then the kernel writes the merged delta tile by
+tile. Memory is O(tile × models). Models are added in their given order, element by element,
+and sums over tensors are taken in fixed blocks, so neither tile size nor threads change a
+bit; give the models in an order of their own (`dare_agg.merge.offline` sorts them by
+content) and neither does the order in which they came.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
+from numpy.typing import NDArray
 
 from dare_agg.errors import MergeError
 from dare_agg.layout import FloatVector, Layout
-from dare_agg.merge.kernels import (
-    Stack,
-    agreeing_sum,
-    agreeing_weight,
-    elect_signs,
-    trim_small,
-    weighted_sum,
-)
 from dare_agg.merge.methods import find_method
-from dare_agg.merge.sources import DeltaSource
-from dare_agg.merge.thresholds import kth_smallest
+from dare_agg.merge.sources import DeltaSource, RememberedSource, SparseSource
+from dare_agg.merge.task import Kernel, MergeTask, Scratch, Span
 
 TILE = 1 << 16
 
@@ -36,7 +32,8 @@ class MergeMeasurements:
     """What a merge saw on the way.
 
     ``sign_conflict`` is the share of elements with at least two non-zero entries whose signs
-    differ; ``touched`` the share with at least one. ``lone`` of the touched have exactly one.
+    differ; ``touched`` the share with at least one, of which ``lone`` have exactly one.
+    ``survivors_per_element`` is n(1−p); below about 2 TIES is task arithmetic.
     """
 
     models: int
@@ -44,7 +41,7 @@ class MergeMeasurements:
     touched: float
     lone: float
     sign_conflict: float
-    majority_sign: int = 0
+    survivors_per_element: float
 
 
 def merge_deltas(
@@ -52,21 +49,69 @@ def merge_deltas(
     sources: Sequence[DeltaSource],
     method: str,
     *,
-    weights: Sequence[float] | None = None,
-    scaling: float = 1.0,
+    weights: Sequence[float] | NDArray[np.float64] | None = None,
+    scaling: float | NDArray[np.float64] = 1.0,
     options: Mapping[str, Any] | None = None,
     tile: int = TILE,
     threads: int = 1,
     out: FloatVector | None = None,
     keep: Sequence[float] | None = None,
+    base: DeltaSource | None = None,
+    statistics: Sequence[Mapping[str, NDArray[Any]]] = (),
+    measure: bool = True,
 ) -> tuple[FloatVector, MergeMeasurements]:
     """Merge deltas into one: ``scaling`` times the method's combination.
 
-    ``weights`` default to the method's own (1/n for average, 1 otherwise); ``keep`` is each
-    model's survival rate 1 − p, used by TIES with ``normalize = "expected"``. The result is
-    the same for any tile size and number of threads; models are added in the given order.
+    ``weights`` default to the method's own (1/n or 1 each). ``keep`` is each source's
+    survival rate 1 − p, for the measurements: sources are rescaled already, so the expected
+    count of TIES, n(1−p) unscaled survivors, is Σ\\|w\\| here. ``base`` is needed by methods
+    on whole models, ``statistics`` by fisher and regmean.
 
-    Raises `MergeError` for no model, another size or a weight that is no number.
+    Raises `MergeError` for no model, another size or a weight that is no number, and
+    `ConfigError` for an unknown method or option.
+    """
+    looked_at = [RememberedSource(source) for source in sources] if measure else sources
+    kernel, task = prepare_merge(
+        layout, looked_at, method, weights=weights, scaling=scaling, options=options, tile=tile,
+        base=base, statistics=statistics,
+    )  # fmt: skip
+    if threads < 1:
+        raise MergeError(f"threads = {threads}; at least 1 is needed")
+    merged = np.empty(layout.size, np.float32) if out is None else out
+    counts = np.zeros((-(-layout.size // tile), 3), np.int64)
+
+    def work(lo: int, hi: int, scratch: Scratch) -> None:
+        kernel(lo, hi, merged[lo:hi], scratch)
+        if measure:
+            counts[lo // tile] = _agreement(task, lo, hi, scratch)
+
+    run_tiles(task, work, threads)
+    touched, lone, conflict = (int(c) for c in counts.sum(axis=0))
+    return merged, MergeMeasurements(
+        models=len(sources),
+        parameters=layout.size,
+        touched=touched / max(1, layout.size),
+        lone=lone / max(1, touched),
+        sign_conflict=conflict / max(1, touched - lone),
+        survivors_per_element=sum(keep) if keep is not None else float(len(sources)),
+    )
+
+
+def prepare_merge(
+    layout: Layout,
+    sources: Sequence[DeltaSource],
+    method: str,
+    *,
+    weights: Sequence[float] | NDArray[np.float64] | None = None,
+    scaling: float | NDArray[np.float64] = 1.0,
+    options: Mapping[str, Any] | None = None,
+    tile: int = TILE,
+    base: DeltaSource | None = None,
+    statistics: Sequence[Mapping[str, NDArray[Any]]] = (),
+) -> tuple[Kernel, MergeTask]:
+    """Check everything, make the passes a method needs, and return its kernel.
+
+    ``weights`` may be (models, tensors) and ``scaling`` (tensors,), in layout order.
     """
     row = find_method(method)
     settled = row.settle(options or {})
@@ -79,154 +124,83 @@ def merge_deltas(
                 f"model {i} has {source.size} parameters, the layout {layout.size}; merge models "
                 "of one architecture"
             )
-    if tile < 1 or threads < 1:
-        raise MergeError(f"tile = {tile}, threads = {threads}; at least 1 each")
-    used = [1 / count if row.mean else 1.0] * count if weights is None else list(weights)
-    if len(used) != count or not np.isfinite(used).all():
-        raise MergeError(f"{len(used)} weights {used}; {count} finite numbers are needed")
-    merged = np.empty(layout.size, np.float32) if out is None else out
-    kernel, majority = _prepare(row.name, layout, sources, used, settled, keep, scaling, tile)
-    counts = np.zeros((-(-layout.size // tile), 3), np.int64)
-
-    def work(first: int) -> None:
-        stack = np.empty((count, tile), np.float32)
-        for number in range(first, counts.shape[0], threads):
-            lo = number * tile
-            hi = min(layout.size, lo + tile)
-            tiles = stack[:, : hi - lo] if hi - lo == tile else np.empty(
-                (count, hi - lo), np.float32
-            )
-            for source, piece in zip(sources, tiles, strict=True):
-                source.read(lo, hi, piece)
-            counts[number] = _agreement(tiles)
-            merged[lo:hi] = kernel(tiles, lo, hi)
-
-    if threads == 1:
-        work(0)
+    if tile < 1:
+        raise MergeError(f"tile = {tile}; at least 1 is needed")
+    default = [1 / count if row.mean else 1.0] * count
+    shares = np.asarray(default if weights is None else weights, np.float64)
+    factor = np.asarray(scaling, np.float64)
+    if shares.shape[:1] != (count,) or not np.isfinite(shares).all():
+        raise MergeError(f"weights {shares.tolist()}; {count} finite numbers are needed")
+    if not np.isfinite(factor).all():
+        raise MergeError(f"scaling = {factor.tolist()}; a finite number is needed")
+    spans: tuple[Span, ...] = ((0, layout.size),)
+    if shares.ndim == 2 or factor.ndim == 1:
+        entries = layout.entries
+        shares = shares if shares.ndim == 2 else np.tile(shares[:, None], (1, len(entries)))
+        factor = factor if factor.ndim == 1 else np.full(len(entries), float(factor))
+        if shares.shape[1] != len(entries) or factor.shape != (len(entries),):
+            raise MergeError(f"per-tensor weights or scaling need {len(entries)} columns")
+        used = [i for i, entry in enumerate(entries) if entry.size]
+        spans = tuple((entries[i].offset, entries[i].stop) for i in used)
+        shares, factor = shares[:, used], factor[used]
     else:
-        with ThreadPoolExecutor(threads) as pool:
-            list(pool.map(work, range(threads)))
-    touched, lone, conflict = (int(c) for c in counts.sum(axis=0))
-    return merged, MergeMeasurements(
-        models=count,
-        parameters=layout.size,
-        touched=touched / max(1, layout.size),
-        lone=lone / max(1, touched),
-        sign_conflict=conflict / max(1, touched - lone),
-        majority_sign=majority,
+        shares, factor = shares[:, None], factor[None]
+    task = MergeTask(
+        layout, tuple(sources), spans, shares, factor, settled, tile, base, tuple(statistics)
     )
+    if not layout.size:
+        return (lambda lo, hi, out, scratch: None), task
+    return row.prepare(task), task
 
 
-Kernel = Callable[[Stack, int, int], FloatVector]
+def run_tiles(task: MergeTask, work: Callable[[int, int, Scratch], None], threads: int = 1) -> None:
+    """Call ``work(lo, hi, scratch)`` for every tile, each thread with its own scratch."""
+    if threads == 1:
+        scratch = Scratch()
+        for lo, hi in task.tiles():
+            work(lo, hi, scratch)
+        return
+    tiles = list(task.tiles())
+
+    def run(first: int) -> None:
+        scratch = Scratch()
+        for lo, hi in tiles[first::threads]:
+            work(lo, hi, scratch)
+
+    with ThreadPoolExecutor(threads) as pool:
+        list(pool.map(run, range(threads)))
 
 
-def _prepare(
-    name: str,
-    layout: Layout,
-    sources: Sequence[DeltaSource],
-    weights: list[float],
-    options: Mapping[str, Any],
-    keep: Sequence[float] | None,
-    scaling: float,
-    tile: int,
-) -> tuple[Kernel, int]:
-    factor = np.float32(scaling)
-    if name != "ties":
-        divisor = sum(weights) if options.get("normalize") else 1.0
-        # Weights that cancel have no mean; their plain sum is what is left.
-        used = [w / divisor for w in weights] if abs(divisor) > 1e-8 else weights
-        return lambda stack, lo, hi: factor * weighted_sum(stack, used), 0
-    return _prepare_ties(layout, sources, weights, options, keep, factor, tile)
+def with_sources(task: MergeTask, sources: Sequence[DeltaSource]) -> MergeTask:
+    """Return the task over other sources."""
+    return replace(task, sources=tuple(sources))
 
 
-def _prepare_ties(
-    layout: Layout,
-    sources: Sequence[DeltaSource],
-    weights: list[float],
-    options: Mapping[str, Any],
-    keep: Sequence[float] | None,
-    factor: np.float32,
-    tile: int,
-) -> tuple[Kernel, int]:
-    trim = options["trim"]
-    spans = (
-        [(0, layout.size)]
-        if options["trim-scope"] == "model"
-        else [(entry.offset, entry.stop) for entry in layout.entries]
-    )
-    thresholds: list[FloatVector] = []
-    if trim > 0:
-        ranks = [_removed(hi - lo, trim) for lo, hi in spans]
-        thresholds = [kth_smallest(source, spans, ranks, tile) for source in sources]
-    bounds = np.array([lo for lo, _ in spans], np.int64)
-    factors = np.array(weights, np.float32)[:, None]
-
-    def trimmed(stack: Stack, lo: int, hi: int) -> Stack:
-        for row, limits in zip(stack, thresholds, strict=False):
-            at = lo
-            span = int(np.searchsorted(bounds, lo, side="right")) - 1
-            while at < hi:
-                stop = min(hi, spans[span][1])
-                trim_small(row[at - lo : stop - lo], limits[span], keep_equal=True)
-                at, span = stop, span + 1
-        if np.all(factors == 1):
-            return stack
-        return stack * factors
-
-    expected = 1.0
-    if options["normalize"] == "expected":
-        rates = [1.0] * len(weights) if keep is None else keep
-        expected = sum(abs(w) * rate for w, rate in zip(weights, rates, strict=True))
-        # DARE has multiplied the survivors by 1/keep already; undo it in the expectation.
-        expected = sum(abs(w) for w in weights)
-    majority = 1
-    if options["sign-tie"] == "majority":
-        majority = _majority_sign(layout, sources, trimmed, tile)
-
-    def kernel(stack: Stack, lo: int, hi: int) -> FloatVector:
-        weighted = trimmed(stack, lo, hi)
-        signs = elect_signs(weighted)
-        signs[signs == 0] = majority
-        total = agreeing_sum(weighted, signs)
-        if options["normalize"] == "agreeing":
-            divisor = agreeing_weight(weighted, signs, weights)
-            np.divide(total, divisor, out=total, where=divisor != 0)
-        elif options["normalize"] == "expected":
-            total /= np.float32(expected)
-        return factor * total
-
-    return kernel, majority
-
-
-def _removed(count: int, trim: float) -> int:
-    """Number of the smallest entry that survives trimming, as the reference counts."""
-    return min(count, int(count * trim))
-
-
-def _majority_sign(
-    layout: Layout,
-    sources: Sequence[DeltaSource],
-    trimmed: Callable[[Stack, int, int], Stack],
-    tile: int,
-) -> int:
-    balance = 0
-    for lo in range(0, layout.size, tile):
-        hi = min(layout.size, lo + tile)
-        stack = np.empty((len(sources), hi - lo), np.float32)
-        for source, piece in zip(sources, stack, strict=True):
-            source.read(lo, hi, piece)
-        signs = elect_signs(trimmed(stack, lo, hi))
-        balance += int(signs.sum(dtype=np.int64))
-    return (balance > 0) - (balance < 0)
-
-
-def _agreement(stack: Stack) -> tuple[int, int, int]:
+def _agreement(task: MergeTask, lo: int, hi: int, scratch: Scratch) -> tuple[int, int, int]:
     """Count elements with any entry, with exactly one, and with both signs."""
-    positive = np.count_nonzero(stack > 0, axis=0)
-    negative = np.count_nonzero(stack < 0, axis=0)
-    present = positive + negative
+    row = scratch.get("row", hi - lo)
+    flag = scratch.get("flag", hi - lo, np.bool_)
+    present = scratch.get("present", hi - lo, np.uint16)
+    signs = scratch.get("signs", 2 * (hi - lo), np.bool_).reshape(2, -1)
+    present[:] = 0
+    signs[:] = False
+    listed = task.is_sparse
+    for source in task.sources:
+        if listed:
+            assert isinstance(source, SparseSource)
+            for positions, values in source.sparse(lo, hi):
+                at = positions - lo
+                present[at] += values != 0
+                signs[0][at] |= values > 0
+                signs[1][at] |= values < 0
+            continue
+        source.read(lo, hi, row)
+        for sign, compare in zip(signs, (np.greater, np.less), strict=True):
+            compare(row, 0, out=flag)
+            present += flag
+            np.logical_or(sign, flag, out=sign)
     return (
         int(np.count_nonzero(present)),
         int(np.count_nonzero(present == 1)),
-        int(np.count_nonzero((positive > 0) & (negative > 0))),
+        int(np.count_nonzero(np.logical_and(signs[0], signs[1], out=flag))),
     )

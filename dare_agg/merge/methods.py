@@ -3,25 +3,41 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
 from dare_agg.errors import ConfigError, did_you_mean
+from dare_agg.merge.fisher import fisher
+from dare_agg.merge.linear import average, linear, task_arithmetic
+from dare_agg.merge.regmean import regmean
+from dare_agg.merge.selective import breadcrumbs, della, sce
+from dare_agg.merge.spherical import karcher, model_stock, multislerp, slerp
+from dare_agg.merge.task import Kernel, MergeTask
+from dare_agg.merge.ties import ties
 
 
 @dataclass(frozen=True)
 class Option:
-    """One option of a method: its default, what is allowed, and what it does."""
+    """One option of a method: its default, what is allowed, and what it does.
+
+    ``per_model`` options also take a list, one number for each model. A ``None`` default
+    means "not given".
+    """
 
     default: Any
     help: str
     choices: tuple[str, ...] = ()
     low: float = -math.inf
     high: float = math.inf
+    per_model: bool = False
 
     def check(self, name: str, value: Any) -> Any:
         """Return the value in the default's type; raises `ConfigError` out of bounds."""
+        if value is None and self.default is None:
+            return None
+        if self.per_model and isinstance(value, list | tuple):
+            return tuple(self.check(name, one) for one in value)
         if self.choices:
             if value not in self.choices:
                 raise ConfigError(f"{name} = {value!r}{did_you_mean(str(value), self.choices)}")
@@ -45,13 +61,19 @@ class Option:
 
 @dataclass(frozen=True)
 class Method:
-    """One row. ``mean`` tells whether weights default to 1/n (else 1 each)."""
+    """One row: what it computes, what it needs, and the function that prepares it.
+
+    ``mean`` tells whether weights default to 1/n (else 1 each); ``statistics`` names the
+    kind of statistics files it needs, if any.
+    """
 
     name: str
     formula: str
     reference: str
-    mean: bool
+    prepare: Callable[[MergeTask], Kernel]
     options: Mapping[str, Option]
+    mean: bool = False
+    statistics: str | None = None
 
     def settle(self, given: Mapping[str, Any]) -> dict[str, Any]:
         """Return all options with the given ones checked; unknown ones are refused."""
@@ -66,48 +88,183 @@ class Method:
         }
 
 
-_DARE_PAPER = "https://arxiv.org/abs/2311.03099"
-_TRIM = Option(0.8, "fraction of each delta removed, smallest first", low=0, high=1)
+_DENSITY = Option(1.0, "share of each delta that is kept", low=0, high=1, per_model=True)
+_SIGNS = Option(True, "elect signs and erase those that disagree, as ties does")
+_SIGN_TIE = Option(
+    "majority",
+    "an exact zero sum takes the majority sign (0 where that is 0; negative in "
+    "majority-or-negative), or counts as +",
+    ("majority", "majority-or-negative", "positive"),
+)
+_NORMALIZE = Option(
+    "agreeing",
+    "divide by the weights that agree, by the expected weights n(1-p) before the rescale, or "
+    "not; max takes the largest",
+    ("agreeing", "expected", "none", "max"),
+)
+_OFTEN_PLUS = Option("positive", _SIGN_TIE.help, _SIGN_TIE.choices)
 
 METHODS: dict[str, Method] = {
     row.name: row
     for row in (
-        Method("average", "base + λ·Σ w·δ, w = 1/n", "https://arxiv.org/abs/2203.05482", True, {}),
+        Method(
+            "average",
+            "base + λ·Σ w·δ, w = 1/n",
+            "https://arxiv.org/abs/2203.05482",
+            average,
+            {},
+            mean=True,
+        ),
         Method(
             "task-arithmetic",
             "base + λ·Σ w·δ, w = 1",
             "https://arxiv.org/abs/2212.04089",
-            False,
+            task_arithmetic,
             {"normalize": Option(False, "divide by the sum of the weights")},
         ),
         Method(
             "ties",
             "base + λ·mean of the trimmed entries that agree with sign(Σ w·δ)",
             "https://arxiv.org/abs/2306.01708",
-            False,
+            ties,
             {
-                "trim": _TRIM,
+                "trim": Option(
+                    None,
+                    "share of each delta removed, smallest first (0.8 where density is not given)",
+                    low=0,
+                    high=1,
+                    per_model=True,
+                ),
+                "density": Option(
+                    None,
+                    "share of each delta kept: mergekit's count for 1 - trim",
+                    low=0,
+                    high=1,
+                    per_model=True,
+                ),
                 "trim-scope": Option(
                     "model", "rank over the whole model or each tensor", ("model", "tensor")
                 ),
-                "normalize": Option(
-                    "agreeing",
-                    "divide by the agreeing weights, by the expected weights n(1-p), or not",
-                    ("agreeing", "expected", "none"),
-                ),
-                "sign-tie": Option(
-                    "majority",
-                    "an exact zero sum takes the majority sign, or counts as +",
-                    ("majority", "positive"),
+                "normalize": _NORMALIZE,
+                "sign-tie": _SIGN_TIE,
+                "rescale": Option(False, "restore each delta's L1 norm after trimming (mergekit)"),
+            },
+        ),
+        Method(
+            "fisher",
+            "base + λ·Σ c·(F+ε)·δ / Σ c·(F+ε), c = 1/n",
+            "https://arxiv.org/abs/2111.09832",
+            fisher,
+            {
+                "epsilon": Option(1e-6, "added to the Fisher values", low=1e-30),
+                "normalize": Option(False, "divide each model's weight by its Fisher norm"),
+            },
+            mean=True,
+            statistics="fisher",
+        ),
+        Method(
+            "regmean",
+            "each Linear: (Σ G)⁻¹·Σ G·Wᵀ, G = XᵀX/rows; the rest averaged",
+            "https://arxiv.org/abs/2212.09849",
+            regmean,
+            {
+                "off-diagonal": Option(0.9, "factor of G's off-diagonal entries", low=0, high=1),
+                "ridge": Option(
+                    1e-8, "share of G's mean diagonal that pulls towards the mean", low=0
                 ),
             },
+            mean=True,
+            statistics="gram",
+        ),
+        Method(
+            "linear",
+            "Σ w·θ, divided by Σ w",
+            "https://arxiv.org/abs/2203.05482",
+            linear,
+            {"normalize": Option(True, "divide by the sum of the weights")},
+        ),
+        Method(
+            "slerp",
+            "sin((1-t)φ)/sin φ·a + sin(tφ)/sin φ·b for each tensor",
+            "https://en.wikipedia.org/wiki/Slerp",
+            slerp,
+            {"t": Option(0.5, "0 is the first model (BASE if one is given), 1 the second")},
+        ),
+        Method(
+            "multislerp",
+            "interpolation of the deltas' directions on the sphere, for each tensor",
+            "https://goddard.blog/posts/multislerp-wow-what-a-cool-idea",
+            multislerp,
+            {"normalize-weights": Option(True, "divide the weights by their sum")},
+        ),
+        Method(
+            "karcher",
+            "Karcher mean of the models' directions times their mean norm, for each tensor",
+            "https://arxiv.org/abs/2603.04972",
+            karcher,
+            {
+                "max-iter": Option(10, "iterations at most", low=1, high=10_000),
+                "tol": Option(1e-5, "angle at which to stop", low=0),
+            },
+            mean=True,
+        ),
+        Method(
+            "model-stock",
+            "base + λ·t·mean δ, t = n·cos φ/(1+(n-1)·cos φ), for each tensor",
+            "https://arxiv.org/abs/2403.19522",
+            model_stock,
+            {"filter-wise": Option(False, "one angle for each row instead of each tensor")},
+            mean=True,
+        ),
+        Method(
+            "breadcrumbs",
+            "base + λ·Σ w·δ without the top gamma and below the next density of each tensor",
+            "https://arxiv.org/abs/2312.06795",
+            breadcrumbs,
+            {
+                "density": _DENSITY,
+                "gamma": Option(0.01, "share of the largest entries removed", low=0, high=1),
+                "sign-consensus": Option(False, _SIGNS.help),
+                "normalize": Option("none", _NORMALIZE.help, _NORMALIZE.choices),
+                "sign-tie": _OFTEN_PLUS,
+            },
+        ),
+        Method(
+            "della",
+            "base + λ·Σ w·δ, dropped at random, less likely the larger in their row",
+            "https://arxiv.org/abs/2406.11617",
+            della,
+            {
+                "density": Option(0.5, _DENSITY.help, low=0, high=1, per_model=True),
+                "epsilon": Option(0.15, "half the range of keep probabilities", low=0, high=0.5),
+                "rescale": Option(
+                    "keep",
+                    "divide by the keep probability, restore the L1 norm (mergekit), or not",
+                    ("keep", "l1", "none"),
+                ),
+                "sign-consensus": _SIGNS,
+                "normalize": Option("expected", _NORMALIZE.help, _NORMALIZE.choices),
+                "sign-tie": _OFTEN_PLUS,
+                "seed": Option(0, "seed of the drops", low=0, high=2**53),
+            },
+        ),
+        Method(
+            "sce",
+            "base + λ·Σ w·δ where the models vary most, w ~ mean δ² of the tensor, signs elected",
+            "https://arxiv.org/abs/2408.07990",
+            sce,
+            {"select-topk": Option(1.0, "share of the elements by variance", low=0, high=1)},
         ),
     )
 }
 
 
 def find_method(name: str) -> Method:
-    """Return the row of a merge method; an unknown name raises `ConfigError`."""
-    if name not in METHODS:
-        raise ConfigError(f"merge method {name!r} is unknown{did_you_mean(name, METHODS)}")
-    return METHODS[name]
+    """Return the row of a merge method; an unknown name raises `ConfigError`.
+
+    Underscores count as dashes, so mergekit's spelling is understood.
+    """
+    plain = name.replace("_", "-")
+    if plain not in METHODS:
+        raise ConfigError(f"merge method {name!r} is unknown{did_you_mean(plain, METHODS)}")
+    return METHODS[plain]

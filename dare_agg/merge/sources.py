@@ -2,13 +2,19 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, field
+from threading import local
 from typing import Protocol, runtime_checkable
 
 import numpy as np
+from numpy.typing import NDArray
 
 from dare_agg.errors import LayoutError
 from dare_agg.layout import FloatVector
+from dare_agg.mask import Mask
+
+Positions = NDArray[np.int64]
 
 
 @runtime_checkable
@@ -20,6 +26,17 @@ class DeltaSource(Protocol):
 
     def read(self, lo: int, hi: int, out: FloatVector) -> None:
         """Overwrite ``out`` (hi − lo elements) with ``delta[lo:hi]``."""
+
+
+@runtime_checkable
+class SparseSource(DeltaSource, Protocol):
+    """A delta that is zero but for a few elements, which it can list."""
+
+    @property
+    def survivors(self) -> int: ...
+
+    def sparse(self, lo: int, hi: int) -> Iterator[tuple[Positions, FloatVector]]:
+        """Yield ``(positions, values)`` of the survivors in ``[lo, hi)``, ascending."""
 
 
 @dataclass(frozen=True)
@@ -34,6 +51,9 @@ class ArraySource:
 
     def read(self, lo: int, hi: int, out: FloatVector) -> None:
         out[:] = self.delta[lo:hi]
+
+    def take(self, positions: Positions) -> FloatVector:
+        return self.delta.take(positions)
 
 
 @dataclass(frozen=True)
@@ -55,6 +75,201 @@ class PairSource:
 
     def read(self, lo: int, hi: int, out: FloatVector) -> None:
         np.subtract(self.tuned[lo:hi], self.base[lo:hi], out=out)
+
+    def take(self, positions: Positions) -> FloatVector:
+        return self.tuned.take(positions) - self.base.take(positions)
+
+
+@dataclass(frozen=True)
+class CachedSource:
+    """A source whose last tile is kept for each thread: the base, read by every model."""
+
+    source: DeltaSource
+    _tiles: local = field(default_factory=local, init=False, repr=False, compare=False)
+
+    @property
+    def size(self) -> int:
+        return self.source.size
+
+    def tile(self, lo: int, hi: int) -> FloatVector:
+        """Return elements ``lo`` to ``hi``; valid until another tile is asked for."""
+        tiles = self._tiles
+        if getattr(tiles, "range", None) != (lo, hi):
+            if getattr(tiles, "buffer", np.empty(0)).size < hi - lo:
+                tiles.buffer = np.empty(hi - lo, np.float32)
+            tiles.range = None
+            self.source.read(lo, hi, tiles.buffer[: hi - lo])
+            tiles.range = (lo, hi)
+        return tiles.buffer[: hi - lo]
+
+    def read(self, lo: int, hi: int, out: FloatVector) -> None:
+        out[:] = self.tile(lo, hi)
+
+    def take(self, positions: Positions) -> FloatVector:
+        return take(self.source, positions)
+
+
+@dataclass(frozen=True)
+class DifferenceSource:
+    """tuned − base, where both are sources (mapped checkpoints)."""
+
+    base: CachedSource
+    tuned: DeltaSource
+
+    @property
+    def size(self) -> int:
+        return self.tuned.size
+
+    def read(self, lo: int, hi: int, out: FloatVector) -> None:
+        self.tuned.read(lo, hi, out)
+        np.subtract(out, self.base.tile(lo, hi), out=out)
+
+    def take(self, positions: Positions) -> FloatVector:
+        picked = take(self.tuned, positions)
+        picked -= self.base.take(positions)
+        return picked
+
+
+@dataclass(frozen=True)
+class MaskedSource:
+    """A delta under a random mask: DARE with ``rescale``, else DropOnly."""
+
+    source: DeltaSource
+    mask: Mask
+    rescale: bool = True
+
+    @property
+    def size(self) -> int:
+        return self.source.size
+
+    @property
+    def survivors(self) -> int:
+        return self.mask.survivors
+
+    def sparse(self, lo: int, hi: int) -> Iterator[tuple[Positions, FloatVector]]:
+        if hi <= lo:
+            return
+        first, last = self.mask.ordinal(lo), self.mask.ordinal(hi)
+        for positions, scale in self.mask.blocks(first, last):
+            values = take(self.source, positions)
+            if self.rescale:
+                values *= scale
+            yield positions, values
+
+    def read(self, lo: int, hi: int, out: FloatVector) -> None:
+        out[:] = 0
+        for positions, values in self.sparse(lo, hi):
+            out[positions - lo] = values
+
+
+@dataclass(frozen=True)
+class TrimmedSource:
+    """A delta without its entries of \\|x\\| ≤ a threshold for each span (magnitude drop)."""
+
+    source: DeltaSource
+    spans: Sequence[tuple[int, int]]
+    thresholds: FloatVector
+
+    @property
+    def size(self) -> int:
+        return self.source.size
+
+    def read(self, lo: int, hi: int, out: FloatVector) -> None:
+        self.source.read(lo, hi, out)
+        for (start, stop), threshold in zip(self.spans, self.thresholds, strict=True):
+            if start < hi and stop > lo:
+                piece = out[max(lo, start) - lo : min(hi, stop) - lo]
+                piece *= np.abs(piece) > threshold
+
+
+@dataclass(frozen=True)
+class ScaledSource:
+    """A delta with one factor for each span (mergekit's L1 rescale)."""
+
+    source: DeltaSource
+    spans: Sequence[tuple[int, int]]
+    factors: FloatVector
+
+    @property
+    def size(self) -> int:
+        return self.source.size
+
+    def read(self, lo: int, hi: int, out: FloatVector) -> None:
+        self.source.read(lo, hi, out)
+        for (start, stop), factor in zip(self.spans, self.factors, strict=True):
+            if start < hi and stop > lo:
+                out[max(lo, start) - lo : min(hi, stop) - lo] *= factor
+
+
+@dataclass(frozen=True)
+class RememberedSource:
+    """A source whose last tile is kept for each thread, so a second look costs no decoding."""
+
+    source: DeltaSource
+    _last: local = field(default_factory=local, init=False, repr=False, compare=False)
+
+    @property
+    def size(self) -> int:
+        return self.source.size
+
+    @property
+    def survivors(self) -> int:
+        return getattr(self.source, "survivors", self.source.size)
+
+    def read(self, lo: int, hi: int, out: FloatVector) -> None:
+        last = self._last
+        if getattr(last, "read", None) != (lo, hi):
+            if getattr(last, "buffer", np.empty(0)).size < hi - lo:
+                last.buffer = np.empty(hi - lo, np.float32)
+            last.read = None
+            self.source.read(lo, hi, last.buffer[: hi - lo])
+            last.read = (lo, hi)
+        out[:] = last.buffer[: hi - lo]
+
+    def sparse(self, lo: int, hi: int) -> Iterator[tuple[Positions, FloatVector]]:
+        last = self._last
+        if getattr(last, "listed", None) != (lo, hi):
+            last.listed = None
+            assert isinstance(self.source, SparseSource)
+            last.parts = [(p.copy(), v.copy()) for p, v in self.source.sparse(lo, hi)]
+            last.listed = (lo, hi)
+        yield from last.parts
+
+
+@dataclass(frozen=True)
+class NamedSource:
+    """Named arrays over a layout; absent names read as 0 (Fisher values)."""
+
+    entries: Sequence[tuple[int, int, FloatVector | None]]
+
+    @property
+    def size(self) -> int:
+        return self.entries[-1][1] if self.entries else 0
+
+    def read(self, lo: int, hi: int, out: FloatVector) -> None:
+        for start, stop, array in self.entries:
+            if start < hi and stop > lo:
+                a, b = max(lo, start), min(hi, stop)
+                out[a - lo : b - lo] = 0 if array is None else array[a - start : b - start]
+
+
+def take(source: DeltaSource, positions: Positions) -> FloatVector:
+    """Return a source's elements at ascending positions."""
+    picker = getattr(source, "take", None)
+    if picker is not None:
+        return picker(positions)
+    if not positions.size:
+        return np.empty(0, np.float32)
+    parts = []
+    step = 1 << 16
+    for lo in range(int(positions[0]), int(positions[-1]) + 1, step):
+        hi = min(lo + step, int(positions[-1]) + 1)
+        first, last = np.searchsorted(positions, (lo, hi))
+        if last > first:
+            tile = np.empty(hi - lo, np.float32)
+            source.read(lo, hi, tile)
+            parts.append(tile.take(positions[first:last] - lo))
+    return np.concatenate(parts)
 
 
 def array_source(delta: FloatVector) -> ArraySource:

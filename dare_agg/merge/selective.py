@@ -1,0 +1,305 @@
+"""breadcrumbs, SCE and DELLA: which entries of a tensor speak, and how loud."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import replace
+
+import numpy as np
+from numpy.typing import NDArray
+
+from dare_agg.derive import Keystream, derive_key, seed_secret
+from dare_agg.errors import ConfigError
+from dare_agg.layout import Entry, FloatVector
+from dare_agg.merge.linear import normalized, weighted_sum
+from dare_agg.merge.sources import DeltaSource, ScaledSource
+from dare_agg.merge.task import FIXED_BLOCK, Kernel, MergeTask, Scratch, cut, span_starts
+from dare_agg.merge.thresholds import kth_smallest
+from dare_agg.merge.ties import consensus
+
+
+def breadcrumbs(task: MergeTask) -> Kernel:
+    """Drop the top ``gamma`` of each tensor, keep the next ``density`` (arXiv 2312.06795).
+
+    With ``sign-consensus`` the rest is merged as TIES does.
+    """
+    spans = task.tensor_spans
+    gamma = task.options["gamma"]
+    low = np.empty((task.count, len(spans)), np.float32)
+    high = np.empty_like(low)
+    for i, (source, density) in enumerate(
+        zip(task.sources, task.per_model("density"), strict=True)
+    ):
+        sizes = [hi - lo for lo, hi in spans]
+        kept = [size if density >= 1 else int(density * size) for size in sizes]
+        # The top gives way where it would leave less than the density.
+        bottoms = [
+            0 if density >= 1 else max(0, size - keep - int(gamma * size))
+            for size, keep in zip(sizes, kept, strict=True)
+        ]
+        low[i] = kth_smallest(source, spans, [b + 1 if b else 0 for b in bottoms], task.tile)
+        tops = [b + keep for b, keep in zip(bottoms, kept, strict=True)]
+        high[i] = kth_smallest(source, spans, tops, task.tile)
+        high[i, [t == size for t, size in zip(tops, sizes, strict=True)]] = np.inf
+        low[i, [keep == 0 for keep in kept]] = np.inf
+    if task.options["sign-consensus"]:
+        return consensus(task, spans, (low, high))
+    weights = task.values_at(task.weights, spans)
+    if task.options["normalize"] == "agreeing":
+        weights = normalized(weights)
+    return weighted_sum(_bounded(task, low, high), weights * _scaling(task), None, spans)
+
+
+def _scaling(task: MergeTask) -> NDArray[np.float64]:
+    return task.values_at(task.scaling, task.tensor_spans)
+
+
+def _bounded(task: MergeTask, low: NDArray[np.float32], high: NDArray[np.float32]) -> MergeTask:
+    sources = tuple(
+        _BandSource(source, task, low[i], high[i]) for i, source in enumerate(task.sources)
+    )
+    return _with_sources(task, sources)
+
+
+def _with_sources(task: MergeTask, sources: tuple[DeltaSource, ...]) -> MergeTask:
+    return replace(task, sources=sources)
+
+
+class _BandSource:
+    """A delta without what lies outside [low, high] of its tensor."""
+
+    def __init__(
+        self, source: DeltaSource, task: MergeTask, low: FloatVector, high: FloatVector
+    ) -> None:
+        self._source, self._task, self._low, self._high = source, task, low, high
+
+    @property
+    def size(self) -> int:
+        return self._source.size
+
+    def read(self, lo: int, hi: int, out: FloatVector) -> None:
+        self._source.read(lo, hi, out)
+        for (start, stop), low, high in zip(
+            self._task.tensor_spans, self._low, self._high, strict=True
+        ):
+            if start < hi and stop > lo:
+                piece = out[max(lo, start) - lo : min(hi, stop) - lo]
+                size = np.abs(piece)
+                piece *= (size >= low) & (size <= high)
+
+
+class _Variance:
+    """Variance over the models of each element, as a source."""
+
+    def __init__(self, task: MergeTask) -> None:
+        self._task = task
+
+    @property
+    def size(self) -> int:
+        return self._task.layout.size
+
+    def read(self, lo: int, hi: int, out: FloatVector) -> None:
+        stack = np.empty((self._task.count, hi - lo), np.float32)
+        for source, row in zip(self._task.sources, stack, strict=True):
+            source.read(lo, hi, row)
+        variance(stack, out)
+
+
+def variance(stack: NDArray[np.float32], out: FloatVector) -> None:
+    """Variance (over n) of each column, in row order."""
+    mean = stack[0].copy()
+    for row in stack[1:]:
+        mean += row
+    mean /= np.float32(len(stack))
+    out[:] = 0
+    for row in stack:
+        gap = row - mean
+        gap *= gap
+        out += gap
+    out /= np.float32(len(stack))
+
+
+def sce(task: MergeTask) -> Kernel:
+    """Select the elements of largest variance, weigh models by their mean δ² in each tensor,
+    erase minority signs (arXiv 2408.07990)."""
+    spans, topk = task.tensor_spans, task.options["select-topk"]
+    spread = _Variance(task)
+    limits = np.full(len(spans), -1, np.float32)
+    energy = np.zeros((task.count, len(spans)))
+    stack = np.empty((task.count, FIXED_BLOCK), np.float32)
+    buffer = np.empty(FIXED_BLOCK, np.float32)
+    if topk < 1:
+        ranks = []
+        for start, stop in spans:
+            nonzero = 0
+            for lo in range(start, stop, FIXED_BLOCK):
+                hi = min(stop, lo + FIXED_BLOCK)
+                spread.read(lo, hi, buffer[: hi - lo])
+                nonzero += int(np.count_nonzero(buffer[: hi - lo]))
+            keep = int(nonzero * topk)
+            ranks.append(stop - start - keep + 1)
+        sizes = [hi - lo for lo, hi in spans]
+        limits = kth_smallest(
+            spread, spans, [min(r, s) for r, s in zip(ranks, sizes, strict=True)], task.tile
+        )
+        limits[[r > s for r, s in zip(ranks, sizes, strict=True)]] = np.inf
+    for number, (start, stop) in enumerate(spans):
+        parts = []
+        for lo in range(start, stop, FIXED_BLOCK):
+            hi = min(stop, lo + FIXED_BLOCK)
+            tile = stack[:, : hi - lo]
+            for source, row in zip(task.sources, tile, strict=True):
+                source.read(lo, hi, row)
+            variance(tile, buffer[: hi - lo])
+            tile *= buffer[: hi - lo] >= limits[number]
+            parts.append((tile.astype(np.float64) ** 2).sum(axis=1))
+        energy[:, number] = [math.fsum(p[i] for p in parts) for i in range(task.count)]
+        energy[:, number] /= stop - start
+    total = energy.sum(axis=0)
+    # mergekit gives equal weights below a sum of 1e-6, which real deltas undercut; here only
+    # where nothing is left.
+    weights = np.where(total > 0, energy / np.where(total > 0, total, 1), 1 / task.count)
+    return _sce_kernel(task, weights, limits if topk < 1 else None)
+
+
+def _sce_kernel(
+    task: MergeTask, weights: NDArray[np.float64], limits: FloatVector | None
+) -> Kernel:
+    """Signs come from the unweighted deltas, sums are weighted: not quite `consensus`."""
+    spans, scaling = task.tensor_spans, _scaling(task)
+    starts = span_starts(spans)
+    shares = weights.astype(np.float32)
+
+    def kernel(lo: int, hi: int, out: FloatVector, scratch: Scratch) -> None:
+        stack = scratch.get("stack", task.count * (hi - lo)).reshape(task.count, hi - lo)
+        for source, row in zip(task.sources, stack, strict=True):
+            source.read(lo, hi, row)
+        spread = scratch.get("spread", hi - lo)
+        if limits is not None:
+            variance(stack, spread)
+        for span, a, b in cut(spans, starts, lo, hi):
+            part = stack[:, a - lo : b - lo]
+            if limits is not None:
+                part *= spread[a - lo : b - lo] >= limits[span]
+            total = part[0].copy()
+            for row in part[1:]:
+                total += row
+            plus = total >= 0
+            divisor = np.zeros(b - a, np.float32)
+            total[:] = 0
+            for row, share in zip(part, shares[:, span], strict=True):
+                agree = ((row > 0) == plus) & (row != 0)
+                total += row * agree * share
+                divisor += agree * share
+            total /= np.maximum(divisor, np.float32(1e-6))
+            out[a - lo : b - lo] = total * np.float32(scaling[span])
+
+    return kernel
+
+
+def della(task: MergeTask) -> Kernel:
+    """Drop at random, less likely the larger: in each row, an entry of magnitude rank r of w
+    is kept with density − ε + 2ε·r/(w−1) (arXiv 2406.11617).
+
+    ``rescale`` "keep" divides by that probability (the paper), "l1" restores the L1 norm of
+    the tensor (mergekit), "none" leaves the entries.
+    """
+    epsilon, rescale = task.options["epsilon"], task.options["rescale"]
+    densities = task.per_model("density")
+    for density in densities:
+        if density < 1 and not 0 < density - epsilon <= density + epsilon < 1:
+            raise ConfigError(
+                f"density {density:g} with epsilon {epsilon:g}: density ± epsilon must lie inside "
+                f"(0, 1); give epsilon < {min(density, 1 - density):g}"
+            )
+    secret = seed_secret(task.options["seed"])
+    keys = task.options.get("keys") or [derive_key(secret, "della", i) for i in range(task.count)]
+    sources: tuple[DeltaSource, ...] = tuple(
+        source if density >= 1 else _DellaSource(task, source, density, epsilon, key, rescale)
+        for source, density, key in zip(task.sources, densities, keys, strict=True)
+    )
+    dropped = _with_sources(task, sources)
+    if rescale == "l1":
+        spans = task.tensor_spans
+        factors = _l1_ratio(task, dropped)
+        scaled = tuple(ScaledSource(source, spans, factors[i]) for i, source in enumerate(sources))
+        dropped = _with_sources(task, scaled)
+    if task.options["sign-consensus"]:
+        return consensus(dropped, task.spans, None)
+    weights = task.weights
+    if task.options["normalize"] == "agreeing":
+        weights = normalized(weights)
+    return weighted_sum(dropped, weights * task.scaling)
+
+
+def _l1_ratio(before: MergeTask, after: MergeTask) -> NDArray[np.float32]:
+    spans = before.tensor_spans
+    factors = np.ones((before.count, len(spans)), np.float32)
+    for i in range(before.count):
+        for number, (start, stop) in enumerate(spans):
+            norms = [_l1(task.sources[i], start, stop) for task in (before, after)]
+            if min(norms) >= 1e-7:
+                factors[i, number] = norms[0] / norms[1]
+    return factors
+
+
+def _l1(source: DeltaSource, start: int, stop: int) -> float:
+    buffer = np.empty(FIXED_BLOCK, np.float32)
+    parts = []
+    for lo in range(start, stop, FIXED_BLOCK):
+        row = buffer[: min(stop, lo + FIXED_BLOCK) - lo]
+        source.read(lo, lo + row.size, row)
+        parts.append(float(np.abs(row).sum(dtype=np.float64)))
+    return math.fsum(parts)
+
+
+class _DellaSource:
+    """A delta after DELLA's dropping, computed row by row, the same in any tiles."""
+
+    def __init__(
+        self,
+        task: MergeTask,
+        source: DeltaSource,
+        density: float,
+        epsilon: float,
+        key: bytes,
+        rescale: str,
+    ) -> None:
+        self._layout, self._source, self._key = task.layout, source, key
+        self._density, self._epsilon, self._rescale = density, epsilon, rescale
+
+    @property
+    def size(self) -> int:
+        return self._source.size
+
+    def read(self, lo: int, hi: int, out: FloatVector) -> None:
+        for entry, first, last in self._layout.pieces(lo, hi):
+            width = _row_width(entry)
+            at = entry.offset + first - first % width
+            while at < entry.offset + last:
+                # Whole rows, as many as lie in one go of about 2^16 elements.
+                count = max(1, FIXED_BLOCK // width)
+                stop = min(entry.stop, at + count * width)
+                rows = self._rows(at, stop, width)
+                a, b = max(at, lo), min(stop, hi)
+                out[a - lo : b - lo] = rows[a - at : b - at]
+                at = stop
+
+    def _rows(self, lo: int, hi: int, width: int) -> FloatVector:
+        values = np.empty(hi - lo, np.float32)
+        self._source.read(lo, hi, values)
+        table = np.abs(values).reshape(-1, width)
+        ranks = np.empty(table.shape, np.int64)
+        order = np.argsort(table, axis=1, kind="stable")
+        np.put_along_axis(ranks, order, np.arange(width)[None, :], axis=1)
+        keep = self._density - self._epsilon + 2 * self._epsilon * ranks / max(1, width - 1)
+        threshold = (keep * 2.0**32).astype(np.uint64).reshape(-1)
+        kept = Keystream(self._key).words(lo, hi - lo) < threshold
+        values *= kept
+        if self._rescale == "keep":
+            values /= keep.reshape(-1).astype(np.float32)
+        return values
+
+
+def _row_width(entry: Entry) -> int:
+    return max(1, math.prod(entry.shape[1:]) if len(entry.shape) > 1 else entry.size)

@@ -1,0 +1,396 @@
+"""TIES: trim, elect signs, merge what agrees (arXiv 2306.01708)."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Sequence
+from threading import Lock
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from dare_agg.errors import ConfigError
+from dare_agg.layout import FloatVector
+from dare_agg.merge.sources import SparseSource
+from dare_agg.merge.task import FIXED_BLOCK, Kernel, MergeTask, Scratch, Span, cut, span_starts
+from dare_agg.merge.thresholds import kth_smallest
+
+# Bounds for |x| per (model, span): what lies in [low, high] stays. None keeps all.
+Bounds = tuple[NDArray[np.float32], NDArray[np.float32]]
+
+
+def ties(task: MergeTask) -> Kernel:
+    """λ·(elected sum of the trimmed, weighted deltas) / what ``normalize`` says."""
+    options = task.options
+    per_tensor = options["trim-scope"] == "tensor"
+    spans = task.tensor_spans if per_tensor or len(task.spans) > 1 else task.spans
+    scope = task.tensor_spans if per_tensor else ((0, task.layout.size),)
+    kept = None
+    if options["density"] is not None:
+        if options["trim"] is not None:
+            raise ConfigError("trim and density are both given; density is 1 - trim: give one")
+        kept = [[_kept(hi - lo, d) for lo, hi in scope] for d in task.per_model("density")]
+    else:
+        rates = [0.8] * task.count if options["trim"] is None else task.per_model("trim")
+        kept = [[_reference_kept(hi - lo, r) for lo, hi in scope] for r in rates]
+    bounds = _trim_bounds(task, scope, kept)
+    factors = None
+    if options["rescale"] and bounds is not None:
+        factors = l1_factors(task, scope, bounds)
+    if len(spans) > len(scope) and bounds is not None:
+        # One threshold a model for spans that differ in weight only.
+        bounds = tuple(np.repeat(b, len(spans), axis=1) for b in bounds)  # type: ignore[assignment]
+        factors = None if factors is None else np.repeat(factors, len(spans), axis=1)
+    return consensus(task, spans, bounds, factors)
+
+
+def _kept(size: int, density: float) -> int:
+    """mergekit's count: the top ⌊density·size⌋, at least one."""
+    return size if density >= 1 else max(1, int(density * size)) if density > 0 else 0
+
+
+def _reference_kept(size: int, trim: float) -> int:
+    """The paper's code removes what is below the ⌊trim·size⌋-th smallest and keeps that one."""
+    removed = int(size * trim)
+    return size if removed == 0 else size - removed + 1
+
+
+def _trim_bounds(task: MergeTask, scope: Sequence[Span], kept: list[list[int]]) -> Bounds | None:
+    sizes = [hi - lo for lo, hi in scope]
+    if all(k >= size for row in kept for k, size in zip(row, sizes, strict=True)):
+        return None
+    low = np.stack(
+        [
+            kth_smallest(
+                source,
+                scope,
+                # Rank size + 1 does not exist: nothing is kept, by a bound no |x| reaches.
+                [0 if k >= size else min(size, size - k + 1)
+                 for k, size in zip(row, sizes, strict=True)],
+                task.tile,
+            )
+            for source, row in zip(task.sources, kept, strict=True)
+        ]
+    )  # fmt: skip
+    for i, row in enumerate(kept):
+        low[i, [k == 0 for k in row]] = np.inf
+    return low, np.full_like(low, np.inf)
+
+
+def consensus(
+    task: MergeTask,
+    spans: Sequence[Span],
+    bounds: Bounds | None,
+    factors: NDArray[np.float32] | None = None,
+    *,
+    weights: NDArray[np.float64] | None = None,
+) -> Kernel:
+    """Build the kernel that elects signs and merges, for deltas inside ``bounds``.
+
+    ``factors`` (models, spans) multiply the deltas but do not count as weights.
+    """
+    starts = span_starts(spans)
+    shares = task.values_at(task.weights, spans) if weights is None else weights
+    scaling = task.values_at(task.scaling, spans)
+    used = shares if factors is None else shares * factors
+    if bounds is None and factors is None and task.is_sparse:
+        return _sparse_consensus(task, spans, starts, shares, scaling)
+    multipliers, counts = used.astype(np.float32), shares.astype(np.float32)
+    normalize, tie = task.options["normalize"], task.options["sign-tie"]
+    majority = _Majority(task, spans, starts, bounds, multipliers) if tie != "positive" else None
+    equal = np.all(multipliers == multipliers[:1], axis=0) & np.all(counts == counts[:1], axis=0)
+    expected = np.abs(shares).sum(axis=0)
+
+    def kernel(lo: int, hi: int, out: FloatVector, scratch: Scratch) -> None:
+        stack = scratch.get("stack", task.count * (hi - lo)).reshape(task.count, hi - lo)
+        for source, row in zip(task.sources, stack, strict=True):
+            source.read(lo, hi, row)
+        for span, a, b in cut(spans, starts, lo, hi):
+            part = stack[:, a - lo : b - lo]
+            total = out[a - lo : b - lo]
+            # Equal weights change neither signs nor means: they are applied at the end.
+            alike = bool(equal[span]) and multipliers[0, span] > 0 and task.count < 256
+            own = None if alike else multipliers[:, span]
+            _trim_and_sum(part, _at(bounds, span), own, total, scratch)
+            _elected(part, total, counts[:, span], normalize, alike, tie, majority, scratch)
+            factor = scaling[span]
+            if normalize == "expected":
+                factor /= expected[span] or 1.0
+            if alike and normalize != "agreeing":
+                factor *= float(multipliers[0, span])
+            elif alike:
+                factor *= float(multipliers[0, span]) / float(counts[0, span])
+            if factor != 1:
+                total *= np.float32(factor)
+
+    return kernel
+
+
+def _at(bounds: Bounds | None, span: int) -> tuple[NDArray, NDArray] | None:
+    return None if bounds is None else (bounds[0][:, span], bounds[1][:, span])
+
+
+def _trim_and_sum(
+    part: NDArray[np.float32],
+    limits: tuple[NDArray, NDArray] | None,
+    multipliers: NDArray[np.float32] | None,
+    total: FloatVector,
+    scratch: Scratch,
+) -> None:
+    """Trim and weight the rows in place and write their sum."""
+    size = total.size
+    magnitude, keep = scratch.get("magnitude", size), scratch.get("keep", size, np.bool_)
+    for i, row in enumerate(part):
+        if limits is not None and (limits[0][i] >= 0 or limits[1][i] < np.inf):
+            np.abs(row, out=magnitude)
+            np.greater_equal(magnitude, limits[0][i], out=keep)
+            row *= keep
+            if limits[1][i] < np.inf:
+                np.less_equal(magnitude, limits[1][i], out=keep)
+                row *= keep
+        if multipliers is not None and multipliers[i] != 1:
+            row *= multipliers[i]
+        if i:
+            total += row
+        else:
+            total[:] = row
+
+
+def _elected(
+    part: NDArray[np.float32],
+    total: FloatVector,
+    weights: NDArray[np.float32],
+    normalize: str,
+    alike: bool,
+    tie: str,
+    majority: _Majority | None,
+    scratch: Scratch,
+) -> None:
+    """Replace the rows' sum in ``total`` by the merge of the entries of its sign."""
+    size = total.size
+    plus, flag = scratch.get("plus", size, np.bool_), scratch.get("flag", size, np.bool_)
+    piece = scratch.get("piece", size)
+    count = scratch.get("count", size)
+    np.greater_equal(total, 0, out=plus)
+    undecided = None
+    if majority is not None and np.count_nonzero(total) < size:
+        # Where every entry is 0 the sign does not matter.
+        spoken = scratch.get("spoken", size, np.bool_)
+        spoken[:] = False
+        for row in part:
+            np.logical_or(spoken, np.not_equal(row, 0, out=flag), out=spoken)
+        zeros = np.flatnonzero(np.logical_and(spoken, np.equal(total, 0, out=flag), out=spoken))
+        if zeros.size:
+            sign = majority.sign()
+            # The largest entry takes the elected sign, so 0 makes it 0 there.
+            if sign == 0 and (tie == "majority" or normalize == "max"):
+                undecided = zeros
+            plus[zeros] = sign > 0
+    largest = normalize == "max"
+    counted = normalize == "agreeing"
+    speakers = scratch.get("speakers", size, np.uint8)
+    total[:] = 0
+    if counted:
+        speakers[:] = 0
+        count[:] = 0
+    for row, weight in zip(part, weights, strict=True):
+        # An entry agrees where its sign bit says so; zeros add nothing and count nothing.
+        np.greater(row, 0, out=flag)
+        np.equal(flag, plus, out=flag)
+        np.multiply(row, flag, out=piece)
+        if largest:
+            np.maximum(total, np.abs(piece, out=piece), out=total)
+            continue
+        total += piece
+        if counted:
+            np.not_equal(piece, 0, out=flag)
+            if alike:
+                np.add(speakers, flag.view(np.uint8), out=speakers)
+            else:
+                count += flag * weight
+    if largest:
+        np.negative(total, out=total, where=~plus)
+    elif counted and alike:
+        count[:] = np.maximum(speakers, 1, out=speakers)
+        total /= count
+    elif counted:
+        # Weights that cancel, and elements nobody speaks for, are not divided.
+        count[np.abs(count) < 1e-8] = 1
+        total /= count
+    if undecided is not None:
+        total[undecided] = 0
+
+
+class _Majority:
+    """The majority sign over all elements, found by one more pass when first needed."""
+
+    def __init__(
+        self,
+        task: MergeTask,
+        spans: Sequence[Span],
+        starts: NDArray[np.int64],
+        bounds: Bounds | None,
+        multipliers: NDArray[np.float32],
+    ) -> None:
+        self._arguments = task, spans, starts, bounds, multipliers
+        self._lock = Lock()
+        self._sign: int | None = None
+
+    def sign(self) -> int:
+        with self._lock:
+            if self._sign is None:
+                self._sign = self._count()
+            return self._sign
+
+    def _count(self) -> int:
+        task, spans, starts, bounds, multipliers = self._arguments
+        scratch, balance = Scratch(), 0
+        for lo, hi in task.tiles():
+            stack = scratch.get("stack", task.count * (hi - lo)).reshape(task.count, hi - lo)
+            for source, row in zip(task.sources, stack, strict=True):
+                source.read(lo, hi, row)
+            total = scratch.get("total", hi - lo)
+            for span, a, b in cut(spans, starts, lo, hi):
+                piece = total[a - lo : b - lo]
+                _trim_and_sum(
+                    stack[:, a - lo : b - lo], _at(bounds, span), multipliers[:, span], piece,
+                    scratch,
+                )  # fmt: skip
+                balance += int(np.count_nonzero(piece > 0)) - int(np.count_nonzero(piece < 0))
+        return (balance > 0) - (balance < 0)
+
+
+def _sparse_consensus(
+    task: MergeTask,
+    spans: Sequence[Span],
+    starts: NDArray[np.int64],
+    weights: NDArray[np.float64],
+    scaling: NDArray[np.float64],
+) -> Kernel:
+    """The same for sources that list their survivors: only those are touched."""
+    factors = weights.astype(np.float32)
+    normalize, tie = task.options["normalize"], task.options["sign-tie"]
+    expected = np.abs(weights).sum(axis=0)
+    majority = _SparseMajority(task, spans, starts, factors) if tie != "positive" else None
+
+    def kernel(lo: int, hi: int, out: FloatVector, scratch: Scratch) -> None:
+        size = hi - lo
+        sums, counts = scratch.get("sums", size), scratch.get("counts", size)
+        out[:] = 0
+        sums[:] = 0
+        counts[:] = 0
+        for span, a, b in cut(spans, starts, lo, hi):
+            lists = _survivors(task, factors[:, span], a, b, lo)
+            for at, values, _ in lists:
+                sums[at] += values
+            for at, values, weight in lists:
+                elected = sums.take(at)
+                agree = (values > 0) == (elected >= 0)
+                if majority is not None and not elected.all():
+                    tied = elected == 0
+                    sign = majority.sign()
+                    agree[tied] = (values[tied] > 0) == (sign > 0)
+                    if sign == 0 and (tie == "majority" or normalize == "max"):
+                        agree[tied] = False
+                if normalize == "max":
+                    out[at] = np.where(
+                        agree & (np.abs(values) > np.abs(out.take(at))), values, out.take(at)
+                    )
+                    continue
+                # Zeros add nothing and count nothing.
+                agree &= values != 0
+                out[at] += values * agree
+                if normalize == "agreeing":
+                    counts[at] += agree * np.float32(weight)
+            factor = scaling[span]
+            if normalize == "expected":
+                factor /= expected[span] or 1.0
+            if factor != 1:
+                out[a - lo : b - lo] *= np.float32(factor)
+        if normalize == "agreeing":
+            counts[np.abs(counts) < 1e-8] = 1
+            out /= counts
+
+    return kernel
+
+
+def _survivors(
+    task: MergeTask, factors: NDArray[np.float32], a: int, b: int, lo: int
+) -> list[tuple[NDArray[np.int64], FloatVector, float]]:
+    lists = []
+    for source, factor in zip(task.sources, factors, strict=True):
+        assert isinstance(source, SparseSource)
+        parts = [(p - lo, v * factor) for p, v in source.sparse(a, b)]
+        if len(parts) == 1:
+            lists.append((*parts[0], float(factor)))
+        elif parts:
+            at = np.concatenate([p for p, _ in parts])
+            lists.append((at, np.concatenate([v for _, v in parts]), float(factor)))
+    return lists
+
+
+class _SparseMajority:
+    """As `_Majority`, from listed survivors."""
+
+    def __init__(
+        self,
+        task: MergeTask,
+        spans: Sequence[Span],
+        starts: NDArray[np.int64],
+        factors: NDArray[np.float32],
+    ) -> None:
+        self._arguments = task, spans, starts, factors
+        self._lock = Lock()
+        self._sign: int | None = None
+
+    def sign(self) -> int:
+        with self._lock:
+            if self._sign is None:
+                task, spans, starts, factors = self._arguments
+                scratch, balance = Scratch(), 0
+                for lo, hi in task.tiles():
+                    sums = scratch.get("sums", hi - lo)
+                    sums[:] = 0
+                    for span, a, b in cut(spans, starts, lo, hi):
+                        for at, values, _ in _survivors(task, factors[:, span], a, b, lo):
+                            sums[at] += values
+                    balance += int(np.count_nonzero(sums > 0)) - int(np.count_nonzero(sums < 0))
+                self._sign = (balance > 0) - (balance < 0)
+            return self._sign
+
+
+def l1_factors(task: MergeTask, spans: Sequence[Span], bounds: Bounds) -> NDArray[np.float32]:
+    """‖δ‖₁ / ‖trimmed δ‖₁ for each model and span (mergekit's rescale)."""
+    return norm_factors(
+        task,
+        spans,
+        lambda row, model, span: (
+            row
+            * ((np.abs(row) >= bounds[0][model, span]) & (np.abs(row) <= bounds[1][model, span]))
+        ),
+    )
+
+
+def norm_factors(
+    task: MergeTask,
+    spans: Sequence[Span],
+    sparsify: Callable[[FloatVector, int, int], NDArray[Any]],
+) -> NDArray[np.float32]:
+    """Ratio of the L1 norms before and after ``sparsify(tile, model, span)``."""
+    factors = np.ones((task.count, len(spans)), np.float32)
+    buffer = np.empty(FIXED_BLOCK, np.float32)
+    for model, source in enumerate(task.sources):
+        for span, (start, stop) in enumerate(spans):
+            before, after = [], []
+            for lo in range(start, stop, FIXED_BLOCK):
+                hi = min(stop, lo + FIXED_BLOCK)
+                row = buffer[: hi - lo]
+                source.read(lo, hi, row)
+                before.append(float(np.abs(row).sum(dtype=np.float64)))
+                kept = sparsify(row, model, span)
+                after.append(float(np.abs(kept).sum(dtype=np.float64)))
+            whole, left = math.fsum(before), math.fsum(after)
+            if whole >= 1e-7 and left >= 1e-7:
+                factors[model, span] = whole / left
+    return factors

@@ -1,0 +1,153 @@
+"""The merge rows against inputs and outputs of mergekit's functions."""
+
+import json
+from functools import cache
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from dare_agg.layout import Layout, layout_of
+from dare_agg.merge.engine import merge_deltas
+from dare_agg.merge.sources import ScaledSource, array_source
+from dare_agg.sparsify import dare_given
+
+DATA = Path(__file__).resolve().parent.parent / "data" / "mergekit"
+TENSORS = ("w", "b", "c")
+
+
+@cache
+def load(name: str) -> dict[str, np.ndarray]:
+    with np.load(DATA / f"{name}.npz") as file:
+        return {key: file[key] for key in file}
+
+
+def tensors(file: str, tag: str) -> dict[str, np.ndarray]:
+    return {name: load(file)[f"{tag}_{name}"] for name in TENSORS}
+
+
+def problem() -> tuple[Layout, np.ndarray, list[np.ndarray]]:
+    base = tensors("inputs", "base")
+    layout = layout_of({name: array.shape for name, array in base.items()})
+    models = [layout.flatten(tensors("inputs", f"ft{i}")) for i in range(1, 5)]
+    return layout, layout.flatten(base), models
+
+
+def method_cases() -> list[str]:
+    return list(json.loads((DATA / "index.json").read_text()))
+
+
+@pytest.mark.parametrize("case", method_cases())
+def test_methods(case: str) -> None:
+    about = json.loads((DATA / "index.json").read_text())[case]
+    layout, base, models = problem()
+    parameters = dict(about["parameters"])
+    parameters.pop("int8_mask", None)
+    scaling = parameters.pop("lambda", 1.0)
+    options: dict[str, object] = dict(parameters)
+    if about["method"] == "ties":
+        options = {
+            "density": about["per_model"]["density"],
+            "trim-scope": "tensor",
+            "sign-tie": "positive",
+            "normalize": "agreeing" if parameters["normalize"] else "none",
+            "rescale": parameters.get("rescale", False),
+        }
+    for tile in (7, 1 << 16):
+        delta, _ = merge_deltas(
+            layout, [array_source(m - base) for m in models], about["method"],
+            weights=about["per_model"]["weight"], scaling=scaling, options=options, tile=tile,
+            base=array_source(base),
+        )  # fmt: skip
+        file, tag = case.split("/")
+        expected = layout.flatten(tensors(file, tag))
+        np.testing.assert_allclose(base + delta, expected, rtol=0, atol=2e-6)
+
+
+def sparsify_cases() -> list[str]:
+    return sorted(load("sparsify"))
+
+
+def test_magnitude_and_outliers() -> None:
+    seen = set()
+    for key in sparsify_cases():
+        words = key.split("_")
+        kind, name, which, density, last = words
+        delta = load("inputs")[f"{which}_{name}"] - load("inputs")[f"base_{name}"]
+        layout = layout_of({name: delta.shape})
+        method, options = "ties", {"density": float(density[1:]), "trim-scope": "tensor"}
+        if kind == "outliers":
+            method = "breadcrumbs"
+            options = {"density": float(density[1:]), "gamma": float(last[1:])}
+        elif last in ("None", "l1"):
+            options |= {"rescale": last == "l1", "normalize": "none"}
+        else:
+            continue
+        result, _ = merge_deltas(layout, [array_source(delta.ravel())], method, options=options)
+        np.testing.assert_allclose(
+            result, load("sparsify")[key].ravel(), rtol=0, atol=2e-6, err_msg=key
+        )
+        seen.add((kind, last))
+    assert len(seen) >= 4
+
+
+def test_sign_consensus() -> None:
+    layout, base, models = problem()
+    deltas = [array_source(m - base) for m in models]
+    for key, weights in (("sum", [1.0] * 4), ("sum_weighted", [0.5, 1, 0.25, -0.5])):
+        keep = tensors("sign_consensus", key)
+        rows = [{n: mask[i] for n, mask in keep.items()} for i in range(4)]
+        merged, _ = merge_deltas(
+            layout, deltas, "ties", weights=weights,
+            options={"trim": 0, "normalize": "none", "sign-tie": "positive"},
+        )  # fmt: skip
+        expected = sum(
+            w * (m - base) * layout.flatten({n: a.astype(np.float32) for n, a in row.items()})
+            for w, m, row in zip(weights, models, rows, strict=True)
+        )
+        np.testing.assert_allclose(merged, expected, rtol=0, atol=1e-7)
+
+
+@pytest.mark.parametrize("rule", ["paper", "mergekit"])
+def test_dare_with_given_masks(rule: str) -> None:
+    layout, base, models = problem()
+    masks = tensors("dare_given_masks", "mask")
+    kept = [
+        layout.flatten({n: m[i].astype(np.float32) for n, m in masks.items()}) != 0
+        for i in range(4)
+    ]
+    deltas = [m - base for m in models]
+    dropped = [array_source(dare_given(d, ~k, "0.7")) for d, k in zip(deltas, kept, strict=True)]
+    if rule == "mergekit":
+        spans = [(e.offset, e.stop) for e in layout.entries]
+        factors = l1_factors_of(layout, deltas, kept)
+        dropped = [
+            ScaledSource(array_source(d * k), spans, f)
+            for d, k, f in zip(deltas, kept, factors, strict=True)
+        ]
+    ties = {"trim": 0, "normalize": "none", "sign-tie": "positive"}
+    for name, method, options in (
+        ("dare_linear", "task-arithmetic", {}),
+        ("dare_ties", "ties", ties),
+        ("dare_ties_norm", "ties", ties | {"normalize": "agreeing"}),
+    ):
+        delta, _ = merge_deltas(layout, dropped, method, weights=[0.25] * 4, options=options)
+        expected = layout.flatten(tensors("dare_given_masks", f"{name}_{rule}"))
+        # The files hold the whole model for some rows and the delta for none.
+        np.testing.assert_allclose(base + delta, expected, rtol=0, atol=2e-6, err_msg=name)
+
+
+def l1_factors_of(
+    layout: Layout, deltas: list[np.ndarray], kept: list[np.ndarray]
+) -> list[np.ndarray]:
+    factors = []
+    for delta, keep in zip(deltas, kept, strict=True):
+        sums = [
+            (
+                np.abs(delta[e.offset : e.stop]).sum(),
+                np.abs((delta * keep)[e.offset : e.stop]).sum(),
+            )
+            for e in layout.entries
+        ]
+        factors.append(np.array([a / b for a, b in sums], np.float32))
+    return factors

@@ -1,0 +1,92 @@
+"""Live progress of a run, read from its metrics.jsonl, and its table at the end."""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Callable
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from dare_agg.cli.output import human_bytes
+
+if TYPE_CHECKING:
+    from rich.console import Console
+    from rich.table import Table
+
+_ROUND = re.compile(r"\[ROUND (\d+)/(\d+)\]")
+
+
+def load_rows(folder: Path) -> list[dict[str, Any]]:
+    """Read metrics.jsonl; a line that is still being written is left out."""
+    path = folder / "metrics.jsonl"
+    rows = []
+    if path.is_file():
+        for line in path.read_text(encoding="utf-8").splitlines():
+            try:
+                rows.append(json.loads(line))
+            except ValueError:
+                continue
+    return rows
+
+
+def follow(folder: Path, console: Console) -> Callable[[str], None]:
+    """Return a line watcher that prints each finished round and each warning once."""
+    shown = 0
+
+    def watch(line: str) -> None:
+        nonlocal shown
+        rows = load_rows(folder)
+        for row in rows[shown:]:
+            console.print(_round_line(row))
+        shown = len(rows)
+        if "rejected" in line or "ERROR" in line or "Error" in line:
+            console.print(line, style="yellow", markup=False, highlight=False)
+        elif found := _ROUND.search(line):
+            console.print(f"round {found[1]} of {found[2]} …", style="dim")
+
+    return watch
+
+
+def _round_line(row: dict[str, Any]) -> str:
+    accuracy = row.get("accuracy")
+    shown = f"accuracy {accuracy:.3f}, " if isinstance(accuracy, float) else ""
+    return (
+        f"[bold]{row['method']}[/] round {row['round']}: {shown}"
+        f"{row['accepted']} updates, {human_bytes(row['upload_bytes_per_client'])} up and "
+        f"{human_bytes(row['download_bytes_per_client'])} down per client, "
+        f"{row['seconds']:.0f} s"
+    )
+
+
+def last_rows(rows: list[dict[str, Any]]) -> dict[str, dict[str, Any]]:
+    """The last round of each method, in the order in which methods ran."""
+    return {row["method"]: row for row in rows}
+
+
+def summary_table(rows: list[dict[str, Any]]) -> Table:
+    """Render one line a method: accuracy, bytes per client and round, ratio, seconds."""
+    from rich.table import Table
+
+    table = Table(title="After the last round")
+    table.add_column("method")
+    for name in ("accuracy", "rounds", "update up", "head up", "ratio", "down", "seconds"):
+        table.add_column(name, justify="right")
+    last = last_rows(rows)
+    dense = last.get("fedavg", {}).get("update_bytes_per_client")
+    for method, row in last.items():
+        update = row["update_bytes_per_client"]
+        own = method != "head-only"
+        ratio = f"{dense / update:,.0f}×" if dense and update and own else "–"
+        accuracy = row.get("accuracy")
+        table.add_row(
+            method,
+            f"{accuracy:.3f}" if isinstance(accuracy, float) else "–",
+            str(row["round"]),
+            human_bytes(update) if own else "–",
+            human_bytes(row["dense_bytes_per_client"] if own else update),
+            ratio,
+            human_bytes(row["download_bytes_per_client"]),
+            f"{row['seconds']:.0f}",
+        )
+    return table

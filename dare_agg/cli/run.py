@@ -1,0 +1,123 @@
+"""`dare-agg run`: the Flower app, with the run's true exit status."""
+
+from __future__ import annotations
+
+import time
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+
+def run(
+    app: Annotated[
+        Path | None, typer.Argument(help="Folder of the Flower app [default: this checkout].")
+    ] = None,
+    config: Annotated[
+        list[str] | None,
+        typer.Option("--config", "-c", help="Run config as key=value; may be repeated."),
+    ] = None,
+    clients: Annotated[int, typer.Option(help="Simulated clients.", min=1)] = 10,
+    cpus: Annotated[
+        int, typer.Option(help="CPUs a simulated client takes; fewer run side by side.", min=1)
+    ] = 1,
+    federation: Annotated[
+        str, typer.Option(help="Address of a running SuperLink (host:port); none: simulate here.")
+    ] = "",
+    root_certificates: Annotated[
+        Path | None, typer.Option(help="CA certificate of that SuperLink.")
+    ] = None,
+    output: Annotated[Path | None, typer.Option("--output", "-o", help="Run folder.")] = None,
+    json_: Annotated[bool, typer.Option("--json", help="Print one JSON object.")] = False,
+) -> None:
+    """Run the Flower app (simulation or deployment); exit with the run's true status."""
+    from dare_agg.cli.output import print_json, stderr_console, stdout_console
+    from dare_agg.cli.progress import follow, load_rows, summary_table
+    from dare_agg.errors import RunError
+
+    folder = (output or Path("runs") / time.strftime("%Y%m%d-%H%M%S")).absolute()
+    overrides = parse_overrides(config or [])
+    status = execute(
+        folder,
+        overrides,
+        app=app,
+        clients=clients,
+        cpus=cpus,
+        federation=federation,
+        root_certificates=root_certificates,
+        watch=follow(folder, stderr_console()),
+    )
+    if not status.ok:
+        raise RunError(f"run {status.run_id} ended as {status.status}: {status.detail}; see {folder}")
+    rows = load_rows(folder)
+    if json_:
+        print_json({"run": str(folder), "status": status.status, "rows": rows})
+    else:
+        stdout_console().print(summary_table(rows))
+        stdout_console().print(f"Run folder: {folder}\nNext: dare-agg report {folder}")
+
+
+def parse_overrides(pairs: list[str]) -> dict[str, bool | int | float | str]:
+    """Read ``key=value`` words; values are TOML, anything else is text."""
+    import tomllib
+
+    from dare_agg.errors import ConfigError
+
+    overrides: dict[str, bool | int | float | str] = {}
+    for pair in pairs:
+        key, separator, value = pair.partition("=")
+        if not separator or not key:
+            raise ConfigError(f"--config {pair!r}; key=value is needed, for example num-rounds=3")
+        try:
+            overrides[key] = tomllib.loads(f"x = {value}")["x"]
+        except tomllib.TOMLDecodeError:
+            overrides[key] = value
+    return overrides
+
+
+def execute(folder, overrides, *, app=None, clients=10, cpus=1, federation="",  # type: ignore[no-untyped-def]
+            root_certificates=None, watch=None):  # fmt: skip
+    """Run the app into ``folder``; returns its `RunStatus`. See `run` for the words."""
+    from dare_agg.errors import ConfigError
+    from dare_agg.flower import launch
+
+    source = launch.find_app(app)
+    home = folder / "flower"
+    home.mkdir(parents=True, exist_ok=True)
+    settings = {"output": str(folder), **overrides}
+    # A checked config fails here, before any process starts; the server checks it again.
+    log = (folder / "run.log").open("a", encoding="utf-8")
+
+    def on_line(line: str) -> None:
+        log.write(line + "\n")
+        log.flush()
+        if watch is not None:
+            watch(line)
+
+    try:
+        if federation:
+            connection = {"address": federation}
+            if root_certificates is not None:
+                connection["root-certificates"] = str(root_certificates.absolute())
+            elif federation.split(":")[0] in ("127.0.0.1", "localhost"):
+                connection["insecure"] = True
+            else:
+                raise ConfigError(
+                    f"federation {federation!r} without --root-certificates; plain text is for "
+                    "loopback only: make certificates with dare-agg certs"
+                )
+            launch.write_connection(home, "run", connection)
+            return launch.run_app(source, home, "run", settings, on_line=on_line)
+        with launch.simulation_superlink(home) as address:
+            launch.write_connection(home, "run", {"address": address, "insecure": True})
+            settings.setdefault("min-clients", clients)
+            return launch.run_app(
+                source,
+                home,
+                "run",
+                settings,
+                federation_config={"num-supernodes": clients, "client-resources-num-cpus": cpus},
+                on_line=on_line,
+            )
+    finally:
+        log.close()

@@ -1,0 +1,230 @@
+"""Running the Flower app: a SuperLink of our own, the run's true status, nothing left behind.
+
+``flwr run --stream`` exits 0 when a run failed, and its managed SuperLink outlives it. This
+starts a SuperLink on free loopback ports with its own home and a neutral working directory,
+submits the app, follows it, asks for the run's status and stops what it started.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import os
+import signal
+import socket
+import subprocess
+import sys
+import time
+import urllib.error
+import urllib.request
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+
+from dare_agg.errors import ConfigError, RunError
+
+START_SECONDS = 120
+ConfigScalar = bool | int | float | str
+
+
+@dataclass(frozen=True)
+class RunStatus:
+    """How a run ended: Flower's status words and our reading of them."""
+
+    run_id: str
+    status: str
+    detail: str
+
+    @property
+    def ok(self) -> bool:
+        return self.status == "finished:completed"
+
+
+def flower_environment(home: Path) -> dict[str, str]:
+    """The environment Flower's processes get: own home, no telemetry, no installs."""
+    environment = dict(os.environ)
+    bin_folder = str(Path(sys.executable).parent)
+    environment["PATH"] = bin_folder + os.pathsep + environment.get("PATH", "")
+    environment.update(
+        FLWR_HOME=str(home),
+        FLWR_TELEMETRY_ENABLED="0",
+        FLWR_DISABLE_UPDATE_CHECK="1",
+        FLWR_DISABLE_RUNTIME_DEPENDENCY_INSTALLATION="1",
+        RAY_DEDUP_LOGS="0",
+        RAY_memory_monitor_refresh_ms="0",
+        OMP_NUM_THREADS=environment.get("OMP_NUM_THREADS", "1"),
+        TOKENIZERS_PARALLELISM="false",
+        PYTHONUNBUFFERED="1",
+    )
+    return environment
+
+
+def free_port() -> int:
+    """Return a loopback port that is free now."""
+    with socket.socket() as listener:
+        listener.bind(("127.0.0.1", 0))
+        return int(listener.getsockname()[1])
+
+
+def find_app(path: Path | None) -> Path:
+    """Return the folder of the Flower app: the given one, or this checkout."""
+    folder = path or Path(__file__).resolve().parents[2]
+    project = folder / "pyproject.toml"
+    if not project.is_file() or "[tool.flwr.app]" not in project.read_text(encoding="utf-8"):
+        raise ConfigError(
+            f"{str(folder)!r} is no Flower app (a pyproject.toml with [tool.flwr.app]); give its "
+            "folder, for example: dare-agg run path/to/checkout"
+        )
+    return folder.resolve()
+
+
+@contextlib.contextmanager
+def simulation_superlink(home: Path) -> Iterator[str]:
+    """Start a SuperLink in simulation mode; yields its address and stops it at the end."""
+    home.mkdir(parents=True, exist_ok=True)
+    work = home / "work"
+    work.mkdir(exist_ok=True)
+    environment = flower_environment(home)
+    port, control = free_port(), free_port()
+    log = (home / "superlink.log").open("ab")
+    command = [
+        "flower-superlink", "--insecure", "--simulation", "--isolation", "subprocess",
+        "--control-api-address", f"127.0.0.1:{control}",
+        "--host", "127.0.0.1", "--port", str(port), "--database", str(home / "state.db"),
+    ]  # fmt: skip
+    process = subprocess.Popen(
+        command, cwd=work, env=environment, stdout=log, stderr=log, start_new_session=True
+    )
+    try:
+        _wait_healthy(process, port, home / "superlink.log")
+        yield f"127.0.0.1:{port}"
+    finally:
+        stop_group(process)
+        log.close()
+
+
+def _wait_healthy(process: subprocess.Popen, port: int, log: Path) -> None:
+    until = time.monotonic() + START_SECONDS
+    while time.monotonic() < until:
+        if process.poll() is not None:
+            raise RunError(f"the SuperLink ended with status {process.returncode}; see {log}")
+        try:
+            with urllib.request.urlopen(f"http://127.0.0.1:{port}/health", timeout=2):
+                return
+        except (urllib.error.URLError, OSError):
+            time.sleep(0.2)
+    raise RunError(f"the SuperLink did not answer within {START_SECONDS} s; see {log}")
+
+
+def stop_group(process: subprocess.Popen, patience: float = 20.0) -> None:
+    """End a process and all its children (its own process group): first kindly, then not."""
+    for number in (signal.SIGTERM, signal.SIGKILL):
+        with contextlib.suppress(ProcessLookupError):
+            os.killpg(process.pid, number)
+        try:
+            process.wait(patience)
+        except subprocess.TimeoutExpired:
+            continue
+    # Children that outlived the leader are still in its group.
+    with contextlib.suppress(ProcessLookupError):
+        os.killpg(process.pid, signal.SIGKILL)
+
+
+def toml_scalars(values: Mapping[str, ConfigScalar]) -> str:
+    """Render overrides as Flower's ``key=value key=value``."""
+    return " ".join(f"{key}={json.dumps(value)}" for key, value in values.items())
+
+
+def write_connection(home: Path, name: str, lines: Mapping[str, ConfigScalar]) -> None:
+    """Write ``config.toml`` in a Flower home with one connection, the default."""
+    body = "\n".join(f"{key} = {json.dumps(value)}" for key, value in lines.items())
+    (home / "config.toml").write_text(
+        f'[superlink]\ndefault = "{name}"\n\n[superlink.{name}]\n{body}\n', encoding="utf-8"
+    )
+
+
+def run_app(
+    app: Path,
+    home: Path,
+    connection: str,
+    overrides: Mapping[str, ConfigScalar],
+    *,
+    federation_config: Mapping[str, ConfigScalar] | None = None,
+    on_line: Callable[[str], None] = lambda line: None,
+) -> RunStatus:
+    """Submit the app over a connection of ``home``, follow its log, return its true status.
+
+    Raises `RunError` when it could not be submitted. Interrupting stops the run.
+    """
+    environment = flower_environment(home)
+    work = home / "work"
+    work.mkdir(exist_ok=True)
+    command = ["flwr", "run", str(app), connection, "--stream"]
+    if overrides:
+        command += ["--run-config", toml_scalars(overrides)]
+    if federation_config:
+        command += ["--federation-config", toml_scalars(federation_config)]
+    before = set(_runs(environment, work, connection))
+    process = subprocess.Popen(
+        command,
+        cwd=work,
+        env=environment,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+        errors="replace",
+        start_new_session=True,
+    )
+    tail: list[str] = []
+    assert process.stdout is not None
+    try:
+        for line in process.stdout:
+            tail = [*tail[-30:], line.rstrip()]
+            on_line(line.rstrip())
+        process.wait()
+    except KeyboardInterrupt:
+        for run_id in set(_runs(environment, work, connection)) - before:
+            subprocess.run(
+                ["flwr", "stop", run_id, connection],
+                cwd=work, env=environment, capture_output=True, timeout=60, check=False,
+            )  # fmt: skip
+        raise
+    finally:
+        stop_group(process)
+    runs = _runs(environment, work, connection)
+    new = [run_id for run_id in runs if run_id not in before]
+    if not new:
+        said = " ".join(line for line in tail[-6:] if line)[:600]
+        raise RunError(f"the app was not accepted (flwr run ended with {process.returncode}): {said}")
+    return _final_status(environment, work, connection, new[-1])
+
+
+def _final_status(
+    environment: Mapping[str, str], work: Path, connection: str, run_id: str
+) -> RunStatus:
+    """Wait until the run has ended by Flower's own account."""
+    until = time.monotonic() + 60
+    while True:
+        status, detail = _runs(environment, work, connection).get(run_id, ("unknown", ""))
+        if status.startswith("finished") or time.monotonic() > until:
+            return RunStatus(run_id, status, detail)
+        time.sleep(1)
+
+
+def _runs(environment: Mapping[str, str], work: Path, connection: str) -> dict[str, tuple[str, str]]:
+    """All runs of a SuperLink: id → (status, details)."""
+    done = subprocess.run(
+        ["flwr", "ls", connection, "--format", "json"],
+        cwd=work, env=environment, capture_output=True, text=True, timeout=120, check=False,
+    )  # fmt: skip
+    start = done.stdout.find("{")
+    try:
+        answer = json.loads(done.stdout[start:])
+    except ValueError as error:
+        raise RunError(
+            f"flwr ls gave no answer: {' '.join((done.stdout + done.stderr).split())[:300]}"
+        ) from error
+    return {
+        str(run.get("run-id")): (str(run.get("status")), str(run.get("status-details", "")))
+        for run in answer.get("runs", [])
+    }

@@ -1,0 +1,148 @@
+"""Fills the tables and pictures of ``docs/RESULTS.md`` from the committed results.
+
+``python -m simulations.results_page`` replaces what stands between ``<!-- begin NAME -->`` and
+``<!-- end NAME -->``; the words around are written by hand.
+"""
+
+from __future__ import annotations
+
+import re
+import sys
+from collections.abc import Callable, Mapping
+from pathlib import Path
+
+from simulations import plots, tables
+from simulations.run import RESULTS, read_rows
+
+PAGE = Path(__file__).parents[1] / "docs" / "RESULTS.md"
+PLOTS = PAGE.parent / "plots"
+COMPACT = "DARE p=.999, union down"
+
+
+def _rows(name: str) -> list[dict]:
+    return read_rows(RESULTS / f"{name}.jsonl")
+
+
+def _image(path: Path, text: str) -> str:
+    return f"![{text}]({path.relative_to(PAGE.parent).as_posix()})"
+
+
+def headline() -> str:
+    """Table after round 12, and accuracy by round and by bytes."""
+    rows = _rows("headline")
+    first = plots.federated_plot(rows, PLOTS / "headline-rounds.svg", by_bytes=False)
+    second = plots.federated_plot(rows, PLOTS / "headline-bytes.svg", by_bytes=True)
+    return "\n\n".join(
+        (
+            tables.federated_table(rows, 12),
+            _image(first, "accuracy by round"),
+            _image(second, "accuracy by megabytes moved"),
+        )
+    )
+
+
+def traffic() -> str:
+    return tables.traffic_table(_rows("traffic"))
+
+
+def frontier() -> str:
+    rows = _rows("frontier")
+    path = plots.federated_plot(rows, PLOTS / "frontier.svg", by_bytes=True)
+    return tables.federated_table(rows, rows[0]["rounds"]) + "\n\n" + _image(path, "frontier")
+
+
+def single() -> str:
+    rows = _rows("single")
+    path = plots.single_plot(rows, PLOTS / "single.svg")
+    return "\n\n".join(
+        (_image(path, "accuracy by drop rate"), tables.single_table(rows), tables.delta_table(rows))
+    )
+
+
+def merging() -> str:
+    return tables.merging_table(_rows("merging"))
+
+
+def rate() -> str:
+    rows = _rows("rate")
+    path = plots.rate_plot(rows, PLOTS / "rate.svg")
+    return _image(path, "error by bits") + "\n\n" + tables.rate_table(rows)
+
+
+def links() -> str:
+    rows = _rows("traffic")
+    seconds = tables.by_cell(_rows("headline"))["FedAvg"][0]["cpu_seconds"] / 1000
+    return tables.links_table(rows, COMPACT, seconds, 5)
+
+
+def scale() -> str:
+    lines = [
+        (
+            f"{row['clients']:,}",
+            f"{row['parameters']:,}",
+            row["drop_rate"],
+            f"{row['survivors']:,}",
+            tables.human_bytes(row["all_update_bytes"]),
+            f"{row['server_cpu_seconds']:.2f}",
+            f"{row['peak_mib']:,}",
+            f"{row['model_mib']:,}",
+        )
+        for row in _rows("scale")
+    ]
+    columns = (
+        "Clients",
+        "Parameters",
+        "Drop rate",
+        "Survivors, all",
+        "All updates",
+        "Server, CPU s",
+        "Peak, MiB",
+        "of it the result, MiB",
+    )
+    return tables.markdown(columns, lines)
+
+
+def cost() -> str:
+    """CPU hours and versions of everything above."""
+    lines = []
+    for path in sorted(RESULTS.glob("*.jsonl")):
+        rows = read_rows(path)
+        hours = sum(row.get("cpu_seconds", row.get("codec_cpu_seconds", 0)) for row in rows) / 3600
+        stamps = {
+            ", ".join(f"{k} {v}" for k, v in row["versions"].items())
+            for row in rows
+            if "versions" in row
+        }
+        seeds = sorted({row["seed"] for row in rows if "seed" in row})
+        shown = ", ".join(map(str, seeds)) or "–"
+        lines.append((path.stem, str(len(rows)), shown, f"{hours:.2f}", "; ".join(sorted(stamps))))
+    return tables.markdown(("Results", "Rows", "Seeds", "CPU hours", "Versions"), lines)
+
+
+SECTIONS: Mapping[str, Callable[[], str]] = {
+    f.__name__: f for f in (headline, traffic, frontier, single, merging, rate, links, scale, cost)
+}
+
+
+def fill(text: str) -> str:
+    """Return the page with every section that has results filled anew."""
+    for name, make in SECTIONS.items():
+        pattern = re.compile(rf"(<!-- begin {name} -->\n).*?(<!-- end {name} -->)", re.S)
+        if not pattern.search(text):
+            continue
+        try:
+            body = make()
+        except (KeyError, IndexError, StopIteration, ZeroDivisionError) as error:
+            sys.stderr.write(f"{name}: not enough results yet ({error!r})\n")
+            continue
+        text = pattern.sub(lambda found, body=body: found[1] + body + "\n" + found[2], text)
+    return text
+
+
+def main() -> None:
+    """Entry point."""
+    PAGE.write_text(fill(PAGE.read_text(encoding="utf-8")), encoding="utf-8")
+
+
+if __name__ == "__main__":
+    main()

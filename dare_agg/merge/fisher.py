@@ -67,7 +67,7 @@ def fisher_sources(task: MergeTask) -> list[DeltaSource]:
                 f"statistics {number} name no parameter of the model; make them with "
                 "dare-agg statistics --kind fisher on this model"
             )
-        entries = []
+        entries: list[tuple[int, int, FloatVector | None]] = []
         for entry in task.layout.entries:
             array = values.get(entry.name)
             if array is None:

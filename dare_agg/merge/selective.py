@@ -37,7 +37,8 @@ def breadcrumbs(task: MergeTask) -> Kernel:
             0 if density >= 1 else max(0, size - keep - int(gamma * size))
             for size, keep in zip(sizes, kept, strict=True)
         ]
-        low[i] = kth_smallest(source, spans, [b + 1 if b else 0 for b in bottoms], task.tile)
+        ranks = [min(b + 1, size) if b else 0 for b, size in zip(bottoms, sizes, strict=True)]
+        low[i] = kth_smallest(source, spans, ranks, task.tile)
         tops = [b + keep for b, keep in zip(bottoms, kept, strict=True)]
         high[i] = kth_smallest(source, spans, tops, task.tile)
         high[i, [t == size for t, size in zip(tops, sizes, strict=True)]] = np.inf

@@ -1,0 +1,70 @@
+"""The model card of a merged model: its recipe verbatim, no network needed."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from pathlib import PurePath
+from typing import TYPE_CHECKING, Any
+
+import yaml
+
+from dare_agg import __version__
+from dare_agg.layout import Layout
+
+if TYPE_CHECKING:
+    from dare_agg.merge.methods import Method
+
+
+def model_card(
+    recipe: Mapping[str, Any],
+    models: Sequence[Mapping[str, Any]],
+    layout: Layout,
+    method: Method,
+) -> str:
+    """Return the card as Markdown with a YAML head that hubs read."""
+    head = {
+        "tags": ["merge", "dare-agg", method.name],
+        "base_model": [PurePath(str(recipe["base"])).name]
+        + [PurePath(str(m["path"])).name for m in models],
+        "base_model_relation": "merge",
+    }
+    rows = "\n".join(
+        f"| {PurePath(str(m['path'])).name} | {m['kind']} | {m.get('weight', 'default')} | "
+        f"`{m['content']}` |"
+        for m in models
+    )
+    dropped = ""
+    if recipe.get("drop-rate"):
+        dropped = (
+            f"\nEvery delta was sparsified first ({recipe.get('sparsifier', 'dare')}, drop rate "
+            f"{recipe['drop-rate']}, seed {recipe.get('seed', 0)}).\n"
+        )
+    return f"""---
+{yaml.safe_dump(head, sort_keys=False).strip()}
+---
+# {PurePath(str(recipe["base"])).name}, merged by {method.name}
+
+Made with dare-agg {__version__}: {method.formula} ([reference]({method.reference})).
+{dropped}
+| model | kind | weight | content of its delta |
+|---|---|---|---|
+{rows}
+
+{layout.size:,} parameters in {len(layout.entries)} tensors were merged; \
+{len(layout.excluded)} excluded tensors and {len(layout.buffers)} buffers are the base's.
+Layout fingerprint: `{layout.fingerprint}`.
+
+## Recipe
+
+```yaml
+{yaml.safe_dump(_plain(recipe), sort_keys=False).strip()}
+```
+"""
+
+
+def _plain(value: Any) -> Any:
+    if isinstance(value, Mapping):
+        return {str(k): _plain(v) for k, v in value.items()}
+    if isinstance(value, list | tuple):
+        return [_plain(v) for v in value]
+    return value if isinstance(value, bool | int | float | str | None) else str(value)

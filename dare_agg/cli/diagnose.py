@@ -1,0 +1,88 @@
+"""`dare-agg diagnose`: do the models fit the base, and which drop rate is safe."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+
+def diagnose(
+    base: Annotated[Path, typer.Argument(help="A .safetensors file or a model folder.")],
+    models: Annotated[
+        list[Path], typer.Argument(help="Models, adapters or updates tuned from it.")
+    ],
+    exclude: Annotated[
+        list[str] | None, typer.Option("--exclude", help="Regular expression of tensors left out.")
+    ] = None,
+    layers: Annotated[
+        int, typer.Option("--layers", min=0, help="Show this many tensors, largest first.")
+    ] = 8,
+    json_: Annotated[bool, typer.Option("--json", help="Print one JSON object.")] = False,
+) -> None:
+    """Measure the deltas of models from BASE and say which drop rate looks safe."""
+    from rich.table import Table
+
+    from dare_agg.checkpoint import open_checkpoint
+    from dare_agg.cli.output import print_json, stderr_console, stdout_console
+    from dare_agg.diagnose import QUANTILES, diagnose_deltas
+    from dare_agg.merge.offline import open_model
+    from dare_agg.merge.recipe import ModelInput
+    from dare_agg.merge.sources import CachedSource
+
+    opened = open_checkpoint(base)
+    layout = opened.layout(exclude or ())
+    cached = CachedSource(opened.reader(layout))
+    opened.check_finite(layout)
+    sources = []
+    for path in models:
+        model = open_model(ModelInput(path=path), opened, layout, cached, list(exclude or ()))
+        if model.checkpoint is not None:
+            model.checkpoint.check_finite(layout)
+        sources.append(model.source)
+    found = diagnose_deltas(layout, sources, names=[path.stem for path in models])
+    if json_:
+        print_json(found.as_dict())
+        return
+    console = stdout_console()
+    table = Table(title=f"|delta| from {base.name}, {found.parameters:,} parameters")
+    for column in ("model", *(f"q{q:g}" for q in QUANTILES), "max", "> 0.005", "zeros", "norm"):
+        table.add_column(column, justify="left" if column == "model" else "right")
+    for row in found.models:
+        table.add_row(
+            row.name, *(f"{q:.2g}" for q in row.quantiles), f"{row.largest:.2g}",
+            f"{row.above_small:.2%}", f"{row.zeros:.1%}", f"{row.norm:.3g}",
+        )  # fmt: skip
+    console.print(table)
+    if len(models) > 1:
+        pairs = Table(title="pairs: cosine, and share of elements with opposite signs")
+        for column in ("models", "cosine", "sign conflict"):
+            pairs.add_column(column)
+        for i, left in enumerate(found.models):
+            for j in range(i + 1, len(found.models)):
+                pairs.add_row(
+                    f"{left.name}, {found.models[j].name}",
+                    f"{found.cosine[i][j]:.3f}",
+                    f"{found.conflict[i][j]:.1%}",
+                )
+        console.print(pairs)
+        console.print(
+            "survivors per element n(1-p): "
+            + ", ".join(f"{n:g} at {p}" for p, n in found.survivors.items())
+            + "; below 2 ties is task arithmetic",
+            highlight=False,
+        )
+    if layers:
+        tensors = Table(title="largest tensors by rms of delta")
+        for column in ("tensor", "elements", "rms", "q0.99", "> 0.005"):
+            tensors.add_column(column)
+        for tensor in sorted(found.tensors, key=lambda t: -t.rms)[:layers]:
+            tensors.add_row(
+                tensor.name, f"{tensor.size:,}", f"{tensor.rms:.2g}",
+                f"{tensor.quantiles[2]:.2g}", f"{tensor.above:.2%}",
+            )  # fmt: skip
+        console.print(tensors)
+    for warning in found.warnings:
+        stderr_console().print(f"warning: {warning}", style="yellow", highlight=False)
+    console.print(f"safe drop rate: {found.safe_drop_rate:g} ({found.why})", highlight=False)

@@ -1,0 +1,179 @@
+"""`dare-agg merge`: many models and a base in, one model out."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+
+
+def merge(
+    paths: Annotated[
+        list[Path] | None,
+        typer.Argument(
+            help="BASE, then MODEL...: .safetensors files, model folders, adapters, .dare updates.",
+            metavar="BASE MODEL...",
+            show_default=False,
+        ),
+    ] = None,
+    out: Annotated[
+        Path | None, typer.Option("--out", "-o", help="A .safetensors file or a folder.")
+    ] = None,
+    method: Annotated[
+        str | None, typer.Option("--method", "-m", help="See `dare-agg methods`.")
+    ] = None,
+    scaling: Annotated[
+        float | None, typer.Option("--scaling", help="Factor of the merged delta. [1]")
+    ] = None,
+    weights: Annotated[
+        str | None, typer.Option("--weights", help="One number a model: w1,w2,…")
+    ] = None,
+    option: Annotated[
+        list[str] | None,
+        typer.Option("--option", help="key=value of the method; a,b,… for one value a model."),
+    ] = None,
+    drop_rate: Annotated[
+        str | None, typer.Option("--drop-rate", help="Sparsify every delta first.")
+    ] = None,
+    sparsifier: Annotated[
+        str | None,
+        typer.Option("--sparsifier", help="dare, drop-only, magnitude or mergekit-dare. [dare]"),
+    ] = None,
+    mask: Annotated[
+        str | None, typer.Option("--mask", help="stratified or bernoulli. [stratified]")
+    ] = None,
+    seed: Annotated[int | None, typer.Option("--seed", help="Seed of the masks. [0]")] = None,
+    exclude: Annotated[
+        list[str] | None,
+        typer.Option("--exclude", help="Regular expression: these tensors stay the base's."),
+    ] = None,
+    scale: Annotated[
+        list[str] | None,
+        typer.Option("--scale", help="REGEX=number: scaling of the tensors that match."),
+    ] = None,
+    statistics: Annotated[
+        list[Path] | None,
+        typer.Option("--statistics", help="Statistics file, one a model, in model order."),
+    ] = None,
+    dtype: Annotated[
+        str | None, typer.Option("--dtype", help="float32, bfloat16 or float16. [the base's]")
+    ] = None,
+    recipe: Annotated[
+        Path | None, typer.Option("--recipe", help="YAML, TOML or JSON file with all of this.")
+    ] = None,
+    force: Annotated[bool, typer.Option("--force", help="Replace OUT if it exists.")] = False,
+    threads: Annotated[int, typer.Option("--threads", min=1, help="Never changes a bit.")] = 1,
+    tile: Annotated[
+        int | None, typer.Option("--tile", min=1, help="Elements at a time; never changes a bit.")
+    ] = None,
+    json_: Annotated[bool, typer.Option("--json", help="Print one JSON object.")] = False,
+) -> None:
+    """Merge checkpoints, adapters or updates into one model."""
+    from dataclasses import asdict
+    from time import perf_counter, process_time
+
+    from dare_agg.cli.output import print_json, stderr_console
+    from dare_agg.errors import ConfigError
+    from dare_agg.merge.offline import merge_offline
+    from dare_agg.merge.recipe import make_recipe, read_recipe
+
+    values: dict[str, Any] = read_recipe(recipe) if recipe else {}
+    target = values.pop("out", None)
+    if paths:
+        if len(paths) < 2 and "models" not in values:
+            raise ConfigError("a merge needs BASE and at least one MODEL; name them in this order")
+        values["base"] = str(paths[0])
+        if len(paths) > 1:
+            values["models"] = [{"path": str(path)} for path in paths[1:]]
+    if "base" not in values or "models" not in values:
+        raise ConfigError("no models are named; give BASE MODEL... or a --recipe that has them")
+    flags = {
+        "method": method, "scaling": scaling, "drop-rate": drop_rate, "sparsifier": sparsifier,
+        "mask": mask, "seed": seed, "exclude": exclude, "dtype": dtype,
+    }  # fmt: skip
+    values |= {key: value for key, value in flags.items() if value}
+    values |= {key: value for key, value in flags.items() if value == 0 and value is not None}
+    values.setdefault("method", "task-arithmetic")
+    values["options"] = {**values.get("options", {}), **_options(option or [])}
+    values["rules"] = [*values.get("rules", []), *_rules(scale or [])]
+    if weights is not None:
+        _each(values["models"], "weight", _numbers(weights, "--weights"), "--weights")
+    if statistics:
+        _each(values["models"], "statistics", [str(s) for s in statistics], "--statistics")
+    if out is None and target is None:
+        raise ConfigError("no output is named; give -o OUT (a .safetensors file or a folder)")
+    checked = make_recipe(values)
+    started, cpu = perf_counter(), process_time()
+    place = out or Path(str(target))
+    console = stderr_console()
+    if console.is_terminal and not json_:
+        with console.status("checking") as status:
+
+            def show(done: int, total: int) -> None:
+                status.update(f"merging {done / total:.0%}")
+
+            report = merge_offline(
+                checked, place, overwrite=force, tile=tile, threads=threads, on_progress=show
+            )
+    else:
+        report = merge_offline(checked, place, overwrite=force, tile=tile, threads=threads)
+    spent = {
+        "seconds": round(perf_counter() - started, 3),
+        "cpu_seconds": round(process_time() - cpu, 3),
+    }
+    if json_:
+        print_json({**asdict(report), **spent, "recipe": checked.as_dict()})
+        return
+    for warning in report.warnings:
+        console.print(f"warning: {warning}", style="yellow", highlight=False, soft_wrap=True)
+    typer.echo(
+        f"{report.out}: {len(report.models)} models merged by {report.method}, "
+        f"{report.parameters:,} parameters in {report.tensors} tensors, {spent['seconds']:.1f} s"
+    )
+
+
+def _pairs(words: list[str], what: str) -> list[tuple[str, str]]:
+    from dare_agg.errors import ConfigError
+
+    found = []
+    for word in words:
+        key, equals, value = word.rpartition("=")
+        if not equals or not key:
+            raise ConfigError(f"{what} {word!r} is not of the form key=value")
+        found.append((key, value))
+    return found
+
+
+def _numbers(text: str, what: str) -> list[float]:
+    from dare_agg.errors import ConfigError
+
+    try:
+        return [float(part) for part in text.split(",")]
+    except ValueError as error:
+        raise ConfigError(f"{what} {text!r} is not a list of numbers such as 0.5,0.5") from error
+
+
+def _options(words: list[str]) -> dict[str, Any]:
+    options: dict[str, Any] = {}
+    for key, value in _pairs(words, "--option"):
+        options[key] = value.split(",") if "," in value else value
+    return options
+
+
+def _rules(words: list[str]) -> list[dict[str, Any]]:
+    return [
+        {"match": key, "scaling": _numbers(value, "--scale")[0]}
+        for key, value in _pairs(words, "--scale")
+    ]
+
+
+def _each(models: Any, key: str, given: list[Any], what: str) -> None:
+    from dare_agg.errors import ConfigError
+
+    if not isinstance(models, list) or len(given) != len(models):
+        raise ConfigError(f"{what} has {len(given)} values; give one for each of the models")
+    for number, value in enumerate(given):
+        if not isinstance(models[number], dict):
+            models[number] = {"path": models[number]}
+        models[number][key] = value

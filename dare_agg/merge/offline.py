@@ -1,0 +1,426 @@
+"""Offline merging of checkpoints, adapters and updates into a model on disk.
+
+Everything is checked before any work: names, shapes, dtypes, bases, options, room on the
+disk, non-finite values. Models are put in the order of their contents first, so the order in
+which they were named changes nothing; weights, seeds and statistics travel with them.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from dare_agg.card import model_card
+from dare_agg.checkpoint import (
+    Checkpoint,
+    CheckpointReader,
+    CheckpointWriter,
+    carry_files,
+    open_checkpoint,
+    parse_dtype,
+    plan_like,
+)
+from dare_agg.derive import derive_key, seed_secret
+from dare_agg.diagnose import diagnose_deltas
+from dare_agg.errors import (
+    BaseMismatchError,
+    ConfigError,
+    LayoutError,
+    MergeError,
+    NonFiniteError,
+)
+from dare_agg.layout import FloatVector, Layout, compile_patterns, layout_of, matches
+from dare_agg.mask import Mask, parse_drop_rate
+from dare_agg.merge.adapter import adapter_base, adapter_source, is_adapter
+from dare_agg.merge.engine import prepare_merge, run_tiles
+from dare_agg.merge.identity import content_order, sketch
+from dare_agg.merge.methods import find_method
+from dare_agg.merge.recipe import ModelInput, Recipe
+from dare_agg.merge.sources import (
+    CachedSource,
+    DeltaSource,
+    DifferenceSource,
+    MaskedSource,
+    ScaledSource,
+    TrimmedSource,
+    array_source,
+    take,
+)
+from dare_agg.merge.task import FIXED_BLOCK, Scratch, is_sparse
+from dare_agg.merge.thresholds import kth_smallest
+
+TILE = 1 << 16
+# Listing survivors has a cost for each tile, so sparse merges take larger ones.
+SPARSE_TILE = 1 << 19
+# Elements looked at for the range check, in runs of neighbours.
+_CHECKED, _RUN = 1 << 18, 256
+
+
+@dataclass(frozen=True)
+class MergeReport:
+    """What an offline merge did. ``models`` are in the order in which they were added."""
+
+    out: str
+    method: str
+    parameters: int
+    tensors: int
+    excluded: tuple[str, ...]
+    models: tuple[dict[str, Any], ...]
+    carried: tuple[str, ...]
+    warnings: tuple[str, ...]
+
+
+@dataclass(frozen=True)
+class _Opened:
+    """A model that has been opened and found to fit the base."""
+
+    given: ModelInput
+    source: DeltaSource
+    kind: str
+    checkpoint: Checkpoint | None = None
+    number: int = 0
+
+
+def merge_offline(
+    recipe: Recipe,
+    out: Path,
+    *,
+    overwrite: bool = False,
+    tile: int | None = None,
+    threads: int = 1,
+    check: bool = True,
+    on_progress: Callable[[int, int], None] | None = None,
+) -> MergeReport:
+    """Merge as the recipe says and write ``out`` (a ``.safetensors`` file or a folder).
+
+    ``tile`` and ``threads`` change speed and memory, never a bit of the result. ``check``
+    looks for non-finite values first. Raises a `DareError` before any work where anything
+    does not fit; ``out`` appears complete or not at all.
+    """
+    base = open_checkpoint(recipe.base)
+    layout = base.layout(recipe.exclude)
+    if not layout.size:
+        raise MergeError(f"{recipe.base} has no parameter left to merge; exclude less")
+    cached = CachedSource(base.reader(layout))
+    opened = [
+        replace(open_model(model, base, layout, cached, recipe.exclude), number=number)
+        for number, model in enumerate(recipe.models)
+    ]
+    plans = plan_like(base, out, layout, parse_dtype(recipe.dtype) if recipe.dtype else None)
+    with CheckpointWriter(out, plans, {"format": "pt"}, overwrite) as writer:
+        if check:
+            for checkpoint in [base, *(m.checkpoint for m in opened if m.checkpoint)]:
+                checkpoint.check_finite(layout)
+        warnings = range_warnings(opened, recipe)
+        ordered = sparsified(opened, recipe, layout)
+        order = content_order(
+            [m.source for m in ordered],
+            [(m.given.weight or 0.0, m.given.seed or 0, m.number) for m in ordered],
+        )
+        ordered = [ordered[i] for i in order]
+        weights, scaling = tensor_weights(recipe, ordered, layout)
+        used = tile or (SPARSE_TILE if all(is_sparse(m.source) for m in ordered) else TILE)
+        kernel, task = prepare_merge(
+            layout,
+            [m.source for m in ordered],
+            recipe.method,
+            weights=weights,
+            scaling=scaling,
+            options=_options(recipe, ordered),
+            tile=used,
+            base=cached,
+            statistics=[_statistics(m.given.statistics) for m in ordered if m.given.statistics],
+        )
+
+        def work(lo: int, hi: int, scratch: Scratch) -> None:
+            merged = scratch.get("merged", hi - lo)
+            kernel(lo, hi, merged, scratch)
+            merged += cached.tile(lo, hi)
+            for entry, first, last in layout.pieces(lo, hi):
+                at = entry.offset - lo
+                writer.write(entry.name, first, merged[at + first : at + last])
+            if on_progress is not None:
+                on_progress(hi, layout.size)
+
+        run_tiles(task, work, threads)
+        for name in (*layout.excluded, *layout.buffers):
+            writer.write_raw(name, 0, base.raw(name))
+        models = tuple(_described(m, recipe) for m in ordered)
+        carried: tuple[str, ...] = ()
+        if not writer.single:
+            if base.folder is not None:
+                carried = carry_files(base.folder, writer.folder)
+            card = model_card(recipe.as_dict(), models, layout, find_method(recipe.method))
+            (writer.folder / "README.md").write_text(card, encoding="utf-8")
+    return MergeReport(
+        str(out), find_method(recipe.method).name, layout.size, len(layout.entries),
+        layout.excluded, models, carried, tuple(warnings),
+    )  # fmt: skip
+
+
+def open_model(
+    given: ModelInput,
+    base: Checkpoint,
+    layout: Layout,
+    cached: CachedSource,
+    exclude: list[str],
+) -> _Opened:
+    """Open a checkpoint, an adapter folder or an update file as a delta over the base."""
+    path = given.path
+    if path.suffix == ".dare":
+        return _Opened(given, _open_update(path, cached, layout), "update")
+    if is_adapter(path):
+        named = adapter_base(path)
+        own = base.path.name.removesuffix(".safetensors")
+        source = adapter_source(path, layout, cached)
+        if named and Path(named).is_absolute() and Path(named).exists() and base.folder:
+            other = open_checkpoint(named)
+            if other.path.resolve() != base.path.resolve() and other.shapes != base.shapes:
+                raise BaseMismatchError(
+                    f"{path} was trained on {named}, BASE is {own}; give that as BASE"
+                )
+        return _Opened(given, source, "adapter")
+    checkpoint = _with_names_of(open_checkpoint(path), layout)
+    patterns = compile_patterns(exclude)
+    strangers = [
+        name
+        for name, info in checkpoint.tensors.items()
+        if info.is_float and name not in base.tensors and not matches(name, patterns)
+    ]
+    if strangers:
+        raise LayoutError(
+            f"{path} has tensor {strangers[0]!r} that BASE lacks ({len(strangers)} in all); if "
+            f"it is a task's own head, leave it out: --exclude '{re.escape(strangers[0])}'"
+        )
+    reader = checkpoint.reader(layout)
+    return _Opened(given, DifferenceSource(cached, reader), "checkpoint", checkpoint)
+
+
+def _with_names_of(checkpoint: Checkpoint, layout: Layout) -> Checkpoint:
+    """Strip or add the one prefix (such as "bert.") that task models put before the base's."""
+    if not layout.entries or all(entry.name in checkpoint.tensors for entry in layout.entries):
+        return checkpoint
+    first = layout.entries[0].name
+    for name in checkpoint.names:
+        if name.endswith("." + first):
+            prefix = name[: -len(first)]
+            renamed = {n.removeprefix(prefix): t for n, t in checkpoint.tensors.items()}
+        elif first.endswith("." + name):
+            prefix = first[: -len(name)]
+            renamed = {prefix + n: t for n, t in checkpoint.tensors.items()}
+        else:
+            continue
+        if all(entry.name in renamed for entry in layout.entries):
+            return replace(checkpoint, tensors=renamed)
+    return checkpoint
+
+
+def _open_update(path: Path, base: CachedSource, layout: Layout) -> DeltaSource:
+    from dare_agg.layout import FingerprintStream
+    from dare_agg.update import read_update_file
+
+    update, header = read_update_file(path)
+    if header.layout.fingerprint != layout.fingerprint:
+        raise LayoutError(
+            f"{path} covers other tensors ({header.layout.size} parameters) than BASE without "
+            f"its excluded ones ({layout.size}); use the patterns the update was made with"
+        )
+    stream = FingerprintStream(layout)
+    for lo in range(0, layout.size, SPARSE_TILE):
+        stream.update(base.tile(lo, min(layout.size, lo + SPARSE_TILE)))
+    if stream.hexdigest() != header.base:
+        raise BaseMismatchError(
+            f"{path} was made from base {header.base[:16]}, BASE is {stream.hexdigest()[:16]}; "
+            "give the base it was made from"
+        )
+    return update
+
+
+def sparsified(opened: list[_Opened], recipe: Recipe, layout: Layout) -> list[_Opened]:
+    """Put the sparsifier over each delta; random masks get a key of the model's own."""
+    rate = parse_drop_rate(recipe.drop_rate) if recipe.drop_rate is not None else None
+    if rate is None or rate.numerator == 1:
+        return opened
+    for model in opened:
+        if model.kind == "update":
+            raise ConfigError(
+                f"{model.given.path} is sparsified already; dropping twice destroys it: leave "
+                "out --drop-rate, or give the checkpoint it was made from"
+            )
+    spans = [(entry.offset, entry.stop) for entry in layout.entries]
+    if recipe.sparsifier == "magnitude":
+        ranks = [
+            (hi - lo) * (rate.numerator - rate.denominator) // rate.numerator for lo, hi in spans
+        ]
+        return [
+            replace(m, source=TrimmedSource(m.source, spans, _limits(m.source, spans, ranks)))
+            for m in opened
+        ]
+    keys = mask_keys(opened, recipe.seed)
+    masked = [
+        replace(
+            m,
+            source=MaskedSource(
+                m.source,
+                Mask(recipe.mask, layout.size, rate, key),
+                rescale=recipe.sparsifier == "dare",
+            ),
+        )
+        for m, key in zip(opened, keys, strict=True)
+    ]
+    if recipe.sparsifier == "mergekit-dare":
+        masked = [
+            replace(m, source=ScaledSource(m.source, spans, _l1_ratios(o.source, m.source, spans)))
+            for o, m in zip(opened, masked, strict=True)
+        ]
+    return masked
+
+
+def _limits(source: DeltaSource, spans: list[tuple[int, int]], ranks: list[int]) -> FloatVector:
+    return kth_smallest(source, spans, ranks, TILE)
+
+
+def mask_keys(opened: list[_Opened], seed: int) -> list[bytes]:
+    """A mask key for each model: from its own seed, or from ``seed`` and its content.
+
+    Models of equal content get different keys, numbered in their order by weight.
+    """
+    names = [sketch(m.source) for m in opened]
+    keys = []
+    for number, (model, name) in enumerate(zip(opened, names, strict=True)):
+        if model.given.seed is not None:
+            keys.append(derive_key(seed_secret(model.given.seed), "offline mask"))
+            continue
+        twins = sorted(
+            (opened[i].given.weight or 0.0, i) for i, other in enumerate(names) if other == name
+        )
+        twin = [i for _, i in twins].index(number)
+        keys.append(derive_key(seed_secret(seed), "offline mask of a model", name, twin))
+    return keys
+
+
+def _l1_ratios(
+    whole: DeltaSource, dropped: DeltaSource, spans: list[tuple[int, int]]
+) -> FloatVector:
+    """‖δ‖₁ / ‖dropped δ‖₁ for each tensor: mergekit's rescale, for parity."""
+    factors = np.ones(len(spans), np.float32)
+    buffer = np.empty(FIXED_BLOCK, np.float32)
+    for number, (start, stop) in enumerate(spans):
+        norms = []
+        for source in (whole, dropped):
+            total = 0.0
+            for lo in range(start, stop, FIXED_BLOCK):
+                row = buffer[: min(stop, lo + FIXED_BLOCK) - lo]
+                source.read(lo, lo + row.size, row)
+                total += float(np.abs(row).sum(dtype=np.float64))
+            norms.append(total)
+        if min(norms) >= 1e-7:
+            factors[number] = norms[0] / norms[1]
+    return factors
+
+
+def tensor_weights(
+    recipe: Recipe, ordered: list[_Opened], layout: Layout
+) -> tuple[NDArray[np.float64] | None, float | NDArray[np.float64]]:
+    """Weights and scaling as the engine takes them; rules make them (…, tensors)."""
+    weights: NDArray[np.float64] | None = None
+    if all(m.given.weight is not None for m in ordered):
+        weights = np.array([m.given.weight for m in ordered], np.float64)
+    if not recipe.rules:
+        return weights, recipe.scaling
+    count = len(ordered)
+    if weights is None:
+        mean = find_method(recipe.method).mean
+        weights = np.full(count, 1 / count if mean else 1.0)
+    table = np.tile(weights[:, None], (1, len(layout.entries)))
+    scaling = np.full(len(layout.entries), recipe.scaling)
+    for rule in recipe.rules:
+        hits = [i for i, e in enumerate(layout.entries) if re.search(rule.match, e.name)]
+        if not hits:
+            raise ConfigError(f"rule {rule.match!r} matches no tensor; see the model's names")
+        if rule.scaling is not None:
+            scaling[hits] = rule.scaling
+        if rule.weights is not None:
+            for row, model in enumerate(ordered):
+                table[row, hits] = rule.weights[model.number]
+    return table, scaling
+
+
+def _options(recipe: Recipe, ordered: list[_Opened]) -> dict[str, Any]:
+    """The recipe's options with per-model values put in the models' order."""
+    options = dict(recipe.options)
+    for name, value in options.items():
+        if isinstance(value, list | tuple) and len(value) == len(ordered):
+            options[name] = [value[m.number] for m in ordered]
+    own = sorted({name for m in ordered for name in m.given.options})
+    for name in own:
+        option = find_method(recipe.method).options[name]
+        if not option.per_model:
+            raise ConfigError(f"option {name} is for all models; give it once, not for a model")
+        common = options.get(name, option.default)
+        common = common if isinstance(common, list) else [common] * len(ordered)
+        options[name] = [m.given.options.get(name, c) for m, c in zip(ordered, common, strict=True)]
+        if any(v is None for v in options[name]):
+            raise ConfigError(f"option {name} is given for some models only; give it for all")
+    return options
+
+
+def _statistics(path: Path) -> Mapping[str, NDArray[Any]]:
+    checkpoint = open_checkpoint(path)
+    arrays = {}
+    for name, info in checkpoint.tensors.items():
+        stored = checkpoint.raw(name)
+        arrays[name] = stored.reshape(info.shape) if info.dtype == "F32" else checkpoint.array(name)
+    return arrays
+
+
+def range_warnings(opened: list[_Opened], recipe: Recipe) -> list[str]:
+    """The paper's check of the deltas' range, on an even sample of 2^18 elements.
+
+    Raises `NonFiniteError` where the sample is not finite (updates, adapters).
+    """
+    size = opened[0].source.size
+    count = min(size, _CHECKED)
+    starts = (
+        np.arange(-(-count // _RUN), dtype=np.int64)
+        * (size - min(_RUN, size))
+        // max(1, -(-count // _RUN) - 1)
+    )
+    blocks = (starts[:, None] + np.arange(min(_RUN, size))).reshape(-1)
+    samples = []
+    for model in opened:
+        picked = take(model.source, blocks)
+        if not np.isfinite(picked).all():
+            raise NonFiniteError(f"{model.given.path}: its delta is not finite; train it again")
+        samples.append(array_source(picked))
+    dense = [i for i, m in enumerate(opened) if m.kind != "update"]
+    if not dense:
+        return []
+    names = [str(opened[i].given.path) for i in dense]
+    found = diagnose_deltas(
+        layout_of({"sample": (blocks.size,)}), [samples[i] for i in dense], names=names
+    )
+    if recipe.drop_rate is None:
+        return [w for w in found.warnings if "unsafe" not in w]
+    return list(found.warnings)
+
+
+def _described(model: _Opened, recipe: Recipe) -> dict[str, Any]:
+    described: dict[str, Any] = {"path": str(model.given.path), "kind": model.kind}
+    if model.given.weight is not None:
+        described["weight"] = model.given.weight
+    if model.given.seed is not None:
+        described["seed"] = model.given.seed
+    described["content"] = sketch(model.source).hex()[:16]
+    return described
+
+
+def open_reader(path: Path, layout: Layout) -> CheckpointReader:
+    """Open a model's parameters over a base's layout, whatever prefix its names have."""
+    return _with_names_of(open_checkpoint(path), layout).reader(layout)

@@ -1,0 +1,162 @@
+"""What an offline merge is asked to do: one checked object for command line and files."""
+
+from __future__ import annotations
+
+import json
+import tomllib
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any, Literal
+
+import yaml
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
+
+from dare_agg.errors import ConfigError, did_you_mean
+from dare_agg.layout import compile_patterns
+from dare_agg.mask import parse_drop_rate
+from dare_agg.merge.methods import find_method
+
+
+def _kebab(name: str) -> str:
+    return name.replace("_", "-")
+
+
+class _Strict(BaseModel):
+    model_config = ConfigDict(
+        extra="forbid", frozen=True, alias_generator=_kebab, populate_by_name=True
+    )
+
+
+class ModelInput(_Strict):
+    """One model: where it is, its weight, and what else travels with it."""
+
+    path: Path
+    weight: float | None = None
+    seed: int | None = None
+    statistics: Path | None = None
+    options: dict[str, float] = Field(default_factory=dict)
+
+
+class Rule(_Strict):
+    """Scaling or weights of the tensors whose names match a regular expression."""
+
+    match: str
+    scaling: float | None = None
+    weights: list[float] | None = None
+
+
+class Recipe(_Strict):
+    """A merge. ``rules`` apply in order, the last match wins; see `read_recipe` for files."""
+
+    base: Path
+    models: list[ModelInput] = Field(min_length=1)
+    method: str
+    scaling: float = 1.0
+    options: dict[str, Any] = Field(default_factory=dict)
+    drop_rate: str | None = None
+    seed: int = 0
+    sparsifier: Literal["dare", "drop-only", "magnitude", "mergekit-dare"] = "dare"
+    mask: Literal["stratified", "bernoulli"] = "stratified"
+    exclude: list[str] = Field(default_factory=list)
+    rules: list[Rule] = Field(default_factory=list)
+    dtype: Literal["float32", "float16", "bfloat16"] | None = None
+
+    @field_validator("models", mode="before")
+    @classmethod
+    def _paths_are_models(cls, value: Any) -> Any:
+        if isinstance(value, list):
+            return [{"path": v} if isinstance(v, str | Path) else v for v in value]
+        return value
+
+    @field_validator("drop_rate", mode="before")
+    @classmethod
+    def _rate_as_text(cls, value: Any) -> Any:
+        return None if value is None else str(value)
+
+    @model_validator(mode="after")
+    def _fits_together(self) -> Recipe:
+        row = find_method(self.method)
+        row.settle(self.options)
+        for model in self.models:
+            row.settle({**self.options, **model.options})
+        if self.drop_rate is not None:
+            parse_drop_rate(self.drop_rate)
+        compile_patterns([*self.exclude, *(rule.match for rule in self.rules)])
+        given = [model.statistics is not None for model in self.models]
+        if row.statistics and not all(given):
+            raise ConfigError(
+                f"{row.name} needs a statistics file for each of the {len(given)} models, "
+                f"{sum(given)} are given; make them with dare-agg statistics"
+            )
+        if any(given) and not row.statistics:
+            raise ConfigError(f"{row.name} takes no statistics; fisher and regmean do")
+        weighted = [model.weight is not None for model in self.models]
+        if any(weighted) and not all(weighted):
+            raise ConfigError(f"{sum(weighted)} of {len(weighted)} models have a weight; give all")
+        for rule in self.rules:
+            if rule.weights is not None and len(rule.weights) != len(self.models):
+                raise ConfigError(
+                    f"rule {rule.match!r} has {len(rule.weights)} weights for "
+                    f"{len(self.models)} models"
+                )
+        return self
+
+    def as_dict(self) -> dict[str, Any]:
+        """The recipe as plain values, as it may stand in a file."""
+        return self.model_dump(mode="json", by_alias=True, exclude_defaults=True)
+
+
+def make_recipe(values: Mapping[str, Any]) -> Recipe:
+    """Check values (kebab-case keys); raises `ConfigError` with a suggestion on one line."""
+    try:
+        return Recipe.model_validate(dict(values))
+    except ValidationError as error:
+        first = error.errors()[0]
+        where = ".".join(str(part) for part in first["loc"])
+        if first["type"] == "extra_forbidden":
+            nested: dict[str, type[BaseModel]] = {"models": ModelInput, "rules": Rule}
+            model = nested.get(str(first["loc"][0]) if len(first["loc"]) > 1 else "", Recipe)
+            known = [_kebab(name) for name in model.model_fields]
+            key = str(first["loc"][-1])
+            raise ConfigError(
+                f"recipe key {where!r} is unknown{did_you_mean(key, known)}"
+            ) from error
+        raise ConfigError(
+            f"recipe {where or 'as a whole'}: {first['msg']} (got {str(first['input'])[:60]!r})"
+        ) from error
+
+
+def read_recipe(path: Path) -> dict[str, Any]:
+    """Read a YAML, TOML or JSON recipe; relative paths count from its folder.
+
+    ``out`` may be among the keys; it is left in.
+    """
+    try:
+        text = path.read_text(encoding="utf-8")
+        if path.suffix == ".toml":
+            values = tomllib.loads(text)
+        elif path.suffix == ".json":
+            values = json.loads(text)
+        else:
+            values = yaml.safe_load(text)
+    except (OSError, ValueError, yaml.YAMLError) as error:
+        raise ConfigError(f"{path} cannot be read as a recipe: {error}") from error
+    if not isinstance(values, dict):
+        raise ConfigError(f"{path} holds no mapping; a recipe has base, models and method")
+    folder = path.absolute().parent
+
+    def here(value: Any) -> Any:
+        return str(folder / value) if isinstance(value, str) else value
+
+    for key in ("base", "out"):
+        if key in values:
+            values[key] = here(values[key])
+    models = values.get("models")
+    if isinstance(models, list):
+        values["models"] = [
+            {k: here(v) if k in ("path", "statistics") else v for k, v in m.items()}
+            if isinstance(m, dict)
+            else here(m)
+            for m in models
+        ]
+    return values

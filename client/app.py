@@ -64,9 +64,7 @@ def _train_rows(config: TaskConfig, rule: str, alpha: float, number: int, count:
 def describe(msg: Message, context: Context) -> Message:
     """Say which labels this node's data has, before anything trains."""
     task = _own_task(msg, context)
-    described = ConfigRecord(
-        {"labels": list(task.data.label_names), "rows": len(task.train_rows)}
-    )
+    described = ConfigRecord({"labels": list(task.data.label_names), "rows": len(task.train_rows)})
     return Message(RecordDict({"description": described}), reply_to=msg)
 
 
@@ -83,9 +81,7 @@ def train(msg: Message, context: Context) -> Message:
     task = _own_task(msg, context)
     number, count = _place(context)
     run = context.run_config
-    rows = _train_rows(
-        task.config, str(run["partition"]), float(run["alpha"]), number, count
-    )
+    rows = _train_rows(task.config, str(run["partition"]), float(run["alpha"]), number, count)
     config = msg.content.config_records["config"]
     seed: Sequence[int] = (task.config.seed, int(config["server-round"]), number)  # type: ignore[arg-type]
     state, examples, metrics = task.train(_state(msg, task), rows, seed=seed)
@@ -117,4 +113,3 @@ def _state(msg: Message, task: TextClassification) -> dict[str, np.ndarray]:
         if name not in received or (other_head and received[name].shape != array.shape):
             received[name] = array
     return received
-

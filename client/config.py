@@ -44,7 +44,7 @@ def task_config(
 
     ``labels`` are the names agreed for the run; ``method`` overrides what is trained.
     """
-    given = {field: run[key] for key, field in _FIELDS.items() if key in run}
+    given: dict[str, object] = {field: run[key] for key, field in _FIELDS.items() if key in run}
     for key in ("data-path", "data"):
         if key in node:
             given["data"] = node[key]

@@ -53,8 +53,8 @@ def by_column(groups: Sequence[str], clients: int) -> list[Indices]:
     values, inverse = np.unique(np.asarray(groups, dtype=str), return_inverse=True)
     if len(values) < clients:
         raise ConfigError(
-            f"the partition column has {len(values)} values for {clients} clients; lower the number "
-            "of clients or choose another column"
+            f"the partition column has {len(values)} values for {clients} clients; lower the "
+            "number of clients or choose another column"
         )
     sizes = np.bincount(inverse)
     parts: list[list[Indices]] = [[] for _ in range(clients)]

@@ -128,7 +128,8 @@ def model_path(name: str) -> str:
         found = hashlib.file_digest(file, "sha256").hexdigest()
     if not found.startswith(MINILM_SHA256):
         raise ConfigError(
-            f"model 'minilm' has SHA-256 {found[:12]}, not {MINILM_SHA256}…; install the package again"
+            f"model 'minilm' has SHA-256 {found[:12]}, not {MINILM_SHA256}…; install the package "
+            "again"
         )
     return str(folder)
 
@@ -205,9 +206,7 @@ class TextClassification:
     def _precision(self) -> Any:
         import torch
 
-        return torch.autocast(
-            "cpu", torch.bfloat16, enabled=self.config.precision == "bfloat16"
-        )
+        return torch.autocast("cpu", torch.bfloat16, enabled=self.config.precision == "bfloat16")
 
     # --- data ------------------------------------------------------------------------------
 

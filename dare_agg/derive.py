@@ -9,7 +9,7 @@ from __future__ import annotations
 import struct
 
 import numpy as np
-from cryptography.hazmat.primitives.ciphers import Cipher, algorithms, modes
+from cryptography.hazmat.primitives.ciphers import Cipher, CipherContext, algorithms, modes
 from cryptography.hazmat.primitives.hashes import SHA256
 from cryptography.hazmat.primitives.kdf.hkdf import HKDF
 from numpy.typing import NDArray
@@ -59,7 +59,7 @@ class Keystream:
             raise ConfigError(f"a key has {len(key)} bytes; {KEY_BYTES} are needed")
         self._algorithm = algorithms.AES128(key)
         self._zeros = b""
-        self._encryptor = None
+        self._encryptor: CipherContext | None = None
         self._position = -1
 
     def read(self, start: int, count: int) -> NDArray[np.uint8]:

@@ -32,10 +32,11 @@ def dare_given(
     delta: FloatVector, dropped: NDArray[np.bool_], drop_rate: DropRate | float | str | int
 ) -> FloatVector:
     """DARE with a mask that is given (True = dropped). p = 1 gives zeros, no division."""
-    kept = np.where(dropped, np.float32(0), delta)
+    kept = np.where(dropped, np.float32(0), delta).astype(delta.dtype, copy=False)
     if drop_rate == 1:
         return kept
-    return kept / np.float32(1 - parse_drop_rate(drop_rate).p)
+    kept /= np.float32(parse_drop_rate(drop_rate).keep)
+    return kept
 
 
 def magnitude(

@@ -308,13 +308,13 @@ def decode_update(blob: bytes | memoryview, spec: UpdateSpec) -> Update:
             reason="truncated",
         )
     fields = HEADER.unpack(view[:HEADER_BYTES])
-    magic, version, kind, code, flags, rank, num, den, size, count, payload = fields[:11]
-    base, layout, mask_digest, context, checksum = fields[11:]
+    magic, version, checksum = fields[0], fields[1], fields[-1]
     if magic != MAGIC:
         raise UpdateError(f"update begins with {magic!r}, not {MAGIC!r}", reason="malformed")
     if version != CODEC_VERSION:
         raise UpdateError(
-            f"update of codec version {version}; this is {CODEC_VERSION}: install the same dare-agg",
+            f"update of codec version {version}; this is {CODEC_VERSION}: install the same "
+            "dare-agg on both ends",
             reason="version",
         )
     wanted = _header(spec, survivors, expected - HEADER_BYTES)

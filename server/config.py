@@ -14,7 +14,12 @@ from dare_agg.values import find_values
 
 # What a run can compare: name → what differs from the run config.
 METHODS: Mapping[str, Mapping[str, Any]] = {
-    "fedavg": {"method": "task-arithmetic", "drop_rate": "0", "values": "f32", "dense_values": "f32"},
+    "fedavg": {
+        "method": "task-arithmetic",
+        "drop_rate": "0",
+        "values": "f32",
+        "dense_values": "f32",
+    },
     "dare-task-arithmetic": {"method": "task-arithmetic"},
     "dare-ties": {"method": "ties"},
     "dare-average": {"method": "average"},
@@ -119,5 +124,3 @@ def _explain(error: ValidationError) -> str:
         known = [_kebab(name) for name in RunConfig.model_fields]
         return f"run config key {key!r} is unknown{did_you_mean(key, known)}"
     return f"run config {key} = {first['input']!r}: {first['msg']}"
-
-

@@ -75,9 +75,7 @@ def export_model(
 
 def _card(model: str, labels: Sequence[str], provenance: Mapping[str, Any]) -> str:
     rows = "\n".join(
-        f"| {key} | `{json.dumps(value)}` |"
-        for key, value in provenance.items()
-        if key != "config"
+        f"| {key} | `{json.dumps(value)}` |" for key, value in provenance.items() if key != "config"
     )
     config = json.dumps(provenance.get("config", {}), indent=1)
     return (

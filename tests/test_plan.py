@@ -6,10 +6,9 @@ from dataclasses import replace
 
 import numpy as np
 import pytest
-from dare_agg.mask import parse_drop_rate
-from dare_agg.update import CODEC_VERSION
 
 from dare_agg.errors import ConfigError, UpdateError
+from dare_agg.mask import parse_drop_rate
 from dare_agg.plan import (
     ClientTerms,
     ModelRef,
@@ -19,6 +18,7 @@ from dare_agg.plan import (
     package_fingerprint,
     plan_from_record,
 )
+from dare_agg.update import CODEC_VERSION
 
 MODEL = ModelRef("ab" * 32, "cd" * 32, 5000, "ef" * 32, "01" * 32, 70)
 SECRET = bytes(range(32))

@@ -48,7 +48,9 @@ def run(
         watch=follow(folder, stderr_console()),
     )
     if not status.ok:
-        raise RunError(f"run {status.run_id} ended as {status.status}: {status.detail}; see {folder}")
+        raise RunError(
+            f"run {status.run_id} ended as {status.status}: {status.detail}; see {folder}"
+        )
     rows = load_rows(folder)
     if json_:
         print_json({"run": str(folder), "status": status.status, "rows": rows})

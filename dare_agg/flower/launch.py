@@ -195,7 +195,9 @@ def run_app(
     new = [run_id for run_id in runs if run_id not in before]
     if not new:
         said = " ".join(line for line in tail[-6:] if line)[:600]
-        raise RunError(f"the app was not accepted (flwr run ended with {process.returncode}): {said}")
+        raise RunError(
+            f"the app was not accepted (flwr run ended with {process.returncode}): {said}"
+        )
     return _final_status(environment, work, connection, new[-1])
 
 
@@ -211,7 +213,9 @@ def _final_status(
         time.sleep(1)
 
 
-def _runs(environment: Mapping[str, str], work: Path, connection: str) -> dict[str, tuple[str, str]]:
+def _runs(
+    environment: Mapping[str, str], work: Path, connection: str
+) -> dict[str, tuple[str, str]]:
     """All runs of a SuperLink: id → (status, details)."""
     done = subprocess.run(
         ["flwr", "ls", connection, "--format", "json"],

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import time
 from collections.abc import Mapping
 from pathlib import Path
@@ -180,6 +181,8 @@ def make_strategy(config: RunConfig, name: str, record: Any) -> DareStrategy:
         weighting=config.weighting,
         seed=config.seed,
         run=str(config.seed),
+        # The result is the same whatever the number of threads.
+        threads=min(8, os.cpu_count() or 1),
         deadline=config.deadline or None,
         node_timeout=config.node_timeout,
         min_replies=config.min_replies,

@@ -31,7 +31,7 @@ SETTINGS: Mapping[str, Any] = {
     "length": 16,
     "batch": 16,
     "steps": 4,
-    "learning-rate": 2e-4,
+    "learning-rate": 4e-4,
     "head-learning-rate": 1e-3,
     "test-rows": 600,
 }
@@ -60,7 +60,7 @@ def demo(
     output: Annotated[
         Path, typer.Option("--output", "-o", help="Folder for the run and the report.")
     ] = Path("dare-agg-demo"),
-    rounds: Annotated[int, typer.Option(min=1, help="Federated rounds of each method.")] = 5,
+    rounds: Annotated[int, typer.Option(min=1, help="Federated rounds of each method.")] = 4,
     clients: Annotated[int, typer.Option(min=2, help="Simulated clients.")] = 10,
     seed: Annotated[int, typer.Option(min=0, help="Seed of data, batches and masks.")] = 0,
     json: Annotated[bool, typer.Option("--json", help="Print one JSON object.")] = False,
@@ -170,9 +170,8 @@ def follow(folder: Path, command: tuple[str, ...], rounds: int) -> None:
                 if ended:
                     break
                 time.sleep(POLL_SECONDS)
-        except BaseException:
+        finally:
             stop(process)
-            raise
     if process.returncode != 0:
         raise RunError(
             f"the run ended with status {process.returncode}: {last_error(log)}; the whole log is "

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import importlib
+import signal
 import sys
+import threading
 from typing import Any
 
 import click
@@ -93,7 +95,13 @@ def _root(
 
 
 def main(arguments: list[str] | None = None) -> Any:
-    """Run the command line; errors of the library become one line and exit status 1."""
+    """Run the command line; errors of the library become one line and exit status 1.
+
+    SIGTERM ends it as Ctrl-C does, so that a run stops what it started.
+    """
+    if threading.current_thread() is threading.main_thread():
+        signal.signal(signal.SIGTERM, signal.default_int_handler)
+        signal.signal(signal.SIGINT, signal.default_int_handler)
     try:
         app(args=arguments, prog_name="dare-agg")
     except DareError as error:

@@ -185,10 +185,10 @@ class VersionDownlink:
             )
         if have == self.version:
             return Broadcast(full=False)
-        known = [have] if have in self.parents() or have == self.base_version else []
-        if have and self.base_version not in known and known:
-            # Who holds a version holds its base too: the sum from there may be cheaper.
-            known.append(self.base_version)
+        # Who names any version holds this run's base too: a client looks for nothing else.
+        known = [self.base_version] if have else []
+        if have in self.parents():
+            known.insert(0, have)
         best = min(
             (self.path(start) for start in known or [self.base_version]),
             key=lambda path: sum(step.nbytes for step in path),
@@ -199,6 +199,10 @@ class VersionDownlink:
         if not known:
             payloads[BASE] = self._base_bytes()
         return Broadcast(full=False, payloads=payloads)
+
+    def facts(self) -> dict[str, str]:
+        """What every order to a client says besides the version."""
+        return {"base-version": self.base_version}
 
     # --- paths -----------------------------------------------------------------------------
 

@@ -6,7 +6,7 @@ Two lines turn a FedAvg app into a DARE one::
     app = ClientApp(mods=[dare_mod])        # training code untouched
 """
 
-from dare_agg.flower.mod import dare_mod
+from dare_agg.flower.mod import dare_mod, offer_base
 from dare_agg.flower.strategy import DareStrategy, RoundOutcome
 
-__all__ = ["DareStrategy", "RoundOutcome", "dare_mod"]
+__all__ = ["DareStrategy", "RoundOutcome", "dare_mod", "offer_base"]

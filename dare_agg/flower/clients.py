@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import logging
 import time
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 
 from flwr.app import ConfigRecord, Message, MessageType, RecordDict
@@ -46,9 +46,15 @@ class Client:
 
 @dataclass
 class Clients:
-    """The nodes met so far; those refused are asked no second time."""
+    """The nodes met so far; those refused are asked no second time.
+
+    ``facts`` and ``config`` go with the question who they are: the base of the run, and the
+    app's own config, from which a client may make the base itself.
+    """
 
     downlink: str = "full"
+    facts: Mapping[str, str | list[str]] = field(default_factory=dict)
+    config: ConfigRecord | None = None
     hello_timeout: float = 600.0
     known: dict[int, Client] = field(default_factory=dict)
     refused: dict[int, str] = field(default_factory=dict)
@@ -96,10 +102,12 @@ class Clients:
                 "codec": CODEC_VERSION,
                 "package": package_fingerprint(),
                 "downlink": self.downlink,
+                **self.facts,
             }
         )
+        content = {ORDER_KEY: order, **({"config": self.config} if self.config else {})}
         messages = [
-            Message(RecordDict({ORDER_KEY: order}), node, MessageType.TRAIN, ttl=timeout + 60)
+            Message(RecordDict({**content}), node, MessageType.TRAIN, ttl=timeout + 60)
             for node in nodes
         ]
         for index, reply in exchange(grid, messages, timeout):

@@ -7,7 +7,9 @@ quantises and sends. Messages of other strategies (FedAvg) pass through untouche
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Callable
+from pathlib import Path
 
 import numpy as np
 from flwr.app import Array, ArrayRecord, ConfigRecord, Context, Message, RecordDict
@@ -15,7 +17,13 @@ from flwr.clientapp.typing import ClientAppCallable
 from numpy.typing import NDArray
 
 from dare_agg.downlink import FullReceiver, Receiver
-from dare_agg.errors import ConfigError, DareError, LayoutError, UpdateError
+from dare_agg.errors import (
+    BaseMismatchError,
+    ConfigError,
+    DareError,
+    LayoutError,
+    UpdateError,
+)
 from dare_agg.flower.records import (
     ASK_EVALUATE,
     ASK_HELLO,
@@ -30,16 +38,48 @@ from dare_agg.flower.records import (
     read_config,
 )
 from dare_agg.flower.transport import pack, to_numpy, to_record
-from dare_agg.groups import split_tensors
+from dare_agg.groups import Arrays, split_tensors
 from dare_agg.layout import compile_patterns, matches
 from dare_agg.plan import RoundPlan, check_same_code, package_fingerprint, plan_from_record
 from dare_agg.rounds import ClientUpdate, make_client_update
 from dare_agg.update import CODEC_VERSION
+from dare_agg.version_cache import VersionReceiver, cache_folder
+from dare_agg.versions import DOWNLINK_NAME
 
+LOG = logging.getLogger("flwr")
 LOCAL_KEY = "dare.local"
 
+BaseOffer = Callable[[Message, Context], Arrays]
+_OFFERS: list[BaseOffer] = []
+
+
+def offer_base(function: BaseOffer) -> BaseOffer:
+    """Register how this client makes the base of a run from public parts by itself.
+
+    ``function(message, context)`` returns named arrays; the message holds the app's config.
+    Arrays with another fingerprint than the run's base are ignored, and the server sends it.
+    """
+    _OFFERS.append(function)
+    return function
+
+
+def _version_receiver(context: Context, order: ConfigRecord) -> Receiver:
+    node = context.node_config
+    name = node.get("client-name", node.get("partition-id", context.node_id))
+    patterns = {
+        key: tuple(str(item) for item in value)
+        for key in ("dense", "exclude")
+        if isinstance(value := order.get(key), list)
+    }
+    folder = Path(str(node["cache"])) if "cache" in node else cache_folder()
+    return VersionReceiver(folder, str(name), str(order.get("base-version", "")), **patterns)
+
+
 # Downlink name → receiver for this client.
-RECEIVERS: dict[str, Callable[[Context], Receiver]] = {"full": lambda context: FullReceiver()}
+RECEIVERS: dict[str, Callable[[Context, ConfigRecord], Receiver]] = {
+    "full": lambda context, order: FullReceiver(),
+    DOWNLINK_NAME: _version_receiver,
+}
 
 
 def dare_mod(msg: Message, ctxt: Context, call_next: ClientAppCallable) -> Message:
@@ -55,6 +95,7 @@ def dare_mod(msg: Message, ctxt: Context, call_next: ClientAppCallable) -> Messa
     try:
         ask = order.get("ask")
         if ask == ASK_HELLO:
+            _look_for_base(msg, order, ctxt)
             return Message(RecordDict({REPLY_KEY: _hello(order, ctxt)}), reply_to=msg)
         if ask not in (ASK_TRAIN, ASK_EVALUATE):
             raise UpdateError(f"order {one_line(ask)!r} is unknown", reason="version")
@@ -63,7 +104,7 @@ def dare_mod(msg: Message, ctxt: Context, call_next: ClientAppCallable) -> Messa
         base = _receive(msg.content, order, ctxt)
         msg.content = _content_for_app(msg.content, order, base, ctxt)
     except DareError as error:
-        return _refuse(msg, error)
+        return _refuse(msg, error, order, ctxt)
     held = dict(base)  # training code may empty the record it is handed
     reply = call_next(msg, ctxt)
     if reply.has_error():
@@ -74,8 +115,22 @@ def dare_mod(msg: Message, ctxt: Context, call_next: ClientAppCallable) -> Messa
         else:
             reply.content[REPLY_KEY] = ConfigRecord({"have": _receiver(order, ctxt).have() or "-"})
     except DareError as error:
-        return _refuse(msg, error)
+        return _refuse(msg, error, order, ctxt)
     return reply
+
+
+def _look_for_base(msg: Message, order: ConfigRecord, context: Context) -> None:
+    """Spare the way of the base where this client has it or can make it."""
+    _check_same_code(order)
+    receiver = _receiver(order, context)
+    if not isinstance(receiver, VersionReceiver) or receiver.have():
+        return
+    for offer in _OFFERS:
+        try:
+            if receiver.adopt(offer(msg, context)):
+                return
+        except Exception as error:  # the server's copy still serves
+            LOG.warning("no base from this client: %s: %s", type(error).__name__, error)
 
 
 def _hello(order: ConfigRecord, context: Context) -> ConfigRecord:
@@ -105,7 +160,7 @@ def _receiver(order: ConfigRecord, context: Context) -> Receiver:
             f"downlink {one_line(name)!r} is unknown to this client; known: "
             f"{', '.join(sorted(RECEIVERS))}"
         )
-    return RECEIVERS[name](context)
+    return RECEIVERS[name](context, order)
 
 
 def _receive(content: RecordDict, order: ConfigRecord, context: Context) -> dict[str, Array]:
@@ -207,6 +262,8 @@ def _keep_local(
         context.state[LOCAL_KEY] = to_record(kept)
 
 
-def _refuse(msg: Message, error: DareError) -> Message:
+def _refuse(msg: Message, error: DareError, order: ConfigRecord, context: Context) -> Message:
     refusal = ConfigRecord({"refused": error.reason, "detail": one_line(error)})
+    if error.reason == BaseMismatchError.reason and "base-version" in order:
+        refusal["have"] = _receiver(order, context).have() or "-"
     return Message(RecordDict({REPLY_KEY: refusal}), reply_to=msg)

@@ -60,6 +60,11 @@ def read_hello(record: ConfigRecord, node: int) -> Hello:
     return Hello(name, _text(record, "have", re.compile(r"[0-9a-f]{1,64}")), float(uplink))
 
 
+def read_have(record: ConfigRecord) -> str:
+    """Return the version a client says it holds, "" for none."""
+    return _text(record, "have", re.compile(r"[0-9a-f]{1,64}"))
+
+
 def read_refusal(record: ConfigRecord) -> tuple[str, str] | None:
     """Return ``(reason, detail)`` when the client refused, else None."""
     reason = record.get("refused")

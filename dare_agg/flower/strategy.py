@@ -28,6 +28,7 @@ from dare_agg.flower.records import (
     REPLY_KEY,
     Hello,
     read_config,
+    read_have,
     read_refusal,
 )
 from dare_agg.flower.replies import Inbox, MetricsFn, TrainReply, weighted_metrics
@@ -38,6 +39,7 @@ from dare_agg.plan import ClientTerms, RoundPlan, make_plans, package_fingerprin
 from dare_agg.rounds import FederatedSettings, Rejection, advance, check_weight, merge_round
 from dare_agg.server_step import ServerStep, StepState, server_step
 from dare_agg.update import CODEC_VERSION
+from dare_agg.versions import VersionDownlink
 
 LOG = logging.getLogger("flwr")
 
@@ -172,6 +174,7 @@ class DareStrategy(Strategy):
         self.outcome: RoundOutcome | None = None
         self._clients = Clients(self.downlink.name)
         self._have: dict[int, str] = {}
+        self._packed: dict[str, tuple[bytes, ArrayRecord]] = {}
         self._model: GlobalModel | None = None
         self._arrays: ArrayRecord | None = None
         self._step_state = StepState()
@@ -237,6 +240,7 @@ class DareStrategy(Strategy):
         LOG.info("Starting %s:", type(self).__name__)
         self.summary()
         self._adopt(initial_arrays)
+        self._clients.config = train_config
         self._step_state = step_state or StepState()
         arrays = self._current_arrays()
         started = time.monotonic()
@@ -311,7 +315,9 @@ class DareStrategy(Strategy):
         refusal = read_refusal(receipt) if receipt is not None else None
         if refusal is None or refusal[0] != "base":
             return False
-        self._have[node] = ""
+        have = read_have(receipt)
+        # Named again, it cannot be what the client lacks.
+        self._have[node] = "" if have == self._have[node] else have
         return True
 
     # --- train -----------------------------------------------------------------------------
@@ -445,6 +451,9 @@ class DareStrategy(Strategy):
             node = messages[index].metadata.dst_node_id
             if self._lost_its_version(node, reply):
                 continue
+            receipt = None if reply.has_error() else read_config(reply.content, REPLY_KEY)
+            if receipt is not None:
+                self._have[node] = read_have(receipt) or self._have.get(node, "")
             replies.append(reply)
         return self.aggregate_evaluate(number, replies)
 
@@ -512,6 +521,12 @@ class DareStrategy(Strategy):
         self._model = self.downlink.start(
             global_model(to_numpy(arrays), dense=self.settings.dense, exclude=self.settings.exclude)
         )
+        facts = self.downlink.facts() if isinstance(self.downlink, VersionDownlink) else {}
+        self._clients.facts = {
+            **facts,
+            **({"dense": list(self.settings.dense)} if facts and self.settings.dense else {}),
+            **({"exclude": list(self.settings.exclude)} if facts and self.settings.exclude else {}),
+        }
         # A downlink may have rounded the model: then its arrays are not the given ones.
         self._arrays = arrays if isinstance(self.downlink, FullDownlink) else None
 
@@ -540,6 +555,7 @@ class DareStrategy(Strategy):
             "version": self._model.ref.version,
             "downlink": self.downlink.name,
             "arrays-key": self.arrayrecord_key,
+            **self._clients.facts,
         }
 
     def _content(self, client: Client, order: ConfigRecord, config: ConfigRecord) -> RecordDict:
@@ -551,7 +567,10 @@ class DareStrategy(Strategy):
         if broadcast.full:
             content[self.arrayrecord_key] = self._current_arrays()
         for name, payload in broadcast.payloads.items():
-            content[DOWN_PREFIX + name] = pack(payload)
+            # The same bytes for several clients are packed once.
+            if self._packed.get(name, (b"", None))[0] is not payload:
+                self._packed[name] = (payload, pack(payload))
+            content[DOWN_PREFIX + name] = self._packed[name][1]
         return content
 
     def _finish_round(

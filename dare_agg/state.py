@@ -1,0 +1,192 @@
+"""State on disk that a crash at any moment leaves whole.
+
+A state file is written beside its place, flushed to disk and renamed over it; it ends in a
+checksum of all its bytes. A folder of round states keeps the last few, so a corrupt newest
+file costs one round, never the run.
+
+File: ``b"DAREST1\\n"``, u64 length, a safetensors body (arrays, and the rest as JSON in its
+metadata), SHA-256 of everything before.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import re
+import struct
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from dare_agg.errors import StateError
+from dare_agg.groups import GlobalModel
+from dare_agg.server_step import StepState, state_from_arrays, state_to_arrays
+
+MAGIC = b"DAREST1\n"
+KEEP = 2
+_NAME = re.compile(r"round-(\d{8})\.state")
+_BASE = "base.state"
+
+NamedArrays = Mapping[str, NDArray[Any]]
+
+
+@dataclass(frozen=True)
+class RoundState:
+    """What a run needs to go on after ``round``: plain facts and named arrays."""
+
+    round: int
+    facts: Mapping[str, Any]
+    arrays: NamedArrays = field(repr=False)
+
+
+def write_atomically(path: Path, parts: Iterable[bytes | memoryview], mode: int = 0o644) -> None:
+    """Write a file so that ``path`` holds either all of it or what it held before.
+
+    Raises `StateError` when the disk is full or the folder cannot be written.
+    """
+    draft = path.with_name(f".{path.name}.{os.getpid()}.part")
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        handle = os.open(draft, os.O_WRONLY | os.O_CREAT | os.O_TRUNC, mode)
+        with os.fdopen(handle, "wb") as file:
+            for part in parts:
+                file.write(part)
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(draft, path)
+        folder = os.open(path.parent, os.O_RDONLY)
+        try:
+            os.fsync(folder)
+        finally:
+            os.close(folder)
+    except OSError as error:
+        draft.unlink(missing_ok=True)
+        raise StateError(
+            f"{path} was not written: {error.strerror or error}; the last good state is kept: "
+            "free space or fix the permissions, then resume"
+        ) from error
+
+
+def write_state(path: Path, arrays: NamedArrays, facts: Mapping[str, Any]) -> None:
+    """Write arrays and JSON facts as one checksummed state file, readable by its owner."""
+    from safetensors.numpy import save
+
+    packed = {name: np.array(array, order="C", copy=None) for name, array in arrays.items()}
+    body = save(packed, metadata={"facts": json.dumps(facts, sort_keys=True)})
+    head = MAGIC + struct.pack("<Q", len(body))
+    digest = hashlib.sha256(head)
+    digest.update(body)
+    write_atomically(path, (head, body, digest.digest()), mode=0o600)
+
+
+def read_state(path: Path) -> tuple[dict[str, NDArray[Any]], dict[str, Any]]:
+    """Read a state file; raises `StateError` for one that is missing, cut off or altered."""
+    from safetensors.numpy import load
+
+    try:
+        data = path.read_bytes()
+    except OSError as error:
+        raise StateError(f"state {path} cannot be read: {error.strerror or error}") from error
+    start = len(MAGIC) + 8
+    size = struct.unpack_from("<Q", data, len(MAGIC))[0] if len(data) >= start else -1
+    if data[: len(MAGIC)] != MAGIC or len(data) != start + size + 32:
+        raise StateError(
+            f"state {path} is cut off or no state file ({len(data)} bytes); an older round's "
+            "state is needed"
+        )
+    view = memoryview(data)
+    if hashlib.sha256(view[:-32]).digest() != data[-32:]:
+        raise StateError(f"state {path} is corrupt: its checksum does not fit")
+    body = bytes(view[start:-32])
+    header_size = struct.unpack_from("<Q", body)[0]
+    header = json.loads(body[8 : 8 + header_size])
+    return load(body), json.loads(header["__metadata__"]["facts"])
+
+
+class StateFolder:
+    """The round states of a run: the base once, then the last `KEEP` rounds."""
+
+    def __init__(self, path: Path | str) -> None:
+        self.path = Path(path)
+
+    def save_base(self, arrays: NamedArrays) -> None:
+        """Keep the arrays a run started from, with their order; done once."""
+        if not (self.path / _BASE).is_file():
+            write_state(self.path / _BASE, arrays, {"order": list(arrays)})
+
+    def load_base(self) -> dict[str, NDArray[Any]]:
+        """Return the arrays a run started from; raises `StateError`."""
+        arrays, facts = read_state(self.path / _BASE)
+        return {name: arrays[name] for name in facts["order"]}
+
+    def save(self, state: RoundState) -> None:
+        """Store a finished round, then forget the oldest; raises `StateError`."""
+        facts = {**state.facts, "round": state.round}
+        write_state(self.path / f"round-{state.round:08d}.state", state.arrays, facts)
+        for number in self.rounds()[:-KEEP]:
+            (self.path / f"round-{number:08d}.state").unlink(missing_ok=True)
+
+    def rounds(self) -> list[int]:
+        """The rounds stored, ascending."""
+        if not self.path.is_dir():
+            return []
+        found = (_NAME.fullmatch(name) for name in os.listdir(self.path))
+        return sorted(int(match[1]) for match in found if match)
+
+    def load(self) -> tuple[RoundState | None, list[str]]:
+        """Return the newest whole round state and what was wrong with newer ones.
+
+        None where no round was finished. Raises `StateError` when there are round states
+        and not one of them is whole.
+        """
+        problems = []
+        rounds = self.rounds()
+        for number in reversed(rounds):
+            try:
+                arrays, facts = read_state(self.path / f"round-{number:08d}.state")
+            except StateError as error:
+                problems.append(str(error))
+                continue
+            return RoundState(int(facts["round"]), facts, arrays), problems
+        if rounds:
+            raise StateError(
+                f"none of the {len(rounds)} round states in {self.path} is whole: {problems[0]}"
+            )
+        return None, problems
+
+
+def pack_round(
+    number: int,
+    model: GlobalModel,
+    step_state: StepState,
+    facts: Mapping[str, Any],
+    downlink: NamedArrays | None = None,
+) -> RoundState:
+    """Gather a finished round: the model (or the downlink's state of it) and the server step."""
+    arrays: dict[str, NDArray[Any]] = {
+        f"step/{name}": array for name, array in state_to_arrays(step_state).items()
+    }
+    if downlink is None:
+        arrays["model/delta"], arrays["model/dense"] = model.delta, model.dense
+    else:
+        arrays.update({f"down/{name}": array for name, array in downlink.items()})
+    return RoundState(number, {**facts, "version": model.ref.version}, arrays)
+
+
+def part_of(state: RoundState, prefix: str) -> dict[str, NDArray[Any]]:
+    """The arrays of a round state under a prefix ("step", "down", "model")."""
+    return {
+        name.removeprefix(prefix + "/"): array
+        for name, array in state.arrays.items()
+        if name.startswith(prefix + "/")
+    }
+
+
+def unpack_step(state: RoundState) -> StepState:
+    """Return the server step's state of a finished round."""
+    return state_from_arrays(part_of(state, "step"))

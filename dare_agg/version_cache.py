@@ -1,0 +1,207 @@
+"""The client's copy of the global model: the base and whole grid steps, in files.
+
+``<folder>/bases/<version>.safetensors`` is a base, shared by the clients of a machine;
+``<folder>/heads/<client>-<base>.state`` is the version a client holds of it, as counts of
+grid steps. A file that is not whole counts as none, and what is missing is asked for again.
+The folder's size is bounded: bases and heads that were not used for longest go first.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import re
+import struct
+from collections.abc import Mapping
+from pathlib import Path
+
+import numpy as np
+
+from dare_agg.downlink import FullReceiver
+from dare_agg.errors import BaseMismatchError, DareError, StateError
+from dare_agg.groups import Arrays, GlobalModel, global_model
+from dare_agg.state import read_state, write_atomically, write_state
+from dare_agg.version_grid import Counts, grid_of
+from dare_agg.version_steps import apply_step, read_steps
+from dare_agg.versions import BASE, DENSE_STEPS, STEPS, write_base
+
+KEEP_BYTES = 8 << 30
+_VERSION = re.compile(r"[0-9a-f]{64}")
+
+
+def cache_folder() -> Path:
+    """Where clients keep versions: ``$DARE_AGG_CACHE/versions``, by default in the home."""
+    root = os.environ.get("DARE_AGG_CACHE") or Path.home() / ".cache" / "dare-agg"
+    return Path(root) / "versions"
+
+
+class VersionReceiver:
+    """The client's half of the version downlink (`dare_agg.downlink.Receiver`).
+
+    ``base`` names the base of the run, ``dense`` and ``exclude`` are the patterns its groups
+    were made with, ``client`` tells the clients of one machine apart.
+    """
+
+    def __init__(
+        self,
+        folder: Path,
+        client: str,
+        base: str,
+        *,
+        dense: tuple[str, ...] = (),
+        exclude: tuple[str, ...] = (),
+        keep_bytes: int = KEEP_BYTES,
+    ) -> None:
+        if not _VERSION.fullmatch(base):
+            raise BaseMismatchError(f"base version {base[:80]!r} is not 64 hex digits")
+        self.base, self.keep_bytes, self._folder = base, keep_bytes, folder
+        self._patterns = {"dense": dense, "exclude": exclude}
+        owner = hashlib.sha256(client.encode()).hexdigest()[:12]
+        self._base_path = folder / "bases" / f"{base}.safetensors"
+        self._head_path = folder / "heads" / f"{owner}-{base[:16]}.state"
+
+    def have(self) -> str:
+        """The version this client holds, its base, or "" for none."""
+        if not self._base_path.is_file():
+            return ""
+        try:
+            return str(_head_facts(self._head_path)["version"])
+        except (StateError, KeyError):
+            return self.base
+
+    def adopt(self, arrays: Arrays) -> bool:
+        """Keep a base that this client has from elsewhere; False when it is another one."""
+        if global_model(arrays, **self._patterns).ref.version != self.base:
+            return False
+        self._store_base(write_base(arrays))
+        return True
+
+    def receive(self, version: str, payloads: Mapping[str, bytes], arrays: Arrays | None) -> Arrays:
+        """Follow the steps to ``version``, check its fingerprint, keep it, return its arrays."""
+        if not payloads and arrays is not None:
+            return FullReceiver().receive(version, payloads, arrays)
+        if BASE in payloads:
+            self._store_base(payloads[BASE])
+            self._head_path.unlink(missing_ok=True)
+        base = self._load_base()
+        groups = base.groups
+        grid = grid_of(groups.layout, base.delta, groups.dtypes)
+        dense_grid = grid_of(groups.dense_layout, base.dense, groups.dtypes)
+        steps = read_steps(payloads.get(STEPS, b""), payloads.get(DENSE_STEPS, b""))
+        held = self.have()
+        for place, step in enumerate(steps):
+            # A reply that was lost: the server does not know how far this client has come.
+            if step.head.child == held:
+                steps = steps[place + 1 :]
+                break
+        start = steps[0].head.parent if steps else version
+        counts, dense_counts = self._load_head(start, base)
+        try:
+            for place, step in enumerate(steps):
+                if place and step.head.parent != steps[place - 1].head.child:
+                    raise BaseMismatchError("the steps that came do not follow each other")
+                apply_step(step, grid, counts, dense_grid, dense_counts)
+            model = base.placed(
+                grid.values(base.delta, counts), dense_grid.values(base.dense, dense_counts)
+            )
+        except DareError as error:
+            self._head_path.unlink(missing_ok=True)
+            raise BaseMismatchError(f"version {version[:12]} was not reached: {error}") from error
+        if model.ref.version != version:
+            self._head_path.unlink(missing_ok=True)
+            raise BaseMismatchError(
+                f"the steps led to {model.ref.version[:12]}, {version[:12]} was announced; the "
+                "version is asked for again"
+            )
+        if steps or not self._head_path.is_file():
+            write_state(
+                self._head_path,
+                {"counts": counts, "dense-counts": dense_counts},
+                {"version": version, "base": self.base},
+            )
+        self._trim()
+        return model.arrays()
+
+    # --- files -----------------------------------------------------------------------------
+
+    def _store_base(self, payload: bytes) -> None:
+        if not self._base_path.is_file() or self._base_path.stat().st_size != len(payload):
+            write_atomically(self._base_path, (payload,))
+
+    def _load_base(self) -> GlobalModel:
+        from safetensors import SafetensorError
+        from safetensors.numpy import load
+
+        try:
+            data = self._base_path.read_bytes()
+            size = struct.unpack_from("<Q", data)[0]
+            order = json.loads(json.loads(data[8 : 8 + size])["__metadata__"]["order"])
+            arrays = load(data)
+            model = global_model({name: arrays[name] for name in order}, **self._patterns)
+            found = model.ref.version
+        except (OSError, SafetensorError, ValueError, KeyError, TypeError, struct.error) as error:
+            self._base_path.unlink(missing_ok=True)
+            raise BaseMismatchError(
+                f"base {self.base[:12]} cannot be read from the cache "
+                f"({type(error).__name__}); it is asked for again"
+            ) from error
+        if found != self.base:
+            self._base_path.unlink(missing_ok=True)
+            raise BaseMismatchError(
+                f"the cached base has fingerprint {found[:12]}, not {self.base[:12]}; it is "
+                "asked for again"
+            )
+        os.utime(self._base_path)
+        return model
+
+    def _load_head(self, version: str, base: GlobalModel) -> tuple[Counts, Counts]:
+        if version == self.base:
+            return np.zeros(base.delta.size, np.int32), np.zeros(base.dense.size, np.int32)
+        try:
+            arrays, facts = read_state(self._head_path)
+            if facts["version"] != version:
+                raise StateError(f"it holds version {facts['version'][:12]}")
+            counts, dense_counts = arrays["counts"], arrays["dense-counts"]
+            fits = counts.shape == base.delta.shape and dense_counts.shape == base.dense.shape
+            if not fits or counts.dtype != np.int32 or dense_counts.dtype != np.int32:
+                raise StateError("it is of another model")
+            return counts, dense_counts
+        except (StateError, KeyError) as error:
+            self._head_path.unlink(missing_ok=True)
+            raise BaseMismatchError(
+                f"version {version[:12]} is not in this client's cache ({error}); it is asked "
+                "for again"
+            ) from error
+
+    def _trim(self) -> None:
+        """Remove what was not used for longest until the folder fits its bound."""
+        own = {self._base_path, self._head_path}
+        found = []
+        for path in self._folder.glob("*/*"):
+            try:
+                found.append((path.stat().st_mtime, path.stat().st_size, path))
+            except OSError:  # another client's process was faster
+                continue
+        total = sum(size for _, size, _ in found)
+        for _, size, path in sorted(found):
+            if total <= self.keep_bytes:
+                return
+            if path not in own:
+                path.unlink(missing_ok=True)
+                total -= size
+
+
+def _head_facts(path: Path) -> dict[str, object]:
+    """The facts of a head without reading its counts; the checksum is looked at when used."""
+    try:
+        with path.open("rb") as file:
+            head = file.read(24)
+            size, header = struct.unpack_from("<QQ", head, 8)
+            if path.stat().st_size != 16 + size + 32 or header > size:
+                raise StateError(f"{path} is cut off")
+            metadata = json.loads(file.read(header))["__metadata__"]
+            facts: dict[str, object] = json.loads(metadata["facts"])
+            return facts
+    except (OSError, struct.error, ValueError, KeyError, TypeError) as error:
+        raise StateError(f"{path} holds no version") from error

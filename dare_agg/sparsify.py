@@ -48,9 +48,11 @@ def magnitude(
 ) -> FloatVector:
     """Per tensor, drop every \\|x\\| up to the ⌊numel·p⌋-th smallest; ties at it all go.
 
-    Without a ``layout`` the vector counts as one tensor. A tensor with ⌊numel·p⌋ = 0 is kept
+    Without a ``layout`` the vector counts as one tensor; p = 1 drops all. A tensor with ⌊numel·p⌋ = 0 is kept
     whole. ``rescale`` multiplies by 1/(1−p), which the paper shows to be harmful.
     """
+    if drop_rate in (1, "1", "1.0"):
+        return np.zeros_like(delta)
     rate = parse_drop_rate(drop_rate)
     result = delta.copy()
     spans = [(e.offset, e.stop) for e in layout.entries] if layout else [(0, delta.size)]

@@ -20,7 +20,10 @@ COMPACT = "DARE p=.999, union down"
 
 
 def _rows(name: str) -> list[dict]:
-    return read_rows(RESULTS / f"{name}.jsonl")
+    rows = read_rows(RESULTS / f"{name}.jsonl")
+    if not rows:
+        raise KeyError(name)
+    return rows
 
 
 def _image(path: Path, text: str) -> str:
@@ -48,7 +51,8 @@ def traffic() -> str:
 def frontier() -> str:
     rows = _rows("frontier")
     path = plots.federated_plot(rows, PLOTS / "frontier.svg", by_bytes=True)
-    return tables.federated_table(rows, rows[0]["rounds"]) + "\n\n" + _image(path, "frontier")
+    table = tables.federated_table(rows, rows[0]["rounds"])
+    return table + "\n\n" + _image(path, "accuracy by megabytes moved")
 
 
 def single() -> str:

@@ -1,0 +1,107 @@
+"""Canonical bytes: one encoding for each value, and a reader that takes nothing else.
+
+All integers are little-endian and of fixed width, lists carry a u32 count, text and bytes a
+u32 length. Two different values never encode to the same bytes, so digests and signatures
+over encodings bind the values.
+"""
+
+from __future__ import annotations
+
+import struct
+from collections.abc import Sequence
+from itertools import pairwise
+
+from dare_agg.errors import ProtocolError
+
+DIGEST_BYTES = 32
+
+
+def u8(value: int) -> bytes:
+    return struct.pack("<B", value)
+
+
+def u32(value: int) -> bytes:
+    return struct.pack("<I", value)
+
+
+def u64(value: int) -> bytes:
+    return struct.pack("<Q", value)
+
+
+def f64(value: float) -> bytes:
+    return struct.pack("<d", value)
+
+
+def blob(value: bytes) -> bytes:
+    """Bytes with their length before them."""
+    return u32(len(value)) + value
+
+
+def identifiers(values: Sequence[int]) -> bytes:
+    """A list of party ids."""
+    return u32(len(values)) + struct.pack(f"<{len(values)}I", *values)
+
+
+class Reader:
+    """Reads canonical bytes front to back; every limit is checked before use.
+
+    Raises `ProtocolError` (reason "malformed") naming what was being read.
+    """
+
+    def __init__(self, data: bytes, what: str) -> None:
+        self._data = data
+        self._at = 0
+        self.what = what
+
+    @property
+    def left(self) -> int:
+        return len(self._data) - self._at
+
+    def take(self, count: int) -> bytes:
+        if count > self.left:
+            raise self.bad(f"{self.left} bytes are left where {count} are needed")
+        piece = self._data[self._at : self._at + count]
+        self._at += count
+        return piece
+
+    def u8(self) -> int:
+        return self.take(1)[0]
+
+    def u32(self) -> int:
+        return int.from_bytes(self.take(4), "little")
+
+    def u64(self) -> int:
+        return int.from_bytes(self.take(8), "little")
+
+    def f64(self) -> float:
+        return float(struct.unpack("<d", self.take(8))[0])
+
+    def blob(self, limit: int) -> bytes:
+        length = self.u32()
+        if length > limit:
+            raise self.bad(f"a field of {length} bytes, at most {limit} are allowed")
+        return self.take(length)
+
+    def count(self, each: int) -> int:
+        """A list length whose items of ``each`` bytes fit in what is left."""
+        length = self.u32()
+        if length * each > self.left:
+            raise self.bad(f"a list of {length} items does not fit in {self.left} bytes")
+        return length
+
+    def identifiers(self) -> tuple[int, ...]:
+        """Party ids, strictly ascending: no duplicates, one order."""
+        length = self.count(4)
+        ids = struct.unpack(f"<{length}I", self.take(4 * length))
+        if any(a >= b for a, b in pairwise(ids)):
+            raise self.bad("party ids are not strictly ascending")
+        return ids
+
+    def done(self) -> None:
+        if self.left:
+            raise self.bad(f"{self.left} bytes follow its end")
+
+    def bad(self, why: str) -> ProtocolError:
+        return ProtocolError(
+            f"{self.what}: {why}; run the same dare-agg at every party", reason="malformed"
+        )

@@ -1,0 +1,247 @@
+"""The terms of one secure sum: everything public that both sides must agree on.
+
+Their digest, the session, goes into every key, signature and associated data, stage by
+stage, so that parties who were shown different terms share no key: their masks do not cancel
+and their signatures do not count.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Sequence
+from dataclasses import dataclass
+from functools import cached_property
+from itertools import pairwise
+
+from dare_agg.derive import derive_key
+from dare_agg.errors import ConfigError, ProtocolError
+from dare_agg.mask import DropRate, Mask
+from dare_agg.secure.encoding import DIGEST_BYTES, Reader, blob, f64, identifiers, u8, u32, u64
+from dare_agg.secure.graph import COMPLETE_UP_TO, degree_for
+from dare_agg.secure.packing import AGGREGATES, TRAILER_WORDS, Quantiser
+from dare_agg.secure.roster import MAX_MEMBERS
+
+PROTOCOL_VERSION = 1
+MIN_PARTIES = 3
+MAX_WORDS = 1 << 28
+WEIGHTINGS = ("equal", "examples")
+_MAX_TERMS_BYTES = 4 * MAX_MEMBERS + 1024
+
+
+@dataclass(frozen=True)
+class SecureTerms:
+    """What is summed, by whom, under which bounds.
+
+    ``cohort`` are roster ids, ascending. At least ``threshold`` parties must stay to the
+    end; each secret is shared among ``degree`` neighbours and its owner, and
+    ``share_threshold`` of those recover it. ``base`` and ``layout`` are fingerprints (hex).
+    ``weighting`` "examples" weighs a mean by min(examples, max_weight), summed in secret.
+    """
+
+    run: str
+    round: int
+    roster: bytes
+    cohort: tuple[int, ...]
+    threshold: int
+    degree: int
+    share_threshold: int
+    base: str
+    layout: str
+    size: int
+    drop_rate: DropRate
+    aggregate: str
+    bits: int
+    clip: float
+    weighting: str = "equal"
+    max_weight: float = 1.0
+
+    def __post_init__(self) -> None:
+        n = len(self.cohort)
+        _check(len(self.run.encode()) <= 128, f"run name of {len(self.run)} characters", "128")
+        _check(0 <= self.round < 1 << 32, f"round {self.round}", "0 to 2**32 - 1")
+        _check(len(self.roster) == DIGEST_BYTES, "roster digest", "32 bytes")
+        _check(MIN_PARTIES <= n <= MAX_MEMBERS, f"{n} parties", f"{MIN_PARTIES} to {MAX_MEMBERS}")
+        _check(
+            all(a < b for a, b in pairwise(self.cohort)),
+            "cohort",
+            "strictly ascending ids",
+        )
+        _check(
+            self.threshold >= MIN_PARTIES and n // 2 < self.threshold <= n,
+            f"threshold {self.threshold} of {n} parties",
+            f"more than half, at least {MIN_PARTIES}, at most all: else a server could unmask "
+            "two different sets",
+        )
+        _check(
+            self.degree == n - 1
+            or (n > COMPLETE_UP_TO and 2 <= self.degree < n - 1 and self.degree % 2 == 0),
+            f"degree {self.degree} of {n} parties",
+            f"n - 1 up to {COMPLETE_UP_TO} parties, an even number below beyond",
+        )
+        least = self.threshold if self.degree == n - 1 else self.degree // 2 + 1
+        _check(
+            least <= self.share_threshold <= self.degree + 1,
+            f"share threshold {self.share_threshold}",
+            f"{least} to {self.degree + 1}",
+        )
+        for what, value in (("base", self.base), ("layout", self.layout)):
+            _check(
+                len(value) == 64 and not set(value) - set("0123456789abcdef"),
+                f"{what} {value[:70]!r}",
+                "64 hexadecimal digits",
+            )
+        _check(0 < self.size < 1 << 40, f"size {self.size}", "1 to 2**40 - 1")
+        _check(self.words <= MAX_WORDS, f"{self.words} words", f"at most {MAX_WORDS}: raise p")
+        _check(self.weighting in WEIGHTINGS, f"weighting {self.weighting!r}", ", ".join(WEIGHTINGS))
+        _check(
+            self.weighting == "equal" or self.aggregate == "mean",
+            "weighting by examples with TIES",
+            "equal: TIES counts parties",
+        )
+        _check(1 <= self.max_weight < 1 << 53, f"max weight {self.max_weight}", "1 to 2**53")
+        assert self.quantiser  # its own bounds
+
+    @cached_property
+    def quantiser(self) -> Quantiser:
+        return Quantiser(self.aggregate, self.bits, self.clip, len(self.cohort))
+
+    @property
+    def survivors(self) -> int:
+        """Elements of the delta that are summed: one a stratum."""
+        return -(-self.size * self.drop_rate.denominator // self.drop_rate.numerator)
+
+    @property
+    def words(self) -> int:
+        return self.survivors + TRAILER_WORDS
+
+    def encode(self) -> bytes:
+        """Canonical bytes; equal terms have equal bytes."""
+        return b"".join(
+            (
+                u8(PROTOCOL_VERSION),
+                blob(self.run.encode()),
+                u32(self.round),
+                self.roster,
+                identifiers(self.cohort),
+                u32(self.threshold),
+                u32(self.degree),
+                u32(self.share_threshold),
+                bytes.fromhex(self.base),
+                bytes.fromhex(self.layout),
+                u64(self.size),
+                u32(self.drop_rate.numerator),
+                u32(self.drop_rate.denominator),
+                u8(AGGREGATES.index(self.aggregate)),
+                u8(self.bits),
+                f64(self.clip),
+                u8(WEIGHTINGS.index(self.weighting)),
+                f64(self.max_weight),
+            )
+        )
+
+    @cached_property
+    def session(self) -> bytes:
+        """SHA-256 of the terms: the name of this sum."""
+        return hashlib.sha256(b"dare-agg secure terms 1\0" + self.encode()).digest()
+
+    def mask(self, shares_digest: bytes) -> Mask:
+        """The one mask of the session, fixed by the nonces of all who shared keys."""
+        key = derive_key(shares_digest, "secure mask")
+        return Mask("stratified", self.size, self.drop_rate, key)
+
+
+def secure_terms(
+    *,
+    run: str,
+    round_number: int,
+    roster: bytes,
+    cohort: Sequence[int],
+    base: str,
+    layout: str,
+    size: int,
+    drop_rate: DropRate,
+    aggregate: str = "mean",
+    bits: int = 16,
+    clip: float = 0.02,
+    threshold: int | None = None,
+    colluding: float = 0.20,
+    weighting: str = "equal",
+    max_weight: float = 1.0,
+) -> SecureTerms:
+    """Terms with the defaults that follow from the number of parties.
+
+    The threshold is two thirds and one more; the graph is complete up to 100 parties.
+    """
+    ids = tuple(sorted(cohort))
+    n = len(ids)
+    needed = max(MIN_PARTIES, 2 * n // 3 + 1) if threshold is None else threshold
+    degree = degree_for(n, colluding)
+    return SecureTerms(
+        run=run,
+        round=round_number,
+        roster=roster,
+        cohort=ids,
+        threshold=needed,
+        degree=degree,
+        share_threshold=needed if degree == n - 1 else degree // 2 + 1,
+        base=base,
+        layout=layout,
+        size=size,
+        drop_rate=drop_rate,
+        aggregate=aggregate,
+        bits=bits,
+        clip=clip,
+        weighting=weighting,
+        max_weight=max_weight,
+    )
+
+
+def decode_terms(data: bytes) -> SecureTerms:
+    """Read terms; nothing in them is trusted. Raises `ProtocolError`."""
+    if len(data) > _MAX_TERMS_BYTES:
+        raise ProtocolError(
+            f"terms of {len(data)} bytes; {_MAX_TERMS_BYTES} are the most", reason="malformed"
+        )
+    read = Reader(data, "terms")
+    version = read.u8()
+    if version != PROTOCOL_VERSION:
+        raise ProtocolError(
+            f"terms of protocol version {version}, this is {PROTOCOL_VERSION}; install the same "
+            "dare-agg at every party",
+            reason="version",
+        )
+    try:
+        terms = SecureTerms(
+            run=read.blob(128).decode(),
+            round=read.u32(),
+            roster=read.take(DIGEST_BYTES),
+            cohort=read.identifiers(),
+            threshold=read.u32(),
+            degree=read.u32(),
+            share_threshold=read.u32(),
+            base=read.take(32).hex(),
+            layout=read.take(32).hex(),
+            size=read.u64(),
+            drop_rate=DropRate(read.u32(), read.u32()),
+            aggregate=_row(AGGREGATES, read),
+            bits=read.u8(),
+            clip=read.f64(),
+            weighting=_row(WEIGHTINGS, read),
+            max_weight=read.f64(),
+        )
+    except (ConfigError, UnicodeDecodeError) as error:
+        raise ProtocolError(f"terms: {error}", reason="terms") from error
+    read.done()
+    return terms
+
+
+def _row(table: tuple[str, ...], read: Reader) -> str:
+    number = read.u8()
+    if number >= len(table):
+        raise read.bad(f"row {number} of a table of {len(table)}")
+    return table[number]
+
+
+def _check(holds: bool, what: str, bound: str) -> None:
+    if not holds:
+        raise ConfigError(f"secure sum: {what}; {bound} is needed")

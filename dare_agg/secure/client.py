@@ -27,6 +27,7 @@ from dare_agg.secure.keys import (
     masking_secret,
     nonce_commitment,
     pair_mask_key,
+    private_key,
     public_of,
     sealing_context,
     sealing_key,
@@ -65,8 +66,9 @@ class SecurePolicy:
 class ClientState:
     """A party's secrets between two messages; never printed, sealed before it is stored.
 
-    ``own`` is its advert, ``adverts`` all of them; ``held`` maps a neighbour (and itself) to
-    its two shares. Secrets are dropped at the step that last needs them.
+    ``own`` is its advert, ``adverts`` all of them; ``openers`` are the keys of the shares to
+    come, ``held`` maps a neighbour (and itself) to its
+    two shares. Secrets are dropped at the step that last needs them.
     """
 
     terms: SecureTerms
@@ -78,6 +80,7 @@ class ClientState:
     self_seed: bytes = field(repr=False)
     nonce: bytes = field(repr=False)
     adverts: tuple[bytes, ...] = field(default=(), repr=False)
+    openers: tuple[tuple[int, bytes], ...] = field(default=(), repr=False)
     shared: tuple[int, ...] = ()
     held: tuple[tuple[int, bytes, bytes], ...] = field(default=(), repr=False)
     keys_digest: bytes = b""
@@ -179,12 +182,14 @@ def share(
     mask_shares = split(state.mask_seed, points, terms.share_threshold, random)
     self_shares = split(state.self_seed, points, terms.share_threshold, random)
     keys = {advert.party: advert.sealing_key for advert in adverts}
-    sealed, held = [], []
+    sealed, held, openers = [], [], []
+    secret = private_key(state.sealing_secret)
     for holder, mask_share, self_share in zip(holders, mask_shares, self_shares, strict=True):
         if holder == me:
             held.append((me, mask_share, self_share))
             continue
-        agreed = agree(state.sealing_secret, keys[holder], holder)
+        agreed = agree(secret, keys[holder], holder)
+        openers.append((holder, sealing_key(agreed, digest, holder, me)))
         box = ChaCha20Poly1305(sealing_key(agreed, digest, me, holder))
         context = sealing_context(terms.session, me, holder)
         sealed.append((holder, box.encrypt(_NO_NONCE, mask_share + self_share, context)))
@@ -193,8 +198,10 @@ def share(
         state,
         stage="shared",
         adverts=tuple(advert.data for advert in adverts),
+        openers=tuple(openers),
         held=tuple(held),
         keys_digest=digest,
+        sealing_secret=b"",
     )
     return state, message
 
@@ -224,10 +231,9 @@ def open_shares(state: ClientState, request: bytes) -> ClientState:
         raise ProtocolError(
             "share delivery lacks a neighbour's shares or has others", reason="shares"
         )
-    held = list(state.held)
+    held, openers = list(state.held), dict(state.openers)
     for party, data in delivery.sealed:
-        agreed = agree(state.sealing_secret, adverts[party].sealing_key, party)
-        box = ChaCha20Poly1305(sealing_key(agreed, state.keys_digest, party, me))
+        box = ChaCha20Poly1305(openers[party])
         try:
             plain = box.decrypt(_NO_NONCE, data, sealing_context(terms.session, party, me))
         except InvalidTag as error:
@@ -246,7 +252,7 @@ def open_shares(state: ClientState, request: bytes) -> ClientState:
         shared=shared,
         held=tuple(sorted(held)),
         shares_digest=wire.shares_digest(state.keys_digest, delivery.nonces),
-        sealing_secret=b"",
+        openers=(),
         nonce=b"",
     )
 
@@ -277,7 +283,7 @@ def contribute(
         gain = min(float(examples), terms.max_weight) / terms.max_weight
     words = pack_party(values, terms.quantiser, random(16), gain)
     add_mask(words, self_mask_key(state.self_seed, state.shares_digest, me))
-    secret = masking_secret(state.mask_seed, terms.session, me)
+    secret = private_key(masking_secret(state.mask_seed, terms.session, me))
     adverts = _adverts(state)
     for party in holders_of(terms, tuple(adverts), state.keys_digest)[me]:
         if party == me or party not in state.shared:

@@ -20,15 +20,19 @@ def masking_secret(seed: bytes, session: bytes, party: int) -> bytes:
     return derive_key(seed, "secure masking key", session, party, length=32)
 
 
+def private_key(secret: bytes) -> X25519PrivateKey:
+    """Load a private key; worth doing once, since it computes the public one."""
+    return X25519PrivateKey.from_private_bytes(secret)
+
+
 def public_of(secret: bytes) -> bytes:
-    return X25519PrivateKey.from_private_bytes(secret).public_key().public_bytes_raw()
+    return private_key(secret).public_key().public_bytes_raw()
 
 
-def agree(secret: bytes, public: bytes, party: int) -> bytes:
+def agree(secret: X25519PrivateKey, public: bytes, party: int) -> bytes:
     """X25519. Raises `ProtocolError` (reason "low-order") for a key that fixes the result."""
     try:
-        peer = X25519PublicKey.from_public_bytes(public)
-        return X25519PrivateKey.from_private_bytes(secret).exchange(peer)
+        return secret.exchange(X25519PublicKey.from_public_bytes(public))
     except ValueError as error:
         raise ProtocolError(
             f"the key of party {party} is of low order; nobody makes such a key by chance: refused",

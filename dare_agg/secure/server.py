@@ -24,6 +24,7 @@ from dare_agg.secure.keys import (
     masking_secret,
     nonce_commitment,
     pair_mask_key,
+    private_key,
     public_of,
     self_commitment,
     self_mask_key,
@@ -138,7 +139,7 @@ class SecureServer:
             advert.sealing_key == advert.masking_key
         ):
             raise ProtocolError(f"party {advert.party} sent a key twice", reason="duplicate")
-        probe = X25519PrivateKey.generate().private_bytes_raw()
+        probe = X25519PrivateKey.generate()
         for key in (advert.sealing_key, advert.masking_key):
             agree(probe, key, advert.party)
         self._adverts[advert.party] = advert
@@ -225,7 +226,9 @@ class SecureServer:
     def _close_signatures(self) -> dict[int, bytes]:
         self._enough(len(self._signatures))
         signatures = sorted(self._signatures.items())
-        request = wire.encode_signatures(self.terms.session, self._alive, self._dead, signatures)
+        # As many as a party asks for: more would only cost it time.
+        chosen = signatures[: self.terms.threshold]
+        request = wire.encode_signatures(self.terms.session, self._alive, self._dead, chosen)
         return {party: request for party, _ in signatures}
 
     def _take_reveal(self, message: bytes) -> int:
@@ -256,9 +259,10 @@ class SecureServer:
         for party, seed in self_seeds.items():
             add_mask(self._sum, self_mask_key(seed, self._shares_digest, party), negative=True)
         for party, secret in mask_secrets.items():
+            private = private_key(secret)
             for other in self._holders[party]:
                 if other in self._vectors:
-                    agreed = agree(secret, self._adverts[other].masking_key, other)
+                    agreed = agree(private, self._adverts[other].masking_key, other)
                     key = pair_mask_key(agreed, self._shares_digest, party, other)
                     # The other added it where its id is the lower one.
                     add_mask(self._sum, key, negative=other < party)

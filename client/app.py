@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from functools import lru_cache
 
 import numpy as np
@@ -18,7 +18,7 @@ from flwr.clientapp import ClientApp
 from client.config import task_config
 from client.partition import partition
 from client.tasks import Indices, TaskConfig, TextClassification, build_task
-from dare_agg.flower import dare_mod
+from dare_agg.flower import dare_mod, offer_base
 from dare_agg.flower.transport import to_record
 
 app = ClientApp(mods=[dare_mod])
@@ -73,6 +73,12 @@ def initial(msg: Message, context: Context) -> Message:
     """Return the state that training starts from: the public base and a seeded head."""
     state = _own_task(msg, context).initial_state()
     return Message(RecordDict({"arrays": to_record(state)}), reply_to=msg)
+
+
+@offer_base
+def own_base(msg: Message, context: Context) -> Mapping[str, np.ndarray]:
+    """The base that this client makes by itself: it need not travel."""
+    return _own_task(msg, context).initial_state()
 
 
 @app.train()

@@ -10,6 +10,7 @@ metadata), SHA-256 of everything before.
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import json
 import os
@@ -65,7 +66,8 @@ def write_atomically(path: Path, parts: Iterable[bytes | memoryview], mode: int 
         finally:
             os.close(folder)
     except OSError as error:
-        draft.unlink(missing_ok=True)
+        with contextlib.suppress(OSError):
+            draft.unlink(missing_ok=True)
         raise StateError(
             f"{path} was not written: {error.strerror or error}; the last good state is kept: "
             "free space or fix the permissions, then resume"

@@ -14,8 +14,11 @@ from flwr.serverapp import Grid, ServerApp
 from dare_agg.errors import DareError, RunError
 from dare_agg.flower import DareStrategy, RoundOutcome
 from dare_agg.flower.exchange import exchange, online_nodes
-from dare_agg.flower.transport import to_numpy
+from dare_agg.flower.resume import keep_base, resume, save
+from dare_agg.flower.transport import to_numpy, to_record
 from dare_agg.server_step import server_step
+from dare_agg.state import StateFolder
+from dare_agg.versions import make_version_downlink
 from server.config import METHODS, RunConfig, read_config
 from server.export import export_model
 from server.recorder import Recorder
@@ -102,46 +105,76 @@ def run_method(
     orders = ConfigRecord({"train": train, "method": name})
     if labels:
         orders["labels"] = list(labels)
-    first = wait_for_nodes(grid, config)[:1]
-    initial = ask(grid, first, "initial", orders, config.node_timeout)[0]["arrays"]
-    assert isinstance(initial, ArrayRecord)
     began = time.monotonic()
     totals = {"upload_bytes": 0, "download_bytes": 0}
+    kept = StateFolder(recorder.folder / "state" / name)
 
     def record(outcome: RoundOutcome) -> None:
         row = _row(name, outcome, time.monotonic() - began)
-        totals["upload_bytes"] += row["upload_bytes"]
-        totals["download_bytes"] += row["download_bytes"]
+        for key in totals:
+            totals[key] += row[key]
         recorder.row(row)
+        if config.keep_state:
+            # After the row: a resumed run drops rows of rounds that were not kept.
+            save(strategy, kept, outcome, {"totals": totals, **_facts(outcome)})
 
     strategy = make_strategy(config, name, record)
+    resumed = resume(strategy, kept) if config.resume else None
+    recorder.rewind(name, resumed.round if resumed else 0)
+    if resumed is not None:
+        totals.update(resumed.facts["totals"])
+        initial = to_record(kept.load_base())
+    else:
+        first = wait_for_nodes(grid, config)[:1]
+        initial = ask(grid, first, "initial", orders, config.node_timeout)[0]["arrays"]
+        assert isinstance(initial, ArrayRecord)
+        if config.keep_state:
+            keep_base(kept, initial)
     base = strategy_base(strategy, initial)
-    result = strategy.start(
-        grid, initial, num_rounds=config.num_rounds, train_config=orders, evaluate_config=orders
-    )
-    outcome = strategy.outcome
-    if outcome is None or not result.arrays:
-        raise RunError(f"method {name}: no round was finished")
-    fingerprint = outcome.model.ref.version
+    if resumed is not None and resumed.round >= config.num_rounds:
+        arrays, fingerprint, facts = resumed.arrays, resumed.version, resumed.facts
+    else:
+        result = strategy.start(
+            grid,
+            resumed.arrays if resumed else initial,
+            num_rounds=config.num_rounds,
+            train_config=orders,
+            evaluate_config=orders,
+            start_round=resumed.round + 1 if resumed else 1,
+            step_state=resumed.step_state if resumed else None,
+        )
+        outcome = strategy.outcome
+        if outcome is None or not result.arrays:
+            raise RunError(f"method {name}: no round was finished")
+        arrays, fingerprint, facts = result.arrays, outcome.model.ref.version, _facts(outcome)
     if config.save_model:
         export_model(
             recorder.folder / f"model-{name}",
-            to_numpy(result.arrays),
+            to_numpy(arrays),
             model=config.model,
             labels=labels,
             provenance={
                 "base_fingerprint": base,
                 "final_fingerprint": fingerprint,
                 "method": name,
-                "rounds": outcome.round,
-                "clients": len(outcome.measurements["clients"]),
+                "rounds": facts["rounds"],
+                "clients": facts["clients"],
                 **totals,
                 "seed": config.seed,
-                "metrics": dict(outcome.client_metrics or {}),
+                "metrics": facts["metrics"],
                 "config": config.model_dump(by_alias=True),
             },
         )
     return fingerprint
+
+
+def _facts(outcome: RoundOutcome) -> dict[str, Any]:
+    """What the model card says of a finished round."""
+    return {
+        "rounds": outcome.round,
+        "clients": len(outcome.measurements["clients"]),
+        "metrics": dict(outcome.client_metrics or {}),
+    }
 
 
 def strategy_base(strategy: DareStrategy, initial: ArrayRecord) -> str:
@@ -187,6 +220,7 @@ def make_strategy(config: RunConfig, name: str, record: Any) -> DareStrategy:
         node_timeout=config.node_timeout,
         min_replies=config.min_replies,
         round_hook=record,
+        downlink=None if config.downlink == "full" else make_version_downlink(config.downlink),
         **words,
     )
 

@@ -11,6 +11,7 @@ from dare_agg.errors import ConfigError, did_you_mean
 from dare_agg.layout import compile_patterns
 from dare_agg.mask import parse_drop_rate
 from dare_agg.values import find_values
+from dare_agg.versions import FORMS
 
 # What a run can compare: name → what differs from the run config.
 METHODS: Mapping[str, Mapping[str, Any]] = {
@@ -71,6 +72,9 @@ class RunConfig(BaseModel):
     seed: int = Field(0, ge=0, lt=1 << 63)
     output: str = ""
     save_model: bool = True
+    downlink: str = "full"
+    keep_state: bool = True
+    resume: bool = False
 
     model: str = "minilm"
     data: str = "reuters-r8"
@@ -108,6 +112,13 @@ def read_config(raw: Mapping[str, Any]) -> RunConfig:
             raise ConfigError(f"methods: {name!r} is unknown{did_you_mean(name, METHODS)}")
     if not config.methods:
         raise ConfigError("methods is empty; name at least one, for example dare-task-arithmetic")
+    if config.downlink not in ("full", *FORMS):
+        raise ConfigError(
+            f"downlink {config.downlink!r} is unknown"
+            f"{did_you_mean(config.downlink, ('full', *FORMS))}"
+        )
+    if config.resume and not (config.output and config.keep_state):
+        raise ConfigError("resume needs output, the folder of the run, and keep-state = true")
     parse_drop_rate(config.drop_rate)
     find_values(config.values)
     find_values(config.dense_values)

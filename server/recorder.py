@@ -49,6 +49,18 @@ class Recorder:
             file.write(json.dumps(clean, allow_nan=False) + "\n")
         self._tensorboard(clean)
 
+    def rewind(self, method: str, last: int) -> None:
+        """Drop a method's rows after round ``last``: they are about to be made again."""
+        path = self.folder / "metrics.jsonl"
+        lines = path.read_text(encoding="utf-8").splitlines()
+        rows = [row for row in map(_parsed, lines) if row is not None]
+        good = [r for r in rows if r.get("method") != method or r.get("round", 0) <= last]
+        if len(good) == len(lines):
+            return
+        draft = path.with_name(path.name + ".part")
+        draft.write_text("".join(json.dumps(row) + "\n" for row in good), encoding="utf-8")
+        os.replace(draft, path)
+
     def close(self) -> None:
         for writer in self._writers.values():
             if writer is not None:
@@ -72,6 +84,14 @@ class Recorder:
         except ImportError:
             return None
         return SummaryWriter(str(self.folder / "tensorboard" / method))
+
+
+def _parsed(line: str) -> dict[str, Any] | None:
+    try:
+        row = json.loads(line)
+    except ValueError:  # cut off by a crash
+        return None
+    return row if isinstance(row, dict) else None
 
 
 def _finite(value: Any) -> Any:

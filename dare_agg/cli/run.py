@@ -28,6 +28,9 @@ def run(
         Path | None, typer.Option(help="CA certificate of that SuperLink.")
     ] = None,
     output: Annotated[Path | None, typer.Option("--output", "-o", help="Run folder.")] = None,
+    resume: Annotated[
+        Path | None, typer.Option(help="Run folder to go on with, with that run's own config.")
+    ] = None,
     json_: Annotated[bool, typer.Option("--json", help="Print one JSON object.")] = False,
 ) -> None:
     """Run the Flower app (simulation or deployment); exit with the run's true status."""
@@ -37,6 +40,12 @@ def run(
 
     folder = (output or Path("runs") / time.strftime("%Y%m%d-%H%M%S")).absolute()
     overrides = parse_overrides(config or [])
+    if federation:
+        # Over a real network the model travels once, then only small steps.
+        overrides.setdefault("downlink", "auto")
+    if resume is not None:
+        folder = resume.absolute()
+        overrides = {**resumed_config(folder), **overrides, "resume": True}
     status = execute(
         folder,
         overrides,
@@ -57,6 +66,26 @@ def run(
     else:
         stdout_console().print(summary_table(rows))
         stdout_console().print(f"Run folder: {folder}\nNext: dare-agg report {folder}")
+
+
+def resumed_config(folder: Path) -> dict[str, bool | int | float | str]:
+    """Return the config a run was started with, as its run.json keeps it."""
+    import json
+
+    from dare_agg.errors import StateError
+
+    try:
+        stored = json.loads((folder / "run.json").read_text(encoding="utf-8"))["config"]
+    except (OSError, ValueError, KeyError) as error:
+        raise StateError(
+            f"{folder} holds no run to resume ({type(error).__name__}: {error}); give the folder "
+            "that dare-agg run --output named"
+        ) from error
+    return {
+        key: ",".join(value) if isinstance(value, list) else value
+        for key, value in stored.items()
+        if key not in ("output", "resume")
+    }
 
 
 def parse_overrides(pairs: list[str]) -> dict[str, bool | int | float | str]:

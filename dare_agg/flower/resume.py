@@ -1,0 +1,105 @@
+"""Stopping and going on: what a strategy leaves on disk after a round, and how it takes it up.
+
+::
+
+    kept = StateFolder("runs/a/state")
+    resumed = resume(strategy, kept)                  # None where nothing was finished
+    strategy.start(grid, resumed.arrays, start_round=resumed.round + 1,
+                   step_state=resumed.step_state, ...)
+
+and in the round hook ``save(strategy, kept, outcome)``. A run that was killed at any moment
+and resumed ends with the same bits as one that was not, if its clients are deterministic.
+"""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+from flwr.app import ArrayRecord
+
+from dare_agg.errors import StateError
+from dare_agg.flower.strategy import DareStrategy, RoundOutcome
+from dare_agg.flower.transport import to_numpy, to_record
+from dare_agg.groups import GlobalModel, global_model
+from dare_agg.server_step import StepState
+from dare_agg.state import StateFolder, pack_round, part_of, unpack_step
+from dare_agg.versions import VersionDownlink
+
+LOG = logging.getLogger("flwr")
+
+
+@dataclass(frozen=True)
+class Resumed:
+    """Where a run stands: arrays and step state after ``round``, and the facts kept with it."""
+
+    round: int
+    arrays: ArrayRecord
+    step_state: StepState
+    version: str
+    facts: Mapping[str, Any]
+
+
+def keep_base(folder: StateFolder, arrays: ArrayRecord) -> None:
+    """Keep what the run starts from; call it before the first round."""
+    folder.save_base(to_numpy(arrays))
+
+
+def save(
+    strategy: DareStrategy,
+    folder: StateFolder,
+    outcome: RoundOutcome,
+    facts: Mapping[str, Any] | None = None,
+) -> None:
+    """Keep a finished round; raises `StateError` when it cannot be written."""
+    downlink = strategy.downlink
+    folder.save(
+        pack_round(
+            outcome.round,
+            outcome.model,
+            outcome.step_state,
+            {**(facts or {}), "secret": strategy.secret.hex(), "downlink": downlink.name},
+            downlink.state_arrays() if isinstance(downlink, VersionDownlink) else None,
+        )
+    )
+
+
+def resume(strategy: DareStrategy, folder: StateFolder) -> Resumed | None:
+    """Bring a new strategy to the last finished round; None where there is none.
+
+    Raises `StateError` where rounds were kept and none is whole, or where the strategy is
+    set to another downlink.
+    """
+    state, problems = folder.load()
+    for problem in problems:
+        LOG.warning("%s; going on from the round before", problem)
+    if state is None:
+        return None
+    downlink = strategy.downlink
+    if state.facts["downlink"] != downlink.name:
+        raise StateError(
+            f"the run was kept with downlink {state.facts['downlink']!r}, this strategy has "
+            f"{downlink.name!r}; resume with the settings the run was started with"
+        )
+    settings = strategy.settings
+    base = global_model(folder.load_base(), dense=settings.dense, exclude=settings.exclude)
+    model = _model(base, downlink, state)
+    if model.ref.version != state.facts["version"]:
+        raise StateError(
+            f"round {state.round} was kept as version {state.facts['version'][:12]} and reads as "
+            f"{model.ref.version[:12]}; resume with the settings the run was started with"
+        )
+    strategy.secret = bytes.fromhex(state.facts["secret"])
+    LOG.info("resuming after round %d, version %s", state.round, model.ref.version[:12])
+    return Resumed(
+        state.round, to_record(model.arrays()), unpack_step(state), model.ref.version, state.facts
+    )
+
+
+def _model(base: GlobalModel, downlink: object, state: Any) -> GlobalModel:
+    if isinstance(downlink, VersionDownlink):
+        return downlink.restore(base, part_of(state, "down"))
+    arrays = part_of(state, "model")
+    return base.placed(arrays["delta"], arrays["dense"])

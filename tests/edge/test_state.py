@@ -1,0 +1,98 @@
+"""State files: whole or not at all, the last good one kept, clear errors."""
+
+import errno
+import os
+
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from dare_agg.errors import StateError
+from dare_agg.state import RoundState, StateFolder, read_state, write_atomically, write_state
+
+
+def a_round(number: int) -> RoundState:
+    return RoundState(
+        number, {"note": "x"}, {"w": np.arange(50, dtype=np.float32) * number, "n": np.zeros(0)}
+    )
+
+
+def test_a_state_reads_back(tmp_path):
+    folder = StateFolder(tmp_path / "deep" / "state")
+    assert folder.load() == (None, [])
+    for number in (1, 2, 3):
+        folder.save(a_round(number))
+    assert folder.rounds() == [2, 3]
+    state, problems = folder.load()
+    assert (state.round, state.facts["note"], problems) == (3, "x", [])
+    assert state.arrays["w"].tobytes() == a_round(3).arrays["w"].tobytes()
+
+
+def test_the_base_is_kept_once_and_in_order(tmp_path):
+    folder = StateFolder(tmp_path)
+    folder.save_base({"z": np.ones(2, np.float32), "a": np.asarray(4)})
+    folder.save_base({"z": np.zeros(2, np.float32)})
+    base = folder.load_base()
+    assert list(base) == ["z", "a"] and base["z"].tolist() == [1, 1]
+
+
+@settings(max_examples=60, deadline=None)
+@given(data=st.data())
+def test_a_damaged_newest_state_costs_one_round(tmp_path_factory, data):
+    folder = StateFolder(tmp_path_factory.mktemp("state"))
+    for number in (1, 2):
+        folder.save(a_round(number))
+    path = folder.path / "round-00000002.state"
+    whole = bytearray(path.read_bytes())
+    if data.draw(st.booleans()):
+        whole = whole[: data.draw(st.integers(0, len(whole) - 1))]
+    else:
+        whole[data.draw(st.integers(0, len(whole) - 1))] ^= data.draw(st.integers(1, 255))
+    path.write_bytes(whole)
+    state, problems = folder.load()
+    assert state.round == 1 and len(problems) == 1
+
+
+def test_no_whole_state_is_an_error_with_the_path(tmp_path):
+    folder = StateFolder(tmp_path)
+    folder.save(a_round(1))
+    (tmp_path / "round-00000001.state").write_bytes(b"DAREST1\n")
+    with pytest.raises(StateError, match="none of the 1 round states"):
+        folder.load()
+
+
+@pytest.mark.parametrize("code", [errno.ENOSPC, errno.EROFS, errno.EIO])
+def test_a_failed_write_keeps_what_was_there(tmp_path, monkeypatch, code):
+    path = tmp_path / "x.state"
+    write_state(path, {"w": np.ones(3)}, {"n": 1})
+
+    def fail(handle):
+        raise OSError(code, os.strerror(code))
+
+    monkeypatch.setattr(os, "fsync", fail)
+    with pytest.raises(StateError, match="last good state is kept"):
+        write_state(path, {"w": np.zeros(3)}, {"n": 2})
+    monkeypatch.undo()
+    assert read_state(path)[1] == {"n": 1}
+    assert os.listdir(tmp_path) == ["x.state"]
+
+
+def test_a_full_disk(tmp_path):
+    if not os.path.exists("/dev/full"):
+        pytest.skip("no /dev/full here")
+    (tmp_path / f".s.{os.getpid()}.part").symlink_to("/dev/full")
+    with pytest.raises(StateError, match="No space left"):
+        write_atomically(tmp_path / "s", (b"x" * 100_000,))
+    assert os.listdir(tmp_path) == []
+
+
+def test_a_folder_that_cannot_be_written(tmp_path):
+    (tmp_path / "file").write_text("")
+    with pytest.raises(StateError, match="fix the permissions"):
+        StateFolder(tmp_path / "file" / "state").save(a_round(1))
+
+
+def test_states_are_private(tmp_path):
+    write_state(tmp_path / "s", {}, {})
+    assert (tmp_path / "s").stat().st_mode & 0o777 == 0o600

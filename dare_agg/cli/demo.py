@@ -156,8 +156,13 @@ def follow(folder: Path, command: tuple[str, ...], rounds: int) -> None:
         }
         progress.start_task(bars[METHODS[0]])
         progress.update(bars[METHODS[0]], state="starting Flower")
+        # Ray starts its workers with the lowest priority; here they are all there is to do.
         process = subprocess.Popen(
-            command, stdout=file, stderr=subprocess.STDOUT, start_new_session=True
+            command,
+            stdout=file,
+            stderr=subprocess.STDOUT,
+            start_new_session=True,
+            env={**os.environ, "RAY_worker_niceness": "0"},
         )
         seen = -1
         try:

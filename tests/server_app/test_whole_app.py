@@ -1,0 +1,161 @@
+"""The real ServerApp and ClientApp on a tiny model, over an in-memory grid."""
+
+import importlib.util
+import json
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+from flwr.app import Context, RecordDict
+from flwr.supercore.task_identity import TaskIdentity
+from safetensors.numpy import load_file
+
+from client.app import app as client_app
+from dare_agg.errors import ConfigError, RunError
+from server.app import main as run_server
+from server.config import RunConfig
+
+HERE = Path(__file__).resolve().parent
+
+
+def _load(path, name):
+    spec = importlib.util.spec_from_file_location(name, path)
+    module = importlib.util.module_from_spec(spec)
+    sys.modules[name] = module
+    spec.loader.exec_module(module)
+    return module
+
+
+GRID = _load(HERE.parent / "flower" / "conftest.py", "flower_grid").MemoryGrid
+FILES = _load(HERE.parent / "client_app" / "conftest.py", "client_files")
+tiny_model, review_files = FILES.tiny_model, FILES.review_files
+
+
+@pytest.fixture(autouse=True)
+def task_identity():
+    TaskIdentity.task_id = TaskIdentity.run_id = TaskIdentity.node_id = 1
+
+
+@pytest.fixture
+def run(tiny_model, review_files, tmp_path):
+    def go(clients=3, node_config=None, **changes):
+        raw = RunConfig().model_dump(by_alias=True) | {
+            "model": str(tiny_model),
+            "data": str(review_files["csv"]),
+            "text-column": "review",
+            "label-column": "tone",
+            "output": str(tmp_path / "run"),
+            "num-rounds": 3,
+            "partition": "iid",
+            "min-clients": clients,
+            "length": 12,
+            "steps": 10,
+            "learning-rate": 1e-3,
+            "head-learning-rate": 1e-2,
+            "drop-rate": "0.5",
+        }
+        raw |= {key.replace("_", "-"): value for key, value in changes.items()}
+        raw = {k: ",".join(v) if isinstance(v, tuple) else v for k, v in raw.items()}
+        grid = GRID(client_app, clients, run_config=raw, node_config=node_config)
+        context = Context(1, 1, {}, RecordDict(), raw)
+        run_server(grid, context)
+        folder = tmp_path / "run"
+        rows = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
+        return folder, rows, json.loads((folder / "run.json").read_text())
+
+    return go
+
+
+def last(rows, method):
+    return [row for row in rows if row["method"] == method][-1]
+
+
+@pytest.mark.slow
+def test_methods_run_one_after_another_on_the_same_start(run):
+    folder, rows, status = run(
+        methods="fedavg,dare-task-arithmetic,dare-ties,head-only", num_rounds=4
+    )
+    assert status["status"] == "completed" and status["labels"] == ["negative", "positive"]
+    dense, dare = last(rows, "fedavg"), last(rows, "dare-task-arithmetic")
+    assert dense["accuracy"] > 0.8
+    assert dare["accuracy"] > 0.8
+    assert dense["update_bytes_per_client"] > 40 * dare["update_bytes_per_client"]
+    assert len(rows) == 16
+    assert all(row["accepted"] == 3 and row["rejected"] == [] for row in rows)
+    saved = load_file(folder / "model-dare-ties" / "model.safetensors")
+    assert "embeddings.word_embeddings.weight" in saved
+    card = (folder / "model-dare-ties" / "README.md").read_text()
+    assert status["fingerprints"]["dare-ties"] in card and "base_fingerprint" in card
+    assert list((folder / "tensorboard" / "fedavg").iterdir())
+
+
+@pytest.mark.slow
+def test_same_seed_same_final_fingerprint(run):
+    prints = [run(num_rounds=2, save_model=False)[2]["fingerprints"] for _ in range(2)]
+    assert prints[0] == prints[1]
+    assert run(num_rounds=2, seed=1, save_model=False)[2]["fingerprints"] != prints[0]
+
+
+@pytest.mark.slow
+def test_exported_encoder_loads_with_transformers(run):
+    from transformers import AutoModel
+
+    folder, _, _ = run(num_rounds=1)
+    exported = folder / "model-dare-task-arithmetic"
+    model = AutoModel.from_pretrained(exported)
+    saved = load_file(exported / "model.safetensors")
+    name = "embeddings.word_embeddings.weight"
+    assert np.array_equal(dict(model.named_parameters())[name].detach().numpy(), saved[name])
+
+
+def test_lora_sends_adapters_only(run):
+    folder, rows, _ = run(train="lora", num_rounds=2, methods="fedavg")
+    assert rows[-1]["update_bytes_per_client"] < 20_000
+    assert not (folder / "model-fedavg" / "model.safetensors").exists()
+
+
+def test_clients_of_different_tasks_share_one_encoder(run, tmp_path):
+    """Heads stay local, so two nodes may have other labels than the rest."""
+    rows = FILES.review_rows()
+    other = tmp_path / "authors.jsonl"
+    other.write_text(
+        "\n".join(json.dumps({"review": r["review"], "tone": r["author"]}) for r in rows)
+    )
+
+    def node(partition):
+        own = {"data-path": str(other)} if partition == 2 else {}
+        return {"partition-id": partition, "num-partitions": 3, **own}
+
+    _, rows, status = run(node_config=node, exclude=r"^head\.", dense="", num_rounds=2)
+    assert status["status"] == "completed"
+    assert rows[-1]["accepted"] == 3 and rows[-1]["dense_bytes_per_client"] == 0
+
+
+@pytest.mark.slow
+def test_each_node_may_bring_its_own_file(run, review_files):
+    def node(partition):
+        kind = ("csv", "jsonl", "parquet")[partition]
+        return {"partition-id": partition, "data-path": str(review_files[kind])}
+
+    _, rows, _ = run(node_config=node, num_rounds=1, data="nothing here")
+    assert rows[-1]["clients"] == 3
+
+
+@pytest.mark.slow
+def test_partition_by_a_column(run):
+    _, rows, _ = run(partition="column", partition_by="author", num_rounds=1)
+    assert rows[-1]["accepted"] == 3
+
+
+def test_a_typo_fails_before_any_node_is_asked(run, tmp_path):
+    with pytest.raises(ConfigError, match="did you mean 'num-rounds'"):
+        run(num_round=3)
+    assert not (tmp_path / "run").exists()
+
+
+def test_a_run_in_which_nobody_can_train_fails_loudly(run, tmp_path):
+    with pytest.raises(RunError, match="no column 'text'"):
+        run(text_column="text")
+    status = json.loads((tmp_path / "run" / "run.json").read_text())
+    assert status["status"] == "failed" and "no column" in status["error"]

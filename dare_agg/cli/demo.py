@@ -207,12 +207,13 @@ def show_progress(progress: Any, bars: Mapping[str, Any], metrics: Path, rounds:
 
 def stop(process: subprocess.Popen[bytes]) -> None:
     """End a run that this process started: politely, then not."""
-    for number in (signal.SIGINT, signal.SIGTERM, signal.SIGKILL):
+    # The first signal lets the run stop Flower and Ray, which takes a while.
+    for number, patience in ((signal.SIGINT, 90), (signal.SIGKILL, 15)):
         if process.poll() is not None:
             return
         try:
             os.killpg(process.pid, number)
-            process.wait(timeout=15)
+            process.wait(timeout=patience)
         except subprocess.TimeoutExpired:
             continue
         except ProcessLookupError:

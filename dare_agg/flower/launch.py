@@ -100,7 +100,28 @@ def simulation_superlink(home: Path) -> Iterator[str]:
         yield f"127.0.0.1:{port}"
     finally:
         stop_group(process)
+        _end_leftovers(home)
         log.close()
+
+
+def _end_leftovers(home: Path) -> None:
+    """End what a stopped simulation left behind, known by its FLWR_HOME (Linux only).
+
+    The simulation and Ray's actors lead sessions of their own and outlive the SuperLink.
+    """
+    mark = f"FLWR_HOME={home}\0".encode()
+    for number in (signal.SIGTERM, signal.SIGKILL):
+        left = 0
+        for entry in Path("/proc").glob("[0-9]*"):
+            if int(entry.name) == os.getpid():
+                continue
+            with contextlib.suppress(OSError):
+                if mark in (entry / "environ").read_bytes() + b"\0":
+                    os.kill(int(entry.name), number)
+                    left += 1
+        if not left:
+            return
+        time.sleep(2)
 
 
 def _wait_healthy(process: subprocess.Popen, port: int, log: Path) -> None:

@@ -1,0 +1,299 @@
+"""Four parties, four tasks, one encoder: secure sums beside plain merging.
+
+``python -m simulations.secure_tasks [--limit N]`` tunes each task once (kept in the cache),
+merges the encoders in one shot and over ten rounds, each party with its own local head, and
+appends to ``simulations/results/secure_tasks.jsonl``; rows that are there are skipped, so a
+run that was cut off goes on. ``--table`` prints the rows as Markdown.
+
+The secure rows go through the whole protocol, message by message. Beside each stands the
+plain merge of the same survivors in floating point, and the merge with masks of each
+party's own.
+"""
+
+from __future__ import annotations
+
+import argparse
+import sys
+import time
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from dare_agg.derive import Keystream, derive_key, seed_secret
+from dare_agg.layout import FloatVector, Layout, fingerprint
+from dare_agg.mask import Mask, parse_drop_rate
+from dare_agg.merge.engine import merge_deltas
+from dare_agg.merge.sources import array_source
+from dare_agg.secure import Identity, LocalSum, make_roster, secure_sum, secure_terms
+from dare_agg.sparsify import dare
+
+RESULTS = Path(__file__).parent / "results" / "secure_tasks.jsonl"
+TASKS = {
+    "Reuters R8": "reuters-r8",
+    "election author": "election",
+    "Rotten Tomatoes": "rotten-tomatoes",
+    "SMS spam": "sms",
+}
+COMMON = {"length": 16, "batch": 16, "learning_rate": 2e-4, "precision": "bfloat16"}
+TUNE_STEPS, ROUND_STEPS, ROUNDS = 40, 4, 10
+TRAIN_ROWS, TEST_ROWS = 1000, 300
+METHODS = {"task-arithmetic": 0.5, "ties": 1.0}
+CLIP, BITS = 0.02, 16
+
+
+def rows(seeds: Sequence[int]) -> list[dict[str, Any]]:
+    """The rows of the table: each names everything that decides its result."""
+    found: list[dict[str, Any]] = []
+    for seed in seeds:
+        for method in METHODS:
+            for rate in ("0", "0.5", "0.9"):
+                found.append({"kind": "one-shot", "method": method, "drop_rate": rate})
+                found[-1]["seed"] = seed
+        for method in METHODS:
+            for rate, masks in (("0", "plain"), ("0.9", "independent"), ("0.9", "secure")):
+                found.append(
+                    {"kind": "rounds", "method": method, "drop_rate": rate, "masks": masks}
+                )
+                found[-1]["seed"] = seed
+    return found
+
+
+def settings_of(name: str, steps: int) -> dict[str, Any]:
+    return {
+        "data": TASKS[name],
+        "train_rows": TRAIN_ROWS,
+        "test_rows": TEST_ROWS,
+        "steps": steps,
+        **COMMON,
+    }
+
+
+def seeded_random(seed: int) -> Callable[[int], bytes]:
+    """Reproducible bytes in place of the system's, so that a row can be made again."""
+    stream = Keystream(derive_key(seed_secret(seed), "secure tasks"))
+    at = 0
+
+    def read(count: int) -> bytes:
+        nonlocal at
+        at += count
+        return stream.read(at - count, count).tobytes()
+
+    return read
+
+
+def secure_merge(
+    deltas: Sequence[FloatVector], base: str, layout: Layout, row: dict[str, Any], number: int
+) -> LocalSum:
+    """Merge by the protocol; party i of the roster holds ``deltas[i]`` by key order."""
+    random = seeded_random(1000 * row["seed"] + number)
+    identities = [Identity(name, random(32)) for name in TASKS]
+    roster = make_roster("four tasks", [(i.name, i.public) for i in identities])
+    by_id = {roster.id_of(i.public): i for i in identities}
+    held = {roster.id_of(i.public): d for i, d in zip(identities, deltas, strict=True)}
+    terms = secure_terms(
+        run="secure-tasks",
+        round_number=number,
+        roster=roster.digest,
+        cohort=list(by_id),
+        base=base,
+        layout=layout.fingerprint,
+        size=layout.size,
+        drop_rate=parse_drop_rate(row["drop_rate"]),
+        aggregate="ties" if row["method"] == "ties" else "mean",
+        bits=BITS,
+        clip=CLIP,
+    )
+    return secure_sum(
+        terms, roster, by_id, lambda party, mask: mask.gather(held[party]), random=random
+    )
+
+
+def plain_merge(
+    layout: Layout, deltas: Sequence[FloatVector], method: str, scaling: float, keep: float
+) -> FloatVector:
+    """Merge in floating point, without trim; ``keep`` below 1 counts the expected entries."""
+    options: dict[str, Any] = {}
+    if method == "ties":
+        options = {"density": 1.0, "normalize": "expected" if keep < 1 else "agreeing"}
+    merged, _ = merge_deltas(
+        layout,
+        [array_source(delta) for delta in deltas],
+        method,
+        scaling=scaling,
+        options=options,
+        keep=[keep] * len(deltas),
+    )
+    return merged
+
+
+def secure_rule(method: str) -> str:
+    return "ties" if method == "ties" else "sum"
+
+
+def one_shot(row: dict[str, Any]) -> dict[str, Any]:
+    """Merge four tuned models; accuracy of each task with its own head."""
+    from simulations.single import body_layout, tuned_state
+
+    models = {name: tuned_state(settings_of(name, TUNE_STEPS)) for name in TASKS}
+    first = next(iter(models.values()))[1]
+    layout = body_layout(first)
+    start = layout.flatten(first)
+    deltas = [layout.flatten(tuned) - start for _, _, tuned in models.values()]
+    method, scaling = row["method"], METHODS[row["method"]]
+    rate = parse_drop_rate(row["drop_rate"])
+
+    def score(delta: FloatVector) -> dict[str, float]:
+        body = layout.unflatten(start + delta)
+        scores = {}
+        for name, (task, _, tuned) in models.items():
+            heads = {n: a for n, a in tuned.items() if n not in layout}
+            scores[name] = round(task.evaluate({**body, **heads})["accuracy"], 4)
+        return scores
+
+    began = time.process_time()
+    result = secure_merge(deltas, fingerprint(layout, start), layout, row, 0)
+    secure, measured = result.merged(secure_rule(method), scaling)
+    seconds = time.process_time() - began
+    shared = [dare(delta, result.mask) for delta in deltas]
+    same = plain_merge(layout, shared, method, scaling, 1.0)
+    accuracies = {"secure": score(secure), "plain, same mask": score(same)}
+    error = float(np.linalg.norm(secure - same) / np.linalg.norm(same))
+    if row["drop_rate"] != "0":
+        keys = [derive_key(seed_secret(row["seed"]), "mask", i) for i in range(len(deltas))]
+        own = [
+            dare(delta, Mask("stratified", layout.size, rate, key))
+            for delta, key in zip(deltas, keys, strict=True)
+        ]
+        accuracies["plain, own masks"] = score(plain_merge(layout, own, method, scaling, rate.keep))
+    if row["drop_rate"] == "0" and method == "task-arithmetic":
+        accuracies["tuned alone"] = {
+            name: score(delta)[name] for name, delta in zip(models, deltas, strict=True)
+        }
+        accuracies["base"] = score(np.zeros_like(start))
+    return {
+        "accuracies": accuracies,
+        "relative_error": error,
+        "lone_share": measured.lone_share,
+        "clipped_share": measured.clipped_share,
+        "secure_cpu_seconds": round(seconds, 1),
+    }
+
+
+def rounds(row: dict[str, Any]) -> dict[str, Any]:
+    """Train and merge over rounds: each party its own task and head, one common encoder."""
+    from simulations.federated import build
+    from simulations.single import body_layout
+
+    tasks = [build(settings_of(name, ROUND_STEPS), 0) for name in TASKS]
+    states = [task.initial_state() for task in tasks]
+    layout = body_layout(states[0])
+    body = layout.flatten(states[0])
+    heads = [{n: a for n, a in s.items() if n not in layout} for s in states]
+    method, scaling = row["method"], METHODS[row["method"]]
+    rate = parse_drop_rate(row["drop_rate"])
+    lone, curve = [], []
+    for number in range(1, ROUNDS + 1):
+        deltas = []
+        for party, task in enumerate(tasks):
+            state = {**layout.unflatten(body), **heads[party]}
+            tuned, _, _ = task.train(
+                state, np.arange(len(task.train_rows)), seed=(row["seed"], number, party)
+            )
+            heads[party] = {n: a for n, a in tuned.items() if n not in layout}
+            deltas.append(layout.flatten(tuned) - body)
+        if row["masks"] == "secure":
+            result = secure_merge(deltas, fingerprint(layout, body), layout, row, number)
+            step, measured = result.merged(secure_rule(method), scaling)
+            lone.append(measured.lone_share)
+        else:
+            if row["masks"] == "independent":
+                secret = seed_secret(row["seed"])
+                keys = [derive_key(secret, "mask", number, i) for i in range(len(deltas))]
+                deltas = [
+                    dare(delta, Mask("stratified", layout.size, rate, key))
+                    for delta, key in zip(deltas, keys, strict=True)
+                ]
+            step = plain_merge(layout, deltas, method, scaling, rate.keep)
+        body = body + step
+        if number in (5, ROUNDS):
+            accuracies = {
+                name: round(task.evaluate({**layout.unflatten(body), **head})["accuracy"], 4)
+                for name, task, head in zip(TASKS, tasks, heads, strict=True)
+            }
+            curve.append({"round": number, "accuracies": accuracies})
+    return {"curve": curve, "lone_share": lone[-1] if lone and lone[-1] is not None else None}
+
+
+def run(seeds: Sequence[int], limit: int) -> int:
+    from simulations.run import append_row, read_rows, versions
+
+    names = ("kind", "method", "drop_rate", "masks", "seed")
+    done = {tuple(r.get(n) for n in names) for r in read_rows(RESULTS)}
+    missing = [r for r in rows(seeds) if tuple(r.get(n) for n in names) not in done]
+    for row in missing[: limit or None]:
+        began = time.process_time()
+        measured = one_shot(row) if row["kind"] == "one-shot" else rounds(row)
+        append_row(
+            RESULTS,
+            {
+                **row,
+                **measured,
+                "cpu_seconds": round(time.process_time() - began, 1),
+                "settings": {**COMMON, "bits": BITS, "clip": CLIP, "rows": TRAIN_ROWS},
+                "versions": versions(),
+            },
+        )
+        print(f"{row['kind']} {row['method']} p={row['drop_rate']}", file=sys.stderr)
+    return 0
+
+
+def table() -> str:
+    """The results as two Markdown tables, seeds averaged."""
+    from simulations.run import read_rows
+
+    found = read_rows(RESULTS)
+    names = list(TASKS)
+    head = f"| merge | p | how | {' | '.join(names)} | mean |\n"
+    head += "|---|---|---|" + "---|" * (len(names) + 1) + "\n"
+
+    def line(method: str, rate: str, how: str, scores: Sequence[dict[str, float]]) -> str:
+        means = [float(np.mean([s[name] for s in scores])) for name in names]
+        cells = " | ".join(f"{m:.3f}" for m in [*means, float(np.mean(means))])
+        return f"| {method} | {rate} | {how} | {cells} |\n"
+
+    text = "One shot:\n\n" + head
+    groups: dict[tuple[str, str, str], list[dict[str, float]]] = {}
+    for row in found:
+        if row["kind"] == "one-shot":
+            for how, scores in row["accuracies"].items():
+                groups.setdefault((row["method"], row["drop_rate"], how), []).append(scores)
+    for key in sorted(groups, key=lambda k: (k[2] not in ("base", "tuned alone"), k)):
+        alone = key[2] in ("base", "tuned alone")
+        text += line("–" if alone else key[0], "–" if alone else key[1], key[2], groups[key])
+    text += f"\nAfter {ROUNDS} rounds:\n\n" + head
+    groups = {}
+    for row in found:
+        if row["kind"] == "rounds":
+            key = (row["method"], row["drop_rate"], row["masks"])
+            groups.setdefault(key, []).append(row["curve"][-1]["accuracies"])
+    for key in sorted(groups):
+        text += line(*key, groups[key])
+    return text
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--seeds", type=int, nargs="*", default=[0])
+    parser.add_argument("--limit", type=int, default=0, help="rows at most (0: all)")
+    parser.add_argument("--table", action="store_true", help="print the results, run nothing")
+    options = parser.parse_args()
+    if options.table:
+        print(table())
+        return 0
+    return run(options.seeds, options.limit)
+
+
+if __name__ == "__main__":
+    sys.exit(main())

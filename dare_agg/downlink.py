@@ -29,7 +29,8 @@ class Broadcast:
 class Downlink(Protocol):
     """The server's half. ``name`` tells clients which receiver to use."""
 
-    name: str
+    @property
+    def name(self) -> str: ...
 
     def start(self, model: GlobalModel) -> GlobalModel:
         """Take over the model a run starts or resumes with; returns what clients will hold."""

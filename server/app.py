@@ -16,6 +16,7 @@ from dare_agg.flower import DareStrategy, RoundOutcome
 from dare_agg.flower.exchange import exchange, online_nodes
 from dare_agg.flower.resume import keep_base, resume, save
 from dare_agg.flower.transport import to_numpy, to_record
+from dare_agg.identity import read_identities
 from dare_agg.server_step import server_step
 from dare_agg.state import StateFolder
 from dare_agg.versions import make_version_downlink
@@ -220,6 +221,7 @@ def make_strategy(config: RunConfig, name: str, record: Any) -> DareStrategy:
         node_timeout=config.node_timeout,
         min_replies=config.min_replies,
         round_hook=record,
+        identities=read_identities(config.identities) if config.identities else None,
         downlink=None if config.downlink == "full" else make_version_downlink(config.downlink),
         **words,
     )

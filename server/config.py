@@ -75,6 +75,7 @@ class RunConfig(BaseModel):
     downlink: str = "full"
     keep_state: bool = True
     resume: bool = False
+    identities: str = ""
 
     model: str = "minilm"
     data: str = "reuters-r8"

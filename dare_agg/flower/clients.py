@@ -49,12 +49,14 @@ class Clients:
     """The nodes met so far; those refused are asked no second time.
 
     ``facts`` and ``config`` go with the question who they are: the base of the run, and the
-    app's own config, from which a client may make the base itself.
+    app's own config, from which a client may make the base itself. With ``identities`` (name
+    → public key) only those clients take part.
     """
 
     downlink: str = "full"
     facts: Mapping[str, str | list[str]] = field(default_factory=dict)
     config: ConfigRecord | None = None
+    identities: Mapping[str, str] = field(default_factory=dict)
     hello_timeout: float = 600.0
     known: dict[int, Client] = field(default_factory=dict)
     refused: dict[int, str] = field(default_factory=dict)
@@ -131,7 +133,13 @@ class Clients:
         refusal = read_refusal(record)
         if refusal is not None:
             return f"{refusal[0]}: {refusal[1]}"
-        self.known[node] = Client(node, read_hello(record, node))
+        hello = read_hello(record, node)
+        if self.identities and hello.name not in self.identities:
+            return (
+                f"signature: client {hello.name!r} is not among the {len(self.identities)} known "
+                "identities; add its public key, or set client-name in its --node-config"
+            )
+        self.known[node] = Client(node, hello)
         return None
 
 

@@ -34,11 +34,13 @@ from dare_agg.flower.records import (
     REPLY_KEY,
     UPDATE_KEY,
     down_payloads,
+    metrics_of,
     one_line,
     read_config,
 )
 from dare_agg.flower.transport import pack, to_numpy, to_record
 from dare_agg.groups import Arrays, split_tensors
+from dare_agg.identity import load_identity, reply_digest
 from dare_agg.layout import compile_patterns, matches
 from dare_agg.plan import RoundPlan, check_same_code, package_fingerprint, plan_from_record
 from dare_agg.rounds import ClientUpdate, make_client_update
@@ -72,7 +74,13 @@ def _version_receiver(context: Context, order: ConfigRecord) -> Receiver:
         if isinstance(value := order.get(key), list)
     }
     folder = Path(str(node["cache"])) if "cache" in node else cache_folder()
-    return VersionReceiver(folder, str(name), str(order.get("base-version", "")), **patterns)
+    return VersionReceiver(
+        folder,
+        str(name),
+        str(order.get("base-version", "")),
+        dense=patterns.get("dense", ()),
+        exclude=patterns.get("exclude", ()),
+    )
 
 
 # Downlink name → receiver for this client.
@@ -227,7 +235,12 @@ def _content_for_server(
     records[UPDATE_KEY] = pack(update.blob)
     if update.dense_blob is not None:
         records[DENSE_KEY] = pack(update.dense_blob)
-    records[REPLY_KEY] = _receipt(plan, update, _receiver(order, context).have())
+    receipt = _receipt(plan, update, _receiver(order, context).have())
+    identity = context.node_config.get("identity")
+    if identity is not None:
+        digest = reply_digest(plan.digest(), update.blob, update.dense_blob, metrics_of(content))
+        receipt["signature"] = load_identity(str(identity)).sign(digest)
+    records[REPLY_KEY] = receipt
     return RecordDict(records)  # type: ignore[arg-type]
 
 

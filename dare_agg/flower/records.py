@@ -99,6 +99,14 @@ def read_config(content: RecordDict, key: str) -> ConfigRecord | None:
     return record if isinstance(record, ConfigRecord) else None
 
 
+def metrics_of(content: RecordDict) -> dict[str, object]:
+    """Return all numbers of a message's MetricRecords as plain values, to be signed."""
+    return {
+        key: dict(record.items())
+        for key, record in content.metric_records.items()
+    }
+
+
 def down_payloads(content: RecordDict) -> dict[str, bytes]:
     """Return the downlink's payloads by name."""
     return {

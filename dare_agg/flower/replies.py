@@ -19,12 +19,14 @@ from dare_agg.flower.records import (
     DENSE_KEY,
     REPLY_KEY,
     UPDATE_KEY,
+    metrics_of,
     one_line,
     read_config,
     read_payload,
     read_refusal,
 )
 from dare_agg.flower.transport import message_bytes
+from dare_agg.identity import check_signature, reply_digest
 from dare_agg.plan import RoundPlan, check_same_code
 from dare_agg.rounds import Accepted, Rejection, check_reply
 from dare_agg.update import UpdateSpec
@@ -64,6 +66,7 @@ class Inbox:
     replies: dict[int, TrainReply] = field(default_factory=dict)
     rejections: dict[int, Rejection] = field(default_factory=dict)
     strangers: list[Rejection] = field(default_factory=list)
+    signers: Mapping[int, tuple[str, str]] = field(default_factory=dict)
     duplicates: int = 0
 
     def take(self, node: int, message: Message) -> None:
@@ -78,7 +81,8 @@ class Inbox:
                 message.metadata.src_node_id, f"it answered the message for node {node}"
             )
             return
-        judged = judge(plan, node, message, self.weighted_by_key, self.weighting)
+        signer = self.signers.get(node)
+        judged = judge(plan, node, message, self.weighted_by_key, self.weighting, signer)
         earlier = self.replies.get(node)
         if earlier is not None or node in self.rejections:
             self._take_again(plan, node, earlier, judged)
@@ -136,9 +140,17 @@ class Inbox:
 
 
 def judge(
-    plan: RoundPlan, node: int, message: Message, weighted_by_key: str, weighting: str
+    plan: RoundPlan,
+    node: int,
+    message: Message,
+    weighted_by_key: str,
+    weighting: str,
+    signer: tuple[str, str] | None = None,
 ) -> TrainReply | Rejection:
-    """Check one reply against its plan, from the cheapest test to the decoder."""
+    """Check one reply against its plan, from the cheapest test to the decoder.
+
+    ``signer`` is the name and public key of the client that must have signed it.
+    """
     if message.has_error():
         return Rejection(plan.client, *_flower_error(message))
     content = message.content
@@ -167,6 +179,10 @@ def judge(
         dense_spec = plan.dense_spec()
         dense_limit = _limit(dense_spec) if dense_spec else 0
         dense_blob = read_payload(content, DENSE_KEY, dense_limit)
+        if signer is not None:
+            name, public = signer
+            signed = reply_digest(plan.digest(), blob, dense_blob, metrics_of(content))
+            check_signature(public, signed, receipt.get("signature"), name)
         metrics, weight = _metrics_and_weight(content, weighted_by_key, weighting)
     except DareError as error:
         return Rejection(plan.client, error.reason, one_line(error))

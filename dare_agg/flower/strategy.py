@@ -34,6 +34,7 @@ from dare_agg.flower.records import (
 from dare_agg.flower.replies import Inbox, MetricsFn, TrainReply, weighted_metrics
 from dare_agg.flower.transport import message_bytes, pack, to_numpy, to_record
 from dare_agg.groups import GlobalModel, global_model
+from dare_agg.identity import check_identities
 from dare_agg.mask import DropRate
 from dare_agg.plan import ClientTerms, RoundPlan, make_plans, package_fingerprint
 from dare_agg.rounds import FederatedSettings, Rejection, advance, check_weight, merge_round
@@ -97,6 +98,7 @@ class DareStrategy(Strategy):
     min_replies : fewest accepted updates a round needs; below, the run fails.
     max_empty_rounds : how many rounds in a row may miss ``min_replies`` before it fails.
     client_terms : gives a client (by its `Hello`) its own drop rate and value format.
+    identities : public keys (hex) of the clients by name; their replies must be signed.
     downlink : how the model reaches the clients; the full arrays unless given.
     round_hook : called with each `RoundOutcome`; returning True ends the run early.
     """
@@ -134,6 +136,7 @@ class DareStrategy(Strategy):
         min_replies: int = 1,
         max_empty_rounds: int = 0,
         client_terms: Callable[[Hello], ClientTerms | None] | None = None,
+        identities: Mapping[str, str] | None = None,
         downlink: Downlink | None = None,
         round_hook: Callable[[RoundOutcome], bool | None] | None = None,
     ) -> None:
@@ -172,7 +175,8 @@ class DareStrategy(Strategy):
         self.round_hook = round_hook
         self.secret = _run_secret(seed)
         self.outcome: RoundOutcome | None = None
-        self._clients = Clients(self.downlink.name)
+        self.identities = check_identities(identities) if identities is not None else {}
+        self._clients = Clients(self.downlink.name, identities=self.identities)
         self._have: dict[int, str] = {}
         self._packed: dict[str, tuple[bytes, ArrayRecord]] = {}
         self._model: GlobalModel | None = None
@@ -313,7 +317,7 @@ class DareStrategy(Strategy):
             return False
         receipt = read_config(reply.content, REPLY_KEY)
         refusal = read_refusal(receipt) if receipt is not None else None
-        if refusal is None or refusal[0] != "base":
+        if receipt is None or refusal is None or refusal[0] != "base":
             return False
         have = read_have(receipt)
         # Named again, it cannot be what the client lacks.
@@ -344,7 +348,12 @@ class DareStrategy(Strategy):
             run=self.run,
         )
         by_node = {client.node: plan for client, plan in zip(chosen, plans, strict=True)}
-        inbox = Inbox(by_node, self.weighted_by_key, self.settings.weighting)
+        signers = {
+            client.node: (client.hello.name, self.identities[client.hello.name])
+            for client in chosen
+            if self.identities
+        }
+        inbox = Inbox(by_node, self.weighted_by_key, self.settings.weighting, signers=signers)
         opened = _OpenRound(server_round, chosen, by_node, inbox)
         self._open = opened
         config["server-round"] = server_round

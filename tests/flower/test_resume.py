@@ -6,7 +6,6 @@ import random
 import signal
 import time
 
-import numpy as np
 import pytest
 
 from dare_agg.errors import StateError
@@ -100,7 +99,6 @@ def test_kill_9_at_50_random_moments(memory_grid, toys, cache, tmp_path):
         pid = os.fork()
         if pid == 0:
             try:
-                np.random.seed(0)
                 version = one_run(memory_grid(toys.app(), 3), toys, folder)
                 result.with_suffix(".part").write_text(json.dumps(version))
                 result.with_suffix(".part").rename(result)

@@ -1,0 +1,132 @@
+"""Who sent an update: Ed25519 signatures over what was sent, checked against known keys.
+
+Flower's node authentication signs a timestamp, not the content. A client with an identity
+signs the digest of its reply; the digest covers the round plan (run, round, client, keys),
+so a signature fits no other round, run, client or payload.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import re
+from collections.abc import Mapping
+from pathlib import Path
+
+from cryptography.exceptions import InvalidSignature
+from cryptography.hazmat.primitives import serialization
+from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey, Ed25519PublicKey
+
+from dare_agg.errors import ConfigError, StateError, UpdateError
+
+_KEY = re.compile(r"[0-9a-f]{64}")
+
+
+def reply_digest(
+    plan_digest: bytes, blob: bytes, dense_blob: bytes | None, metrics: Mapping[str, object]
+) -> bytes:
+    """SHA-256 over everything of a reply that decides the merged model, canonically.
+
+    ``metrics`` are the numbers sent along (the weight among them), as plain values.
+    """
+    digest = hashlib.sha256(b"dare-agg reply 1\0" + plan_digest)
+    for part in (blob, dense_blob or b""):
+        digest.update(hashlib.sha256(part).digest())
+    text = json.dumps(metrics, sort_keys=True, separators=(",", ":"), ensure_ascii=True)
+    digest.update(hashlib.sha256(text.encode()).digest())
+    return digest.digest()
+
+
+def make_identity(path: Path) -> str:
+    """Write a new private key (PEM, mode 0600) and return the public key as hex.
+
+    Refuses to overwrite: raises `ConfigError`.
+    """
+    key = Ed25519PrivateKey.generate()
+    pem = key.private_bytes(
+        serialization.Encoding.PEM,
+        serialization.PrivateFormat.PKCS8,
+        serialization.NoEncryption(),
+    )
+    write_private(path, pem)
+    return public_hex(key)
+
+
+def write_private(path: Path, data: bytes, mode: int = 0o600) -> None:
+    """Create a file that only its owner reads; never overwrites one."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    try:
+        handle = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL, mode)
+    except FileExistsError as error:
+        raise ConfigError(
+            f"{path} exists; keys are never overwritten: move it away or choose another folder"
+        ) from error
+    with os.fdopen(handle, "wb") as file:
+        file.write(data)
+        file.flush()
+        os.fsync(file.fileno())
+
+
+def load_identity(path: Path | str) -> Ed25519PrivateKey:
+    """Read a private key; refuses one that others may read (`ConfigError`)."""
+    path = Path(path)
+    try:
+        mode = path.stat().st_mode & 0o777
+        data = path.read_bytes()
+    except OSError as error:
+        raise StateError(f"identity {path} cannot be read: {error.strerror or error}") from error
+    if mode & 0o077:
+        raise ConfigError(f"identity {path} has mode {mode:o}; others may read it: chmod 600 it")
+    try:
+        key = serialization.load_pem_private_key(data, None)
+    except (ValueError, TypeError) as error:
+        raise ConfigError(f"identity {path} is no PEM private key: {error}") from error
+    if not isinstance(key, Ed25519PrivateKey):
+        raise ConfigError(f"identity {path} is a {type(key).__name__}; Ed25519 is needed")
+    return key
+
+
+def public_hex(key: Ed25519PrivateKey) -> str:
+    """The public key of an identity, 64 hex digits."""
+    raw = key.public_key().public_bytes(serialization.Encoding.Raw, serialization.PublicFormat.Raw)
+    return raw.hex()
+
+
+def check_signature(public: str, digest: bytes, signature: object, name: str) -> None:
+    """Raise `UpdateError` (reason "signature") unless ``name`` signed the digest."""
+    if not isinstance(signature, bytes) or len(signature) != 64:
+        raise UpdateError(
+            f"client {name!r} sent no signature; start its SuperNode with identity=KEY in "
+            "--node-config",
+            reason="signature",
+        )
+    try:
+        Ed25519PublicKey.from_public_bytes(bytes.fromhex(public)).verify(signature, digest)
+    except (InvalidSignature, ValueError) as error:
+        raise UpdateError(
+            f"the signature does not fit client {name!r}; the update was altered or comes from "
+            "someone else",
+            reason="signature",
+        ) from error
+
+
+def read_identities(path: Path | str) -> dict[str, str]:
+    """Read the known clients, a JSON object of name → public key (64 hex digits)."""
+    try:
+        known = json.loads(Path(path).read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise ConfigError(f"identities {path} cannot be read: {error}") from error
+    return check_identities(known)
+
+
+def check_identities(known: object) -> dict[str, str]:
+    """Check a mapping of names to public keys; raises `ConfigError` naming what is wrong."""
+    if not isinstance(known, Mapping) or not known:
+        raise ConfigError("identities must map at least one client name to a public key")
+    for name, public in known.items():
+        if not isinstance(name, str) or not isinstance(public, str) or not _KEY.fullmatch(public):
+            raise ConfigError(f"identity of client {name!r:.80} is not 64 hex digits")
+    if len(set(known.values())) != len(known):
+        raise ConfigError("two clients have one public key; every client needs its own")
+    return dict(known)

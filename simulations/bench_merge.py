@@ -103,7 +103,8 @@ def timed(words: list[str], environment: dict[str, str]) -> tuple[float, float, 
 def one_thread() -> dict[str, str]:
     names = ("OMP_NUM_THREADS", "OPENBLAS_NUM_THREADS", "MKL_NUM_THREADS")
     offline = {"HF_HUB_OFFLINE": "1", "TOKENIZERS_PARALLELISM": "false"}
-    return {**os.environ, **dict.fromkeys(names, "1"), **offline}
+    kept = {k: v for k, v in os.environ.items() if k != "PYTHONDONTWRITEBYTECODE"}
+    return {**kept, **dict.fromkeys(names, "1"), **offline}
 
 
 def run_mergekit(

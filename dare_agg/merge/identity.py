@@ -10,13 +10,13 @@ import numpy as np
 
 from dare_agg.merge.sources import DeltaSource
 
-_BLOCKS = 256
-_BLOCK = 256
+_BLOCKS = 32
+_BLOCK = 2048
 _TILE = 1 << 16
 
 
 def sketch(source: DeltaSource) -> bytes:
-    """SHA-256 over 256 evenly spaced blocks of 256 elements: a cheap name of a delta."""
+    """SHA-256 over 32 evenly spaced blocks of 2,048 elements: a cheap name of a delta."""
     digest = hashlib.sha256(b"dare-agg sketch 1\0" + source.size.to_bytes(8, "little"))
     width = min(_BLOCK, source.size)
     starts = {(source.size - width) * i // (_BLOCKS - 1) for i in range(_BLOCKS)}
@@ -29,9 +29,11 @@ def sketch(source: DeltaSource) -> bytes:
     return digest.digest()
 
 
-def content_order(sources: Sequence[DeltaSource], ranks: Sequence[tuple]) -> list[int]:
-    """Return the order by sketch, then (should sketches agree) by all elements, then ``ranks``."""
-    names = [sketch(source) for source in sources]
+def content_order(
+    sources: Sequence[DeltaSource], names: Sequence[bytes], ranks: Sequence[tuple]
+) -> list[int]:
+    """Return the order by sketch (``names``), then (should sketches agree) by all elements,
+    then by ``ranks``."""
 
     def compare(i: int, j: int) -> int:
         if names[i] != names[j]:

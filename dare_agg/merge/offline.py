@@ -57,9 +57,9 @@ from dare_agg.merge.thresholds import kth_smallest
 
 TILE = 1 << 16
 # Listing survivors has a cost for each tile, so sparse merges take larger ones.
-SPARSE_TILE = 1 << 19
+SPARSE_TILE = 1 << 18
 # Elements looked at for the range check, in runs of neighbours.
-_CHECKED, _RUN = 1 << 18, 256
+_CHECKED, _RUN = 1 << 16, 256
 
 
 @dataclass(frozen=True)
@@ -119,8 +119,10 @@ def merge_offline(
                 checkpoint.check_finite(layout)
         warnings = range_warnings(opened, recipe)
         ordered = sparsified(opened, recipe, layout)
+        names = [sketch(m.source) for m in ordered]
         order = content_order(
             [m.source for m in ordered],
+            names,
             [(m.given.weight or 0.0, m.given.seed or 0, m.number) for m in ordered],
         )
         ordered = [ordered[i] for i in order]
@@ -140,6 +142,8 @@ def merge_offline(
 
         def work(lo: int, hi: int, scratch: Scratch) -> None:
             merged = scratch.get("merged", hi - lo)
+            # Read first: the survivors' base values are then picked from this tile.
+            cached.tile(lo, hi)
             kernel(lo, hi, merged, scratch)
             merged += cached.tile(lo, hi)
             for entry, first, last in layout.pieces(lo, hi):
@@ -151,7 +155,7 @@ def merge_offline(
         run_tiles(task, work, threads)
         for name in (*layout.excluded, *layout.buffers):
             writer.write_raw(name, 0, base.raw(name))
-        models = tuple(_described(m, recipe) for m in ordered)
+        models = tuple(_described(m, names[i]) for m, i in zip(ordered, order, strict=True))
         carried: tuple[str, ...] = ()
         if not writer.single:
             if base.folder is not None:
@@ -381,7 +385,7 @@ def _statistics(path: Path) -> Mapping[str, NDArray[Any]]:
 
 
 def range_warnings(opened: list[_Opened], recipe: Recipe) -> list[str]:
-    """The paper's check of the deltas' range, on an even sample of 2^18 elements.
+    """The paper's check of the deltas' range, on an even sample of 2^16 elements.
 
     Raises `NonFiniteError` where the sample is not finite (updates, adapters).
     """
@@ -411,13 +415,13 @@ def range_warnings(opened: list[_Opened], recipe: Recipe) -> list[str]:
     return list(found.warnings)
 
 
-def _described(model: _Opened, recipe: Recipe) -> dict[str, Any]:
+def _described(model: _Opened, name: bytes) -> dict[str, Any]:
     described: dict[str, Any] = {"path": str(model.given.path), "kind": model.kind}
     if model.given.weight is not None:
         described["weight"] = model.given.weight
     if model.given.seed is not None:
         described["seed"] = model.given.seed
-    described["content"] = sketch(model.source).hex()[:16]
+    described["content"] = name.hex()[:16]
     return described
 
 

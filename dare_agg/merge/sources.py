@@ -106,6 +106,9 @@ class CachedSource:
         out[:] = self.tile(lo, hi)
 
     def take(self, positions: Positions) -> FloatVector:
+        known = getattr(self._tiles, "range", None)
+        if known and positions.size and known[0] <= positions[0] and positions[-1] < known[1]:
+            return self._tiles.buffer.take(positions - known[0])
         return take(self.source, positions)
 
 
@@ -137,6 +140,7 @@ class MaskedSource:
     source: DeltaSource
     mask: Mask
     rescale: bool = True
+    _ends: dict[int, int] = field(default_factory=dict, init=False, repr=False, compare=False)
 
     @property
     def size(self) -> int:
@@ -149,7 +153,12 @@ class MaskedSource:
     def sparse(self, lo: int, hi: int) -> Iterator[tuple[Positions, FloatVector]]:
         if hi <= lo:
             return
-        first, last = self.mask.ordinal(lo), self.mask.ordinal(hi)
+        # A tile begins where another ended: its count of survivors is known.
+        first = self._ends.pop(lo, None)
+        first = self.mask.ordinal(lo) if first is None else first
+        last = self._ends[hi] = self.mask.ordinal(hi)
+        if len(self._ends) > 64:
+            self._ends.clear()
         for positions, scale in self.mask.blocks(first, last):
             values = take(self.source, positions)
             if self.rescale:

@@ -1,0 +1,1 @@
+"""A federation whose clients learn known deltas."""

@@ -1,0 +1,26 @@
+"""The client: adds a delta that depends on round and name alone."""
+
+import time
+
+import numpy as np
+from flwr.app import Array, ArrayRecord, Context, Message, MetricRecord, RecordDict
+from flwr.clientapp import ClientApp
+
+from dare_agg.flower import dare_mod
+
+app = ClientApp(mods=[dare_mod])
+
+
+@app.train()
+def train(msg: Message, context: Context) -> Message:
+    number = int(msg.content["config"]["server-round"])
+    time.sleep(float(context.run_config["pause"]))
+    key = [number, *str(context.node_config["client-name"]).encode()]
+    rng = np.random.default_rng(key)
+    tuned = {}
+    for name, array in msg.content["arrays"].items():
+        start = array.numpy()
+        tuned[name] = Array(start + rng.normal(0.002, 0.004, start.shape).astype(np.float32))
+    metrics = MetricRecord({"num-examples": 10})
+    content = RecordDict({"arrays": ArrayRecord(tuned), "metrics": metrics})
+    return Message(content, reply_to=msg)

@@ -1,0 +1,100 @@
+"""The server: DARE with the version downlink, or plain FedAvg; keeps its state, can resume."""
+
+import json
+import time
+from pathlib import Path
+
+import numpy as np
+from flwr.app import ArrayRecord, Context
+from flwr.serverapp import Grid, ServerApp
+from flwr.serverapp.strategy import FedAvg
+
+from dare_agg.flower import DareStrategy
+from dare_agg.flower.resume import keep_base, resume, save
+from dare_agg.flower.transport import to_record
+from dare_agg.identity import read_identities
+from dare_agg.state import StateFolder
+from dare_agg.versions import make_version_downlink
+
+app = ServerApp()
+
+
+@app.main()
+def main(grid: Grid, context: Context) -> None:
+    config = context.run_config
+    output = Path(str(config["output"]))
+    size = int(config["size"])
+    base = {
+        "body": np.random.default_rng(0).normal(size=size).astype(np.float32),
+        "head.w": np.zeros((8, 10), np.float32),
+    }
+    initial = to_record(base)
+    if config["method"] == "fedavg":
+        run_fedavg(grid, initial, config, output)
+        return
+    kept = StateFolder(output / "state")
+    rows = []
+    began = time.monotonic()
+
+    def after(outcome):
+        measured = outcome.measurements
+        rows.append(
+            {
+                "round": outcome.round,
+                "accepted": measured["accepted"],
+                "rejected": [r["reason"] for r in measured["rejected"]],
+                "upload_bytes": measured["upload_bytes"],
+                "download_bytes": measured["download_bytes"],
+                "seconds": measured["seconds"],
+            }
+        )
+        save(strategy, kept, outcome)
+
+    count = int(config["clients"])
+    strategy = DareStrategy(
+        min_available_nodes=count,
+        min_train_nodes=count,
+        fraction_evaluate=0.0,
+        seed=5,
+        drop_rate=str(config["drop-rate"]),
+        dense=[r"^head\."],
+        deadline=float(config["deadline"]),
+        identities=read_identities(config["identities"]) if config["identities"] else None,
+        downlink=make_version_downlink(str(config["downlink"])),
+        round_hook=after,
+    )
+    resumed = resume(strategy, kept)
+    if resumed is None:
+        keep_base(kept, initial)
+    strategy.start(
+        grid,
+        resumed.arrays if resumed else initial,
+        num_rounds=int(config["num-rounds"]),
+        start_round=resumed.round + 1 if resumed else 1,
+        step_state=resumed.step_state if resumed else None,
+    )
+    report = {
+        "version": strategy.outcome.model.ref.version,
+        "resumed_after": resumed.round if resumed else 0,
+        "seconds": time.monotonic() - began,
+        "rounds": rows,
+    }
+    (output / "report.json").write_text(json.dumps(report))
+
+
+def run_fedavg(grid: Grid, initial: ArrayRecord, config: dict, output: Path) -> None:
+    count = int(config["clients"])
+    began = time.monotonic()
+    strategy = FedAvg(fraction_evaluate=0.0, min_train_nodes=count, min_available_nodes=count)
+    result = strategy.start(
+        grid=grid,
+        initial_arrays=initial,
+        num_rounds=int(config["num-rounds"]),
+        timeout=float(config["deadline"]),
+    )
+    output.mkdir(parents=True, exist_ok=True)
+    report = {
+        "seconds": time.monotonic() - began,
+        "trained": len(result.train_metrics_clientapp),
+    }
+    (output / "report.json").write_text(json.dumps(report))

@@ -116,7 +116,7 @@ class CheckpointWriter:
     def write_raw(self, name: str, offset: int, stored: NDArray[np.generic]) -> None:
         """Write bytes as they are, from byte ``offset`` of the tensor."""
         file = self._files[self.plans[name].shard]
-        view = memoryview(np.ascontiguousarray(stored).reshape(-1).view(np.uint8))
+        view = memoryview(np.ascontiguousarray(stored).reshape(-1).view(np.uint8).data)
         at = self._starts[name] + offset
         while view:
             written = os.pwrite(file, view, at)

@@ -48,8 +48,9 @@ def magnitude(
 ) -> FloatVector:
     """Per tensor, drop every \\|x\\| up to the ⌊numel·p⌋-th smallest; ties at it all go.
 
-    Without a ``layout`` the vector counts as one tensor; p = 1 drops all. A tensor with ⌊numel·p⌋ = 0 is kept
-    whole. ``rescale`` multiplies by 1/(1−p), which the paper shows to be harmful.
+    Without a ``layout`` the vector counts as one tensor; p = 1 drops all. A tensor with
+    ⌊numel·p⌋ = 0 is kept whole. ``rescale`` multiplies by 1/(1−p), which the paper shows to be
+    harmful.
     """
     if drop_rate in (1, "1", "1.0"):
         return np.zeros_like(delta)

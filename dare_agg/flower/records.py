@@ -101,10 +101,7 @@ def read_config(content: RecordDict, key: str) -> ConfigRecord | None:
 
 def metrics_of(content: RecordDict) -> dict[str, object]:
     """Return all numbers of a message's MetricRecords as plain values, to be signed."""
-    return {
-        key: dict(record.items())
-        for key, record in content.metric_records.items()
-    }
+    return {key: dict(record.items()) for key, record in content.metric_records.items()}
 
 
 def down_payloads(content: RecordDict) -> dict[str, bytes]:

@@ -173,8 +173,9 @@ def test_bfloat16_shards_and_dtype(models: list[Path], tmp_path: Path) -> None:
     with CheckpointWriter(tmp_path / "sharded", plans, {}) as writer:
         for name in SHAPES:
             writer.write(name, 0, arrays[name].reshape(-1))
-    run(tmp_path / "sharded", *models[1:], "-o", tmp_path / "out", "--method", "average")  # fmt: skip
-    merged = open_checkpoint(tmp_path / "out")
+    out = tmp_path / "out"
+    run(tmp_path / "sharded", *models[1:], "-o", out, "--method", "average")
+    merged = open_checkpoint(out)
     assert len(merged.files) == 2 and set(merged.dtypes.values()) == {"BF16"}
     mean = sum(load_file(p)["emb.weight"] for p in models[1:]) / 3
     np.testing.assert_allclose(merged.array("emb.weight"), mean, rtol=2**-8, atol=1e-6)

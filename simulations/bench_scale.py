@@ -22,11 +22,11 @@ from simulations.run import RESULTS, append_row, read_rows, versions
 
 # (clients, parameters, drop rate)
 POINTS = (
-    *((n, 1_000_000, "0.99") for n in (10, 100, 1000, 10_000)),
-    *((10, size, "0.99") for size in (10_000_000, 100_000_000, 1_000_000_000)),
+    *((n, 1_000_000, "0.99") for n in (10, 100, 1000)),
+    *((10, size, "0.99") for size in (10_000_000, 100_000_000)),
     *((10, 100_000_000, rate) for rate in ("0.9", "0.999")),
 )
-STACK_ELEMENTS = 1 << 22  # clients × tile, so that the engine's working memory stays the same
+STACK_ELEMENTS = 1 << 25  # clients × tile, so that the engine's working memory stays the same
 
 
 def measure(clients: int, parameters: int, drop_rate: str) -> dict[str, Any]:

@@ -33,6 +33,14 @@ COMMANDS: dict[str, str] = {
     "doctor": "Check versions, ports, bundle and environment.",
 }
 
+# extra -> the packages that commands import from it
+EXTRAS: dict[str, tuple[str, ...]] = {
+    "flower": ("flwr", "grpc"),
+    "simulation": ("ray",),
+    "train": ("torch", "transformers", "peft", "flwr_datasets", "datasets", "pyarrow", "PIL"),
+    "report": ("matplotlib", "jinja2", "tensorboard", "prometheus_client"),
+}
+
 
 def load_command(name: str) -> click.Command:
     """Import ``dare_agg.cli.<name>`` and return its command (a group where it has one)."""
@@ -106,11 +114,22 @@ def main(arguments: list[str] | None = None) -> Any:
         app(args=arguments, prog_name="dare-agg")
     except DareError as error:
         _exit_with(str(error))
+    except ModuleNotFoundError as error:
+        _exit_with(_missing(error))
     except (OSError, MemoryError) as error:
         _exit_with(f"{type(error).__name__}: {error}")
     except KeyboardInterrupt:
         sys.stderr.write("error: interrupted\n")
         sys.exit(130)
+
+
+def _missing(error: ModuleNotFoundError) -> str:
+    """Name the extra that brings a package which the core does without."""
+    package = (error.name or "").partition(".")[0]
+    for extra, packages in EXTRAS.items():
+        if package in packages:
+            return f"this command needs {package}: pip install 'dare-agg[{extra}]'"
+    raise error
 
 
 def _exit_with(message: str) -> None:

@@ -42,19 +42,24 @@ class RoundRecord:
 
 @dataclass(frozen=True)
 class RunRecord:
-    """One run: its name, its rounds, and what else is known of it.
+    """One run: its method, its rounds, and what else is known of it.
 
     ``histogram`` holds (bin edges, counts) of |delta| between the run's base and its final
     model; ``parameters`` counts the delta group.
     """
 
-    name: str
+    method: str
     rounds: tuple[RoundRecord, ...]
     parameters: int = 0
     seconds: float = 0.0
     config: Mapping[str, Any] = field(default_factory=dict)
     histogram: tuple[tuple[float, ...], tuple[int, ...]] | None = None
     fingerprint: str = ""
+
+    @property
+    def name(self) -> str:
+        """The method as people read it."""
+        return TITLES.get(self.method, self.method)
 
     @property
     def accuracy(self) -> float | None:
@@ -132,7 +137,7 @@ def read_run(folder: Path, *, histograms: bool = False) -> list[RunRecord]:
         model = folder / f"model-{method}"
         runs.append(
             RunRecord(
-                TITLES.get(method, method),
+                method,
                 tuple(_round(row, head_only) for row in rows),
                 parameters=_parameters(model, rows[0], head_only),
                 seconds=float(rows[-1].get("seconds") or 0.0),
@@ -252,7 +257,7 @@ def accuracy_by_round(runs: Sequence[RunRecord]) -> str:
         points = [(r.number, 100 * r.accuracy) for r in run.rounds if r.accuracy is not None]
         _line(axes, points, run.name, index)
     _label(axes, "round", "test accuracy, %")
-    axes.xaxis.get_major_locator().set_params(integer=True)
+    axes.xaxis.get_major_locator().set_params(integer=True, min_n_ticks=1)
     axes.legend(frameon=False, fontsize=9, loc="best")
     return _svg(figure)
 
@@ -320,7 +325,7 @@ def sign_conflict(runs: Sequence[RunRecord]) -> str:
             _line(axes, points, run.name, index)
     _label(axes, "round", "parameters in conflict, %")
     axes.set_ylim(bottom=0)
-    axes.xaxis.get_major_locator().set_params(integer=True)
+    axes.xaxis.get_major_locator().set_params(integer=True, min_n_ticks=1)
     axes.legend(frameon=False, fontsize=9, loc="lower right")
     return _svg(figure)
 

@@ -99,7 +99,7 @@ def demo(
 def json_row(run: RunRecord) -> dict[str, Any]:
     """One run as `--json` prints it; bytes count everything, the dense head included."""
     return {
-        "method": run.name,
+        "method": run.method,
         "accuracy": run.accuracy,
         "rounds": len(run.rounds),
         "clients": run.clients,

@@ -61,7 +61,7 @@ def test_follow_reads_rounds_and_gives_the_run_s_records(tmp_path: Path) -> None
     follow(folder, (sys.executable, "-c", _script(rows, 0), str(folder)), 2)
     dense, ties, head = read_run(folder)
     assert list(json_row(dense)) == KEYS
-    assert json_row(dense) == dict(zip(KEYS, ["FedAvg", 0.7, 2, 10, 4040, 1000, 4.0], strict=True))
+    assert json_row(dense) == dict(zip(KEYS, ["fedavg", 0.7, 2, 10, 4040, 1000, 4.0], strict=True))
     assert dense.rounds[0].sign_conflict == 0.4
     assert (ties.upload, ties.head_upload, ties.rounds[0].sign_conflict) == (30, 20, None)
     # The head is this control's only payload: nothing of it counts as the encoder's update.
@@ -130,6 +130,6 @@ def test_the_demo_itself(tmp_path: Path) -> None:
     assert [list(run) for run in printed["runs"]] == [KEYS] * 4
     by_name = {run["method"]: run for run in printed["runs"]}
     upload = {name: run["upload_bytes_per_client_round"] for name, run in by_name.items()}
-    assert upload["FedAvg"] > 90_000_000
-    assert upload["FedAvg"] / upload["DARE task-arithmetic"] > 300
+    assert upload["fedavg"] > 90_000_000
+    assert upload["fedavg"] / upload["dare-task-arithmetic"] > 300
     assert "<svg" in Path(printed["report"]).read_text(encoding="utf-8")

@@ -36,8 +36,8 @@ TASKS = {
     "Rotten Tomatoes": "rotten-tomatoes",
     "SMS spam": "sms",
 }
-COMMON = {"length": 16, "batch": 16, "learning_rate": 2e-4, "precision": "bfloat16"}
-TUNE_STEPS, ROUND_STEPS, ROUNDS = 40, 4, 10
+COMMON = {"length": 24, "batch": 16, "learning_rate": 2e-4, "precision": "bfloat16"}
+TUNE_STEPS, ROUND_STEPS, ROUNDS = 80, 3, 10
 TRAIN_ROWS, TEST_ROWS = 1000, 300
 METHODS = {"task-arithmetic": 0.5, "ties": 1.0}
 CLIP, BITS = 0.02, 16
@@ -144,10 +144,12 @@ def one_shot(row: dict[str, Any]) -> dict[str, Any]:
     method, scaling = row["method"], METHODS[row["method"]]
     rate = parse_drop_rate(row["drop_rate"])
 
-    def score(delta: FloatVector) -> dict[str, float]:
+    def score(delta: FloatVector, only: str = "") -> dict[str, float]:
         body = layout.unflatten(start + delta)
         scores = {}
         for name, (task, _, tuned) in models.items():
+            if only not in ("", name):
+                continue
             heads = {n: a for n, a in tuned.items() if n not in layout}
             scores[name] = round(task.evaluate({**body, **heads})["accuracy"], 4)
         return scores
@@ -169,7 +171,7 @@ def one_shot(row: dict[str, Any]) -> dict[str, Any]:
         accuracies["plain, own masks"] = score(plain_merge(layout, own, method, scaling, rate.keep))
     if row["drop_rate"] == "0" and method == "task-arithmetic":
         accuracies["tuned alone"] = {
-            name: score(delta)[name] for name, delta in zip(models, deltas, strict=True)
+            name: score(delta, name)[name] for name, delta in zip(models, deltas, strict=True)
         }
         accuracies["base"] = score(np.zeros_like(start))
     return {

@@ -31,6 +31,7 @@ MAX_NAME = 64
 MIN_PASSPHRASE = 8
 _SCRYPT_N = 1 << 15
 _FORMAT = "dare-agg identity 1"
+_PUBLIC_FORMAT = "dare-agg public key 1"
 
 
 @dataclass(frozen=True)
@@ -106,14 +107,24 @@ def write_identity(path: Path, identity: Identity, passphrase: str) -> None:
         "salt": salt.hex(),
         "sealed": base64.b64encode(nonce + sealed).decode(),
     }
+    _write_new(path, record, 0o600)
+
+
+def write_public(path: Path, name: str, public: bytes) -> None:
+    """Write the half of an identity that others may see; never overwrites."""
+    check_name(name)
+    _write_new(path, {"format": _PUBLIC_FORMAT, "name": name, "public": public.hex()}, 0o644)
+
+
+def _write_new(path: Path, record: dict[str, str], mode: int) -> None:
     try:
-        handle = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600)
+        handle = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL, mode)
     except FileExistsError as error:
         raise StateError(
             f"{path} exists; choose another name, keys are never overwritten"
         ) from error
     except OSError as error:
-        raise StateError(f"{path}: {error.strerror}; the identity was not written") from error
+        raise StateError(f"{path}: {error.strerror}; the key was not written") from error
     with os.fdopen(handle, "w", encoding="utf-8") as file:
         file.write(json.dumps(record) + "\n")
         file.flush()
@@ -121,8 +132,17 @@ def write_identity(path: Path, identity: Identity, passphrase: str) -> None:
 
 
 def read_identity(path: Path, passphrase: str) -> Identity:
-    """Read and decrypt an identity. Raises `StateError` for a wrong passphrase or file."""
+    """Read and decrypt an identity.
+
+    Raises `StateError` for a wrong passphrase or file, `ConfigError` for a file that others
+    may read.
+    """
     record = read_public(path)
+    if record["format"] != _FORMAT:
+        raise StateError(f"{path} holds a public key alone; give the private one, encrypted")
+    mode = path.stat().st_mode & 0o777
+    if mode & 0o077:
+        raise ConfigError(f"{path} has mode {mode:o}; others may read it: chmod 600 it")
     try:
         salt = bytes.fromhex(record["salt"])
         sealed = base64.b64decode(record["sealed"], validate=True)
@@ -137,20 +157,22 @@ def read_identity(path: Path, passphrase: str) -> Identity:
 
 
 def read_public(path: Path) -> dict[str, str]:
-    """The unencrypted fields of an identity file, among them ``name`` and ``public`` (hex)."""
+    """The unencrypted fields of a key file, among them ``name`` and ``public`` (hex)."""
     try:
         text = path.read_text(encoding="utf-8")
         record = json.loads(text)
-        if record["format"] != _FORMAT or not all(isinstance(v, str) for v in record.values()):
+        if record["format"] not in (_FORMAT, _PUBLIC_FORMAT) or not all(
+            isinstance(v, str) for v in record.values()
+        ):
             raise ValueError("another format")
         check_name(record["name"])
         if len(bytes.fromhex(record["public"])) != KEY_BYTES:
             raise ValueError("public key of another length")
     except OSError as error:
-        raise StateError(f"{path}: {error.strerror}; make one with dare-agg keys new") from error
+        raise StateError(f"{path}: {error.strerror}; make one with dare-agg keys make") from error
     except (ValueError, KeyError, TypeError, AttributeError, ConfigError) as error:
         raise StateError(
-            f"{path} is no identity file ({error}); make one with dare-agg keys new"
+            f"{path} is no key file ({error}); make one with dare-agg keys make"
         ) from error
     return record
 

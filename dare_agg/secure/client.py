@@ -265,16 +265,17 @@ def contribute(
     examples: float = 1.0,
     random: Random = os.urandom,
 ) -> tuple[ClientState, bytes]:
-    """Answer with the survivors ``values`` (``state.mask.gather(delta)``), masked.
+    """Answer with ``values``, masked: the survivors (``state.mask.gather(delta)``), then the
+    dense part where the terms have one.
 
     ``examples`` counts only where the terms weigh by examples. Callers claim the delta in a
     ledger first (`dare_agg.secure.ledger`): this state cannot know of other sessions.
     """
     _expect(state, "opened")
     terms, me = state.terms, state.party
-    if values.shape != (terms.survivors,):
+    if values.shape != (terms.values,):
         raise ProtocolError(
-            f"{values.shape} survivors; the terms have ({terms.survivors},)", reason="shape"
+            f"{values.shape} values; the terms have ({terms.values},)", reason="shape"
         )
     gain = 1.0
     if terms.weighting == "examples":

@@ -9,6 +9,8 @@ import os
 from collections.abc import Callable, Collection, Mapping
 from dataclasses import dataclass
 
+import numpy as np
+
 from dare_agg.errors import ProtocolError
 from dare_agg.layout import FloatVector
 from dare_agg.mask import Mask
@@ -36,10 +38,22 @@ class LocalSum:
         self, rule: str | None = None, scaling: float = 1.0
     ) -> tuple[FloatVector, SecureMeasurements]:
         """The merged delta over the whole vector, rescaled, times ``scaling``."""
-        values, measurements = merge_sums(self.sums, self.terms.quantiser, rule)
-        if scaling != 1.0:
-            values *= type(values[0])(scaling) if values.size else 1
-        return self.mask.scatter(values), measurements
+        delta, _, measurements = merged_parts(self.sums, self.terms, self.mask, rule, scaling)
+        return delta, measurements
+
+
+def merged_parts(
+    sums: Sums, terms: SecureTerms, mask: Mask, rule: str | None = None, scaling: float = 1.0
+) -> tuple[FloatVector, FloatVector | None, SecureMeasurements]:
+    """Return ``(delta, dense, measurements)``: the merged delta over the whole vector,
+    rescaled, times ``scaling``; and the mean of the dense part (None where there is none)."""
+    count = terms.survivors
+    values, measured = merge_sums(sums.part(0, count), terms.quantiser, rule)
+    values *= np.float32(scaling)
+    dense = None
+    if terms.dense:
+        dense, _ = merge_sums(sums.part(count, terms.values), terms.quantiser, "mean")
+    return mask.scatter(values), dense, measured
 
 
 def secure_sum(
@@ -54,7 +68,8 @@ def secure_sum(
 ) -> LocalSum:
     """Run all five stages among ``identities`` (by roster id).
 
-    ``survivors(party, mask)`` gives a party's unscaled survivors, ``mask.gather(delta)``.
+    ``survivors(party, mask)`` gives a party's unscaled survivors, ``mask.gather(delta)``,
+    followed by its dense values where the terms have such.
     ``dropped`` says who vanishes before which of `DROP_STAGES`. Raises `ProtocolError` as
     the parties and the server do.
     """

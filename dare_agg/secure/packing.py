@@ -95,6 +95,25 @@ class Sums:
     positive_count: NDArray[np.int64] | None = None
     negative_count: NDArray[np.int64] | None = None
 
+    def part(self, start: int, stop: int) -> Sums:
+        """The sums of some of the values; weight and clipped share stay."""
+        cut = slice(start, stop)
+        return Sums(
+            self.parties,
+            self.total[cut],
+            self.weight,
+            self.clipped,
+            *(
+                None if values is None else values[cut]
+                for values in (
+                    self.positive,
+                    self.negative,
+                    self.positive_count,
+                    self.negative_count,
+                )
+            ),
+        )
+
 
 @dataclass(frozen=True)
 class SecureMeasurements:

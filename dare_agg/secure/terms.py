@@ -36,6 +36,8 @@ class SecureTerms:
     end; each secret is shared among ``degree`` neighbours and its owner, and
     ``share_threshold`` of those recover it. ``base`` and ``layout`` are fingerprints (hex).
     ``weighting`` "examples" weighs a mean by min(examples, max_weight), summed in secret.
+    ``dense`` values beside the survivors are summed whole (a common head); ``base`` and
+    ``layout`` then name both parts.
     """
 
     run: str
@@ -54,6 +56,7 @@ class SecureTerms:
     clip: float
     weighting: str = "equal"
     max_weight: float = 1.0
+    dense: int = 0
 
     def __post_init__(self) -> None:
         n = len(self.cohort)
@@ -91,6 +94,7 @@ class SecureTerms:
                 "64 hexadecimal digits",
             )
         _check(0 < self.size < 1 << 40, f"size {self.size}", "1 to 2**40 - 1")
+        _check(0 <= self.dense < MAX_WORDS, f"dense {self.dense}", f"0 to {MAX_WORDS - 1}")
         _check(self.words <= MAX_WORDS, f"{self.words} words", f"at most {MAX_WORDS}: raise p")
         _check(self.weighting in WEIGHTINGS, f"weighting {self.weighting!r}", ", ".join(WEIGHTINGS))
         _check(
@@ -111,8 +115,13 @@ class SecureTerms:
         return -(-self.size * self.drop_rate.denominator // self.drop_rate.numerator)
 
     @property
+    def values(self) -> int:
+        """Values a party contributes: the survivors, then the dense part."""
+        return self.survivors + self.dense
+
+    @property
     def words(self) -> int:
-        return self.survivors + TRAILER_WORDS
+        return self.values + TRAILER_WORDS
 
     def encode(self) -> bytes:
         """Canonical bytes; equal terms have equal bytes."""
@@ -136,6 +145,7 @@ class SecureTerms:
                 f64(self.clip),
                 u8(WEIGHTINGS.index(self.weighting)),
                 f64(self.max_weight),
+                u64(self.dense),
             )
         )
 
@@ -167,6 +177,7 @@ def secure_terms(
     colluding: float = 0.20,
     weighting: str = "equal",
     max_weight: float = 1.0,
+    dense: int = 0,
 ) -> SecureTerms:
     """Terms with the defaults that follow from the number of parties.
 
@@ -193,6 +204,7 @@ def secure_terms(
         clip=clip,
         weighting=weighting,
         max_weight=max_weight,
+        dense=dense,
     )
 
 
@@ -228,6 +240,7 @@ def decode_terms(data: bytes) -> SecureTerms:
             clip=read.f64(),
             weighting=_row(WEIGHTINGS, read),
             max_weight=read.f64(),
+            dense=read.u64(),
         )
     except (ConfigError, UnicodeDecodeError) as error:
         raise ProtocolError(f"terms: {error}", reason="terms") from error

@@ -1,0 +1,140 @@
+"""A party with its files: answers requests, each of which may come to a new process.
+
+Between two requests the session's secrets lie in the party's `Vault`. A step's new state is
+on disk before its answer is returned, so no crash or repeated message makes a party take a
+step twice. A refusal (`ProtocolError`) ends the session for this party: its secrets go.
+"""
+
+from __future__ import annotations
+
+import os
+import struct
+from collections.abc import Callable
+from dataclasses import dataclass, field
+
+import numpy as np
+
+from dare_agg.errors import DareError, LayoutError, ProtocolError
+from dare_agg.layout import FloatVector
+from dare_agg.mask import Mask
+from dare_agg.secure import client
+from dare_agg.secure.client_state import decode_state, encode_state
+from dare_agg.secure.identity import Identity
+from dare_agg.secure.ledger import Ledger
+from dare_agg.secure.roster import Roster
+from dare_agg.secure.terms import SecureTerms, decode_terms
+from dare_agg.secure.vault import Vault
+
+# The requests that follow `Party.advertise`, in their order.
+REQUESTS = ("share", "contribute", "sign", "reveal")
+_STATE, _DELTA = "state", "delta"
+_LENGTHS = struct.Struct("<dQ")
+
+Deltas = Callable[[SecureTerms], "Contribution"]
+
+
+@dataclass(frozen=True)
+class Contribution:
+    """What a party puts in: its full delta, the dense part after it, and its examples."""
+
+    delta: FloatVector = field(repr=False)
+    dense: FloatVector = field(repr=False, default_factory=lambda: np.empty(0, np.float32))
+    examples: float = 1.0
+
+
+@dataclass(frozen=True)
+class Party:
+    """One member of a roster, with what outlives a process. ``roster`` has been checked."""
+
+    identity: Identity
+    roster: Roster
+    vault: Vault
+    ledger: Ledger
+    random: client.Random = field(default=os.urandom, repr=False)
+
+    def advertise(
+        self, terms: bytes, policy: client.SecurePolicy, contribution: Contribution | None = None
+    ) -> bytes:
+        """Check the terms and answer with one-time keys; earlier sessions are over.
+
+        A ``contribution`` given here is kept, sealed, until the session's mask is known.
+        """
+        read = decode_terms(terms)
+        state, answer = client.advertise(self.identity, self.roster, read, policy, self.random)
+        self.vault.drop_all()
+        if contribution is not None:
+            self.vault.put(read.session, _DELTA, _encode(contribution))
+        self._keep(state)
+        return answer
+
+    def answer(
+        self, stage: str, session: bytes, request: bytes, deltas: Deltas | None = None
+    ) -> bytes:
+        """Answer a request of `REQUESTS`; ``deltas`` gives what was not kept at the start."""
+        state = decode_state(self.vault.get(session, _STATE))
+        try:
+            if stage == "share":
+                state, answer = client.share(
+                    self.identity, self.roster, state, request, self.random
+                )
+            elif stage == "contribute":
+                state, answer = self._contribute(state, request, deltas)
+            elif stage == "sign":
+                state, answer = client.sign_alive(self.identity, state, request)
+            elif stage == "reveal":
+                state, answer = client.reveal(self.identity, self.roster, state, request)
+            else:
+                raise ProtocolError(f"stage {stage!r:.40} is unknown", reason="stage")
+        except DareError:
+            self.vault.drop(session)
+            raise
+        self._keep(state)
+        return answer
+
+    def _contribute(
+        self, state: client.ClientState, request: bytes, deltas: Deltas | None
+    ) -> tuple[client.ClientState, bytes]:
+        state = client.open_shares(state, request)
+        terms = state.terms
+        given = deltas(terms) if deltas else _decode(self.vault.get(terms.session, _DELTA))
+        if given.delta.shape != (terms.size,) or given.dense.shape != (terms.dense,):
+            raise LayoutError(
+                f"a delta of {given.delta.size} and {given.dense.size} values; the terms have "
+                f"{terms.size} and {terms.dense}"
+            )
+        values = np.concatenate([state.mask.gather(given.delta), given.dense])
+        state, answer = client.contribute(
+            self.identity, state, values, examples=given.examples, random=self.random
+        )
+        # Claimed last, so that a refusal above does not use the delta up; before it leaves.
+        self.ledger.claim(terms, np.concatenate([given.delta, given.dense]))
+        self.vault.drop(terms.session, _DELTA)
+        return state, answer
+
+    def finish(self, session: bytes) -> tuple[SecureTerms, Mask]:
+        """End a session that this party has seen through; returns what its result lies on."""
+        state = decode_state(self.vault.get(session, _STATE))
+        if state.stage != "revealed":
+            raise ProtocolError(
+                f"a result came while this party is at {state.stage!r}; refused", reason="stage"
+            )
+        self.vault.drop(session)
+        return state.terms, state.mask
+
+    def _keep(self, state: client.ClientState) -> None:
+        self.vault.put(state.terms.session, _STATE, encode_state(state))
+
+
+def _encode(given: Contribution) -> bytes:
+    head = _LENGTHS.pack(given.examples, given.delta.size)
+    return (
+        head
+        + given.delta.astype("<f4", copy=False).tobytes()
+        + given.dense.astype("<f4", copy=False).tobytes()
+    )
+
+
+def _decode(data: bytes) -> Contribution:
+    examples, size = _LENGTHS.unpack_from(data)
+    values = np.frombuffer(data, "<f4", offset=_LENGTHS.size).astype(np.float32, copy=False)
+    return Contribution(values[:size], values[size:], examples)

@@ -1,0 +1,162 @@
+"""What a run sets of its secure sums; unsafe settings are refused before anyone is asked."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+from dare_agg.errors import ConfigError, did_you_mean
+from dare_agg.mask import DropRate, parse_drop_rate
+from dare_agg.secure.packing import MAX_BITS, Quantiser
+from dare_agg.secure.roster import Roster
+from dare_agg.secure.stream import MAX_WORD_BITS
+from dare_agg.secure.terms import MIN_PARTIES, SecureTerms, secure_terms
+
+# Name → (what is summed, how the sums are read).
+SECURE_METHODS: Mapping[str, tuple[str, str]] = {
+    "mean": ("mean", "mean"),
+    "task-arithmetic": ("mean", "sum"),
+    "ties": ("ties", "ties"),
+}
+# Below these, rounding drowns what small deltas say (TIES also counts signs).
+LEAST_BITS = {"mean": 6, "ties": 8}
+DEFAULT_BITS = 16
+
+
+@dataclass(frozen=True)
+class SecureSettings:
+    """How a run sums securely; checked when made.
+
+    Attributes
+    ----------
+    method: a row of `SECURE_METHODS`: Σwx/Σw, λΣx, or TIES.
+    drop_rate: of the one mask all parties share.
+    bits: of a value; 0 takes 16, or what fits the word.
+    clip: largest magnitude of a value; more is cut off, and the share reported.
+    min_parties: fewest parties a sum is made of, at least 3.
+    threshold: parties that must stay to the end; 0 takes two thirds and one more.
+    weighting: "equal", or "examples" (a mean alone), whose numbers stay hidden.
+    colluding: share of parties assumed to collude, beyond 100 parties.
+    options: merge options; a magnitude trim is refused.
+    """
+
+    method: str = "mean"
+    drop_rate: DropRate | float | str = "0.9"
+    bits: int = 0
+    clip: float = 0.02
+    min_parties: int = MIN_PARTIES
+    threshold: int = 0
+    weighting: str = "equal"
+    max_weight: float = 1e5
+    scaling: float = 1.0
+    colluding: float = 0.20
+    options: Mapping[str, Any] = field(default_factory=dict)
+
+    def __post_init__(self) -> None:
+        if self.method not in SECURE_METHODS:
+            raise ConfigError(
+                f"secure = {self.method!r}: no such secure sum"
+                f"{did_you_mean(self.method, SECURE_METHODS)}"
+            )
+        if not isinstance(self.drop_rate, DropRate):
+            object.__setattr__(self, "drop_rate", parse_drop_rate(self.drop_rate))
+        for name in ("trim", "density"):
+            if name in self.options:
+                raise ConfigError(
+                    f"{name} = {self.options[name]!r} in a secure sum: a magnitude trim keeps "
+                    "other elements at each party, so that most sums hold one party's value; "
+                    "leave it out and set drop-rate instead"
+                )
+        if self.options:
+            raise ConfigError(
+                f"option {next(iter(self.options))!r} has no meaning in a secure sum; leave it out"
+            )
+        if self.min_parties < MIN_PARTIES:
+            raise ConfigError(
+                f"secure-min-parties = {self.min_parties}; at least {MIN_PARTIES} are needed: a "
+                "sum of two shows each the other's delta"
+            )
+        least = LEAST_BITS[self.aggregate]
+        if self.bits and not least <= self.bits <= MAX_BITS:
+            raise ConfigError(
+                f"secure-bits = {self.bits} for {self.method}; {least} to {MAX_BITS}, or 0 to "
+                "have them chosen"
+            )
+        if self.method == "ties" and self.weighting != "equal":
+            raise ConfigError(
+                f"weighting = {self.weighting!r} with secure TIES; set equal: TIES counts parties"
+            )
+        if not 0 < self.scaling < float("inf"):
+            raise ConfigError(f"scaling = {self.scaling}; a finite number above 0 is needed")
+        self.check(self.min_parties)
+
+    @property
+    def aggregate(self) -> str:
+        return SECURE_METHODS[self.method][0]
+
+    @property
+    def rule(self) -> str:
+        return SECURE_METHODS[self.method][1]
+
+    def bits_for(self, parties: int) -> int:
+        """Bits of a value among ``parties``. Raises `ConfigError` when none is left that fits."""
+        if self.bits:
+            return Quantiser(self.aggregate, self.bits, self.clip, parties).bits
+        carry = parties.bit_length()
+        room = MAX_WORD_BITS // 2 - 2 * carry if self.aggregate == "ties" else 63 - carry
+        bits = min(DEFAULT_BITS, room)
+        least = LEAST_BITS[self.aggregate]
+        if bits < least:
+            raise ConfigError(
+                f"secure {self.method} of {parties} parties leaves {bits} bits a value in a word "
+                f"of {MAX_WORD_BITS}; {least} are needed: sum in smaller cohorts, or a mean"
+            )
+        return bits
+
+    def check(self, parties: int) -> None:
+        """Raise `ConfigError` where so many parties make no safe sum."""
+        if parties < self.min_parties:
+            raise ConfigError(
+                f"{parties} parties; secure-min-parties = {self.min_parties} are needed"
+            )
+        if self.threshold and not max(MIN_PARTIES, parties // 2 + 1) <= self.threshold <= parties:
+            raise ConfigError(
+                f"secure-threshold = {self.threshold} of {parties} parties; more than half, at "
+                f"least {MIN_PARTIES} and at most all: else two different sets could be unmasked"
+            )
+        Quantiser(self.aggregate, self.bits_for(parties), self.clip, parties)
+
+    def terms(
+        self,
+        *,
+        run: str,
+        round_number: int,
+        roster: Roster,
+        cohort: Sequence[int],
+        base: str,
+        layout: str,
+        size: int,
+        dense: int = 0,
+    ) -> SecureTerms:
+        """The terms of one sum among ``cohort``. Raises `ConfigError`."""
+        self.check(len(cohort))
+        assert isinstance(self.drop_rate, DropRate)
+        return secure_terms(
+            run=run,
+            round_number=round_number,
+            roster=roster.digest,
+            cohort=cohort,
+            base=base,
+            layout=layout,
+            size=size,
+            drop_rate=self.drop_rate,
+            aggregate=self.aggregate,
+            bits=self.bits_for(len(cohort)),
+            clip=self.clip,
+            threshold=self.threshold or None,
+            colluding=self.colluding,
+            weighting=self.weighting,
+            max_weight=float(self.max_weight) if self.weighting == "examples" else 1.0,
+            dense=dense,
+        )

@@ -1,0 +1,141 @@
+"""Secrets between two messages: sealed files that only one identity opens.
+
+Flower may start a new process for each message, so a session's state must outlive one. It
+never lies in clear: files are ChaCha20-Poly1305 in pieces, under a key that hangs on the
+identity's private key and a random salt of the file. The header is ``"DSV1"``, the salt and
+the length of the content (u64); each piece has its number as nonce, and header, place,
+session and name as associated data. Files are replaced as a whole and removed once the
+session is over.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import os
+from dataclasses import dataclass, field
+from pathlib import Path
+
+from cryptography.exceptions import InvalidTag
+from cryptography.hazmat.primitives.ciphers.aead import ChaCha20Poly1305
+
+from dare_agg.derive import derive_key
+from dare_agg.errors import ProtocolError, StateError
+from dare_agg.secure.encoding import blob, u64
+from dare_agg.secure.identity import Identity, key_fingerprint
+
+_MAGIC = b"DSV1"
+_SALT_BYTES, _TAG_BYTES = 32, 16
+_HEADER_BYTES = len(_MAGIC) + _SALT_BYTES + 8
+_PIECE_BYTES = 1 << 24
+
+
+def default_folder() -> Path:
+    """A folder in memory where the system has one for this user, else under the cache."""
+    runtime = os.environ.get("XDG_RUNTIME_DIR")
+    if runtime and Path(runtime).is_dir():
+        return Path(runtime) / "dare-agg"
+    return Path(os.environ.get("DARE_AGG_CACHE", "~/.cache/dare-agg")).expanduser() / "secure"
+
+
+@dataclass(frozen=True)
+class Vault:
+    """The sealed files of one identity under ``root``, by session and name."""
+
+    root: Path
+    identity: Identity = field(repr=False)
+
+    @property
+    def folder(self) -> Path:
+        return self.root / key_fingerprint(self.identity.public).replace("-", "")
+
+    def put(self, session: bytes, name: str, content: bytes) -> None:
+        """Seal ``content`` in place of what was there, on disk when this returns.
+
+        Raises `StateError` when it cannot be written.
+        """
+        header = _MAGIC + os.urandom(_SALT_BYTES) + u64(len(content))
+        box = ChaCha20Poly1305(self._key(header))
+        path = self._path(session, name)
+        draft = path.with_name(path.name + ".part")
+        view = memoryview(content)
+        try:
+            self.folder.mkdir(mode=0o700, parents=True, exist_ok=True)
+            handle = os.open(draft, os.O_WRONLY | os.O_CREAT | os.O_TRUNC, 0o600)
+            with os.fdopen(handle, "wb") as file:
+                file.write(header)
+                for number, start in enumerate(range(0, max(1, len(view)), _PIECE_BYTES)):
+                    context = _context(header, number, session, name)
+                    piece = view[start : start + _PIECE_BYTES]
+                    file.write(box.encrypt(_nonce(number), piece, context))
+                file.flush()
+                os.fsync(file.fileno())
+            os.replace(draft, path)
+        except OSError as error:
+            raise StateError(
+                f"{path}: {error.strerror}; the session's state was not kept: name a folder "
+                "that can be written (secure-state)"
+            ) from error
+
+    def get(self, session: bytes, name: str) -> bytes:
+        """Open what was put last.
+
+        Raises `ProtocolError` (reason "state") when nothing was put, or not by this identity.
+        """
+        path = self._path(session, name)
+        try:
+            data = path.read_bytes()
+        except OSError as error:
+            raise ProtocolError(
+                f"this party holds no {name} of session {session.hex()[:12]}: it is over, or "
+                "another one was begun since: refused",
+                reason="state",
+            ) from error
+        header, at = data[:_HEADER_BYTES], _HEADER_BYTES
+        left = int.from_bytes(header[-8:], "little") if len(header) == _HEADER_BYTES else 0
+        whole = len(data) - _HEADER_BYTES - left
+        if header[:4] != _MAGIC or whole != max(1, -(-left // _PIECE_BYTES)) * _TAG_BYTES:
+            raise self._unopened(path)
+        box = ChaCha20Poly1305(self._key(header))
+        pieces = []
+        for number in range(max(1, -(-left // _PIECE_BYTES))):
+            count = min(left - number * _PIECE_BYTES, _PIECE_BYTES) + _TAG_BYTES
+            context = _context(header, number, session, name)
+            try:
+                pieces.append(box.decrypt(_nonce(number), data[at : at + count], context))
+            except InvalidTag as error:
+                raise self._unopened(path) from error
+            at += count
+        return b"".join(pieces)
+
+    def drop(self, session: bytes, name: str | None = None) -> None:
+        """Remove a session's files, or the named one."""
+        for path in self.folder.glob(f"{session.hex()}.{name or '*'}"):
+            path.unlink(missing_ok=True)
+
+    def drop_all(self) -> None:
+        """Remove the files of every session: their secrets serve nobody any more."""
+        for path in self.folder.glob("*.*"):
+            with contextlib.suppress(OSError):
+                path.unlink()
+
+    def _path(self, session: bytes, name: str) -> Path:
+        return self.folder / f"{session.hex()}.{name}"
+
+    def _key(self, header: bytes) -> bytes:
+        salt = header[len(_MAGIC) : len(_MAGIC) + _SALT_BYTES]
+        return derive_key(self.identity.sealing_key("vault"), "secure vault", salt, length=32)
+
+    @staticmethod
+    def _unopened(path: Path) -> ProtocolError:
+        return ProtocolError(
+            f"{path} does not open: it was altered or sealed by another identity; remove it",
+            reason="state",
+        )
+
+
+def _nonce(number: int) -> bytes:
+    return number.to_bytes(12, "little")
+
+
+def _context(header: bytes, number: int, session: bytes, name: str) -> bytes:
+    return header + u64(number) + session + blob(name.encode())

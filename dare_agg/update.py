@@ -38,6 +38,7 @@ HEADER_BYTES = HEADER.size
 CHECKSUM_BYTES = 16
 _CHECKSUM_AT = HEADER_BYTES - CHECKSUM_BYTES
 MAX_CONTEXT_BYTES = 32
+_SURVIVORS_FIELD = 9
 _FLAG_RESCALE = 1
 
 # Every way an update or a reply can be refused; `UpdateError.reason` is one of these.
@@ -168,6 +169,11 @@ class Update:
 
     def sparse(self, lo: int, hi: int) -> Iterator[tuple[NDArray[np.int64], FloatVector]]:
         """Yield ``(positions, rescaled values)`` of the survivors in ``[lo, hi)``, in order."""
+        if self.mask.survivors != self.survivors:
+            raise UpdateError(
+                f"update of {self.survivors} survivors; its mask has {self.mask.survivors}",
+                reason="shape",
+            )
         first, last = self.mask.ordinal(lo), self.mask.ordinal(hi)
         for positions, scale in self.mask.blocks(first, last):
             values = self.values(first, first + positions.size)
@@ -194,6 +200,11 @@ class Update:
         return kept
 
 
+def update_bytes(spec: UpdateSpec) -> int:
+    """Return the exact size of the update that ``spec`` describes, header included."""
+    return HEADER_BYTES + payload_bytes(spec.values, spec.draw_mask().survivors)
+
+
 def encode_update(
     spec: UpdateSpec, delta: FloatVector | tuple[FloatVector, FloatVector] | DeltaSource
 ) -> bytes:
@@ -202,16 +213,24 @@ def encode_update(
     Reads the survivors only; extra memory does not grow with the model. Raises
     `NonFiniteError` for a survivor that is no number, `ConfigError` for another size.
     """
+    buffer = bytearray(update_bytes(spec))
+    encode_update_into(spec, delta, memoryview(buffer))
+    return bytes(buffer)
+
+
+def encode_update_into(
+    spec: UpdateSpec,
+    delta: FloatVector | tuple[FloatVector, FloatVector] | DeltaSource,
+    out: memoryview,
+) -> None:
+    """As `encode_update`, into ``out`` of `update_bytes` bytes (for example a mapped file)."""
     mask = spec.draw_mask()
     survivors = mask.survivors
-    buffer = bytearray(HEADER_BYTES + payload_bytes(spec.values, survivors))
     groups = _regrouped(_survivors(spec, mask, delta))
-    encode_values(
-        spec.values, groups, survivors, spec.values_key, memoryview(buffer)[HEADER_BYTES:]
-    )
-    buffer[:HEADER_BYTES] = _header(spec, survivors, len(buffer) - HEADER_BYTES)
-    buffer[_CHECKSUM_AT : _CHECKSUM_AT + CHECKSUM_BYTES] = _checksum(buffer)
-    return bytes(buffer)
+    with out[HEADER_BYTES:] as payload:
+        encode_values(spec.values, groups, survivors, spec.values_key, payload)
+        out[:HEADER_BYTES] = _header(spec, survivors, payload.nbytes)
+    out[_CHECKSUM_AT : _CHECKSUM_AT + CHECKSUM_BYTES] = _checksum(out)
 
 
 def _header(spec: UpdateSpec, survivors: int, payload: int) -> bytes:
@@ -260,7 +279,7 @@ def _survivors(
             piece = tuned.take(positions)
             piece -= base.take(positions)
             yield piece
-    elif isinstance(delta, np.ndarray):
+    elif isinstance(delta, np.ndarray) or hasattr(delta, "take"):
         for positions, _ in mask.blocks():
             yield delta.take(positions)
     else:
@@ -299,8 +318,22 @@ def decode_update(blob: bytes | memoryview, spec: UpdateSpec) -> Update:
     Raises `UpdateError` with a reason of `REASONS`. Nothing is allocated beyond the blob
     before its length is found right.
     """
-    view = memoryview(blob)
-    survivors = spec.draw_mask().survivors
+    return _decode(memoryview(blob), spec, spec.draw_mask().survivors)
+
+
+def decode_described(blob: memoryview, spec: UpdateSpec) -> Update:
+    """As `decode_update`, for a spec that came with the update and is not trusted either.
+
+    Counting the survivors of a Bernoulli mask takes time in proportion to the size that the
+    spec claims, so the header's count is compared only when survivors are first read.
+    """
+    if spec.mask != "bernoulli" or blob.nbytes < HEADER_BYTES:
+        return decode_update(blob, spec)
+    claimed = HEADER.unpack(blob[:HEADER_BYTES])[_SURVIVORS_FIELD]
+    return _decode(blob, spec, min(claimed, spec.size))
+
+
+def _decode(view: memoryview, spec: UpdateSpec, survivors: int) -> Update:
     expected = HEADER_BYTES + payload_bytes(spec.values, survivors)
     if view.nbytes < HEADER_BYTES:
         raise UpdateError(
@@ -318,9 +351,8 @@ def decode_update(blob: bytes | memoryview, spec: UpdateSpec) -> Update:
             reason="version",
         )
     wanted = _header(spec, survivors, expected - HEADER_BYTES)
-    known = HEADER.unpack(wanted)
-    if view[:HEADER_BYTES].tobytes()[:_CHECKSUM_AT] != wanted[:_CHECKSUM_AT]:
-        _refuse_header(spec, fields, known)
+    if view[:_CHECKSUM_AT].tobytes() != wanted[:_CHECKSUM_AT]:
+        _refuse_header(spec, fields, HEADER.unpack(wanted))
     if view.nbytes != expected:
         raise UpdateError(
             f"update of {view.nbytes} bytes; its plan says {expected}: send it again",

@@ -1,0 +1,388 @@
+"""Update files (``*.dare``): an update that describes itself.
+
+A preamble, a canonical JSON header (what `UpdateSpec` and the layout hold), then the very
+bytes of the in-round form, whose context field is the SHA-256 of the JSON: its checksum
+covers the whole file. `dare_agg/UPDATE_FORMAT.md` is the normative text.
+
+Written through a memory map into a temporary neighbour that is renamed when complete; read
+through a memory map, so neither takes memory that grows with the model.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import mmap
+import os
+import struct
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from dare_agg.errors import CheckpointError, ConfigError, UpdateError
+from dare_agg.layout import (
+    MAX_DIMENSIONS,
+    MAX_NAME_BYTES,
+    MAX_PARAMETERS,
+    MAX_TENSORS,
+    FloatVector,
+    Layout,
+    layout_of,
+)
+from dare_agg.mask import DropRate
+from dare_agg.update import (
+    DeltaSource,
+    Update,
+    UpdateSpec,
+    decode_described,
+    encode_update_into,
+    update_bytes,
+)
+
+FILE_MAGIC = b"DAREFILE"
+FILE_VERSION = 1
+MAX_FILE_HEADER_BYTES = 16 << 20
+DTYPES = ("BF16", "F16", "F32", "F64")
+_PREAMBLE = struct.Struct("<8sII")
+_ALIGNMENT = 8
+_KEYS = frozenset(
+    ("base", "drop-rate", "mask", "mask-key", "rank", "rescale", "seed", "tensors", "values",
+     "values-key")
+)  # fmt: skip
+
+
+@dataclass(frozen=True)
+class FileHeader:
+    """What an update file says of itself.
+
+    ``base`` is the base's fingerprint (hex), ``dtypes`` the tuned model's storage types by
+    tensor (safetensors words), ``seed`` the user's seed or None.
+    """
+
+    layout: Layout
+    dtypes: Mapping[str, str]
+    base: str
+    drop_rate: DropRate
+    mask: str
+    mask_key: bytes
+    rank: int
+    values: str
+    values_key: bytes
+    rescale: bool
+    seed: int | None
+
+    def to_json(self) -> bytes:
+        """The one canonical text: keys sorted, no white space, ASCII."""
+        record = {
+            "base": self.base,
+            "drop-rate": [self.drop_rate.numerator, self.drop_rate.denominator],
+            "mask": self.mask,
+            "mask-key": self.mask_key.hex(),
+            "rank": self.rank,
+            "rescale": self.rescale,
+            "seed": self.seed,
+            "tensors": [
+                [entry.name, self.dtypes[entry.name], list(entry.shape)]
+                for entry in self.layout.entries
+            ],
+            "values": self.values,
+            "values-key": self.values_key.hex(),
+        }
+        return json.dumps(record, sort_keys=True, separators=(",", ":")).encode()
+
+    def spec(self) -> UpdateSpec:
+        """What the in-round form inside the file must be."""
+        return UpdateSpec(
+            size=self.layout.size,
+            drop_rate=self.drop_rate,
+            mask=self.mask,
+            mask_key=self.mask_key,
+            values_key=self.values_key,
+            rank=self.rank,
+            values=self.values,
+            base=self.base,
+            layout=self.layout.fingerprint,
+            rescale=self.rescale,
+            context=hashlib.sha256(self.to_json()).digest(),
+        )
+
+
+def write_update_file(
+    path: str | os.PathLike[str],
+    spec: UpdateSpec,
+    layout: Layout,
+    source: FloatVector | tuple[FloatVector, FloatVector] | DeltaSource,
+    *,
+    seed: int | None = None,
+    dtypes: Mapping[str, str] | None = None,
+    overwrite: bool = False,
+) -> FileHeader:
+    """Encode ``source`` (see `encode_update`) into a file, complete or not there at all.
+
+    ``spec.context`` is replaced by the header's digest. ``dtypes`` (default F32) are noted
+    for the reader. Raises `CheckpointError` where ``path`` exists and ``overwrite`` is not
+    set, `ConfigError` for a spec of another layout, `NonFiniteError` as `encode_update`.
+    """
+    out = Path(path)
+    if out.exists() and not overwrite:
+        raise CheckpointError(f"{out} exists; choose another name or allow overwriting (--force)")
+    if spec.layout != layout.fingerprint or spec.size != layout.size:
+        raise ConfigError(
+            f"the update's layout is {spec.layout[:16]} ({spec.size} parameters), the tensors "
+            f"have {layout.fingerprint[:16]} ({layout.size})"
+        )
+    for entry in layout.entries:
+        if problem := _bad_name(entry.name):
+            raise ConfigError(f"tensor name {entry.name[:80]!r} {problem}; rename or exclude it")
+    known = dtypes or {}
+    header = FileHeader(
+        layout=layout,
+        dtypes={entry.name: known.get(entry.name, "F32") for entry in layout.entries},
+        base=spec.base,
+        drop_rate=spec.drop_rate,
+        mask=spec.mask,
+        mask_key=spec.mask_key,
+        rank=spec.rank,
+        values=spec.values,
+        values_key=spec.values_key,
+        rescale=spec.rescale,
+        seed=seed,
+    )
+    text = header.to_json()
+    if len(text) > MAX_FILE_HEADER_BYTES:
+        raise ConfigError(
+            f"{len(layout.entries)} tensors need a header of {len(text)} bytes; at most "
+            f"{MAX_FILE_HEADER_BYTES} are allowed"
+        )
+    head = _PREAMBLE.pack(FILE_MAGIC, FILE_VERSION, len(text)) + text
+    head += b" " * (-len(head) % _ALIGNMENT)
+    full = replace(spec, context=hashlib.sha256(text).digest())
+    out.absolute().parent.mkdir(parents=True, exist_ok=True)
+    temporary = out.absolute().parent / f".{out.name}.partial-{os.getpid()}"
+    try:
+        with temporary.open("wb+") as stream:
+            total = len(head) + update_bytes(full)
+            _reserve(stream.fileno(), total)
+            with mmap.mmap(stream.fileno(), total) as mapped, memoryview(mapped) as view:
+                view[: len(head)] = head
+                with view[len(head) :] as room:
+                    encode_update_into(full, source, room)
+                mapped.flush()
+            os.fsync(stream.fileno())
+        os.replace(temporary, out)
+    finally:
+        temporary.unlink(missing_ok=True)
+    return header
+
+
+def _reserve(file: int, size: int) -> None:
+    """Give the file its full size on the disk: a full disk is an error here, not a fault later."""
+    if hasattr(os, "posix_fallocate"):
+        os.posix_fallocate(file, 0, size)
+        return
+    block = bytes(1 << 20)
+    for at in range(0, size, len(block)):
+        os.write(file, block[: size - at])
+
+
+def read_update_file(path: str | os.PathLike[str]) -> tuple[Update, FileHeader]:
+    """Open an update file, checked but for what only its base can tell.
+
+    Raises `UpdateError` with a reason of `REASONS`; nothing in the file is trusted, and
+    nothing is allocated beyond its header of at most 16 MiB. The payload stays on the disk,
+    mapped. Compare ``header.base`` with the base's fingerprint before applying it.
+    """
+    where = Path(path)
+    try:
+        with where.open("rb") as stream:
+            size = os.fstat(stream.fileno()).st_size
+            text = _header_text(stream.read(_PREAMBLE.size), size)
+            json_bytes = stream.read(text)
+            if len(json_bytes) < text:
+                raise UpdateError("the file became shorter while it was read", reason="truncated")
+            header = _parse(json_bytes)
+            start = _PREAMBLE.size + text
+            padding = stream.read(-start % _ALIGNMENT)
+            if padding.strip(b" "):
+                raise UpdateError("the bytes after the header are not blanks", reason="malformed")
+            start += -start % _ALIGNMENT
+            if start >= size:
+                raise UpdateError(
+                    f"{size} bytes, all of them header; the update is missing", reason="truncated"
+                )
+            body = np.memmap(stream, np.uint8, "r", offset=0)[start:]
+        spec = _checked_spec(header)
+        return decode_described(body.data, spec), header
+    except UpdateError as error:
+        raise type(error)(f"{where}: {error}", reason=error.reason) from error
+
+
+def _header_text(preamble: bytes, size: int) -> int:
+    """Length of the JSON, from the first 16 bytes of a file of ``size`` bytes."""
+    if not FILE_MAGIC.startswith(preamble[:8]) or not preamble:
+        raise UpdateError(
+            f"begins with {preamble[:8]!r}, not {FILE_MAGIC!r}: this is no update file",
+            reason="malformed",
+        )
+    if len(preamble) < _PREAMBLE.size:
+        raise UpdateError(
+            f"{size} bytes; an update file begins with {_PREAMBLE.size}", reason="truncated"
+        )
+    _, version, length = _PREAMBLE.unpack(preamble)
+    if version != FILE_VERSION:
+        raise UpdateError(
+            f"file version {version}; this dare-agg reads {FILE_VERSION}: install a newer one",
+            reason="version",
+        )
+    if not 2 <= length <= MAX_FILE_HEADER_BYTES:
+        raise UpdateError(
+            f"header of {length} bytes; 2 to {MAX_FILE_HEADER_BYTES} are allowed",
+            reason="malformed",
+        )
+    if _PREAMBLE.size + length > size:
+        raise UpdateError(
+            f"{size} bytes; its header alone needs {_PREAMBLE.size + length}", reason="truncated"
+        )
+    return length
+
+
+def _parse(text: bytes) -> FileHeader:
+    """Read the JSON header; only the canonical text of a good header passes."""
+    try:
+        record = json.loads(text)
+    except (ValueError, RecursionError) as error:
+        raise UpdateError(
+            f"the header is no JSON: {str(error)[:80]}", reason="malformed"
+        ) from error
+    if not isinstance(record, dict) or record.keys() != _KEYS:
+        raise UpdateError(
+            f"the header's keys are not {', '.join(sorted(_KEYS))}", reason="malformed"
+        )
+    layout, dtypes = _parse_tensors(record["tensors"])
+    stride = _whole_numbers(record["drop-rate"], "drop-rate", 2)
+    seed = record["seed"]
+    if seed is not None:
+        (seed,) = _whole_numbers([seed], "seed", 1)
+    if not isinstance(record["rescale"], bool):
+        raise UpdateError("rescale is neither true nor false", reason="malformed")
+    try:
+        drop_rate = DropRate(*stride)
+    except ConfigError as error:
+        raise UpdateError(str(error), reason="mask") from error
+    header = FileHeader(
+        layout=layout,
+        dtypes=dtypes,
+        base=_hex(record, "base", 32).hex(),
+        drop_rate=drop_rate,
+        mask=_word(record, "mask"),
+        mask_key=_hex(record, "mask-key", 16),
+        rank=_whole_numbers([record["rank"]], "rank", 1)[0],
+        values=_word(record, "values"),
+        values_key=_hex(record, "values-key", 16),
+        rescale=record["rescale"],
+        seed=seed,
+    )
+    if header.to_json() != text:
+        raise UpdateError("the header is not in its canonical form", reason="malformed")
+    return header
+
+
+def _parse_tensors(rows: Any) -> tuple[Layout, dict[str, str]]:
+    if not isinstance(rows, list) or len(rows) > MAX_TENSORS:
+        raise UpdateError(f"tensors is no list of at most {MAX_TENSORS}", reason="layout")
+    shapes: dict[str, tuple[int, ...]] = {}
+    dtypes: dict[str, str] = {}
+    total, before = 0, b""
+    for row in rows:
+        if not isinstance(row, list) or len(row) != 3 or not isinstance(row[0], str):
+            raise UpdateError(
+                f"tensor number {len(shapes)} is not [name, dtype, shape]", reason="layout"
+            )
+        name, dtype, shape = row
+        if problem := _bad_name(name):
+            raise UpdateError(f"tensor name {name[:80]!r} {problem}", reason="layout")
+        if name in shapes or (shapes and name.encode() < before):
+            raise UpdateError(
+                f"tensor {name[:80]!r} is there twice or out of order", reason="layout"
+            )
+        if dtype not in DTYPES:
+            raise UpdateError(
+                f"tensor {name[:80]!r} has dtype {str(dtype)[:16]!r}; known: {', '.join(DTYPES)}",
+                reason="layout",
+            )
+        if not isinstance(shape, list) or len(shape) > MAX_DIMENSIONS:
+            raise UpdateError(
+                f"tensor {name[:80]!r} has no shape of at most {MAX_DIMENSIONS} dimensions",
+                reason="layout",
+            )
+        size = 1
+        for dimension in _whole_numbers(shape, "shape", len(shape), reason="layout"):
+            # Before the next product: it stays small whatever the numbers.
+            size = min(size * min(dimension, MAX_PARAMETERS + 1), MAX_PARAMETERS + 1)
+        total += size
+        if total > MAX_PARAMETERS:
+            raise UpdateError(
+                f"more than {MAX_PARAMETERS} parameters by tensor {name[:80]!r}", reason="layout"
+            )
+        before = name.encode()
+        shapes[name], dtypes[name] = tuple(shape), dtype
+    return layout_of(shapes), dtypes
+
+
+def _bad_name(name: str) -> str:
+    """Say what is wrong with a tensor name, or nothing."""
+    try:
+        length = len(name.encode())
+    except UnicodeEncodeError:
+        return "is no text"
+    if not 1 <= length <= MAX_NAME_BYTES:
+        return f"has {length} bytes, 1 to {MAX_NAME_BYTES} are allowed"
+    if any(ord(letter) < 32 or ord(letter) == 127 for letter in name):
+        return "has control characters"
+    # Tools that keep one file a tensor must not be led out of their folder.
+    parts = name.replace("\\", "/").split("/")
+    if len(parts) > 1 and (parts[0] == "" or ".." in parts):
+        return "is a path out of its folder"
+    return ""
+
+
+def _whole_numbers(
+    values: Any, what: str, count: int, reason: str = "malformed"
+) -> tuple[int, ...]:
+    if (
+        not isinstance(values, list)
+        or len(values) != count
+        or any(isinstance(v, bool) or not isinstance(v, int) for v in values)
+        or any(not 0 <= v < 1 << 64 for v in values)
+    ):
+        raise UpdateError(f"{what} is not {count} whole numbers below 2**64", reason=reason)
+    return tuple(values)
+
+
+def _word(record: Mapping[str, Any], key: str) -> str:
+    if not isinstance(record[key], str):
+        raise UpdateError(f"{key} is no text", reason="malformed")
+    return record[key]
+
+
+def _hex(record: Mapping[str, Any], key: str, length: int) -> bytes:
+    text = _word(record, key)
+    try:
+        data = bytes.fromhex(text)
+    except ValueError:
+        data = b""
+    if len(data) != length:
+        raise UpdateError(f"{key} is not {2 * length} hex digits", reason="malformed")
+    return data
+
+
+def _checked_spec(header: FileHeader) -> UpdateSpec:
+    try:
+        spec = header.spec()
+        spec.draw_mask()
+    except ConfigError as error:
+        raise UpdateError(str(error), reason="malformed") from error
+    return spec

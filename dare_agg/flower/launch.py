@@ -212,8 +212,7 @@ def run_app(
         raise
     finally:
         stop_group(process)
-    runs = _runs(environment, work, connection)
-    new = [run_id for run_id in runs if run_id not in before]
+    new = _new_runs(environment, work, connection, before)
     if not new:
         said = " ".join(line for line in tail[-6:] if line)[:600]
         raise RunError(
@@ -222,13 +221,30 @@ def run_app(
     return _final_status(environment, work, connection, new[-1])
 
 
+def _new_runs(
+    environment: Mapping[str, str], work: Path, connection: str, before: set[str]
+) -> list[str]:
+    """The runs that were not there before; waits for a SuperLink that is being restarted."""
+    until = time.monotonic() + 60
+    while True:
+        try:
+            return [run for run in _runs(environment, work, connection) if run not in before]
+        except RunError:
+            if time.monotonic() > until:
+                raise
+            time.sleep(1)
+
+
 def _final_status(
     environment: Mapping[str, str], work: Path, connection: str, run_id: str
 ) -> RunStatus:
     """Wait until the run has ended by Flower's own account."""
     until = time.monotonic() + 60
     while True:
-        status, detail = _runs(environment, work, connection).get(run_id, ("unknown", ""))
+        try:
+            status, detail = _runs(environment, work, connection).get(run_id, ("unknown", ""))
+        except RunError as error:  # the SuperLink may be on its way back
+            status, detail = "unknown", str(error)
         if status.startswith("finished") or time.monotonic() > until:
             return RunStatus(run_id, status, detail)
         time.sleep(1)
@@ -249,6 +265,10 @@ def _runs(
         raise RunError(
             f"flwr ls gave no answer: {' '.join((done.stdout + done.stderr).split())[:300]}"
         ) from error
+    if not answer.get("success", True):
+        raise RunError(
+            f"flwr ls failed: {' '.join(str(answer.get('error-message', '')).split())[:300]}"
+        )
     return {
         str(run.get("run-id")): (str(run.get("status")), str(run.get("status-details", "")))
         for run in answer.get("runs", [])

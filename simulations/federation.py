@@ -1,0 +1,190 @@
+"""A real federation on this machine: SuperLink and SuperNodes as processes of our own.
+
+Used by the tests of deployments and by the benchmarks of crashes, slow links and the warm
+trainer. TLS, registered nodes and signed updates, as docs/DEPLOY.md sets them up.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import os
+import signal
+import subprocess
+import time
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+
+from dare_agg.certificates import make_deployment
+from dare_agg.flower.launch import (
+    RunStatus,
+    flower_environment,
+    free_port,
+    run_app,
+    stop_group,
+    toml_scalars,
+    write_connection,
+)
+
+APP = Path(__file__).parents[1] / "tests" / "apps" / "edge"
+
+
+@dataclass
+class Federation:
+    """SuperLink and SuperNodes over TLS with registered keys, in one folder.
+
+    ``prefix(name)`` is put before a node's command, for example to run it elsewhere.
+    """
+
+    folder: Path
+    names: Sequence[str]
+    host: str = "127.0.0.1"
+    isolation: str = "subprocess"
+    prefix: Callable[[str], list[str]] = lambda name: []
+    environment: Mapping[str, str] = field(default_factory=dict)
+    processes: dict[str, subprocess.Popen] = field(default_factory=dict)
+
+    def __post_init__(self) -> None:
+        self.certs = self.folder / "certs"
+        make_deployment(self.certs, [self.host, "127.0.0.1", "localhost"], self.names)
+        self.home = self.folder / "home"
+        (self.home / "work").mkdir(parents=True)
+        self.port = free_port()
+        self.secret = self.folder / "superexec.secret"
+        self.secret.write_text("a-shared-secret-of-the-machine-0123456789")
+        self.secret.chmod(0o600)
+        write_connection(
+            self.home,
+            "dep",
+            {
+                "address": f"{self.host}:{self.port}",
+                "root-certificates": str(self.certs / "ca" / "ca.crt"),
+            },
+        )
+
+    def start_superlink(self) -> None:
+        server = self.certs / "server"
+        self._start(
+            "superlink",
+            [
+                "flower-superlink", "--host", self.host, "--port", str(self.port),
+                "--ssl-certfile", str(server / "server.pem"),
+                "--ssl-keyfile", str(server / "server.key"),
+                "--ssl-ca-certfile", str(server / "ca.crt"),
+                "--enable-supernode-auth", "--isolation", self.isolation,
+                "--database", str(self.folder / "state.db"),
+                *(
+                    ["--superexec-auth-secret-file", str(self.secret)]
+                    if self.isolation == "process"
+                    else []
+                ),
+            ],
+        )  # fmt: skip
+        self.wait_for(self.answers, 90)
+
+    def answers(self) -> bool:
+        """Whether the SuperLink does; ``flwr ls`` itself exits 0 when it does not."""
+        said = self.flwr("ls", "dep", "--format", "json").stdout
+        return '"success": true' in said
+
+    def start_superexec(self) -> None:
+        """The process that starts ServerApps where the SuperLink is isolated from them."""
+        self._start(
+            "superexec",
+            [
+                "flower-superexec", "--runtime-api-address", f"{self.host}:{self.port}",
+                "--root-certificates", str(self.certs / "ca" / "ca.crt"),
+                "--superexec-auth-secret-file", str(self.secret),
+            ],
+        )  # fmt: skip
+
+    def submit(self, output: Path, **config: object) -> None:
+        """Submit a run without following it: whoever follows dies with the SuperLink."""
+        settings = self._settings(output, config)
+        done = self.flwr("run", str(APP), "dep", "--run-config", toml_scalars(settings))
+        assert done.returncode == 0, done.stdout + done.stderr
+
+    def _settings(self, output: Path, config: Mapping[str, object]) -> dict:
+        return {
+            "output": str(output),
+            "clients": len(self.names),
+            "identities": str(self.certs / "server" / "identities.json"),
+            **{key.replace("_", "-"): value for key, value in config.items()},
+        }
+
+    def kill_9(self, name: str) -> None:
+        process = self.processes.pop(name)
+        os.killpg(process.pid, signal.SIGKILL)
+        process.wait()
+
+    def start_node(self, name: str) -> None:
+        own = self.certs / "nodes" / name
+        config = f'client-name="{name}" identity="{own / "identity.pem"}" ' + (
+            f'cache="{self.folder / "cache" / name}"'
+        )
+        self._start(
+            name,
+            [
+                *self.prefix(name),
+                "flower-supernode", "--superlink", f"{self.host}:{self.port}",
+                "--root-certificates", str(own / "ca.crt"),
+                "--auth-supernode-private-key", str(own / "node.key"),
+                "--host", "127.0.0.1", "--port", str(free_port()),
+                "--node-config", config,
+            ],
+        )  # fmt: skip
+
+    def register(self, name: str) -> None:
+        public = self.certs / "nodes" / name / "node.pub"
+        done = self.flwr("supernode", "register", str(public), "dep", "--name", name)
+        assert done.returncode == 0, done.stdout + done.stderr
+
+    def run(self, output: Path, **config: object) -> RunStatus:
+        lines: list[str] = []
+        settings = self._settings(output, config)
+        status = run_app(APP, self.home, "dep", settings, on_line=lines.append)
+        (self.folder / "run.log").write_text("\n".join(lines))
+        return status
+
+    def report(self, output: Path) -> dict:
+        return json.loads((output / "report.json").read_text())
+
+    def flwr(self, *words: str) -> subprocess.CompletedProcess:
+        return subprocess.run(
+            ["flwr", *words], cwd=self.home / "work", env=self._environment(),
+            capture_output=True, text=True, timeout=120, check=False,
+        )  # fmt: skip
+
+    def wait_for(self, condition: Callable[[], bool], seconds: float) -> None:
+        until = time.monotonic() + seconds
+        while not condition():
+            for name, process in self.processes.items():
+                if process.poll() is not None:
+                    raise AssertionError(f"{name} ended: {self.log(name)[-2000:]}")
+            assert time.monotonic() < until, f"not within {seconds} s"
+            time.sleep(0.5)
+
+    def log(self, name: str) -> str:
+        return (self.folder / f"{name}.log").read_text(errors="replace")
+
+    def stop(self, name: str) -> None:
+        process = self.processes.pop(name, None)
+        if process is not None:
+            stop_group(process, 10)
+
+    def stop_all(self) -> None:
+        for name in list(self.processes):
+            with contextlib.suppress(Exception):
+                self.stop(name)
+
+    def _environment(self) -> dict[str, str]:
+        return {**flower_environment(self.home), **self.environment}
+
+    def _start(self, name: str, command: Sequence[str]) -> None:
+        log = (self.folder / f"{name}.log").open("ab")
+        self.processes[name] = subprocess.Popen(
+            command, cwd=self.home / "work", env=self._environment(),
+            stdout=log, stderr=log, start_new_session=True,
+        )  # fmt: skip
+        log.close()

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import json
 import math
+import mmap
 import os
 import re
 from collections.abc import Iterable, Mapping
@@ -112,6 +113,16 @@ class Checkpoint:
         if data.ctypes.data % dtype.itemsize:
             data = data.copy()
         return np.asarray(data.view(dtype))
+
+    def release(self) -> None:
+        """Hand the mapped pages back to the system; what is read again is mapped again.
+
+        Keeps the resident size of one pass over a large model small.
+        """
+        for mapped in self._maps.values():
+            pages = getattr(mapped, "_mmap", None)
+            if pages is not None and hasattr(mmap, "MADV_DONTNEED"):
+                pages.madvise(mmap.MADV_DONTNEED)
 
     def array(self, name: str) -> NDArray[np.float32]:
         """Return one tensor as float32, in its shape."""

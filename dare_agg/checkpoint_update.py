@@ -1,0 +1,256 @@
+"""Updates between checkpoints on disk: make one, look into one, apply one.
+
+Everything streams: a pass reads the mapped tensors tile by tile and hands their pages back,
+so memory does not grow with the model.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from dare_agg.checkpoint import (
+    Checkpoint,
+    CheckpointWriter,
+    carry_files,
+    open_checkpoint,
+    parse_dtype,
+    plan_like,
+)
+from dare_agg.derive import derive_key, seed_secret
+from dare_agg.errors import BaseMismatchError, LayoutError
+from dare_agg.layout import FingerprintStream, FloatVector, Layout
+from dare_agg.mask import DropRate, parse_drop_rate
+from dare_agg.merge.identity import sketch
+from dare_agg.merge.offline import open_model
+from dare_agg.merge.recipe import ModelInput
+from dare_agg.merge.sources import CachedSource, DeltaSource, take
+from dare_agg.rotation import GROUP
+from dare_agg.update import Update, UpdateSpec
+from dare_agg.update_file import FileHeader, read_update_file, write_update_file
+from dare_agg.values import find_values
+
+TILE = 1 << 18
+QUANTILES = (0.5, 0.9, 0.99, 0.999)
+# Parameters whose pages may be mapped at a time, of each model.
+_MAPPED = 1 << 24
+_SAMPLED_GROUPS = 16
+
+
+@dataclass(frozen=True)
+class _Releasing:
+    """A source that hands mapped pages back on its way through the model."""
+
+    source: DeltaSource
+    models: tuple[Checkpoint, ...]
+
+    @property
+    def size(self) -> int:
+        return self.source.size
+
+    def read(self, lo: int, hi: int, out: FloatVector) -> None:
+        self.source.read(lo, hi, out)
+        self._release(lo, hi)
+
+    def take(self, positions: NDArray[np.int64]) -> FloatVector:
+        step = max(1, positions.size)
+        if positions.size and int(positions[-1] - positions[0]) > _MAPPED:
+            step = positions.size * _MAPPED // int(positions[-1] - positions[0]) + 1
+        parts = []
+        for at in range(0, positions.size, step):
+            part = positions[at : at + step]
+            parts.append(take(self.source, part))
+            self._release(int(part[0]), int(part[-1]) + 1)
+        return np.concatenate(parts) if len(parts) != 1 else parts[0]
+
+    def _release(self, lo: int, hi: int) -> None:
+        if lo // _MAPPED != hi // _MAPPED:
+            for model in self.models:
+                model.release()
+
+
+def write_diff(
+    base_path: Path,
+    tuned_path: Path,
+    out: Path,
+    *,
+    drop_rate: DropRate | str | float = "0.9",
+    values: str = "b1",
+    mask: str = "stratified",
+    seed: int = 0,
+    rank: int | None = None,
+    exclude: tuple[str, ...] = (),
+    rescale: bool = True,
+    overwrite: bool = False,
+) -> FileHeader:
+    """Write the update that leads from ``base_path`` to ``tuned_path``.
+
+    Mask and value keys follow from ``seed`` and the delta's contents, so that updates of
+    several models have independent masks. With ``rank`` they follow from ``seed`` alone:
+    parties that use one seed and base and the ranks 0, 1, … keep disjoint elements.
+
+    Raises `LayoutError` where the models do not fit, `NonFiniteError` naming the tensor.
+    """
+    rate = parse_drop_rate(drop_rate)
+    find_values(values)
+    secret = seed_secret(seed)
+    base = open_checkpoint(base_path)
+    layout = base.layout(exclude)
+    if not layout.size:
+        raise LayoutError(f"{base_path} has no parameter left; exclude less")
+    model = open_model(
+        ModelInput(path=tuned_path), base, layout, CachedSource(base.reader(layout)), list(exclude)
+    )
+    if model.kind == "update":
+        raise LayoutError(f"{tuned_path} is an update already; give the tuned model")
+    tuned = model.checkpoint
+    content = sketch(model.source) if rank is None else b""
+    spec = UpdateSpec(
+        size=layout.size,
+        drop_rate=rate,
+        mask=mask,
+        mask_key=derive_key(secret, "update file mask", content),
+        values_key=derive_key(secret, "update file values", content, rank or 0),
+        rank=rank or 0,
+        values=values,
+        base=checked_fingerprint(base, layout),
+        layout=layout.fingerprint,
+        rescale=rescale,
+    )
+    spec.draw_mask()
+    if tuned is not None:
+        for _ in _finite_tiles(tuned, layout):
+            pass
+    models = (base,) if tuned is None else (base, tuned)
+    dtypes = (tuned or base).dtypes
+    return write_update_file(
+        out,
+        spec,
+        layout,
+        _Releasing(model.source, models),
+        seed=seed,
+        dtypes={name: dtypes[name] for name in layout.names},
+        overwrite=overwrite,
+    )
+
+
+def checked_fingerprint(model: Checkpoint, layout: Layout) -> str:
+    """Return the fingerprint of a model over ``layout``; refuse one that is not finite."""
+    stream = FingerprintStream(layout)
+    for piece in _finite_tiles(model, layout):
+        stream.update(piece)
+    return stream.hexdigest()
+
+
+def _finite_tiles(model: Checkpoint, layout: Layout) -> Iterator[FloatVector]:
+    reader = model.reader(layout)
+    tile = np.empty(TILE, np.float32)
+    for lo in range(0, layout.size, TILE):
+        hi = min(layout.size, lo + TILE)
+        reader.read(lo, hi, tile[: hi - lo])
+        if not np.isfinite(tile[: hi - lo]).all():
+            # Looks again, slower, to name the tensor and the index.
+            model.check_finite(layout)
+        yield tile[: hi - lo]
+        if lo // _MAPPED != hi // _MAPPED:
+            model.release()
+
+
+def apply_update(
+    base_path: Path,
+    update_path: Path,
+    out: Path,
+    *,
+    scaling: float = 1.0,
+    dtype: str | None = None,
+    overwrite: bool = False,
+    on_progress: Callable[[int, int], None] | None = None,
+) -> FileHeader:
+    """Write base + ``scaling`` × rescaled survivors, with the base's dtypes and other files.
+
+    Raises `BaseMismatchError` for another base than the update was made from.
+    """
+    update, header = read_update_file(update_path)
+    layout = header.layout
+    base = open_checkpoint(base_path)
+    base.check_layout(layout)
+    found = checked_fingerprint(base, layout)
+    if found != header.base:
+        raise BaseMismatchError(
+            f"{update_path} was made from base {header.base[:16]}, {base_path} is {found[:16]}; "
+            "give the base it was made from"
+        )
+    reader = base.reader(layout)
+    plans = plan_like(base, out, layout, parse_dtype(dtype) if dtype else None)
+    with CheckpointWriter(out, plans, {"format": "pt"}, overwrite) as writer:
+        tile = np.empty(TILE, np.float32)
+        for lo in range(0, layout.size, TILE):
+            hi = min(layout.size, lo + TILE)
+            piece = tile[: hi - lo]
+            reader.read(lo, hi, piece)
+            update.add(lo, hi, piece, scaling)
+            for entry, first, last in layout.pieces(lo, hi):
+                at = entry.offset - lo
+                writer.write(entry.name, first, piece[at + first : at + last])
+            if lo // _MAPPED != hi // _MAPPED:
+                base.release()
+            if on_progress is not None:
+                on_progress(hi, layout.size)
+        for name in base.names:
+            if name not in layout:
+                writer.write_raw(name, 0, base.raw(name))
+        if not writer.single and base.folder is not None:
+            carry_files(base.folder, writer.folder)
+    return header
+
+
+def describe_update(update: Update, header: FileHeader, nbytes: int) -> dict[str, Any]:
+    """What `dare-agg inspect` shows, as plain values.
+
+    The survivors are a uniform sample of the delta, so its quantiles and norm come for
+    nothing. Formats of few bits add noise of known size (``values_nmse``): it is taken out of
+    the spread, but what is far out in the tails cannot be seen in 1 or 2 bits.
+    """
+    magnitudes = np.abs(_sample(update)) / np.float32((1 + find_values(header.values).nmse) ** 0.5)
+    parameters = header.layout.size
+    quantiles = np.quantile(magnitudes, QUANTILES) if magnitudes.size else [0.0] * len(QUANTILES)
+    rms = float(np.sqrt(np.mean(np.square(magnitudes, dtype=np.float64)))) if len(magnitudes) else 0
+    return {
+        "parameters": parameters,
+        "tensors": len(header.layout.entries),
+        "survivors": update.survivors,
+        "bytes": nbytes,
+        "bits_per_parameter": 8 * nbytes / max(1, parameters),
+        "payload_bits_per_parameter": 8 * update.payload.size / max(1, parameters),
+        "drop_rate": header.drop_rate.p,
+        "values": header.values,
+        "mask": header.mask,
+        "rank": header.rank,
+        "rescale": header.rescale,
+        "seed": header.seed,
+        "base_fingerprint": header.base,
+        "layout_fingerprint": header.layout.fingerprint,
+        "dtypes": sorted(set(header.dtypes.values())),
+        "delta_quantiles": {f"{q:g}": float(v) for q, v in zip(QUANTILES, quantiles, strict=True)},
+        "delta_rms": rms,
+        "delta_norm": rms * parameters**0.5,
+        "sampled_survivors": len(magnitudes),
+        "values_nmse": find_values(header.values).nmse,
+    }
+
+
+def _sample(update: Update) -> FloatVector:
+    """Decoded, unscaled survivors: all, or evenly spaced groups of a large update."""
+    groups = -(-update.survivors // GROUP)
+    chosen = sorted(
+        {i * groups // _SAMPLED_GROUPS for i in range(_SAMPLED_GROUPS)} if groups else ()
+    )
+    parts = [
+        update.values(group * GROUP, min(update.survivors, (group + 1) * GROUP)) for group in chosen
+    ]
+    return np.concatenate(parts) if parts else np.empty(0, np.float32)

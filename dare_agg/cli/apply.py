@@ -1,0 +1,44 @@
+"""`dare-agg apply`: base and update in, tuned model out."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+
+def apply(
+    base: Annotated[Path, typer.Argument(help="The base the update was made from.")],
+    update: Annotated[Path, typer.Argument(help="An update file, x.dare.")],
+    out: Annotated[Path, typer.Option("--out", "-o", help="A .safetensors file or a folder.")],
+    scaling: Annotated[float, typer.Option("--scaling", help="Factor of the update.")] = 1.0,
+    dtype: Annotated[
+        str | None, typer.Option("--dtype", help="float32, bfloat16 or float16. [the base's]")
+    ] = None,
+    force: Annotated[bool, typer.Option("--force", help="Replace OUT if it exists.")] = False,
+    json_: Annotated[bool, typer.Option("--json", help="Print one JSON object.")] = False,
+) -> None:
+    """Apply an update file to its BASE."""
+    import math
+
+    from dare_agg.checkpoint_update import apply_update
+    from dare_agg.cli.output import print_json
+    from dare_agg.errors import ConfigError
+
+    if not math.isfinite(scaling):
+        raise ConfigError(f"--scaling {scaling}; a finite number is needed")
+    header = apply_update(base, update, out, scaling=scaling, dtype=dtype, overwrite=force)
+    layout = header.layout
+    if json_:
+        print_json(
+            {
+                "out": str(out),
+                "parameters": layout.size,
+                "tensors": len(layout.entries),
+                "scaling": scaling,
+                "base_fingerprint": header.base,
+            }
+        )
+        return
+    typer.echo(f"{out}: {update.name} applied to {layout.size:,} parameters")

@@ -1,0 +1,50 @@
+"""`dare-agg diff`: one update file from two checkpoints."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+
+def diff(
+    base: Annotated[Path, typer.Argument(help="A .safetensors file or a model folder.")],
+    tuned: Annotated[Path, typer.Argument(help="The model tuned from it, or an adapter folder.")],
+    out: Annotated[Path, typer.Option("--out", "-o", help="The update file, x.dare.")],
+    drop_rate: Annotated[str, typer.Option("--drop-rate", help="Share dropped, 0 to 1.")] = "0.9",
+    values: Annotated[
+        str, typer.Option("--values", help="b1, b2, b4, i8, f16, bf16 or f32.")
+    ] = "b1",
+    mask: Annotated[str, typer.Option("--mask", help="stratified or bernoulli.")] = "stratified",
+    seed: Annotated[int, typer.Option("--seed", help="Same models and seed, same bytes.")] = 0,
+    rank: Annotated[
+        int | None,
+        typer.Option("--rank", min=0, help="0, 1, … with one seed: parties keep disjoint parts."),
+    ] = None,
+    exclude: Annotated[
+        list[str] | None, typer.Option("--exclude", help="Regular expression of tensors left out.")
+    ] = None,
+    force: Annotated[bool, typer.Option("--force", help="Replace OUT if it exists.")] = False,
+    json_: Annotated[bool, typer.Option("--json", help="Print one JSON object.")] = False,
+) -> None:
+    """Write the update that leads from BASE to TUNED."""
+    from dare_agg.checkpoint_update import describe_update, write_diff
+    from dare_agg.cli.output import human_bytes, print_json
+    from dare_agg.errors import ConfigError
+    from dare_agg.update_file import read_update_file
+
+    if out.suffix != ".dare":
+        raise ConfigError(f"{out} does not end in .dare, by which updates are known; rename it")
+    write_diff(
+        base, tuned, out, drop_rate=drop_rate, values=values, mask=mask, seed=seed, rank=rank,
+        exclude=tuple(exclude or ()), overwrite=force,
+    )  # fmt: skip
+    facts = describe_update(*read_update_file(out), out.stat().st_size)
+    if json_:
+        print_json({"out": str(out), **facts})
+        return
+    typer.echo(
+        f"{out}: {facts['survivors']:,} survivors of {facts['parameters']:,} parameters in "
+        f"{human_bytes(facts['bytes'])}, {facts['bits_per_parameter']:.4g} bits a parameter"
+    )

@@ -1,0 +1,39 @@
+"""`dare-agg inspect`: what an update file holds."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+
+def inspect(
+    update: Annotated[Path, typer.Argument(help="An update file, x.dare.")],
+    json_: Annotated[bool, typer.Option("--json", help="Print one JSON object.")] = False,
+) -> None:
+    """Check an update file and show what it holds."""
+    from rich.table import Table
+
+    from dare_agg.checkpoint_update import describe_update
+    from dare_agg.cli.output import human_bytes, print_json, stdout_console
+    from dare_agg.update_file import read_update_file
+
+    facts = describe_update(*read_update_file(update), update.stat().st_size)
+    if json_:
+        print_json(facts)
+        return
+    table = Table(title=update.name, show_header=False)
+    quantiles = facts["delta_quantiles"].items()
+    for name, text in {
+        "parameters": f"{facts['parameters']:,} in {facts['tensors']:,} tensors",
+        "survivors": f"{facts['survivors']:,} (drop rate {facts['drop_rate']:g}, {facts['mask']})",
+        "size": human_bytes(facts["bytes"]),
+        "bits a parameter": f"{facts['bits_per_parameter']:.4g}",
+        "values": facts["values"],
+        "base": facts["base_fingerprint"],
+        "|delta|, estimated": ", ".join(f"q{q} {value:.2g}" for q, value in quantiles),
+        "delta norm, estimated": f"{facts['delta_norm']:.4g}",
+    }.items():
+        table.add_row(name, text)
+    stdout_console().print(table)

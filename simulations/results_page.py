@@ -16,7 +16,7 @@ from simulations.run import RESULTS, read_rows
 
 PAGE = Path(__file__).parents[1] / "docs" / "RESULTS.md"
 PLOTS = PAGE.parent / "plots"
-COMPACT = "DARE p=.999, union down"
+COMPACT = "DARE p=.995, union down"
 
 
 def _rows(name: str) -> list[dict]:

@@ -11,6 +11,7 @@ metadata), SHA-256 of everything before.
 from __future__ import annotations
 
 import contextlib
+import fcntl
 import hashlib
 import json
 import os
@@ -32,6 +33,7 @@ MAGIC = b"DAREST1\n"
 KEEP = 2
 _NAME = re.compile(r"round-(\d{8})\.state")
 _BASE = "base.state"
+_LOCK = "lock"
 
 NamedArrays = Mapping[str, NDArray[Any]]
 
@@ -115,11 +117,51 @@ class StateFolder:
 
     def __init__(self, path: Path | str) -> None:
         self.path = Path(path)
+        self._lock: int | None = None
+
+    def claim(self) -> None:
+        """Make this process the only one that writes here; its end, however, frees the folder.
+
+        Raises `StateError` where another process is at work: after a crash of the SuperLink
+        its run may still be going on.
+        """
+        if self._lock is not None:
+            return
+        try:
+            self.path.mkdir(parents=True, exist_ok=True)
+            handle = os.open(self.path / _LOCK, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
+        except OSError as error:
+            raise StateError(
+                f"{self.path} cannot be written: {error.strerror or error}; fix the permissions "
+                "or free space"
+            ) from error
+        try:
+            fcntl.lockf(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except OSError as error:
+            os.close(handle)
+            raise StateError(
+                f"another run is at work in {self.path}; stop it (flwr ls, flwr stop), or name "
+                "another output folder"
+            ) from error
+        self._lock = handle
+
+    def release(self) -> None:
+        """Let others write here again."""
+        if self._lock is not None:
+            os.close(self._lock)
+            self._lock = None
 
     def save_base(self, arrays: NamedArrays) -> None:
-        """Keep the arrays a run started from, with their order; done once."""
-        if not (self.path / _BASE).is_file():
-            write_state(self.path / _BASE, arrays, {"order": list(arrays)})
+        """Keep the arrays a run starts from, with their order, before its first round.
+
+        Raises `StateError` where rounds of an earlier run are: they are not thrown away.
+        """
+        if rounds := self.rounds():
+            raise StateError(
+                f"{self.path} holds {rounds[-1]} rounds of an earlier run; go on with it "
+                "(dare-agg run --resume), or name another output folder"
+            )
+        write_state(self.path / _BASE, arrays, {"order": list(arrays)})
 
     def load_base(self) -> dict[str, NDArray[Any]]:
         """Return the arrays a run started from; raises `StateError`."""

@@ -7,14 +7,19 @@ trainer. TLS, registered nodes and signed updates, as docs/DEPLOY.md sets them u
 from __future__ import annotations
 
 import contextlib
+import importlib
 import json
 import os
 import signal
+import ssl
 import subprocess
+import sys
 import time
+import urllib.request
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
 from dare_agg.certificates import make_deployment
 from dare_agg.flower.launch import (
@@ -84,9 +89,23 @@ class Federation:
         self.wait_for(self.answers, 90)
 
     def answers(self) -> bool:
-        """Whether the SuperLink does; ``flwr ls`` itself exits 0 when it does not."""
-        said = self.flwr("ls", "dep", "--format", "json").stdout
-        return '"success": true' in said
+        """Whether the SuperLink does."""
+        trusted = ssl.create_default_context(cafile=str(self.certs / "ca" / "ca.crt"))
+        url = f"https://{self.host}:{self.port}/health"
+        try:
+            with urllib.request.urlopen(url, timeout=2, context=trusted):
+                return True
+        except OSError:
+            return False
+
+    def start_all(self) -> None:
+        """Start everything; nodes that the database does not know are registered."""
+        self.start_superlink()
+        if self.isolation == "process":
+            self.start_superexec()
+        for name in self.names:
+            self.register(name)
+            self.start_node(name)
 
     def start_superexec(self) -> None:
         """The process that starts ServerApps where the SuperLink is isolated from them."""
@@ -108,15 +127,39 @@ class Federation:
     def _settings(self, output: Path, config: Mapping[str, object]) -> dict:
         return {
             "output": str(output),
-            "clients": len(self.names),
+            "min-clients": len(self.names),
             "identities": str(self.certs / "server" / "identities.json"),
             **{key.replace("_", "-"): value for key, value in config.items()},
         }
 
     def kill_9(self, name: str) -> None:
+        """kill -9 of a process and of its group: no goodbye, no tidying up."""
         process = self.processes.pop(name)
-        os.killpg(process.pid, signal.SIGKILL)
+        with contextlib.suppress(ProcessLookupError):
+            os.killpg(process.pid, signal.SIGKILL)
         process.wait()
+
+    def kill_9_server_apps(self) -> int:
+        """kill -9 of every ServerApp of this federation; returns how many there were."""
+        return self._kill_tasks("serverapp")
+
+    def kill_9_everything(self) -> None:
+        for name in list(self.processes):
+            self.kill_9(name)
+        self._kill_tasks("")
+
+    def _kill_tasks(self, word: str) -> int:
+        """Tasks lead sessions of their own; this federation's are known by its Flower home."""
+        mark = f"FLWR_HOME={self.home}\0".encode()
+        killed = 0
+        for entry in Path("/proc").glob("[0-9]*"):
+            with contextlib.suppress(OSError):
+                command = (entry / "cmdline").read_bytes().decode(errors="replace")
+                ours = mark in (entry / "environ").read_bytes() + b"\0"
+                if ours and word in command:
+                    os.kill(int(entry.name), signal.SIGKILL)
+                    killed += 1
+        return killed
 
     def start_node(self, name: str) -> None:
         own = self.certs / "nodes" / name
@@ -147,8 +190,10 @@ class Federation:
         (self.folder / "run.log").write_text("\n".join(lines))
         return status
 
-    def report(self, output: Path) -> dict:
-        return json.loads((output / "report.json").read_text())
+    def runs(self) -> dict[str, str]:
+        """All runs of the SuperLink: id → status."""
+        answer = json.loads(self.flwr("ls", "dep", "--format", "json").stdout)
+        return {str(run["run-id"]): str(run["status"]) for run in answer["runs"]}
 
     def flwr(self, *words: str) -> subprocess.CompletedProcess:
         return subprocess.run(
@@ -163,7 +208,7 @@ class Federation:
                 if process.poll() is not None:
                     raise AssertionError(f"{name} ended: {self.log(name)[-2000:]}")
             assert time.monotonic() < until, f"not within {seconds} s"
-            time.sleep(0.5)
+            time.sleep(0.2)
 
     def log(self, name: str) -> str:
         return (self.folder / f"{name}.log").read_text(errors="replace")
@@ -188,3 +233,53 @@ class Federation:
             stdout=log, stderr=log, start_new_session=True,
         )  # fmt: skip
         log.close()
+
+    def any_run_under_way(self) -> bool:
+        return any(not status.startswith("finished") for status in self.runs().values())
+
+
+def finished_rounds(output: Path) -> int:
+    """The last round of which a run of the edge app kept the state; 0 for none."""
+    return max((int(path.name[6:14]) for path in output.glob("state/round-*.state")), default=0)
+
+
+def read_report(output: Path) -> dict[str, Any] | None:
+    """The report a finished run of the edge app left; None while it runs."""
+    try:
+        return json.loads((output / "report.json").read_text())
+    except FileNotFoundError:
+        return None
+
+
+def calm_report(names: Sequence[str], output: Path, **config: object) -> dict[str, Any]:
+    """Run the edge app in memory, undisturbed: the reference of a deterministic run."""
+    import tomllib
+
+    from flwr.app import Context, RecordDict
+
+    from simulations.memory_grid import MemoryGrid, pretend_task
+
+    pretend_task()
+    if str(APP) not in sys.path:
+        sys.path.insert(0, str(APP))
+    client_app = importlib.import_module("edge.client_app")
+    server_app = importlib.import_module("edge.server_app")
+    defaults = tomllib.loads((APP / "pyproject.toml").read_text())["tool"]["flwr"]["app"]["config"]
+    settings = {
+        **defaults,
+        "output": str(output),
+        "min-clients": len(names),
+        **{key.replace("_", "-"): value for key, value in config.items()},
+    }
+    cache = str(output / "cache")
+    grid = MemoryGrid(
+        client_app.app,
+        len(names),
+        node_config=lambda number: {"client-name": names[number], "cache": cache},
+        run_config=settings,
+    )
+    context = Context(run_id=1, node_id=1, node_config={}, state=RecordDict(), run_config=settings)
+    server_app.main(grid, context)
+    report = read_report(output)
+    assert report is not None
+    return report

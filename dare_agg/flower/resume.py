@@ -69,9 +69,10 @@ def save(
 def resume(strategy: DareStrategy, folder: StateFolder) -> Resumed | None:
     """Bring a new strategy to the last finished round; None where there is none.
 
-    Raises `StateError` where rounds were kept and none is whole, or where the strategy is
-    set to another downlink.
+    Raises `StateError` where rounds were kept and none is whole, where the strategy is set
+    to another downlink, or where another run is at work in the folder.
     """
+    folder.claim()
     state, problems = folder.load()
     for problem in problems:
         LOG.warning("%s; going on from the round before", problem)

@@ -2,6 +2,8 @@
 
 import errno
 import os
+import subprocess
+import sys
 
 import numpy as np
 import pytest
@@ -29,12 +31,34 @@ def test_a_state_reads_back(tmp_path):
     assert state.arrays["w"].tobytes() == a_round(3).arrays["w"].tobytes()
 
 
-def test_the_base_is_kept_once_and_in_order(tmp_path):
+def test_the_base_is_kept_in_order_and_never_under_finished_rounds(tmp_path):
     folder = StateFolder(tmp_path)
     folder.save_base({"z": np.ones(2, np.float32), "a": np.asarray(4)})
-    folder.save_base({"z": np.zeros(2, np.float32)})
+    folder.save_base({"z": np.zeros(2, np.float32), "a": np.asarray(4)})
     base = folder.load_base()
-    assert list(base) == ["z", "a"] and base["z"].tolist() == [1, 1]
+    assert list(base) == ["z", "a"] and base["z"].tolist() == [0, 0]
+    folder.save(a_round(1))
+    with pytest.raises(StateError, match="holds 1 rounds of an earlier run"):
+        folder.save_base({"z": np.ones(2, np.float32)})
+
+
+def test_one_process_at_a_time_and_a_dead_one_counts_no_more(tmp_path):
+    folder = StateFolder(tmp_path / "state")
+    code = (
+        "import sys, time; from dare_agg.state import StateFolder\n"
+        "StateFolder(sys.argv[1]).claim(); print('mine', flush=True); time.sleep(60)"
+    )
+    other = subprocess.Popen(
+        [sys.executable, "-c", code, str(folder.path)], stdout=subprocess.PIPE, text=True
+    )
+    assert other.stdout.readline() == "mine\n"
+    with pytest.raises(StateError, match="another run is at work"):
+        folder.claim()
+    other.kill()
+    other.wait()
+    other.stdout.close()
+    folder.claim()
+    folder.claim()
 
 
 @settings(max_examples=60, deadline=None)

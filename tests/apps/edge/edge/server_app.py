@@ -50,7 +50,7 @@ def main(grid: Grid, context: Context) -> None:
         )
         save(strategy, kept, outcome)
 
-    count = int(config["clients"])
+    count = int(config["min-clients"])
     strategy = DareStrategy(
         min_available_nodes=count,
         min_train_nodes=count,
@@ -83,7 +83,7 @@ def main(grid: Grid, context: Context) -> None:
 
 
 def run_fedavg(grid: Grid, initial: ArrayRecord, config: dict, output: Path) -> None:
-    count = int(config["clients"])
+    count = int(config["min-clients"])
     began = time.monotonic()
     strategy = FedAvg(fraction_evaluate=0.0, min_train_nodes=count, min_available_nodes=count)
     result = strategy.start(

@@ -1,0 +1,65 @@
+"""The command line itself: every listed command exists, errors are one line, start is quick."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from dare_agg.cli.main import COMMANDS, load_command, main
+
+WITHOUT_EXTRAS = """
+import sys
+
+class Absent:
+    def find_spec(self, name, path=None, target=None):
+        if name.partition(".")[0] in {absent}:
+            raise ModuleNotFoundError(f"No module named {{name!r}}", name=name)
+
+sys.meta_path.insert(0, Absent())
+from dare_agg.cli.main import main
+main({arguments})
+"""
+
+
+@pytest.mark.parametrize("name", COMMANDS)
+def test_each_listed_command_exists(name: str) -> None:
+    assert load_command(name).name == name
+
+
+def test_a_mistyped_command_gets_a_suggestion(capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit) as ended:
+        main(["merg"])
+    assert ended.value.code == 2
+    assert "merge" in capsys.readouterr().err
+
+
+def test_help_imports_nothing_heavy() -> None:
+    code = (
+        "import sys, dare_agg\nfrom dare_agg.cli.main import main\n"
+        "try:\n    main(['--help'])\nexcept SystemExit:\n    pass\n"
+        "heavy = {'numpy', 'torch', 'flwr', 'cryptography', 'pydantic', 'safetensors'}\n"
+        "sys.exit(', '.join(sorted(heavy & set(sys.modules))) or None)"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+
+
+@pytest.mark.parametrize(
+    ("absent", "arguments", "extra"),
+    [(["flwr"], ["run", "."], "flower"), (["jinja2"], ["report", "RUN"], "report")],
+)
+def test_a_missing_extra_is_named(
+    absent: list[str], arguments: list[str], extra: str, tmp_path: Path
+) -> None:
+    run = {"method": "fedavg", "round": 1, "upload_bytes_per_client": 1}
+    (tmp_path / "metrics.jsonl").write_text(json.dumps(run) + "\n")
+    arguments = [str(tmp_path) if word == "RUN" else word for word in arguments]
+    code = WITHOUT_EXTRAS.format(absent=absent, arguments=arguments)
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+    assert done.returncode == 1
+    assert done.stderr.count("\n") == 1 and done.stderr.startswith("error: ")
+    assert f"dare-agg[{extra}]" in done.stderr

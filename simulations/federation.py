@@ -141,25 +141,29 @@ class Federation:
 
     def kill_9_server_apps(self) -> int:
         """kill -9 of every ServerApp of this federation; returns how many there were."""
-        return self._kill_tasks("serverapp")
+        apps = [pid for pid in self._tasks() if "serverapp" in _command(pid)]
+        _kill_9(apps)
+        return len(apps)
 
     def kill_9_everything(self) -> None:
+        tasks = self._tasks()
         for name in list(self.processes):
             self.kill_9(name)
-        self._kill_tasks("")
+        _kill_9(tasks)
 
-    def _kill_tasks(self, word: str) -> int:
-        """Tasks lead sessions of their own; this federation's are known by its Flower home."""
-        mark = f"FLWR_HOME={self.home}\0".encode()
-        killed = 0
+    def _tasks(self) -> list[int]:
+        """All descendants of this federation's processes; tasks lead sessions of their own."""
+        children: dict[int, list[int]] = {}
         for entry in Path("/proc").glob("[0-9]*"):
             with contextlib.suppress(OSError):
-                command = (entry / "cmdline").read_bytes().decode(errors="replace")
-                ours = mark in (entry / "environ").read_bytes() + b"\0"
-                if ours and word in command:
-                    os.kill(int(entry.name), signal.SIGKILL)
-                    killed += 1
-        return killed
+                parent = int((entry / "stat").read_text().rpartition(")")[2].split()[1])
+                children.setdefault(parent, []).append(int(entry.name))
+        found: list[int] = []
+        new = [process.pid for process in self.processes.values()]
+        while new:
+            new = [child for pid in new for child in children.get(pid, [])]
+            found += new
+        return found
 
     def start_node(self, name: str) -> None:
         own = self.certs / "nodes" / name
@@ -236,6 +240,18 @@ class Federation:
 
     def any_run_under_way(self) -> bool:
         return any(not status.startswith("finished") for status in self.runs().values())
+
+
+def _command(pid: int) -> str:
+    with contextlib.suppress(OSError):
+        return Path(f"/proc/{pid}/cmdline").read_bytes().decode(errors="replace")
+    return ""
+
+
+def _kill_9(pids: Sequence[int]) -> None:
+    for pid in pids:
+        with contextlib.suppress(ProcessLookupError):
+            os.kill(pid, signal.SIGKILL)
 
 
 def finished_rounds(output: Path) -> int:

@@ -80,7 +80,9 @@ def one_run(
     submitted = time.monotonic()
     while True:
         if len(rows) < kills:
-            wait(output, rng.uniform(0, 25))
+            # None to two rounds on, and then somewhere within a round.
+            wait(output, 180, finished_rounds(output) + rng.randrange(3))
+            wait(output, rng.uniform(0, 8))
         elif time.monotonic() - submitted > 900:
             raise SystemExit(f"{output} does not end; see {fed.folder}")
         if (report := read_report(output)) is not None:
@@ -97,9 +99,14 @@ def one_run(
             submitted = time.monotonic()
 
 
-def wait(output: Path, seconds: float) -> None:
+def wait(output: Path, seconds: float, rounds: int = ROUNDS) -> None:
+    """Wait so long, or until so many rounds or the run are finished."""
     until = time.monotonic() + seconds
-    while time.monotonic() < until and read_report(output) is None:
+    while (
+        time.monotonic() < until
+        and read_report(output) is None
+        and (rounds == ROUNDS or finished_rounds(output) < rounds)
+    ):
         time.sleep(0.2)
 
 

@@ -1,0 +1,27 @@
+"""A real SuperNode behind 300 kbit/s up, 1 Mbit/s down, 100 ms and 1 % loss each way."""
+
+import pytest
+
+from simulations.federation import calm_report, read_report
+from simulations.link import SlowLink, why_not
+
+
+@pytest.mark.slow
+def test_rounds_complete_over_a_slow_lossy_link(federation, tmp_path):
+    if reason := why_not():
+        pytest.skip(reason)
+    with SlowLink(1) as link:
+        fed = federation(names=["far"], host=link.gateway, prefix=lambda name: link.prefix)
+        fed.start_all()
+        settings = {"num_rounds": 2, "size": 300_000}
+        status = fed.run(tmp_path / "out", **settings)
+        fed.stop_all()
+    assert status.ok, status
+    report = read_report(tmp_path / "out")
+    assert [row["accepted"] for row in report["rounds"]] == [1, 1]
+    # The base went down once, whole, over this very line; updates went up in a few packets.
+    assert link.carried["down"] > 1_200_000 and link.lost > 0
+    assert max(max(row["upload_bytes"]) for row in report["rounds"]) < 6000
+    # 9.6 s is what 1.2 MB take at 1 Mbit/s; the second round sends no base.
+    assert report["rounds"][0]["seconds"] > 9 > 0.1 * report["rounds"][1]["seconds"]
+    assert report["version"] == calm_report(["far"], tmp_path / "calm", **settings)["version"]

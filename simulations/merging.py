@@ -1,13 +1,19 @@
 """Merging models tuned on different tasks: every method with and without DARE.
 
-The encoders are merged, each task keeps its own head. Models come from the same cache as
-`simulations.single`; seeds draw the masks.
+    python -m simulations.run simulations/scenarios/merging.toml
+    python -m simulations.merging
+
+The first makes what is missing of ``simulations/results/merging.jsonl``, the second prints
+it as Markdown tables. The encoders are merged, each task keeps its own head. Fisher and
+RegMean get statistics of the very models they merge (of the DARE'd ones where DARE is used,
+as in the paper's code), on training rows.
 """
 
 from __future__ import annotations
 
-from itertools import combinations
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
+from statistics import mean, stdev
 from typing import Any
 
 import numpy as np
@@ -16,43 +22,55 @@ from dare_agg.derive import derive_key, seed_secret
 from dare_agg.layout import FloatVector, Layout
 from dare_agg.mask import Mask, parse_drop_rate
 from dare_agg.merge.engine import merge_deltas
+from dare_agg.merge.methods import find_method
 from dare_agg.merge.sources import array_source
 from dare_agg.sparsify import dare
 
+RESULTS = Path(__file__).parent / "results" / "merging.jsonl"
+Statistics = Mapping[str, Mapping[str, Any]]
+
 
 def run_row(row: Any) -> dict[str, Any]:
-    """Merge every subset of at least two tasks and measure each task's accuracy."""
-    from simulations.scenario import read_scenario
+    """Merge each set of tasks by each method and measure each task's accuracy."""
     from simulations.single import body_layout, tuned_state
 
     settings = row.settings
-    cells = read_scenario(Path(__file__).parent / "scenarios" / "single.toml").cells
-    models = {name: tuned_state(cells[name]["task"]) for name in settings["tasks"]}
+    models = {
+        name: tuned_state({"data": data, **settings["task"]}, row.seed)
+        for name, data in settings["tasks"].items()
+    }
     base = next(iter(models.values()))[1]
     layout = body_layout(base)
     start = layout.flatten(base)
-    deltas = {name: layout.flatten(tuned) - start for name, (_, _, tuned) in models.items()}
+    heads = {
+        name: {n: a for n, a in tuned.items() if n not in layout}
+        for name, (_, _, tuned) in models.items()
+    }
+    whole = {name: layout.flatten(tuned) - start for name, (_, _, tuned) in models.items()}
+    rows = np.arange(settings["test_rows"])
 
-    def score(vector: FloatVector, names: tuple[str, ...]) -> dict[str, float]:
+    def score(vector: FloatVector, names: Sequence[str]) -> dict[str, float]:
         body = layout.unflatten(vector)
-        scores = {}
-        for name in names:
-            task, _, tuned = models[name]
-            heads = {n: a for n, a in tuned.items() if n not in layout}
-            scores[name] = round(task.evaluate({**body, **heads})["accuracy"], 4)
-        return scores
+        return {
+            name: round(models[name][0].evaluate({**body, **heads[name]}, rows)["accuracy"], 4)
+            for name in names
+        }
 
-    names = tuple(settings["tasks"])
-    subsets = [s for size in range(2, len(names) + 1) for s in combinations(names, size)]
     points = []
-    for subset in subsets:
-        if settings["all_only"] and len(subset) < len(names):
-            continue
-        for spec in settings["methods"]:
-            for rate in settings["drop_rates"]:
-                if rate == "0" and row.seed:
-                    continue  # no randomness in it
-                vector = start + merged(spec, layout, [deltas[n] for n in subset], rate, row.seed)
+    for rate in settings["drop_rates"]:
+        deltas = {name: dropped(delta, rate, row.seed, name) for name, delta in whole.items()}
+        statistics = {
+            name: collect(models[name][0], layout, start + delta, heads[name], settings)
+            for name, delta in deltas.items()
+        }
+        for subset in settings["sets"]:
+            for spec in settings["methods"]:
+                if spec["method"] == "slerp" and len(subset) != 2:
+                    continue
+                vector = start + merged(
+                    spec, layout, start, [deltas[n] for n in subset],
+                    [statistics[n] for n in subset], row.seed,
+                )  # fmt: skip
                 scores = score(vector, subset)
                 points.append(
                     {
@@ -61,33 +79,120 @@ def run_row(row: Any) -> dict[str, Any]:
                         "scaling": spec.get("scaling", 1.0),
                         "drop_rate": rate,
                         "accuracies": scores,
-                        "accuracy": round(float(np.mean(list(scores.values()))), 4),
+                        "accuracy": round(mean(scores.values()), 4),
                     }
                 )
-    single = {name: score(start + deltas[name], (name,))[name] for name in names}
     return {
-        "accuracy": max(p["accuracy"] for p in points),
-        "single": single,
+        "accuracy": max(point["accuracy"] for point in points),
+        "single": {name: score(start + whole[name], (name,))[name] for name in models},
+        "base": {name: score(start, (name,))[name] for name in models},
         "points": points,
-        "test_rows": [len(models[n][0].test_rows) for n in names],
+        "test_rows": settings["test_rows"],
+    }
+
+
+def dropped(delta: FloatVector, rate: str, seed: int, name: str) -> FloatVector:
+    """Return a task's delta after DARE with a mask of its own (drop rate 0: as it is)."""
+    if rate == "0":
+        return delta
+    key = derive_key(seed_secret(seed), "mask", name.encode())
+    return dare(delta, Mask("stratified", delta.size, parse_drop_rate(rate), key))
+
+
+def collect(
+    task: Any, layout: Layout, vector: FloatVector, head: Mapping[str, Any], settings: Any
+) -> Statistics:
+    """Return Fisher values and Gram matrices of one model's encoder, by kind."""
+    from dare_agg.statistics import collect_fisher, collect_grams
+
+    network, ids, attention = task.network({**layout.unflatten(vector), **head}, "train")
+    count = settings["statistics_examples"]
+
+    def forward(model: Any, batch: Mapping[str, Any]) -> Any:
+        return model(batch["ids"], batch["attention_mask"])
+
+    def batches(size: int, rows: int) -> Iterator[dict[str, Any]]:
+        for lo in range(0, rows, size):
+            at = slice(lo, min(rows, lo + size))
+            yield {"ids": ids[at], "attention_mask": attention[at]}
+
+    return {
+        "fisher": collect_fisher(network, batches(1, count), forward=forward),
+        "gram": collect_grams(network, batches(50, min(len(ids), 10 * count)), forward=forward),
     }
 
 
 def merged(
-    spec: dict[str, Any], layout: Layout, deltas: list[FloatVector], rate: str, seed: int
+    spec: Mapping[str, Any],
+    layout: Layout,
+    start: FloatVector,
+    deltas: Sequence[FloatVector],
+    statistics: Sequence[Statistics],
+    seed: int,
 ) -> FloatVector:
-    """Return the merged delta of one method, after DARE where the drop rate is above 0."""
-    if rate != "0":
-        kept = []
-        for index, delta in enumerate(deltas):
-            key = derive_key(seed_secret(seed), "mask", index)
-            kept.append(dare(delta, Mask("stratified", delta.size, parse_drop_rate(rate), key)))
-        deltas = kept
+    """Return the merged delta of one method."""
+    row = find_method(spec["method"])
+    options = dict(spec.get("options", {}))
+    if "seed" in row.options:
+        options["seed"] = seed
     result, _ = merge_deltas(
         layout,
         [array_source(delta) for delta in deltas],
         spec["method"],
         scaling=spec.get("scaling", 1.0),
-        options=spec.get("options", {}),
+        options=options,
+        base=array_source(start),
+        statistics=[s[row.statistics] for s in statistics] if row.statistics else (),
+        measure=False,
     )
     return result
+
+
+def table(rows: Sequence[Mapping[str, Any]]) -> str:
+    """Mean accuracy over the merged tasks (± standard deviation over seeds), as Markdown."""
+    columns: list[tuple[str, str]] = []
+    scores: dict[tuple[str, float], dict[tuple[str, str], list[float]]] = {}
+    alone: dict[str, list[float]] = {}
+    untouched: dict[str, list[float]] = {}
+    for row in rows:
+        for point in row["points"]:
+            tasks = " + ".join(point["tasks"])
+            column = (tasks, point["drop_rate"])
+            if column not in columns:
+                columns.append(column)
+            own = scores.setdefault((point["method"], point["scaling"]), {})
+            own.setdefault(column, []).append(point["accuracy"])
+        for tasks in dict.fromkeys(" + ".join(p["tasks"]) for p in row["points"]):
+            names = tasks.split(" + ")
+            alone.setdefault(tasks, []).append(mean(row["single"][n] for n in names))
+            untouched.setdefault(tasks, []).append(mean(row["base"][n] for n in names))
+    columns.sort(key=lambda c: (c[0].count("+"), c[0], float(c[1])))
+    heads = [f"{tasks}{'' if rate == '0' else f', DARE {rate}'}" for tasks, rate in columns]
+    lines = [f"| method | {' | '.join(heads)} |", "|---" * (len(heads) + 1) + "|"]
+    for (method, scaling), own in scores.items():
+        words = method if scaling == 1 else f"{method}, λ {scaling:g}"
+        lines.append(f"| {words} | {' | '.join(_shown(own.get(c)) for c in columns)} |")
+    for words, found in (
+        ("each task's own model", alone),
+        ("base with each task's head", untouched),
+    ):
+        cells = [_shown(found[tasks]) if rate == "0" else "" for tasks, rate in columns]
+        lines.append(f"| *{words}* | {' | '.join(cells)} |")
+    return "\n".join(lines)
+
+
+def _shown(values: Sequence[float] | None) -> str:
+    if not values:
+        return "–"
+    spread = f" ± {100 * stdev(values):.1f}" if len(values) > 1 else ""
+    return f"{100 * mean(values):.1f}{spread}"
+
+
+def main() -> None:
+    from simulations.run import read_rows
+
+    print(table(read_rows(RESULTS)))
+
+
+if __name__ == "__main__":
+    main()

@@ -50,7 +50,15 @@ KINDS: Mapping[str, tuple[str, Mapping[str, Any]]] = {
     ),
     "merging": (
         "simulations.merging",
-        {"tasks": [], "methods": [], "drop_rates": ["0", "0.9"], "all_only": False},
+        {
+            "tasks": {},
+            "sets": [],
+            "methods": [],
+            "drop_rates": ["0", "0.9"],
+            "task": {},
+            "test_rows": 200,
+            "statistics_examples": 24,
+        },
     ),
 }
 TOP_LEVEL = ("name", "kind", "title", "seeds", "defaults", "cells")

@@ -81,7 +81,12 @@ def one_run(
     while True:
         if len(rows) < kills:
             # None to two rounds on, and then somewhere within a round.
-            wait(output, 180, finished_rounds(output) + rng.randrange(3))
+            goal = finished_rounds(output) + rng.randrange(3)
+            wait(output, 90, goal)
+            if finished_rounds(output) < goal and read_report(output) is None:
+                if not fed.any_run_under_way():
+                    fed.submit(output, **CONFIG)
+                continue
             wait(output, rng.uniform(0, 8))
         elif time.monotonic() - submitted > 900:
             raise SystemExit(f"{output} does not end; see {fed.folder}")
@@ -92,9 +97,12 @@ def one_run(
             rows.append({"killed": target, "finished_rounds": finished_rounds(output)})
             print(rows[-1], flush=True)
             kill(fed, target)
+            died = target != "superlink"
         else:
-            wait(output, 2)
-        if not fed.any_run_under_way() and read_report(output) is None:
+            wait(output, 60)
+            died = read_report(output) is None and not fed.any_run_under_way()
+        if died:
+            # As dare-agg run --resume does, at once: Flower takes a minute to see the death.
             fed.submit(output, **CONFIG)
             submitted = time.monotonic()
 

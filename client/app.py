@@ -20,8 +20,9 @@ from client.partition import partition
 from client.tasks import Indices, TaskConfig, TextClassification, build_task
 from dare_agg.flower import dare_mod, offer_base
 from dare_agg.flower.transport import to_record
+from dare_agg.flower.warm import warm_trainer
 
-app = ClientApp(mods=[dare_mod])
+app = ClientApp(mods=[warm_trainer("client.app:app"), dare_mod])
 
 
 # Where the process lives on between messages (simulation, warm trainer), model and tokens do.

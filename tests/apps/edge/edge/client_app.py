@@ -7,8 +7,9 @@ from flwr.app import Array, ArrayRecord, Context, Message, MetricRecord, RecordD
 from flwr.clientapp import ClientApp
 
 from dare_agg.flower import dare_mod
+from dare_agg.flower.warm import warm_trainer
 
-app = ClientApp(mods=[dare_mod])
+app = ClientApp(mods=[warm_trainer("edge.client_app:app"), dare_mod])
 
 
 @app.train()

@@ -39,7 +39,8 @@ APP = Path(__file__).parents[1] / "tests" / "apps" / "edge"
 class Federation:
     """SuperLink and SuperNodes over TLS with registered keys, in one folder.
 
-    ``prefix(name)`` is put before a node's command, for example to run it elsewhere.
+    ``prefix(name)`` is put before a node's command, for example to run it elsewhere, and
+    ``node_config`` is added to each node's.
     """
 
     folder: Path
@@ -48,6 +49,8 @@ class Federation:
     isolation: str = "subprocess"
     prefix: Callable[[str], list[str]] = lambda name: []
     environment: Mapping[str, str] = field(default_factory=dict)
+    app: Path = APP
+    node_config: Mapping[str, bool | int | float | str] = field(default_factory=dict)
     processes: dict[str, subprocess.Popen] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
@@ -121,7 +124,7 @@ class Federation:
     def submit(self, output: Path, **config: object) -> None:
         """Submit a run without following it: whoever follows dies with the SuperLink."""
         settings = self._settings(output, config)
-        done = self.flwr("run", str(APP), "dep", "--run-config", toml_scalars(settings))
+        done = self.flwr("run", str(self.app), "dep", "--run-config", toml_scalars(settings))
         assert done.returncode == 0, done.stdout + done.stderr
 
     def _settings(self, output: Path, config: Mapping[str, object]) -> dict:
@@ -167,8 +170,13 @@ class Federation:
 
     def start_node(self, name: str) -> None:
         own = self.certs / "nodes" / name
-        config = f'client-name="{name}" identity="{own / "identity.pem"}" ' + (
-            f'cache="{self.folder / "cache" / name}"'
+        config = toml_scalars(
+            {
+                "client-name": name,
+                "identity": str(own / "identity.pem"),
+                "cache": str(self.folder / "cache" / name),
+                **self.node_config,
+            }
         )
         self._start(
             name,
@@ -190,7 +198,7 @@ class Federation:
     def run(self, output: Path, **config: object) -> RunStatus:
         lines: list[str] = []
         settings = self._settings(output, config)
-        status = run_app(APP, self.home, "dep", settings, on_line=lines.append)
+        status = run_app(self.app, self.home, "dep", settings, on_line=lines.append)
         (self.folder / "run.log").write_text("\n".join(lines))
         return status
 

@@ -1,0 +1,100 @@
+"""Seconds a round with and without the warm trainer, in a real deployment of the real app.
+
+``python -m simulations.bench_warm`` starts a SuperLink and two SuperNodes over TLS, fine-tunes
+the encoder of the headline for a few rounds, first with Flower's process a message, then with
+``warm=true`` in the node config; in the middle of the warm run both trainers are killed with
+-9. Writes ``results/warm.jsonl``. The results of both runs must be the same bits.
+"""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+import json
+import os
+import signal
+import statistics
+import tempfile
+import threading
+import time
+from pathlib import Path
+from typing import Any
+
+from simulations.federation import Federation
+from simulations.run import RESULTS, versions
+
+ROOT = Path(__file__).parents[1]
+CONFIG = {"train-rows": 400, "test-rows": 64, "length": 32, "steps": 5, "save-model": False}
+
+
+def main() -> None:
+    """Entry point."""
+    parser = argparse.ArgumentParser(prog="python -m simulations.bench_warm", description=__doc__)
+    parser.add_argument("--rounds", type=int, default=5)
+    parser.add_argument("--out", type=Path, default=RESULTS / "warm.jsonl")
+    options = parser.parse_args()
+    rows = [measure(warm, options.rounds) for warm in (False, True)]
+    assert rows[0]["fingerprint"] == rows[1]["fingerprint"], "warm and cold differ"
+    options.out.write_text("".join(json.dumps({**row, **versions()}) + "\n" for row in rows))
+
+
+def measure(warm: bool, rounds: int) -> dict[str, Any]:
+    """One run; returns the seconds of each round."""
+    with tempfile.TemporaryDirectory(prefix="dare-warm-") as name:
+        folder = Path(name)
+        (folder / "run").mkdir()
+        fed = Federation(
+            folder,
+            ["north", "south"],
+            app=ROOT,
+            environment={"XDG_RUNTIME_DIR": str(folder / "run")},
+            node_config={"warm": warm},
+        )
+        out = folder / "out"
+        killer = threading.Thread(target=kill_trainers, args=(folder, out, rounds // 2))
+        try:
+            fed.start_all()
+            if warm:
+                killer.start()
+            settings = {"num-rounds": rounds, "downlink": "auto", "drop-rate": "0.99", **CONFIG}
+            status = fed.run(out, **settings)
+            if not status.ok:
+                raise SystemExit(f"{status}\n{fed.log('north')[-3000:]}")
+        finally:
+            fed.stop_all()
+        if warm:
+            killer.join()
+        lines = (out / "metrics.jsonl").read_text().splitlines()
+        state = json.loads((out / "run.json").read_text())
+    seconds = [json.loads(line)["seconds"] for line in lines]
+    each = [round(b - a, 1) for a, b in zip([0.0, *seconds], seconds, strict=False)]
+    row = {
+        "warm": warm,
+        "clients": 2,
+        "seconds_a_round": each,
+        "median_seconds_a_round": statistics.median(each[1:]),
+        "trainers_killed_after_round": rounds // 2 if warm else None,
+        "fingerprint": next(iter(state["fingerprints"].values())),
+    }
+    print(json.dumps(row), flush=True)
+    return row
+
+
+def kill_trainers(folder: Path, output: Path, after: int) -> None:
+    """kill -9 of the trainers once so many rounds are done."""
+    metrics = output / "metrics.jsonl"
+    until = time.monotonic() + 1800
+    while time.monotonic() < until:
+        if metrics.is_file() and len(metrics.read_text().splitlines()) >= after:
+            break
+        time.sleep(0.2)
+    for log in (folder / "run").glob("*/*.log"):
+        for line in log.read_text(errors="replace").splitlines():
+            if "warm trainer " in line and " listens" in line:
+                pid = int(line.split("warm trainer ")[1].split()[0])
+                with contextlib.suppress(ProcessLookupError):
+                    os.kill(pid, signal.SIGKILL)
+
+
+if __name__ == "__main__":
+    main()

@@ -171,8 +171,9 @@ class Mask:
         stop = self.survivors if last is None else min(last, self.survivors)
         stream = Keystream(self.key)
         if self.kind == "stratified":
+            scratch = np.empty((2, min(_CHUNK, max(0, stop - first))), np.int64)
             for start in range(first, stop, _CHUNK):
-                yield self._strata(stream, start, min(stop, start + _CHUNK))
+                yield self._strata(stream, start, min(stop, start + _CHUNK), scratch)
             return
         scale = np.float32(self.drop_rate.numerator / self.drop_rate.denominator)
         cumulative = self._cumulative()
@@ -185,6 +186,32 @@ class Mask:
             if end > begin:
                 yield positions[begin:end], scale
             first, chunk = int(cumulative[chunk + 1]), chunk + 1
+
+    def within(self, lo: int, hi: int) -> Iterator[tuple[int, Positions, FloatVector | np.float32]]:
+        """As `blocks`, for the survivors in ``[lo, hi)``, each with its first one's number."""
+        lo, hi = max(0, lo), min(hi, self.size)
+        if lo >= hi:
+            return
+        if self.kind == "bernoulli":
+            first = self.ordinal(lo)
+            for positions, scale in self.blocks(first, self.ordinal(hi)):
+                yield first, positions, scale
+                first += positions.size
+            return
+        first, last = self._stratum_of(lo), self._stratum_of(hi - 1) + 1
+        for positions, scale in self.blocks(first, last):
+            # Only the outermost strata can reach out of the range.
+            begin = int(positions[0] < lo)
+            end = positions.size - int(positions[-1] >= hi)
+            if begin or end < positions.size:
+                yield (
+                    first + begin,
+                    positions[begin:end],
+                    scale[begin:end] if isinstance(scale, np.ndarray) else scale,
+                )
+            else:
+                yield first, positions, scale
+            first += positions.size
 
     def gather(self, vector: FloatVector) -> FloatVector:
         """Return the survivors' values, unscaled, as float32 of ``survivors`` elements."""
@@ -224,33 +251,37 @@ class Mask:
         return ((position + 1) * self.drop_rate.denominator - 1) // self.drop_rate.numerator
 
     def _strata(
-        self, stream: Keystream, first: int, last: int
+        self, stream: Keystream, first: int, last: int, scratch: Positions | None = None
     ) -> tuple[Positions, FloatVector | np.float32]:
-        """Positions and rescale factors of the survivors of strata ``first`` to ``last``."""
+        """Positions and rescale factors of the survivors of strata ``first`` to ``last``.
+
+        ``scratch`` has two rows for at least so many integers; the positions lie in it.
+        """
         num, den = self.drop_rate.numerator, self.drop_rate.denominator
         count = last - first
-        words = stream.words(first, count)
         if num == 1:
             return np.arange(first, last, dtype=np.int64), np.float32(1)
+        rows = np.empty((2, count), np.int64) if scratch is None else scratch
+        positions, spare = rows[0, :count], rows[1, :count]
+        drawn = positions.view(np.uint64)
+        np.copyto(drawn, stream.words(first, count))
         if den == 1 and last * num <= self.size:
-            drawn = words.astype(np.uint64)
             drawn *= np.uint64(num)
             drawn >>= np.uint64(32)
-            positions = drawn.view(np.int64)
             if self.rank % num:
                 positions += self.rank % num
-                np.subtract(positions, num, out=positions, where=positions >= num)
+                # Past the end, what is left after subtracting is the smaller unsigned number.
+                np.subtract(drawn, np.uint64(num), out=spare.view(np.uint64))
+                np.minimum(drawn, spare.view(np.uint64), out=drawn)
             positions += np.arange(first * num, last * num, num, dtype=np.int64)
             return positions, np.float32(num)
         bounds = np.arange(first, last + 1, dtype=np.int64)
         bounds *= num
         bounds //= den
         np.minimum(bounds, self.size, out=bounds)
-        widths = np.diff(bounds)
-        drawn = words.astype(np.uint64)
+        widths = np.subtract(bounds[1:], bounds[:-1], out=spare)
         drawn *= widths.view(np.uint64)
         drawn >>= np.uint64(32)
-        positions = drawn.view(np.int64)
         if self.rank:
             positions += self.rank
             positions %= widths

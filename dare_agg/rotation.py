@@ -2,9 +2,9 @@
 
 Survivors are taken in groups of at most 65,536. Inside a group, the first ``m·1024`` form a
 row-major matrix of 1024 rows and m columns, and each **column** is a block: butterflies then
-add whole rows, which is fast and, being plain float32 additions, gives the same bits on
-every platform. What is left of the last group (< 1024) forms blocks of 512, 256, 128, 64 and
-32 neighbours, largest first, each at most once; the last < 32 values are not rotated.
+add long runs of neighbours, which is fast and, being plain float32 additions, gives the same
+bits on every platform. What is left of the last group (< 1024) forms blocks of 512, 256, 128,
+64 and 32 neighbours, largest first, each at most once; the last < 32 values are not rotated.
 
 Random signs are the bits of the values key's keystream: survivor i takes bit i mod 8 of
 byte ⌊i/8⌋, 1 for minus.
@@ -19,9 +19,11 @@ from numpy.typing import NDArray
 
 from dare_agg.layout import FloatVector
 
+Matrix = NDArray[np.float32]
+
 BLOCK = 1024
 GROUP = 1 << 16
-SMALLEST = 32
+_SIDE = 32
 _TAIL_BLOCKS = (512, 256, 128, 64, 32)
 
 # Row b holds the IEEE sign bits that the eight bits of byte b stand for.
@@ -66,25 +68,36 @@ def flip_signs(values: FloatVector, keystream: NDArray[np.uint8]) -> None:
         bits[whole:] ^= _SIGN_BITS[keystream[whole // 8]][: values.size - whole]
 
 
-def hadamard(matrix: NDArray[np.float32], spare: NDArray[np.float32]) -> None:
-    """Multiply each column by the unnormalised Hadamard matrix, in place.
+def hadamard(matrix: Matrix, spare: Matrix) -> Matrix:
+    """Transform each column; return ``matrix`` or ``spare``, whichever holds the result.
 
-    ``matrix`` is (rows, columns), C-contiguous, rows a power of two; ``spare`` is scratch of
-    at least half its size. Butterflies with distance 1, 2, 4, … rows; each is
-    ``(a, b) → (a + b, a − b)`` in float32.
+    Both are (rows, columns), C-contiguous, and both are overwritten; rows is a power of two
+    up to 1024. A level of distance d sends rows i and i + d to their sum and difference. Up
+    to 512 rows the levels are rows/2, rows/4, …, 1: the Hadamard matrix in natural order. With
+    1024 rows the levels are 512 … 32, then row 32·a + b moves to 32·b + a, then 512 … 32 again:
+    the same matrix with its rows so moved, in runs of at least 32 rows. Twice is rows times
+    the identity, either way.
     """
     rows, columns = matrix.shape
-    flat = matrix.reshape(-1)
-    scratch = spare.reshape(-1)[: flat.size // 2]
-    distance = 1
-    while distance < rows:
-        pairs = flat.reshape(-1, 2, distance * columns)
-        upper, lower = pairs[:, 0], pairs[:, 1]
-        difference = scratch.reshape(upper.shape)
-        np.subtract(upper, lower, out=difference)
-        np.add(upper, lower, out=upper)
-        lower[...] = difference
-        distance *= 2
+    if rows < BLOCK:
+        return _levels(matrix, spare, rows // 2, 1)
+    half = _levels(matrix, spare, BLOCK // 2, _SIDE)
+    other = matrix if half is spare else spare
+    square = (_SIDE, _SIDE, columns)
+    np.copyto(other.reshape(square), half.reshape(square).transpose(1, 0, 2))
+    return _levels(other, half, BLOCK // 2, _SIDE)
+
+
+def _levels(matrix: Matrix, spare: Matrix, distance: int, last: int) -> Matrix:
+    columns = matrix.shape[1]
+    while distance >= last:
+        pairs = matrix.reshape(-1, 2, distance * columns)
+        result = spare.reshape(-1, 2, distance * columns)
+        np.add(pairs[:, 0], pairs[:, 1], out=result[:, 0])
+        np.subtract(pairs[:, 0], pairs[:, 1], out=result[:, 1])
+        matrix, spare = spare, matrix
+        distance //= 2
+    return matrix
 
 
 def column_sums(matrix: NDArray[np.float32]) -> FloatVector:

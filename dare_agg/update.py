@@ -17,8 +17,10 @@ from dataclasses import dataclass, field
 from typing import Protocol
 
 import numpy as np
+from cryptography.hazmat.primitives.poly1305 import Poly1305
 from numpy.typing import NDArray
 
+from dare_agg.derive import derive_key
 from dare_agg.errors import ConfigError, UpdateError
 from dare_agg.layout import FloatVector
 from dare_agg.mask import MASK_KINDS, DropRate, Mask
@@ -58,6 +60,7 @@ REASONS: dict[str, str] = {
     "non-finite": "a NaN, an infinity or a magnitude above 2**60",
     "plan": "the round plan cannot be read",
     "weight": "an absurd weight",
+    "statistics": "statistics that are missing or cannot be",
     "duplicate": "a second, different reply",
     "unknown-node": "a node that was not asked",
     "signature": "the signature does not fit",
@@ -174,11 +177,9 @@ class Update:
                 f"update of {self.survivors} survivors; its mask has {self.mask.survivors}",
                 reason="shape",
             )
-        first, last = self.mask.ordinal(lo), self.mask.ordinal(hi)
-        for positions, scale in self.mask.blocks(first, last):
+        for first, positions, scale in self.mask.within(lo, hi):
             values = self.values(first, first + positions.size)
             yield positions, values * scale if self.spec.rescale else values
-            first += positions.size
 
     def read(self, lo: int, hi: int, out: FloatVector) -> None:
         """Overwrite ``out`` with the delta's elements ``lo`` to ``hi``."""
@@ -230,7 +231,7 @@ def encode_update_into(
     with out[HEADER_BYTES:] as payload:
         encode_values(spec.values, groups, survivors, spec.values_key, payload)
         out[:HEADER_BYTES] = _header(spec, survivors, payload.nbytes)
-    out[_CHECKSUM_AT : _CHECKSUM_AT + CHECKSUM_BYTES] = _checksum(out)
+    out[_CHECKSUM_AT : _CHECKSUM_AT + CHECKSUM_BYTES] = _checksum(spec, out)
 
 
 def _header(spec: UpdateSpec, survivors: int, payload: int) -> bytes:
@@ -254,12 +255,15 @@ def _header(spec: UpdateSpec, survivors: int, payload: int) -> bytes:
     )
 
 
-def _checksum(blob: bytes | bytearray | memoryview) -> bytes:
-    """First 16 bytes of SHA-256 over the update with its checksum field left out."""
-    view = memoryview(blob)
-    digest = hashlib.sha256(view[:_CHECKSUM_AT])
-    digest.update(view[_CHECKSUM_AT + CHECKSUM_BYTES :])
-    return digest.digest()[:CHECKSUM_BYTES]
+def _checksum(spec: UpdateSpec, blob: memoryview) -> bytes:
+    """Poly1305 over the update with its checksum field left out, under a key of its own.
+
+    Twenty times as fast as SHA-256. Inside a round, who does not have the plan cannot forge it.
+    """
+    digest = Poly1305(derive_key(spec.values_key, "update checksum", length=32))
+    digest.update(blob[:_CHECKSUM_AT])
+    digest.update(blob[_CHECKSUM_AT + CHECKSUM_BYTES :])
+    return digest.finalize()
 
 
 def _survivors(
@@ -358,7 +362,7 @@ def _decode(view: memoryview, spec: UpdateSpec, survivors: int) -> Update:
             f"update of {view.nbytes} bytes; its plan says {expected}: send it again",
             reason="truncated" if view.nbytes < expected else "trailing",
         )
-    if checksum != _checksum(view):
+    if checksum != _checksum(spec, view):
         raise UpdateError("the checksum does not fit the bytes: send it again", reason="checksum")
     payload_view = np.frombuffer(view, np.uint8, offset=HEADER_BYTES)
     check_payload(spec.values, payload_view, survivors)

@@ -218,7 +218,9 @@ def _rotated(bits: int) -> tuple[Callable, Callable]:
             energy = column_sums(scratch)
             # start is a multiple of 8: every block length is.
             flip_signs(work[start:stop], keystream[start // 8 : -(-stop // 8)])
-            hadamard(block, spare[start:stop])
+            rotated_block = hadamard(block, scratch)
+            if rotated_block is scratch:
+                block, scratch = scratch, block
             code = codes[start:stop].reshape(rows, columns)
             if bits == 1:
                 np.greater_equal(block, np.float32(0), out=code.view(np.bool_))
@@ -254,8 +256,8 @@ def _rotated(bits: int) -> tuple[Callable, Callable]:
                 values[start:stop] = rest
                 continue
             block = values[start:stop].reshape(rows, columns)
-            hadamard(block, spare[start:stop])
-            block *= scales[at : at + columns]
+            turned = hadamard(block, spare[start:stop].reshape(rows, columns))
+            np.multiply(turned, scales[at : at + columns], out=block)
             flip_signs(values[start:stop], keystream[start // 8 : -(-stop // 8)])
             at += columns
         return values

@@ -228,9 +228,9 @@ def encode_update_into(
     mask = spec.draw_mask()
     survivors = mask.survivors
     groups = _regrouped(_survivors(spec, mask, delta))
-    with out[HEADER_BYTES:] as payload:
-        encode_values(spec.values, groups, survivors, spec.values_key, payload)
-        out[:HEADER_BYTES] = _header(spec, survivors, payload.nbytes)
+    payload = out[HEADER_BYTES:]
+    encode_values(spec.values, groups, survivors, spec.values_key, payload)
+    out[:HEADER_BYTES] = _header(spec, survivors, payload.nbytes)
     out[_CHECKSUM_AT : _CHECKSUM_AT + CHECKSUM_BYTES] = _checksum(spec, out)
 
 

@@ -166,11 +166,11 @@ def write_update_file(
         with temporary.open("wb+") as stream:
             total = len(head) + update_bytes(full)
             _reserve(stream.fileno(), total)
-            with mmap.mmap(stream.fileno(), total) as mapped, memoryview(mapped) as view:
-                view[: len(head)] = head
-                with view[len(head) :] as room:
-                    encode_update_into(full, source, room)
-                mapped.flush()
+            # Never closed by hand: after an error its traceback still refers to the map.
+            mapped = mmap.mmap(stream.fileno(), total)
+            mapped[: len(head)] = head
+            encode_update_into(full, source, memoryview(mapped)[len(head) :])
+            mapped.flush()
             os.fsync(stream.fileno())
         os.replace(temporary, out)
     finally:

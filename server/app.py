@@ -20,6 +20,7 @@ from dare_agg.identity import read_identities
 from dare_agg.server_step import server_step
 from dare_agg.state import StateFolder
 from dare_agg.versions import make_version_downlink
+from dare_agg.watch import exporter
 from server.config import METHODS, RunConfig, read_config
 from server.export import export_model
 from server.recorder import Recorder
@@ -32,19 +33,20 @@ def main(grid: Grid, context: Context) -> None:
     """Check everything, then run the methods one after another on the same data and seeds."""
     config = read_config(context.run_config)
     folder = Path(config.output or f"runs/{context.run_id}").absolute()
-    recorder = Recorder(folder)
-    settings = config.model_dump(by_alias=True)
-    recorder.status("running", config=settings)
+    port = config.prometheus_port
+    shown = exporter(port, config.prometheus_host) if port else None
+    recorder = Recorder(folder, config.model_dump(by_alias=True), shown)
+    recorder.status("running")
     try:
         labels = agree_on_labels(grid, config)
         prints = {name: run_method(grid, config, name, labels, recorder) for name in config.methods}
     except BaseException as error:
         reason = str(error) if isinstance(error, DareError) else f"{type(error).__name__}: {error}"
-        recorder.status("failed", config=settings, error=reason)
+        recorder.status("failed", error=reason)
         raise
     finally:
         recorder.close()
-    recorder.status("completed", config=settings, labels=list(labels), fingerprints=prints)
+    recorder.status("completed", labels=list(labels), fingerprints=prints)
 
 
 def ask(grid: Grid, nodes: list[int], what: str, config: ConfigRecord, timeout: float) -> list:

@@ -76,6 +76,8 @@ class RunConfig(BaseModel):
     keep_state: bool = True
     resume: bool = False
     identities: str = ""
+    prometheus_port: int = Field(0, ge=0, lt=1 << 16)
+    prometheus_host: str = "127.0.0.1"
 
     model: str = "minilm"
     data: str = "reuters-r8"

@@ -1,10 +1,12 @@
-"""What a run leaves behind while it goes: metrics.jsonl, TensorBoard, run.json."""
+"""What a run leaves behind while it goes: metrics.jsonl, run.json, TensorBoard, Prometheus."""
 
 from __future__ import annotations
 
 import json
+import logging
 import math
 import os
+import secrets
 import time
 from collections.abc import Mapping
 from dataclasses import dataclass, field
@@ -12,6 +14,9 @@ from pathlib import Path
 from typing import Any
 
 from dare_agg.errors import StateError
+from dare_agg.watch import Exporter, row_line, seconds_left, state_line
+
+LOG = logging.getLogger("flwr")
 
 
 def write_json(path: Path, value: Mapping[str, Any]) -> None:
@@ -23,9 +28,17 @@ def write_json(path: Path, value: Mapping[str, Any]) -> None:
 
 @dataclass
 class Recorder:
-    """Appends one row a round to ``metrics.jsonl`` and to TensorBoard where it is installed."""
+    """Appends one row a round to ``metrics.jsonl`` and to TensorBoard where it is installed.
+
+    Rows and states also go into the log, for a follower on another machine, and to
+    ``exporter``. ``token`` tells such a follower whether it sees this very folder.
+    """
 
     folder: Path
+    config: Mapping[str, Any] = field(default_factory=dict)
+    exporter: Exporter | None = None
+    token: str = field(default_factory=lambda: secrets.token_hex(8))
+    _rows: list[Mapping[str, Any]] = field(default_factory=list, init=False, repr=False)
     _writers: dict[str, Any] = field(default_factory=dict, init=False, repr=False)
     started: float = field(default_factory=time.monotonic, init=False)
 
@@ -40,13 +53,19 @@ class Recorder:
 
     def status(self, state: str, **more: Any) -> None:
         """Write ``run.json``: "running", "completed" or "failed", with the reason."""
-        write_json(self.folder / "run.json", {"status": state, **more})
+        value = {"status": state, "token": self.token, "config": dict(self.config), **more}
+        write_json(self.folder / "run.json", value)
+        LOG.info("%s", state_line(value))
 
     def row(self, values: Mapping[str, Any]) -> None:
         """Append one row; numbers that are not finite become null."""
         clean = {key: _finite(value) for key, value in values.items()}
         with (self.folder / "metrics.jsonl").open("a", encoding="utf-8") as file:
             file.write(json.dumps(clean, allow_nan=False) + "\n")
+        LOG.info("%s", row_line(clean))
+        self._rows.append(clean)
+        if self.exporter is not None:
+            self.exporter.row(clean, seconds_left(self._rows, self.config))
         self._tensorboard(clean)
 
     def rewind(self, method: str, last: int) -> None:
@@ -55,6 +74,7 @@ class Recorder:
         lines = path.read_text(encoding="utf-8").splitlines()
         rows = [row for row in map(_parsed, lines) if row is not None]
         good = [r for r in rows if r.get("method") != method or r.get("round", 0) <= last]
+        self._rows[:] = good
         if len(good) == len(lines):
             return
         draft = path.with_name(path.name + ".part")
@@ -65,6 +85,8 @@ class Recorder:
         for writer in self._writers.values():
             if writer is not None:
                 writer.close()
+        if self.exporter is not None:
+            self.exporter.close()
 
     def _tensorboard(self, row: Mapping[str, Any]) -> None:
         method = str(row.get("method", "run"))
@@ -80,10 +102,10 @@ class Recorder:
 
     def _open(self, method: str) -> Any:
         try:
-            from torch.utils.tensorboard import SummaryWriter
+            from tensorboard.summary import Writer
         except ImportError:
             return None
-        return SummaryWriter(str(self.folder / "tensorboard" / method))
+        return Writer(str(self.folder / "tensorboard" / method))
 
 
 def _parsed(line: str) -> dict[str, Any] | None:

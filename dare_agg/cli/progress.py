@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from dare_agg.cli.output import human_bytes
+from dare_agg.watch import Mirror, rejections, seconds_left
 
 if TYPE_CHECKING:
     from rich.console import Console
@@ -31,15 +32,24 @@ def load_rows(folder: Path) -> list[dict[str, Any]]:
 
 
 def follow(folder: Path, console: Console) -> Callable[[str], None]:
-    """Return a line watcher that prints each finished round and each warning once."""
-    shown = 0
+    """Return a line watcher that prints each finished round and each warning once.
+
+    Where the server keeps its run folder on another machine, ``folder`` becomes its copy.
+    """
+    mirror = Mirror(folder)
+    shown = len(load_rows(folder))
 
     def watch(line: str) -> None:
         nonlocal shown
+        ours = mirror.take(line)
         rows = load_rows(folder)
-        for row in rows[shown:]:
-            console.print(_round_line(row))
+        # A resumed run drops rows that it is about to make again.
+        shown = min(shown, len(rows))
+        for place in range(shown, len(rows)):
+            console.print(_round_line(rows[place], rows[: place + 1], load_config(folder)))
         shown = len(rows)
+        if ours:
+            return
         if "rejected" in line or "ERROR" in line or "Error" in line:
             console.print(line, style="yellow", markup=False, highlight=False)
         elif found := _ROUND.search(line):
@@ -48,15 +58,38 @@ def follow(folder: Path, console: Console) -> Callable[[str], None]:
     return watch
 
 
-def _round_line(row: dict[str, Any]) -> str:
+def load_config(folder: Path) -> dict[str, Any]:
+    """The run config as run.json keeps it; empty where there is none yet."""
+    try:
+        config = json.loads((folder / "run.json").read_text(encoding="utf-8"))["config"]
+    except (OSError, ValueError, KeyError):
+        return {}
+    return config if isinstance(config, dict) else {}
+
+
+def _round_line(row: dict[str, Any], rows: list[dict[str, Any]], config: dict[str, Any]) -> str:
     accuracy = row.get("accuracy")
     shown = f"accuracy {accuracy:.3f}, " if isinstance(accuracy, float) else ""
+    total = f" of {config['num-rounds']}" if "num-rounds" in config else ""
+    rejected = f" ({len(row['rejected'])} rejected: {rejections(row)})" if row["rejected"] else ""
+    left = seconds_left(rows, config)
+    up, down = (human_bytes(row[f"{way}_bytes_per_client"]) for way in ("upload", "download"))
     return (
-        f"[bold]{row['method']}[/] round {row['round']}: {shown}"
-        f"{row['accepted']} updates, {human_bytes(row['upload_bytes_per_client'])} up and "
-        f"{human_bytes(row['download_bytes_per_client'])} down per client, "
-        f"{row['seconds']:.0f} s"
+        f"[bold]{row['method']}[/] round {row['round']}{total}: {shown}"
+        f"{row['accepted']} updates{rejected}, {up} up and {down} down per client, "
+        f"{row['seconds']:.0f} s" + (f", about {human_seconds(left)} left" if left else "")
     )
+
+
+def human_seconds(seconds: float) -> str:
+    """Format a time roughly.
+
+    >>> human_seconds(200)
+    '3 min'
+    """
+    if seconds < 90:
+        return f"{seconds:.0f} s"
+    return f"{seconds / 60:.0f} min" if seconds < 5400 else f"{seconds / 3600:.1f} h"
 
 
 def last_rows(rows: list[dict[str, Any]]) -> dict[str, dict[str, Any]]:

@@ -1,0 +1,190 @@
+"""Watching a run: what its log carries, a copy of its measurements elsewhere, Prometheus.
+
+A server may run on another machine than whoever follows its log. So each row of measurements
+and each state of the run also goes into the log, one line of JSON behind a mark, and
+`Mirror` makes the run folder of the follower from it: progress, report and resume work there.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import statistics
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from dare_agg.errors import ConfigError
+
+ROW_MARK = "dare-agg row "
+STATE_MARK = "dare-agg state "
+ROWS = "metrics.jsonl"
+STATE = "run.json"
+
+Row = Mapping[str, Any]
+
+
+def row_line(row: Row) -> str:
+    """The log line of a round's measurements."""
+    return ROW_MARK + json.dumps(row, allow_nan=False)
+
+
+def state_line(state: Mapping[str, Any]) -> str:
+    """The log line of the run's state, as run.json holds it."""
+    return STATE_MARK + json.dumps(state)
+
+
+@dataclass
+class Mirror:
+    """Copies rows and states from log lines into ``folder``, unless they are written there.
+
+    The folder is the server's own when its run.json has the token that the log names.
+    """
+
+    folder: Path
+    _foreign: bool = False
+
+    def take(self, line: str) -> bool:
+        """Read one log line; returns whether it was one of ours."""
+        for mark, keep in ((STATE_MARK, self._state), (ROW_MARK, self._row)):
+            _, found, text = line.partition(mark)
+            if found:
+                try:
+                    value = json.loads(text)
+                except ValueError:  # cut off
+                    return True
+                if isinstance(value, dict):
+                    keep(value)
+                return True
+        return False
+
+    def _state(self, state: dict[str, Any]) -> None:
+        path = self.folder / STATE
+        try:
+            here = json.loads(path.read_text(encoding="utf-8")).get("token")
+        except (OSError, ValueError, AttributeError):
+            here = None
+        self._foreign = self._foreign or here != state.get("token")
+        if self._foreign:
+            _replace(path, json.dumps(state, indent=1) + "\n")
+
+    def _row(self, row: dict[str, Any]) -> None:
+        if not self._foreign:
+            return
+        path = self.folder / ROWS
+        lines = path.read_text(encoding="utf-8").splitlines() if path.is_file() else []
+        # A resumed run makes its last rounds again.
+        kept = [line for line in lines if not _again(json.loads(line), row)]
+        _replace(path, "".join(line + "\n" for line in [*kept, json.dumps(row)]))
+
+
+def _again(old: Row, new: Row) -> bool:
+    return old.get("method") == new.get("method") and old.get("round", 0) >= new.get("round", 0)
+
+
+def _replace(path: Path, text: str) -> None:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    draft = path.with_name(path.name + ".mirror")
+    draft.write_text(text, encoding="utf-8")
+    os.replace(draft, path)
+
+
+def seconds_left(rows: Sequence[Row], config: Mapping[str, Any]) -> float | None:
+    """Estimate the rest of a run from its last rounds; None before there is one.
+
+    ``config`` is the run config (``num-rounds``, ``methods``). Rounds of one method are alike,
+    those of another may not be: they count as long as those seen.
+    """
+    methods = config.get("methods") or [""]
+    total = int(config.get("num-rounds", 0)) * len(methods)
+    if not rows or not total:
+        return None
+    each = statistics.median(float(row.get("round_seconds") or 0.0) for row in rows[-8:])
+    return max(0, total - len(rows)) * each
+
+
+def rejections(row: Row) -> str:
+    """Who was rejected in a round and why: "north: late; south: signature"."""
+    found = row.get("rejected", ())
+    return "; ".join(
+        f"{one.get('name') or one.get('client')}: {one.get('reason')}" for one in found
+    )
+
+
+# Prometheus name → (key of a row, help); bytes and rejections are counted besides.
+GAUGES: Mapping[str, tuple[str, str]] = {
+    "dare_agg_round": ("round", "Rounds finished"),
+    "dare_agg_clients": ("clients", "Clients sampled in the last round"),
+    "dare_agg_accepted": ("accepted", "Updates merged in the last round"),
+    "dare_agg_accuracy": ("accuracy", "Accuracy after the last round"),
+    "dare_agg_loss": ("loss", "Evaluation loss after the last round"),
+    "dare_agg_train_loss": ("train-loss", "Training loss of the last round"),
+    "dare_agg_round_seconds": ("round_seconds", "Seconds the last round took"),
+    "dare_agg_seconds": ("seconds", "Seconds since the method began"),
+}
+
+
+@dataclass
+class Exporter:
+    """A Prometheus endpoint on ``host:port``; port 0 takes a free one. Make with `exporter`."""
+
+    host: str
+    port: int
+    _metrics: dict[str, Any] = field(default_factory=dict)
+    _server: Any = None
+
+    def row(self, row: Row, left: float | None = None) -> None:
+        """Show a finished round."""
+        method = str(row.get("method", "run"))
+        for name, (key, _) in GAUGES.items():
+            value = row.get(key)
+            if isinstance(value, int | float) and not isinstance(value, bool):
+                self._metrics[name].labels(method).set(value)
+        if left is not None:
+            self._metrics["dare_agg_seconds_left"].set(left)
+        for direction in ("upload", "download"):
+            count = int(row.get(f"{direction}_bytes") or 0)
+            self._metrics["dare_agg_bytes"].labels(method, direction).inc(count)
+        for rejection in row.get("rejected", ()):
+            self._metrics["dare_agg_rejected"].labels(method, str(rejection.get("reason"))).inc()
+
+    def close(self) -> None:
+        """Stop answering."""
+        self._server.shutdown()
+        self._server.server_close()
+
+
+def exporter(port: int, host: str = "127.0.0.1") -> Exporter:
+    """Start a Prometheus endpoint (``/metrics``) in a thread.
+
+    It shows measurements without asking who looks, so it listens on loopback unless told
+    otherwise. Raises `ConfigError` where the library is missing or the port is taken.
+    """
+    try:
+        from prometheus_client import CollectorRegistry, Counter, Gauge, start_http_server
+    except ImportError as error:
+        raise ConfigError(
+            "prometheus-port needs prometheus-client: pip install 'dare-agg[report]'"
+        ) from error
+    registry = CollectorRegistry()
+    metrics: dict[str, Any] = {
+        name: Gauge(name, text, ["method"], registry=registry) for name, (_, text) in GAUGES.items()
+    }
+    metrics["dare_agg_seconds_left"] = Gauge(
+        "dare_agg_seconds_left", "Estimated seconds to the end of the run", registry=registry
+    )
+    metrics["dare_agg_bytes"] = Counter(
+        "dare_agg_bytes", "Payload bytes of all clients", ["method", "direction"], registry=registry
+    )
+    metrics["dare_agg_rejected"] = Counter(
+        "dare_agg_rejected", "Rejected updates", ["method", "reason"], registry=registry
+    )
+    try:
+        server, _ = start_http_server(port, host, registry)
+    except OSError as error:
+        raise ConfigError(
+            f"prometheus-port {host}:{port} cannot be listened on: {error.strerror or error}; "
+            "choose another port"
+        ) from error
+    return Exporter(host, int(server.server_port), metrics, server)

@@ -1,0 +1,143 @@
+"""Watching a run from elsewhere: the mirror of its folder, time left, Prometheus."""
+
+import json
+import urllib.request
+
+import pytest
+
+from dare_agg.cli.progress import follow, load_rows
+from dare_agg.errors import ConfigError
+from dare_agg.report import read_run
+from dare_agg.watch import Mirror, exporter, rejections, row_line, seconds_left, state_line
+from server.recorder import Recorder
+
+CONFIG = {"num-rounds": 5, "methods": ["dare-ties"], "model": "minilm", "data": "x"}
+
+
+def a_row(number, **more):
+    return {
+        "method": "dare-ties",
+        "round": number,
+        "accuracy": 0.5 + number / 10,
+        "clients": 2,
+        "accepted": 2,
+        "rejected": [],
+        "upload_bytes": 2000,
+        "download_bytes": 4000,
+        "upload_bytes_per_client": 1000,
+        "download_bytes_per_client": 2000,
+        "update_bytes_per_client": 900,
+        "dense_bytes_per_client": 100,
+        "round_seconds": 10.0,
+        "seconds": 10.0 * number,
+        **more,
+    }
+
+
+@pytest.fixture
+def said(caplog):
+    """What the server's recorder put into the log."""
+    caplog.set_level("INFO", logger="flwr")
+    return lambda: [f"INFO :      {record.getMessage()}" for record in caplog.records]
+
+
+def test_a_follower_on_another_machine_gets_the_run_folder(tmp_path, said):
+    recorder = Recorder(tmp_path / "server", CONFIG)
+    recorder.status("running")
+    for number in (1, 2):
+        recorder.row(a_row(number))
+    recorder.status("completed", fingerprints={"dare-ties": "ab"})
+    mirror = Mirror(tmp_path / "here")
+    assert all(mirror.take(line) for line in said())
+    for name in ("metrics.jsonl", "run.json"):
+        server = (tmp_path / "server" / name).read_text()
+        assert (tmp_path / "here" / name).read_text() == server
+    (run,) = read_run(tmp_path / "here")
+    assert [one.number for one in run.rounds] == [1, 2] and run.fingerprint == "ab"
+
+
+def test_the_servers_own_folder_is_left_alone(tmp_path, said):
+    recorder = Recorder(tmp_path, CONFIG)
+    recorder.status("running")
+    recorder.row(a_row(1))
+    recorder.status("completed")
+    mirror = Mirror(tmp_path)
+    for line in said():
+        mirror.take(line)
+    assert load_rows(tmp_path) == [a_row(1)]
+    assert json.loads((tmp_path / "run.json").read_text())["status"] == "completed"
+
+
+def test_a_resumed_run_makes_rounds_again(tmp_path):
+    mirror = Mirror(tmp_path)
+    mirror.take(state_line({"status": "running", "token": "t", "config": CONFIG}))
+    for number in (1, 2, 3, 2, 3):
+        mirror.take(row_line(a_row(number)))
+    assert [row["round"] for row in load_rows(tmp_path)] == [1, 2, 3]
+
+
+@pytest.mark.parametrize("line", ["", "round 3", "dare-agg row {", "dare-agg state [1]"])
+def test_other_lines_and_cut_ones_change_nothing(tmp_path, line):
+    Mirror(tmp_path / "here").take(line)
+    assert not (tmp_path / "here").exists()
+
+
+def test_progress_says_who_was_rejected_and_how_long_it_takes(tmp_path):
+    said = []
+
+    class Console:
+        def print(self, line, **words):
+            said.append(line)
+
+    watch = follow(tmp_path, Console())
+    watch(state_line({"status": "running", "token": "t", "config": CONFIG}))
+    late = {"client": 1, "reason": "late", "detail": "", "name": "south"}
+    watch(row_line(a_row(1, accepted=1, rejected=[late])))
+    (line,) = said
+    assert "round 1 of 5: accuracy 0.600" in line and "1 rejected: south: late" in line
+    assert "1.0 kB up and 2.0 kB down" in line and "about 40 s left" in line
+
+
+def test_seconds_left():
+    assert seconds_left([], CONFIG) is None
+    assert seconds_left([a_row(1), a_row(2)], CONFIG) == 30
+    assert seconds_left([a_row(n) for n in range(1, 6)], CONFIG) == 0
+    assert seconds_left([a_row(1)], {}) is None
+    assert rejections(a_row(1)) == ""
+
+
+def test_tensorboard(tmp_path):
+    events = pytest.importorskip("tensorboard.backend.event_processing.event_accumulator")
+    recorder = Recorder(tmp_path, CONFIG)
+    recorder.row(a_row(1))
+    recorder.row(a_row(2))
+    recorder.close()
+    shown = events.EventAccumulator(str(tmp_path / "tensorboard" / "dare-ties"))
+    shown.Reload()
+    steps = [
+        (event.step, round(float(event.tensor_proto.float_val[0]), 3))
+        for event in shown.Tensors("accuracy")
+    ]
+    assert steps == [(1, 0.6), (2, 0.7)]
+
+
+def test_prometheus(tmp_path):
+    pytest.importorskip("prometheus_client")
+    shown = exporter(0)
+    recorder = Recorder(tmp_path, CONFIG, shown)
+    late = {"client": 1, "reason": "late", "detail": ""}
+    recorder.row(a_row(1))
+    recorder.row(a_row(2, rejected=[late]))
+    with urllib.request.urlopen(f"http://127.0.0.1:{shown.port}/metrics", timeout=5) as answer:
+        text = answer.read().decode()
+    with pytest.raises(ConfigError, match="cannot be listened on"):
+        exporter(shown.port)
+    recorder.close()
+    for line in (
+        'dare_agg_round{method="dare-ties"} 2.0',
+        'dare_agg_accuracy{method="dare-ties"} 0.7',
+        'dare_agg_bytes_total{direction="upload",method="dare-ties"} 4000.0',
+        'dare_agg_rejected_total{method="dare-ties",reason="late"} 1.0',
+        "dare_agg_seconds_left 30.0",
+    ):
+        assert line in text

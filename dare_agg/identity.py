@@ -24,7 +24,11 @@ _KEY = re.compile(r"[0-9a-f]{64}")
 
 
 def reply_digest(
-    plan_digest: bytes, blob: bytes, dense_blob: bytes | None, metrics: Mapping[str, object]
+    plan_digest: bytes,
+    blob: bytes,
+    dense_blob: bytes | None,
+    metrics: Mapping[str, object],
+    statistics: bytes = b"",
 ) -> bytes:
     """SHA-256 over everything of a reply that decides the merged model, canonically.
 
@@ -35,6 +39,8 @@ def reply_digest(
         digest.update(hashlib.sha256(part).digest())
     text = json.dumps(metrics, sort_keys=True, separators=(",", ":"), ensure_ascii=True)
     digest.update(hashlib.sha256(text.encode()).digest())
+    if statistics:
+        digest.update(hashlib.sha256(statistics).digest())
     return digest.digest()
 
 

@@ -30,6 +30,7 @@ _WIRE_MODULES = (
     "feedback.py",
     "plan.py",
     "rounds.py",
+    "round_statistics.py",
     "version_grid.py",
     "version_steps.py",
     "versions.py",
@@ -96,6 +97,8 @@ class RoundPlan:
     ``client`` is its place in the round (0, 1, …), which fixes the order of merging;
     ``rank`` its offset in the mask family of ``mask_key``. ``max_weight`` bounds the weight
     it may claim. ``dense`` and ``exclude`` are the patterns of the two other groups.
+    ``statistics`` is the kind to be sent along ("fisher", "gram" or none) in the value format
+    ``statistics_values``.
     """
 
     codec: int
@@ -116,6 +119,8 @@ class RoundPlan:
     rescale: bool = True
     dense: tuple[str, ...] = ()
     exclude: tuple[str, ...] = ()
+    statistics: str = ""
+    statistics_values: str = ""
 
     def digest(self) -> bytes:
         """SHA-256 over the plan's canonical text; equal plans have equal digests."""
@@ -191,6 +196,8 @@ class RoundPlan:
             "rescale": self.rescale,
             "dense": list(self.dense),
             "exclude": list(self.exclude),
+            "statistics": self.statistics,
+            "statistics-values": self.statistics_values,
         }
         # Flower's byte counters raise on empty strings and lists.
         return {key: value for key, value in record.items() if value != "" and value != []}
@@ -221,8 +228,13 @@ _RECORD_TYPES: Mapping[str, type | tuple[type, ...]] = {
     "rescale": bool,
     "dense": list,
     "exclude": list,
+    "statistics": str,
+    "statistics-values": str,
 }
-_OPTIONAL = {"run": "", "dense-base": "", "dense-layout": "", "dense": [], "exclude": []}
+_OPTIONAL: Mapping[str, str | list[str]] = {
+    "run": "", "dense-base": "", "dense-layout": "", "dense": [], "exclude": [],
+    "statistics": "", "statistics-values": "",
+}  # fmt: skip
 
 
 def plan_from_record(record: Mapping[str, object]) -> RoundPlan:
@@ -315,6 +327,8 @@ class PlanSettings:
     shared_mask: bool = False
     dense: tuple[str, ...] = ()
     exclude: tuple[str, ...] = ()
+    statistics: str = ""
+    statistics_values: str = ""
 
 
 def make_plans(
@@ -353,6 +367,8 @@ def make_plans(
         rescale=settings.rescale,
         dense=settings.dense,
         exclude=settings.exclude,
+        statistics=settings.statistics,
+        statistics_values=settings.statistics_values,
     )
     met: dict[tuple[int, int], int] = {}
     plans = []

@@ -30,24 +30,37 @@ from dare_agg.errors import (
     did_you_mean,
 )
 from dare_agg.groups import Arrays, GlobalModel, global_model
-from dare_agg.layout import FloatVector, check_finite, compile_patterns, matches
+from dare_agg.layout import FloatVector, Layout, check_finite, compile_patterns, matches
 from dare_agg.mask import DropRate, parse_drop_rate
 from dare_agg.merge.engine import merge_deltas
+from dare_agg.merge.methods import find_method
+from dare_agg.merge.sources import DeltaSource
 from dare_agg.plan import ModelRef, PlanSettings, RoundPlan, check_same_code
+from dare_agg.round_statistics import (
+    GramMatrices,
+    Statistics,
+    StatisticsUpdate,
+    decode_statistics,
+    encode_statistics,
+)
 from dare_agg.server_step import ServerStep, StepState, server_step
 from dare_agg.update import Update, decode_update, encode_update
 from dare_agg.values import VALUE_FORMATS
 
-# Merge methods that need nothing but the updates, with the options a federated round sets.
-# TIES: no trim (DARE has dropped already), and the expected count, whose result does not
-# grow with 1/(1-p) from round to round.
+# Merge methods of a round, with the options it sets. Fisher and RegMean have the clients send
+# statistics along. TIES: no trim (DARE has dropped already), and the expected count, whose result
+# does not grow with 1/(1-p) from round to round.
 FEDERATED_METHODS: Mapping[str, Mapping[str, Any]] = {
     "average": {},
     "task-arithmetic": {},
     "ties": {"trim": 0.0, "normalize": "expected"},
+    "fisher": {},
+    "regmean": {},
 }
 WEIGHTINGS = ("examples", "equal")
 MASKS = ("stratified", "bernoulli")
+# Rotated formats blur neighbours and may turn a small positive value negative.
+STATISTICS_VALUES = ("f32", "bf16")
 
 
 @dataclass(frozen=True)
@@ -67,7 +80,9 @@ class FederatedSettings:
     options: further options of the merge method.
     max_weight: largest number of examples a client may claim.
     rescale: False sends unscaled survivors (error feedback needs it).
-    shared_mask: all clients of a round use one mask (secure sums need it).
+    shared_mask: all clients of a round use one mask (secure sums need it; fisher sets it, so
+        that every client's Fisher value of a survivor is known).
+    statistics_values: value format of the statistics that fisher and regmean need.
     """
 
     method: str = "task-arithmetic"
@@ -84,6 +99,7 @@ class FederatedSettings:
     max_weight: float = 1e7
     rescale: bool = True
     shared_mask: bool = False
+    statistics_values: str = "bf16"
     tile: int = 1 << 16
     threads: int = 1
 
@@ -91,6 +107,7 @@ class FederatedSettings:
         _check_choice("merge method", self.method, FEDERATED_METHODS)
         _check_choice("value format", self.values, VALUE_FORMATS)
         _check_choice("value format of the dense group", self.dense_values, VALUE_FORMATS)
+        _check_choice("value format of the statistics", self.statistics_values, STATISTICS_VALUES)
         _check_choice("mask", self.mask, MASKS)
         _check_choice("weighting", self.weighting, WEIGHTINGS)
         if not isinstance(self.drop_rate, DropRate):
@@ -107,6 +124,11 @@ class FederatedSettings:
                 raise ConfigError(f"{name} = {value!r}; a list of patterns is needed: [{value!r}]")
             object.__setattr__(self, name, tuple(value))
 
+    @property
+    def statistics(self) -> str:
+        """Kind of statistics the merge method needs: "fisher", "gram" or ""."""
+        return find_method(self.method).statistics or ""
+
     def plan_settings(self) -> PlanSettings:
         """The part of the settings that round plans carry."""
         assert isinstance(self.drop_rate, DropRate)
@@ -117,9 +139,11 @@ class FederatedSettings:
             dense_values=self.dense_values,
             max_weight=float(self.max_weight),
             rescale=self.rescale,
-            shared_mask=self.shared_mask,
+            shared_mask=self.shared_mask or self.statistics == "fisher",
             dense=self.dense,
             exclude=self.exclude,
+            statistics=self.statistics,
+            statistics_values=self.statistics_values if self.statistics else "",
         )
 
 
@@ -140,14 +164,18 @@ class ClientUpdate:
     delta_norm: float
     delta_max: float
     share_above: float  # of |delta| > 0.005, the range in which DARE is safe
+    statistics: StatisticsUpdate | None = None
 
     @property
     def nbytes(self) -> int:
-        return len(self.blob) + len(self.dense_blob or b"")
+        statistics = self.statistics.blob if self.statistics else b""
+        return len(self.blob) + len(self.dense_blob or b"") + len(statistics)
 
 
-def make_client_update(plan: RoundPlan, base: Arrays, tuned: Arrays) -> ClientUpdate:
-    """Turn trained arrays into the update the plan asks for.
+def make_client_update(
+    plan: RoundPlan, base: Arrays, tuned: Arrays, statistics: Statistics | None = None
+) -> ClientUpdate:
+    """Turn trained arrays (and statistics of them) into the update the plan asks for.
 
     ``base`` are the arrays the training started from, ``tuned`` what it returned; tensors
     that are local by the plan's patterns may be missing in ``tuned`` and are ignored.
@@ -176,7 +204,8 @@ def make_client_update(plan: RoundPlan, base: Arrays, tuned: Arrays) -> ClientUp
         tuned_dense = groups.dense_layout.flatten(tuned)
         check_finite(groups.dense_layout, tuned_dense, "after training")
         dense_blob = encode_update(dense_spec, (model.dense, tuned_dense))
-    return ClientUpdate(blob, dense_blob, norm, largest, above)
+    encoded = encode_statistics(plan, groups.layout, statistics or {}) if plan.statistics else None
+    return ClientUpdate(blob, dense_blob, norm, largest, above, encoded)
 
 
 def model_of_plan(plan: RoundPlan, arrays: Arrays) -> GlobalModel:
@@ -227,6 +256,7 @@ class Accepted:
     update: Update
     dense: Update | None
     weight: float
+    statistics: DeltaSource | GramMatrices | None = None
 
 
 @dataclass(frozen=True)
@@ -239,9 +269,18 @@ class Rejection:
 
 
 def check_reply(
-    plan: RoundPlan, blob: bytes, dense_blob: bytes | None, weight: object
+    plan: RoundPlan,
+    blob: bytes,
+    dense_blob: bytes | None,
+    weight: object,
+    *,
+    statistics: StatisticsUpdate | None = None,
+    layout: Layout | None = None,
 ) -> Accepted | Rejection:
-    """Check one client's reply against its plan; a bad one becomes a `Rejection`."""
+    """Check one client's reply against its plan; a bad one becomes a `Rejection`.
+
+    ``layout``, the delta group's, is needed where the plan asks for statistics.
+    """
     try:
         checked = check_weight(weight, plan.max_weight)
         update = decode_update(blob, plan.spec())
@@ -255,9 +294,14 @@ def check_reply(
             if dense_blob is None:
                 raise UpdateError("the dense group's update is missing", reason="truncated")
             dense = decode_update(dense_blob, dense_spec)
+        found = None
+        if plan.statistics:
+            if statistics is None or layout is None:
+                raise UpdateError(f"the {plan.statistics} values are missing", reason="statistics")
+            found = decode_statistics(plan, layout, statistics)
     except DareError as error:
         return Rejection(plan.client, error.reason, str(error))
-    return Accepted(plan, update, dense, checked)
+    return Accepted(plan, update, dense, checked, found)
 
 
 def check_weight(weight: object, max_weight: float) -> float:
@@ -316,6 +360,7 @@ def merge_round(
         tile=settings.tile,
         threads=settings.threads,
         keep=[reply.plan.drop_rate.keep for reply in ordered],
+        statistics=_statistics(ordered, settings),
     )
     dense = None
     dense_updates = [reply.dense for reply in ordered if reply.dense is not None]
@@ -337,6 +382,24 @@ def merge_round(
         "merge": asdict(measured),
     }
     return MergedRound(delta, dense, weights, measurements)
+
+
+def _statistics(
+    ordered: Sequence[Accepted], settings: FederatedSettings
+) -> list[DeltaSource | GramMatrices]:
+    """The statistics of a round's updates; Fisher values must be of the same elements."""
+    if not settings.statistics:
+        return []
+    first = ordered[0].plan
+    if settings.statistics == "fisher":
+        for reply in ordered:
+            plan = reply.plan
+            if (plan.mask_key, plan.rank) != (first.mask_key, first.rank):
+                raise MergeError(
+                    f"clients {first.client} and {plan.client} have other masks; fisher needs one "
+                    "drop rate for all clients of a round"
+                )
+    return [reply.statistics for reply in ordered if reply.statistics is not None]
 
 
 def advance(
@@ -374,6 +437,7 @@ __all__ = [
     "MergedRound",
     "ModelRef",
     "Rejection",
+    "StatisticsUpdate",
     "advance",
     "check_reply",
     "check_weight",

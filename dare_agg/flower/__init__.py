@@ -7,6 +7,7 @@ Two lines turn a FedAvg app into a DARE one::
 """
 
 from dare_agg.flower.mod import dare_mod, offer_base
+from dare_agg.flower.records import STATISTICS_KEY
 from dare_agg.flower.strategy import DareStrategy, RoundOutcome
 
-__all__ = ["DareStrategy", "RoundOutcome", "dare_mod", "offer_base"]
+__all__ = ["STATISTICS_KEY", "DareStrategy", "RoundOutcome", "dare_mod", "offer_base"]

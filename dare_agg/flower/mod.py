@@ -32,6 +32,7 @@ from dare_agg.flower.records import (
     DOWN_PREFIX,
     ORDER_KEY,
     REPLY_KEY,
+    STATISTICS_KEY,
     UPDATE_KEY,
     down_payloads,
     metrics_of,
@@ -216,6 +217,7 @@ def _content_for_server(
     """Replace the reply's arrays by the update; every other record stays."""
     key = str(order.get("arrays-key", "arrays"))
     found = {name: record for name, record in content.items() if isinstance(record, ArrayRecord)}
+    collected = found.pop(STATISTICS_KEY, None)
     if key not in found and len(found) == 1:
         key = next(iter(found))
     if key not in found:
@@ -225,20 +227,36 @@ def _content_for_server(
         )
     tuned = to_numpy(found[key])
     base_arrays = {name: array.numpy() for name, array in base.items()}
-    update = make_client_update(plan, base_arrays, tuned)
+    if plan.statistics and collected is None:
+        raise UpdateError(
+            f"the server merges by {plan.statistics} values, the training code returned none; "
+            f"return them as an ArrayRecord under {STATISTICS_KEY!r}",
+            reason="statistics",
+        )
+    update = make_client_update(
+        plan, base_arrays, tuned, None if collected is None else to_numpy(collected)
+    )
     _keep_local(plan, base_arrays, tuned, context)
     records: dict[str, ArrayRecord | ConfigRecord] = {
         name: record  # type: ignore[misc]
         for name, record in content.items()
-        if name != key
+        if name not in (key, STATISTICS_KEY)
     }
     records[UPDATE_KEY] = pack(update.blob)
     if update.dense_blob is not None:
         records[DENSE_KEY] = pack(update.dense_blob)
     receipt = _receipt(plan, update, _receiver(order, context).have())
+    statistics = b""
+    if update.statistics is not None:
+        statistics = update.statistics.blob
+        records[STATISTICS_KEY] = pack(statistics)
+        if update.statistics.names:
+            receipt["statistics"] = list(update.statistics.names)
     identity = context.node_config.get("identity")
     if identity is not None:
-        digest = reply_digest(plan.digest(), update.blob, update.dense_blob, metrics_of(content))
+        digest = reply_digest(
+            plan.digest(), update.blob, update.dense_blob, metrics_of(content), statistics
+        )
         receipt["signature"] = load_identity(str(identity)).sign(digest)
     records[REPLY_KEY] = receipt
     return RecordDict(records)  # type: ignore[arg-type]

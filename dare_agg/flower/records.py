@@ -2,7 +2,8 @@
 
 To a client: ``dare.order`` (what is asked, and the round plan) and, where the downlink sends
 payloads, ``dare.down.<name>``. Back: ``dare.reply`` with the update's payloads
-``dare.update`` and ``dare.dense``. The app's own records travel beside them untouched.
+``dare.update``, ``dare.dense`` and ``dare.statistics``. The app's own records travel beside them
+untouched.
 """
 
 from __future__ import annotations
@@ -20,6 +21,7 @@ ORDER_KEY = "dare.order"
 REPLY_KEY = "dare.reply"
 UPDATE_KEY = "dare.update"
 DENSE_KEY = "dare.dense"
+STATISTICS_KEY = "dare.statistics"
 DOWN_PREFIX = "dare.down."
 
 ASK_HELLO = "hello"

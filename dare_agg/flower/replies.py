@@ -12,12 +12,13 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import cast
 
-from flwr.app import Message, MetricRecord, RecordDict
+from flwr.app import ConfigRecord, Message, MetricRecord, RecordDict
 
 from dare_agg.errors import DareError, UpdateError
 from dare_agg.flower.records import (
     DENSE_KEY,
     REPLY_KEY,
+    STATISTICS_KEY,
     UPDATE_KEY,
     metrics_of,
     one_line,
@@ -27,7 +28,9 @@ from dare_agg.flower.records import (
 )
 from dare_agg.flower.transport import message_bytes
 from dare_agg.identity import check_signature, reply_digest
+from dare_agg.layout import Layout
 from dare_agg.plan import RoundPlan, check_same_code
+from dare_agg.round_statistics import StatisticsUpdate, statistics_spec
 from dare_agg.rounds import Accepted, Rejection, check_reply
 from dare_agg.update import UpdateSpec
 from dare_agg.values import payload_bytes
@@ -48,6 +51,7 @@ class TrainReply:
     metrics: MetricRecord
     update_bytes: int
     dense_bytes: int
+    statistics_bytes: int
     message_bytes: int
     delta_norm: float
     delta_max: float
@@ -58,7 +62,8 @@ class TrainReply:
 
 @dataclass
 class Inbox:
-    """The replies of one train exchange. ``plans`` maps node id to its plan."""
+    """The replies of one train exchange. ``plans`` maps node id to its plan; ``layout`` is
+    the delta group's, needed where the plans ask for statistics."""
 
     plans: Mapping[int, RoundPlan]
     weighted_by_key: str = "num-examples"
@@ -68,6 +73,7 @@ class Inbox:
     strangers: list[Rejection] = field(default_factory=list)
     signers: Mapping[int, tuple[str, str]] = field(default_factory=dict)
     duplicates: int = 0
+    layout: Layout | None = None
 
     def take(self, node: int, message: Message) -> None:
         """Judge one reply to the message that was sent to ``node``."""
@@ -82,7 +88,9 @@ class Inbox:
             )
             return
         signer = self.signers.get(node)
-        judged = judge(plan, node, message, self.weighted_by_key, self.weighting, signer)
+        judged = judge(
+            plan, node, message, self.weighted_by_key, self.weighting, signer, self.layout
+        )
         earlier = self.replies.get(node)
         if earlier is not None or node in self.rejections:
             self._take_again(plan, node, earlier, judged)
@@ -146,6 +154,7 @@ def judge(
     weighted_by_key: str,
     weighting: str,
     signer: tuple[str, str] | None = None,
+    layout: Layout | None = None,
 ) -> TrainReply | Rejection:
     """Check one reply against its plan, from the cheapest test to the decoder.
 
@@ -179,14 +188,18 @@ def judge(
         dense_spec = plan.dense_spec()
         dense_limit = _limit(dense_spec) if dense_spec else 0
         dense_blob = read_payload(content, DENSE_KEY, dense_limit)
+        statistics = _read_statistics(plan, layout, content, receipt)
+        statistics_blob = statistics.blob if statistics else b""
         if signer is not None:
             name, public = signer
-            signed = reply_digest(plan.digest(), blob, dense_blob, metrics_of(content))
+            signed = reply_digest(
+                plan.digest(), blob, dense_blob, metrics_of(content), statistics_blob
+            )
             check_signature(public, signed, receipt.get("signature"), name)
         metrics, weight = _metrics_and_weight(content, weighted_by_key, weighting)
     except DareError as error:
         return Rejection(plan.client, error.reason, one_line(error))
-    checked = check_reply(plan, blob, dense_blob, weight)
+    checked = check_reply(plan, blob, dense_blob, weight, statistics=statistics, layout=layout)
     if isinstance(checked, Rejection):
         return checked
     return TrainReply(
@@ -195,13 +208,27 @@ def judge(
         metrics=metrics,
         update_bytes=len(blob),
         dense_bytes=len(dense_blob or b""),
+        statistics_bytes=len(statistics_blob),
         message_bytes=message_bytes(content),
         delta_norm=_number(receipt.get("delta-norm")),
         delta_max=_number(receipt.get("delta-max")),
         share_above=_number(receipt.get("share-above")),
         have=str(receipt.get("have", ""))[:64],
-        digest=_reply_digest(blob, dense_blob, checked.weight),
+        digest=_reply_digest(blob + statistics_blob, dense_blob, checked.weight),
     )
+
+
+def _read_statistics(
+    plan: RoundPlan, layout: Layout | None, content: RecordDict, receipt: ConfigRecord
+) -> StatisticsUpdate | None:
+    """Read the statistics' payload where the plan asks for one."""
+    if not plan.statistics or layout is None:
+        return None
+    named = receipt.get("statistics", [])
+    names = tuple(str(name) for name in named) if isinstance(named, list) else ()
+    limit = _limit(statistics_spec(plan, layout, names))
+    blob = read_payload(content, STATISTICS_KEY, limit)
+    return None if blob is None else StatisticsUpdate(blob, names)
 
 
 def _limit(spec: UpdateSpec) -> int:

@@ -84,8 +84,9 @@ class DareStrategy(Strategy):
 
     Parameters
     ----------
-    method, scaling, options : merge method ("task-arithmetic", "ties", "average"), λ, and
-        the method's own options.
+    method, scaling, options : merge method ("task-arithmetic", "ties", "average", "fisher",
+        "regmean"), λ, and the method's own options. For the last two the training code must
+        return statistics (``dare_agg.flower.STATISTICS_KEY``).
     drop_rate, values, mask : of the clients' updates (0.9, "b1", "stratified").
     dense, dense_values : patterns of tensors that travel whole, and their value format.
     exclude : patterns of tensors that never leave a client.
@@ -353,10 +354,18 @@ class DareStrategy(Strategy):
             for client in chosen
             if self.identities
         }
-        inbox = Inbox(by_node, self.weighted_by_key, self.settings.weighting, signers=signers)
+        inbox = Inbox(
+            by_node,
+            self.weighted_by_key,
+            self.settings.weighting,
+            signers=signers,
+            layout=self._model.groups.layout,
+        )
         opened = _OpenRound(server_round, chosen, by_node, inbox)
         self._open = opened
         config["server-round"] = server_round
+        if self.settings.statistics:
+            config["statistics"] = self.settings.statistics
         return [self._train_message(opened, client, config) for client in chosen]
 
     def _train_message(self, opened: _OpenRound, client: Client, config: ConfigRecord) -> Message:
@@ -614,6 +623,7 @@ def _measurements(
     ``download_bytes`` the whole messages around them.
     """
     names = {client.node: client.hello.name for client in opened.clients}
+    by_number = {opened.plans[node].client: name for node, name in names.items()}
     return {
         "round": opened.number,
         "seconds": time.monotonic() - opened.started,
@@ -622,6 +632,7 @@ def _measurements(
         "clients": [names[reply.node] for reply in replies],
         "update_bytes": [reply.update_bytes for reply in replies],
         "dense_bytes": [reply.dense_bytes for reply in replies],
+        "statistics_bytes": [reply.statistics_bytes for reply in replies],
         "upload_bytes": [reply.message_bytes for reply in replies],
         "download_bytes": [opened.download[client.node] for client in opened.clients],
         "examples": [reply.accepted.weight for reply in replies],
@@ -630,7 +641,7 @@ def _measurements(
         "delta_max": [reply.delta_max for reply in replies],
         "share_above": [reply.share_above for reply in replies],
         "duplicates": opened.inbox.duplicates,
-        "rejected": [asdict(rejection) for rejection in rejections],
+        "rejected": [{**asdict(r), "name": by_number.get(r.client, "")} for r in rejections],
         **merged,
     }
 

@@ -22,7 +22,7 @@ from dare_agg.errors import MergeError
 from dare_agg.layout import FloatVector, Layout
 from dare_agg.merge.methods import find_method
 from dare_agg.merge.sources import DeltaSource, RememberedSource, SparseSource
-from dare_agg.merge.task import Kernel, MergeTask, Scratch, Span
+from dare_agg.merge.task import Kernel, MergeTask, Scratch, Span, Statistics
 
 TILE = 1 << 16
 
@@ -57,7 +57,7 @@ def merge_deltas(
     out: FloatVector | None = None,
     keep: Sequence[float] | None = None,
     base: DeltaSource | None = None,
-    statistics: Sequence[Mapping[str, NDArray[Any]]] = (),
+    statistics: Sequence[Statistics] = (),
     measure: bool = True,
 ) -> tuple[FloatVector, MergeMeasurements]:
     """Merge deltas into one: ``scaling`` times the method's combination.
@@ -65,7 +65,7 @@ def merge_deltas(
     ``weights`` default to the method's own (1/n or 1 each). ``keep`` is each source's
     survival rate 1 − p, for the measurements: sources are rescaled already, so the expected
     count of TIES, n(1−p) unscaled survivors, is Σ\\|w\\| here. ``base`` is needed by methods
-    on whole models, ``statistics`` by fisher and regmean.
+    on whole models, ``statistics`` by fisher (arrays by name, or a source) and regmean.
 
     Raises `MergeError` for no model, another size or a weight that is no number, and
     `ConfigError` for an unknown method or option.
@@ -107,7 +107,7 @@ def prepare_merge(
     options: Mapping[str, Any] | None = None,
     tile: int = TILE,
     base: DeltaSource | None = None,
-    statistics: Sequence[Mapping[str, NDArray[Any]]] = (),
+    statistics: Sequence[Statistics] = (),
 ) -> tuple[Kernel, MergeTask]:
     """Check everything, make the passes a method needs, and return its kernel.
 

@@ -62,6 +62,14 @@ def fisher_sources(task: MergeTask) -> list[DeltaSource]:
         )
     laid: list[DeltaSource] = []
     for number, values in enumerate(task.statistics):
+        if isinstance(values, DeltaSource):
+            if values.size != task.layout.size:
+                raise MergeError(
+                    f"statistics {number} have {values.size} Fisher values, the model "
+                    f"{task.layout.size} parameters; they belong to another model"
+                )
+            laid.append(values)
+            continue
         if not any(entry.name in values for entry in task.layout.entries):
             raise MergeError(
                 f"statistics {number} name no parameter of the model; make them with "

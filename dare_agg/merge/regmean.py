@@ -32,14 +32,15 @@ def regmean(task: MergeTask) -> Kernel:
             f"regmean needs a statistics file for each of the {task.count} models, "
             f"{len(task.statistics)} are given; make them with dare-agg statistics"
         )
-    solved = [e for e in task.layout.entries if any(e.name in s for s in task.statistics)]
+    grams = gram_matrices(task)
+    solved = [e for e in task.layout.entries if any(e.name in s for s in grams)]
     if not solved:
         raise MergeError(
             "the statistics name no Linear weight of the model; make them with "
             "dare-agg statistics --kind gram on this model"
         )
     for entry in solved:
-        for number, values in enumerate(task.statistics):
+        for number, values in enumerate(grams):
             _check_gram(entry, number, values)
     cache: dict[str, FloatVector] = {}
 
@@ -62,6 +63,14 @@ def regmean(task: MergeTask) -> Kernel:
                 out[at + first : at + last] = weight_of(entry)[first:last]
 
     return kernel
+
+
+def gram_matrices(task: MergeTask) -> list[Mapping[str, NDArray]]:
+    """Each model's Gram matrices by weight; raises `MergeError` for other statistics."""
+    found = [values for values in task.statistics if isinstance(values, Mapping)]
+    if len(found) != len(task.statistics):
+        raise MergeError("regmean needs Gram matrices by name, not Fisher values")
+    return found
 
 
 def _check_gram(entry: Entry, number: int, values: Mapping[str, NDArray]) -> None:
@@ -90,7 +99,7 @@ def _solve(task: MergeTask, entry: Entry) -> FloatVector:
     right = np.zeros((inputs, rows))
     mean = np.zeros((inputs, rows))
     piece = np.empty(entry.size, np.float32)
-    for source, values, weight in zip(task.sources, task.statistics, weights, strict=True):
+    for source, values, weight in zip(task.sources, gram_matrices(task), weights, strict=True):
         gram = np.asarray(values[entry.name], np.float64) * weight
         diagonal = np.diagonal(gram).copy()
         gram = gram * off_diagonal

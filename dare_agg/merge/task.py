@@ -34,6 +34,9 @@ class Scratch:
         return buffer[:size]
 
 
+# One model's: arrays by tensor name, or Fisher values over the whole layout.
+Statistics = Mapping[str, NDArray[Any]] | DeltaSource
+
 # Writes the merged delta of [lo, hi) into out.
 Kernel = Callable[[int, int, FloatVector, Scratch], None]
 
@@ -52,8 +55,8 @@ class MergeTask:
     """Deltas, their weights and a method's settled options.
 
     ``spans`` cut the vector where weights or scaling change; ``weights`` is
-    (models, spans), ``scaling`` (spans,). ``statistics`` maps tensor names to arrays, one
-    mapping a model (Fisher values, Gram matrices).
+    (models, spans), ``scaling`` (spans,). ``statistics`` holds each
+    model's Fisher values or Gram matrices.
     """
 
     layout: Layout
@@ -64,7 +67,7 @@ class MergeTask:
     options: Mapping[str, Any]
     tile: int
     base: DeltaSource | None = None
-    statistics: Sequence[Mapping[str, NDArray[Any]]] = ()
+    statistics: Sequence[Statistics] = ()
 
     @property
     def count(self) -> int:

@@ -11,9 +11,11 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any
 
 import numpy as np
+from numpy.typing import NDArray
 
 from dare_agg.derive import derive_key
 from dare_agg.downlink import Broadcast
@@ -376,6 +378,26 @@ def write_base(arrays: Arrays) -> bytes:
 
     packed = {name: np.array(array, order="C", copy=None) for name, array in arrays.items()}
     return bytes(save(packed, metadata={"order": json.dumps(list(arrays))}))
+
+
+def read_base(path: Path | str) -> dict[str, NDArray[Any]]:
+    """Read a base's file (`write_base`, or any safetensors); raises `StateError`."""
+    import json
+
+    from safetensors import SafetensorError
+    from safetensors.numpy import load
+
+    try:
+        data = Path(path).read_bytes()
+        arrays = load(data)
+        size = int.from_bytes(data[:8], "little")
+        order = json.loads(data[8 : 8 + size]).get("__metadata__", {}).get("order")
+        return {name: arrays[name] for name in (json.loads(order) if order else arrays)}
+    except (OSError, SafetensorError, ValueError, KeyError, TypeError) as error:
+        raise StateError(
+            f"base {path} cannot be read ({type(error).__name__}: {error}); give a safetensors "
+            "file, for example of python -m client.base"
+        ) from error
 
 
 def make_version_downlink(form: str = "auto", **options: Any) -> VersionDownlink:

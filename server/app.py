@@ -19,7 +19,7 @@ from dare_agg.flower.transport import to_numpy, to_record
 from dare_agg.identity import read_identities
 from dare_agg.server_step import server_step
 from dare_agg.state import StateFolder
-from dare_agg.versions import make_version_downlink
+from dare_agg.versions import make_version_downlink, read_base
 from dare_agg.watch import exporter
 from server.config import METHODS, RunConfig, read_config
 from server.export import export_model
@@ -128,9 +128,7 @@ def run_method(
         totals.update(resumed.facts["totals"])
         initial = to_record(kept.load_base())
     else:
-        first = wait_for_nodes(grid, config)[:1]
-        initial = ask(grid, first, "initial", orders, config.node_timeout)[0]["arrays"]
-        assert isinstance(initial, ArrayRecord)
+        initial = initial_state(grid, config, orders)
         if config.keep_state:
             keep_base(kept, initial)
     base = strategy_base(strategy, initial)
@@ -169,6 +167,20 @@ def run_method(
             },
         )
     return fingerprint
+
+
+def initial_state(grid: Grid, config: RunConfig, orders: ConfigRecord) -> ArrayRecord:
+    """What a run starts from: the file the config names, else what the first client makes.
+
+    Over a slow link the file spares the whole model's way up; clients that make the same base
+    themselves are not sent it either.
+    """
+    if config.initial:
+        return to_record(read_base(config.initial))
+    first = wait_for_nodes(grid, config)[:1]
+    initial = ask(grid, first, "initial", orders, config.node_timeout)[0]["arrays"]
+    assert isinstance(initial, ArrayRecord)
+    return initial
 
 
 def _facts(outcome: RoundOutcome) -> dict[str, Any]:
@@ -223,6 +235,8 @@ def make_strategy(config: RunConfig, name: str, record: Any) -> DareStrategy:
         node_timeout=config.node_timeout,
         min_replies=config.min_replies,
         round_hook=record,
+        # FedAvg and the head alone are there to compare with: they send what they send.
+        upload_budget=config.budget() if "drop_rate" not in METHODS[name] else None,
         identities=read_identities(config.identities) if config.identities else None,
         downlink=None if config.downlink == "full" else make_version_downlink(config.downlink),
         **words,

@@ -7,6 +7,7 @@ from typing import Annotated, Any, Literal
 
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError
 
+from dare_agg.budget import UploadBudget, parse_bytes
 from dare_agg.errors import ConfigError, did_you_mean
 from dare_agg.layout import compile_patterns
 from dare_agg.mask import parse_drop_rate
@@ -55,6 +56,8 @@ class RunConfig(BaseModel):
     methods: Words = ("dare-task-arithmetic",)
     drop_rate: str = "0.9"
     values: str = "b1"
+    upload_budget: str = ""
+    upload_seconds: float = Field(0.0, ge=0)
     mask: Literal["stratified", "bernoulli"] = "stratified"
     scaling: float = Field(1.0, gt=0)
     dense: Words = (r"^head\.",)
@@ -76,6 +79,7 @@ class RunConfig(BaseModel):
     keep_state: bool = True
     resume: bool = False
     identities: str = ""
+    initial: str = ""
     prometheus_port: int = Field(0, ge=0, lt=1 << 16)
     prometheus_host: str = "127.0.0.1"
 
@@ -103,6 +107,15 @@ class RunConfig(BaseModel):
     test_rows: int = Field(0, ge=0)
     precision: Literal["float32", "bfloat16"] = "float32"
 
+    def budget(self) -> UploadBudget | None:
+        """The upload budget of a client and round, None where none is set."""
+        if not self.upload_budget and not self.upload_seconds:
+            return None
+        return UploadBudget(
+            parse_bytes(self.upload_budget) if self.upload_budget else None,
+            self.upload_seconds or None,
+        )
+
 
 def read_config(raw: Mapping[str, Any]) -> RunConfig:
     """Check a run config; raises `ConfigError` naming the first key that is wrong."""
@@ -123,6 +136,7 @@ def read_config(raw: Mapping[str, Any]) -> RunConfig:
     if config.resume and not (config.output and config.keep_state):
         raise ConfigError("resume needs output, the folder of the run, and keep-state = true")
     parse_drop_rate(config.drop_rate)
+    config.budget()
     find_values(config.values)
     find_values(config.dense_values)
     compile_patterns([*config.dense, *config.exclude])

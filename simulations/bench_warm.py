@@ -14,6 +14,8 @@ import json
 import os
 import signal
 import statistics
+import subprocess
+import sys
 import tempfile
 import threading
 import time
@@ -24,7 +26,16 @@ from simulations.federation import Federation
 from simulations.run import RESULTS, versions
 
 ROOT = Path(__file__).parents[1]
-CONFIG = {"train-rows": 400, "test-rows": 64, "length": 32, "steps": 5, "save-model": False}
+CONFIG = {
+    "downlink": "auto",
+    "drop-rate": "0.99",
+    "train-rows": 400,
+    "test-rows": 64,
+    "length": 32,
+    "steps": 5,
+    "evaluate": False,
+    "save-model": False,
+}
 
 
 def main() -> None:
@@ -33,12 +44,17 @@ def main() -> None:
     parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--out", type=Path, default=RESULTS / "warm.jsonl")
     options = parser.parse_args()
-    rows = [measure(warm, options.rounds) for warm in (False, True)]
+    with tempfile.TemporaryDirectory(prefix="dare-base-") as name:
+        initial = Path(name) / "base.safetensors"
+        keys = [f"{key}={value}" for key, value in CONFIG.items() if key.endswith("-rows")]
+        make = [sys.executable, "-m", "client.base", "-o", str(initial), *keys]
+        subprocess.run(make, check=True)
+        rows = [measure(warm, options.rounds, initial) for warm in (False, True)]
     assert rows[0]["fingerprint"] == rows[1]["fingerprint"], "warm and cold differ"
     options.out.write_text("".join(json.dumps({**row, **versions()}) + "\n" for row in rows))
 
 
-def measure(warm: bool, rounds: int) -> dict[str, Any]:
+def measure(warm: bool, rounds: int, initial: Path) -> dict[str, Any]:
     """One run; returns the seconds of each round."""
     with tempfile.TemporaryDirectory(prefix="dare-warm-") as name:
         folder = Path(name)
@@ -56,10 +72,13 @@ def measure(warm: bool, rounds: int) -> dict[str, Any]:
             fed.start_all()
             if warm:
                 killer.start()
-            settings = {"num-rounds": rounds, "downlink": "auto", "drop-rate": "0.99", **CONFIG}
-            status = fed.run(out, **settings)
+            status = fed.run(out, **{**CONFIG, "num-rounds": rounds, "initial": str(initial)})
             if not status.ok:
-                raise SystemExit(f"{status}\n{fed.log('north')[-3000:]}")
+                raise SystemExit(f"the run failed: {status}")
+        except BaseException:
+            for name in ("superlink", "north"):
+                print(f"--- {name}\n{fed.log(name)[-3000:]}", file=sys.stderr)
+            raise
         finally:
             fed.stop_all()
         if warm:

@@ -12,7 +12,7 @@ from dare_agg.plan import PlanSettings, make_plans
 from dare_agg.version_cache import VersionReceiver
 from dare_agg.version_grid import add_steps, grid_of
 from dare_agg.version_steps import HEAD, apply_step, read_steps
-from dare_agg.versions import BASE, FORMS, STEPS, make_version_downlink
+from dare_agg.versions import BASE, FORMS, STEPS, make_version_downlink, read_base, write_base
 
 
 def base_arrays(size: int = 5000) -> dict[str, np.ndarray]:
@@ -305,3 +305,16 @@ def test_a_foreign_model_is_not_advanced():
     with pytest.raises(DareError, match="same round"):
         list(grow(downlink, model, [2]))
     assert STEPS not in downlink.broadcast(downlink._model, downlink.version).payloads
+
+
+def test_a_base_file_reads_back_in_order_and_a_broken_one_is_named(tmp_path):
+    path = tmp_path / "base.safetensors"
+    path.write_bytes(write_base(base_arrays()))
+    read = read_base(path)
+    assert list(read) == list(base_arrays())
+    assert all(read[name].tobytes() == a.tobytes() for name, a in base_arrays().items())
+    path.write_bytes(path.read_bytes()[:-5])
+    with pytest.raises(StateError, match="base.safetensors cannot be read"):
+        read_base(path)
+    with pytest.raises(StateError, match="cannot be read"):
+        read_base(tmp_path / "none")

@@ -285,9 +285,9 @@ VALUE_FORMATS: dict[str, ValueFormat] = {
     row.name: row
     for row in (
         ValueFormat("f32", 0, 32, False, 0.0, _encode_f32, _decode_f32, _no_keystream),
-        ValueFormat("f16", 1, 16, False, 0.0, _encode_f16, _decode_f16, _no_keystream),
-        ValueFormat("bf16", 2, 16, False, 0.0, _encode_bf16, _decode_bf16, _no_keystream),
-        ValueFormat("i8", 3, 8, True, 0.0, _encode_i8, _decode_i8, _byte_each),
+        ValueFormat("f16", 1, 16, False, 4.3e-8, _encode_f16, _decode_f16, _no_keystream),
+        ValueFormat("bf16", 2, 16, False, 2.8e-6, _encode_bf16, _decode_bf16, _no_keystream),
+        ValueFormat("i8", 3, 8, True, 1.2e-4, _encode_i8, _decode_i8, _byte_each),
         ValueFormat("b4", 4, 4, True, 0.0096, *_rotated(4), _bit_each),
         ValueFormat("b2", 5, 2, True, 0.1331, *_rotated(2), _bit_each),
         ValueFormat("b1", 6, 1, True, 0.5708, *_rotated(1), _bit_each),

@@ -15,6 +15,7 @@ from flwr.app import ArrayRecord, ConfigRecord, Message, MessageType, MetricReco
 from flwr.serverapp import Grid
 from flwr.serverapp.strategy import Result, Strategy
 
+from dare_agg.budget import UploadBudget
 from dare_agg.derive import derive_key
 from dare_agg.downlink import Downlink, FullDownlink
 from dare_agg.errors import ConfigError, DareError, RunError
@@ -39,7 +40,8 @@ from dare_agg.mask import DropRate
 from dare_agg.plan import ClientTerms, RoundPlan, make_plans, package_fingerprint
 from dare_agg.rounds import FederatedSettings, Rejection, advance, check_weight, merge_round
 from dare_agg.server_step import ServerStep, StepState, server_step
-from dare_agg.update import CODEC_VERSION
+from dare_agg.update import CODEC_VERSION, HEADER_BYTES
+from dare_agg.values import payload_bytes
 from dare_agg.versions import VersionDownlink
 
 LOG = logging.getLogger("flwr")
@@ -99,6 +101,8 @@ class DareStrategy(Strategy):
     min_replies : fewest accepted updates a round needs; below, the run fails.
     max_empty_rounds : how many rounds in a row may miss ``min_replies`` before it fails.
     client_terms : gives a client (by its `Hello`) its own drop rate and value format.
+    upload_budget : bytes (and seconds, by a node's own uplink) of a client's upload a round;
+        chooses drop rate and format of each client instead of ``drop_rate`` and ``values``.
     identities : public keys (hex) of the clients by name; their replies must be signed.
     downlink : how the model reaches the clients; the full arrays unless given.
     round_hook : called with each `RoundOutcome`; returning True ends the run early.
@@ -137,6 +141,7 @@ class DareStrategy(Strategy):
         min_replies: int = 1,
         max_empty_rounds: int = 0,
         client_terms: Callable[[Hello], ClientTerms | None] | None = None,
+        upload_budget: UploadBudget | None = None,
         identities: Mapping[str, str] | None = None,
         downlink: Downlink | None = None,
         round_hook: Callable[[RoundOutcome], bool | None] | None = None,
@@ -172,6 +177,9 @@ class DareStrategy(Strategy):
         self.min_replies = _count("min_replies", min_replies, least=1)
         self.max_empty_rounds = _count("max_empty_rounds", max_empty_rounds)
         self.client_terms = client_terms
+        self.upload_budget = upload_budget
+        if client_terms is not None and upload_budget is not None:
+            raise ConfigError("client_terms and upload_budget both choose; give one of them")
         self.downlink = downlink if downlink is not None else FullDownlink()
         self.round_hook = round_hook
         self.secret = _run_secret(seed)
@@ -339,7 +347,7 @@ class DareStrategy(Strategy):
         chosen = self._choose(
             grid, self.fraction_train, self.min_train_nodes, server_round, "train"
         )
-        terms = [self.client_terms(c.hello) if self.client_terms else None for c in chosen]
+        terms = [self._terms(client.hello) for client in chosen]
         plans = make_plans(
             derive_key(self.secret, "round", server_round, length=32),
             server_round,
@@ -367,6 +375,16 @@ class DareStrategy(Strategy):
         if self.settings.statistics:
             config["statistics"] = self.settings.statistics
         return [self._train_message(opened, client, config) for client in chosen]
+
+    def _terms(self, hello: Hello) -> ClientTerms | None:
+        """What a client is given of its own: by its budget, or by the app's function."""
+        if self.upload_budget is None or self._model is None:
+            return self.client_terms(hello) if self.client_terms else None
+        ref, settings = self._model.ref, self.settings
+        dense = ref.dense_size and HEADER_BYTES + payload_bytes(
+            settings.dense_values, ref.dense_size
+        )
+        return self.upload_budget.terms(ref.size, dense, hello.uplink_kbit_s, mask=settings.mask)
 
     def _train_message(self, opened: _OpenRound, client: Client, config: ConfigRecord) -> Message:
         order = ConfigRecord({**opened.plans[client.node].to_record(), **self._order(ASK_TRAIN)})

@@ -1,0 +1,263 @@
+"""Throw damaged updates at the decoder: only typed errors, no memory, no hang.
+
+    python -m simulations.fuzz_update --count 1000000
+
+Starts from good updates of every value format and mask, in-round and as files. A mutation
+that leads to an answer not seen before (an error of other words, or acceptance) joins the
+ones to mutate further. Half of the mutants get a checksum, and files a context, that fit
+again, so that the checks behind them are reached. What is accepted is read to its end.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import random
+import re
+import resource
+import signal
+import struct
+import tempfile
+import time
+from collections import Counter
+from collections.abc import Callable
+from pathlib import Path
+from types import FrameType
+from typing import Any
+
+import numpy as np
+
+from dare_agg.errors import DareError
+from dare_agg.layout import Layout, layout_of
+from dare_agg.mask import MASK_KINDS, parse_drop_rate
+from dare_agg.update import (
+    CHECKSUM_BYTES,
+    HEADER_BYTES,
+    REASONS,
+    Update,
+    UpdateSpec,
+    _checksum,
+    _header,
+    decode_update,
+    encode_update,
+)
+from dare_agg.update_file import (
+    FILE_MAGIC,
+    _checked_spec,
+    _parse,
+    read_update_file,
+    write_update_file,
+)
+from dare_agg.values import VALUE_FORMATS
+
+FILE_SHARE = 0.2
+MAX_CORPUS = 4000
+MAX_ACCEPTED_SIZE = 1 << 22
+HANG_SECONDS = 10
+MEMORY_LIMIT_MIB = 256
+_NUMBERS = (0, 1, 2, 7, 255, 256, 2**15, 2**16, 2**31 - 1, 2**31, 2**32 - 1, 2**40, 2**63 - 1,
+            2**63, 2**64 - 1)  # fmt: skip
+_ODD: tuple[Any, ...] = (
+    None, True, False, -1, 0, 1, 1.5, 2**20, 2**40, 2**64, 10**30, "", "b1", "f32", "bernoulli",
+    "../x", "a\nb", "\ud800", [], {}, [1, 2], [[]], "0" * 32, "f" * 64, ["a", "F32", [3]],
+)  # fmt: skip
+
+
+def seeds(folder: Path) -> tuple[list[tuple[UpdateSpec, bytes]], list[bytes]]:
+    """Good updates with their specs, and good files."""
+    layout = layout_of({"a.weight": (61, 41), "b": (77,), "c": ()})
+    delta = np.random.default_rng(0).standard_normal(layout.size).astype(np.float32)
+    in_round, files = [], []
+    for values in VALUE_FORMATS:
+        for mask in MASK_KINDS:
+            for rate in ("0", "0.5", "0.9"):
+                spec = spec_of(layout, values, mask, rate)
+                in_round.append((spec, encode_update(spec, delta)))
+                path = folder / "seed.dare"
+                write_update_file(path, spec, layout, delta, seed=1, overwrite=True)
+                files.append(path.read_bytes())
+    return in_round, files
+
+
+def spec_of(layout: Layout, values: str, mask: str, rate: str) -> UpdateSpec:
+    return UpdateSpec(
+        layout.size, parse_drop_rate(rate), mask, b"m" * 16, b"v" * 16, 1, values, "ab" * 32,
+        layout.fingerprint, True, b"a round",
+    )  # fmt: skip
+
+
+def mutate(rng: random.Random, blob: bytes, others: Callable[[], bytes]) -> bytes:
+    """Damage bytes: flips, numbers, cuts, copies, splices."""
+    data = bytearray(blob)
+    for _ in range(rng.choice((1, 1, 1, 2, 4))):
+        at = rng.randrange(len(data) + 1)
+        if rng.random() < 0.6:
+            at = min(at, rng.randrange(HEADER_BYTES + 1))
+        kind = rng.randrange(7)
+        if kind == 0 and at < len(data):
+            data[at] ^= 1 << rng.randrange(8)
+        elif kind == 1:
+            data[at : at + 4] = struct.pack("<I", rng.choice(_NUMBERS) & 0xFFFFFFFF)
+        elif kind == 2:
+            data[at : at + 8] = struct.pack("<Q", rng.choice(_NUMBERS))
+        elif kind == 3:
+            data[at : at + rng.randrange(1, 64)] = b""
+        elif kind == 4:
+            data[at:at] = data[at : at + rng.randrange(1, 64)] or b"\0"
+        elif kind == 5:
+            other = others()
+            data[at:] = other[rng.randrange(len(other) + 1) :]
+        else:
+            odd = rng.choice((np.nan, np.inf, -np.inf, -1.0, 2.0**61, 1e-45, -0.0))
+            end = max(0, len(data) - rng.randrange(64))
+            data[end : end + 4] = struct.pack("<f", odd)
+    return bytes(data)
+
+
+def sealed(spec: UpdateSpec, blob: bytes) -> bytes:
+    """The blob with a checksum that fits."""
+    if len(blob) < HEADER_BYTES:
+        return blob
+    data = bytearray(blob)
+    data[HEADER_BYTES - CHECKSUM_BYTES : HEADER_BYTES] = _checksum(spec, memoryview(data))
+    return bytes(data)
+
+
+def mutate_file(rng: random.Random, blob: bytes, others: Callable[[], bytes]) -> bytes:
+    """Damage a file as bytes, or its JSON as a tree."""
+    try:
+        (length,) = struct.unpack("<I", blob[12:16])
+        record = json.loads(blob[16 : 16 + length])
+        assert isinstance(record, dict) and record
+    except Exception:
+        return mutate(rng, blob, others)
+    if rng.random() < 0.4:
+        return mutate(rng, blob, others)
+    body = blob[-(-(16 + length) // 8) * 8 :]
+    for _ in range(rng.choice((1, 1, 2))):
+        _mutate_tree(rng, record)
+    text = json.dumps(record, sort_keys=rng.random() < 0.9, separators=(",", ":")).encode()
+    if rng.random() < 0.05:
+        text = rng.choice((b"[" * 5000, b"{}", b"", b"[1e999]", text[:-1], text + b" "))
+    head = FILE_MAGIC + struct.pack("<II", 1, len(text)) + text
+    return head + b" " * (-len(head) % 8) + body
+
+
+def refitted(rng: random.Random, blob: bytes) -> bytes:
+    """A file whose in-round header, context and checksum fit its JSON, where that is good."""
+    (length,) = struct.unpack("<I", blob[12:16].ljust(4, b"\0"))
+    start = -(-(16 + length) // 8) * 8
+    try:
+        spec = _checked_spec(_parse(blob[16 : 16 + length]))
+    except DareError:
+        return blob
+    payload = blob[start + HEADER_BYTES :]
+    stratified = spec.mask == "stratified"
+    survivors = spec.draw_mask().survivors if stratified else rng.choice((0, 1, 245, 1229, 2579))
+    return blob[:start] + sealed(spec, _header(spec, survivors, len(payload)) + payload)
+
+
+def _mutate_tree(rng: random.Random, node: Any) -> None:
+    keys: Any = list(node) if isinstance(node, dict) else range(len(node))
+    if not keys:
+        return
+    key = rng.choice(list(keys))
+    child = node[key]
+    if isinstance(child, list | dict) and child and rng.random() < 0.7:
+        _mutate_tree(rng, child)
+    elif isinstance(child, int) and not isinstance(child, bool) and rng.random() < 0.5:
+        node[key] = rng.choice((child + 1, child - 1, child * 2, rng.choice(_NUMBERS)))
+    elif rng.random() < 0.1 and isinstance(node, dict):
+        del node[key]
+    else:
+        node[key] = rng.choice(_ODD)
+
+
+def use(update: Update) -> None:
+    """Read all of what was accepted, if it is of a size that the seeds' files can mean."""
+    if update.spec.size > MAX_ACCEPTED_SIZE:
+        return
+    out = np.empty(update.spec.size, np.float32)
+    update.read(0, out.size, out)
+    assert np.isfinite(out).all(), "an accepted update has values that are not finite"
+
+
+def outcome(work: Callable[[], Update]) -> tuple[str, str]:
+    """Return (reason, wording without its numbers); anything but a `DareError` escapes."""
+    try:
+        use(work())
+    except DareError as error:
+        assert error.reason in REASONS, f"reason {error.reason!r} is not in the table"
+        assert "\n" not in str(error) and len(str(error)) < 1000
+        words = re.sub(r"'[^']*'|b'[^']*'|[0-9a-f]{8,}|\d+", "#", str(error))
+        return error.reason, words.rpartition(".dare: ")[2]
+    return "accepted", ""
+
+
+def fuzz(count: int, seed: int = 0) -> dict[str, Any]:
+    """Run ``count`` mutants; returns the figures. Raises whatever is not a typed error."""
+    rng = random.Random(seed)
+    found: Counter[str] = Counter()
+    seen: set[tuple[str, str]] = set()
+    slowest, started = 0.0, time.perf_counter()
+
+    def stuck(_: int, __: FrameType | None) -> None:
+        raise TimeoutError(f"a mutant took longer than {HANG_SECONDS} s")
+
+    signal.signal(signal.SIGALRM, stuck)
+    with tempfile.TemporaryDirectory() as name:
+        folder = Path(name)
+        in_round, files = seeds(folder)
+        specs = [spec for spec, _ in in_round]
+        path = folder / "mutant.dare"
+        before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+        for _ in range(count):
+            signal.alarm(HANG_SECONDS)
+            as_file = rng.random() < FILE_SHARE
+            if as_file:
+                blob = mutate_file(rng, rng.choice(files), lambda: rng.choice(files))
+                if rng.random() < 0.5:
+                    blob = refitted(rng, blob)
+                path.write_bytes(blob)
+                begin = time.perf_counter()
+                answer = outcome(lambda: read_update_file(path)[0])
+            else:
+                spec, blob = rng.choice(in_round)
+                blob = mutate(rng, blob, lambda: rng.choice(in_round)[1])
+                if rng.random() < 0.5:
+                    blob = sealed(spec, blob)
+                if rng.random() < 0.05:
+                    spec = rng.choice(specs)
+                begin = time.perf_counter()
+                answer = outcome(lambda s=spec, b=blob: decode_update(b, s))  # type: ignore[misc]
+            slowest = max(slowest, time.perf_counter() - begin)
+            signal.alarm(0)
+            found[answer[0]] += 1
+            if answer not in seen and len(in_round) + len(files) < MAX_CORPUS:
+                seen.add(answer)
+                if as_file:
+                    files.append(blob)
+                else:
+                    in_round.append((spec, blob))
+        grown = (resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before) / 1024
+    assert grown < MEMORY_LIMIT_MIB, f"memory grew by {grown:.0f} MiB"
+    return {
+        "mutants": count,
+        "answers": len(seen),
+        "reasons": dict(found.most_common()),
+        "slowest_ms": round(1e3 * slowest, 1),
+        "memory_growth_mib": round(grown, 1),
+        "seconds": round(time.perf_counter() - started, 1),
+    }
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
+    parser.add_argument("--count", type=int, default=1_000_000)
+    parser.add_argument("--seed", type=int, default=0)
+    words = parser.parse_args()
+    print(json.dumps(fuzz(words.count, words.seed)))
+
+
+if __name__ == "__main__":
+    main()

@@ -104,7 +104,7 @@ def advertise(
     random: Random = os.urandom,
 ) -> tuple[ClientState, bytes]:
     """Check the terms and answer with signed one-time keys and commitments."""
-    _check_terms(terms, roster, policy)
+    check_terms(terms, roster, policy)
     party = roster.id_of(identity.public)
     if party not in terms.cohort:
         raise ProtocolError(f"party {party} is not in the cohort it was asked for", reason="cohort")
@@ -125,7 +125,8 @@ def advertise(
     return state, message
 
 
-def _check_terms(terms: SecureTerms, roster: Roster, policy: SecurePolicy) -> None:
+def check_terms(terms: SecureTerms, roster: Roster, policy: SecurePolicy) -> None:
+    """Raise `ProtocolError` where the terms break what this party insists on."""
     n = len(terms.cohort)
     refusals = (
         (terms.roster != roster.digest, "roster", "another roster than this party's"),

@@ -67,6 +67,10 @@ class Party:
         self._keep(state)
         return answer
 
+    def check(self, terms: bytes, policy: client.SecurePolicy) -> None:
+        """Refuse bad terms before anything is trained for them."""
+        client.check_terms(decode_terms(terms), self.roster, policy)
+
     def answer(
         self, stage: str, session: bytes, request: bytes, deltas: Deltas | None = None
     ) -> bytes:
@@ -96,7 +100,10 @@ class Party:
     ) -> tuple[client.ClientState, bytes]:
         state = client.open_shares(state, request)
         terms = state.terms
-        given = deltas(terms) if deltas else _decode(self.vault.get(terms.session, _DELTA))
+        if deltas is None or self.vault.holds(terms.session, _DELTA):
+            given = _decode(self.vault.get(terms.session, _DELTA))
+        else:
+            given = deltas(terms)
         if given.delta.shape != (terms.size,) or given.dense.shape != (terms.dense,):
             raise LayoutError(
                 f"a delta of {given.delta.size} and {given.dense.size} values; the terms have "

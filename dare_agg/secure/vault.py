@@ -107,6 +107,9 @@ class Vault:
             at += count
         return b"".join(pieces)
 
+    def holds(self, session: bytes, name: str) -> bool:
+        return self._path(session, name).is_file()
+
     def drop(self, session: bytes, name: str | None = None) -> None:
         """Remove a session's files, or the named one."""
         for path in self.folder.glob(f"{session.hex()}.{name or '*'}"):

@@ -1,0 +1,201 @@
+"""A one-shot merge of models that parties already have: one secure sum, no training.
+
+The base is public: server and parties each read their own copy. The server learns the sums
+and writes base + merged delta; each party gets the merged survivors and puts its own head
+on (``merged-path`` in its node config).
+"""
+
+from __future__ import annotations
+
+import logging
+import os
+import time
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from flwr.app import Message
+from flwr.serverapp import Grid
+
+from dare_agg.checkpoint import open_checkpoint
+from dare_agg.errors import ConfigError, RunError
+from dare_agg.flower.exchange import exchange, online_nodes
+from dare_agg.flower.records import one_line, read_config, read_refusal
+from dare_agg.flower.secure_records import ADVERTISE, RESULT, SECURE_KEY, secure_content
+from dare_agg.flower.secure_session import (
+    STAGE_SECONDS,
+    SessionLog,
+    meet_parties,
+    query,
+    run_session,
+)
+from dare_agg.layout import FloatVector, Layout, fingerprint
+from dare_agg.secure.checkpoints import write_model
+from dare_agg.secure.packing import merge_sums
+from dare_agg.secure.roster import Roster
+from dare_agg.secure.server import SecureServer
+from dare_agg.secure.settings import SecureSettings
+
+LOG = logging.getLogger("flwr")
+
+
+@dataclass(frozen=True)
+class SecureMerge:
+    """The merged model over ``layout`` and everything measured, as plain values."""
+
+    layout: Layout
+    merged: FloatVector
+    measurements: dict[str, Any]
+
+
+def secure_merge(
+    grid: Grid,
+    base: Path,
+    roster: Roster,
+    settings: SecureSettings,
+    *,
+    run: str,
+    model: str = "",
+    exclude: Sequence[str] = (),
+    parties: int = 0,
+    out: Path | None = None,
+    node_timeout: float = 600.0,
+    stage_seconds: float = STAGE_SECONDS,
+) -> SecureMerge:
+    """Merge the parties' models with the secure sum of ``settings``.
+
+    ``base`` is the server's copy, ``model`` the run's word for it where parties find it by
+    themselves. Waits for ``parties`` members (at least ``settings.min_parties``). Writes the
+    merged model to ``out``. Raises `RunError` when too few members come, `ProtocolError` when
+    too few stay.
+    """
+    public = open_checkpoint(base)
+    layout = public.layout(exclude)
+    needed = max(parties, settings.min_parties)
+    began = time.monotonic()
+    nodes = _members(grid, roster, needed, node_timeout, stage_seconds)
+    terms = settings.terms(
+        run=f"{run}-{os.urandom(8).hex()}",
+        round_number=0,
+        roster=roster,
+        cohort=sorted(nodes),
+        base=public.fingerprint(layout),
+        layout=layout.fingerprint,
+        size=layout.size,
+    )
+    server, log = SecureServer(terms, roster), SessionLog()
+    context: dict[str, object] = {"exclude": list(exclude), "model": model}
+
+    def first(node: int) -> Message:
+        content = secure_content(ADVERTISE, terms=terms.encode(), **context)
+        return query(content, node, stage_seconds)
+
+    sums = run_session(
+        grid,
+        server,
+        nodes,
+        first,
+        log,
+        first_seconds=stage_seconds,
+        stage_seconds=stage_seconds,
+        context=context,
+    )
+    values, measured = merge_sums(sums, terms.quantiser, settings.rule)
+    values *= np.float32(settings.scaling)
+    merged = public.vector(layout)
+    merged += server.mask.scatter(values)
+    if out is not None:
+        write_model(public, layout, merged, out)
+    alive = {party: nodes[party] for party in server.alive}
+    message = values.astype("<f4").tobytes()
+    told = _tell(grid, alive, terms.session, message, context, log, stage_seconds)
+    name = fingerprint(layout, merged)
+    for party, theirs in told.items():
+        if theirs != name:
+            log.reject(party, "result", f"it holds {one_line(theirs, 12)}, the server {name[:12]}")
+    return SecureMerge(
+        layout,
+        merged,
+        {
+            "method": f"secure-{settings.method}",
+            "fingerprint": name,
+            "base": terms.base,
+            "parties": [roster[party].name for party in server.alive],
+            "cohort": [roster[party].name for party in terms.cohort],
+            "result_at": [roster[party].name for party in sorted(told) if told[party] == name],
+            "parameters": layout.size,
+            "words": terms.words,
+            "bits": terms.quantiser.bits,
+            "word_bits": terms.quantiser.word_bits,
+            "drop_rate": terms.drop_rate.p,
+            "scaling": settings.scaling,
+            "lone_share": measured.lone_share,
+            "conflict_share": measured.conflict_share,
+            "clipped_share": measured.clipped_share,
+            "upload_bytes": [log.upload[party] for party in server.alive],
+            "download_bytes": [log.download[party] for party in server.alive],
+            "rejected": [{**asdict(r), "name": roster[r.client].name} for r in log.rejections],
+            "stage_seconds": dict(log.seconds),
+            "seconds": time.monotonic() - began,
+        },
+    )
+
+
+def _members(
+    grid: Grid, roster: Roster, needed: int, timeout: float, stage_seconds: float
+) -> dict[int, int]:
+    """Wait until enough members of the roster are online; party → node."""
+    if needed > len(roster.members):
+        raise ConfigError(
+            f"{needed} parties are waited for; roster {roster.name!r} has {len(roster.members)}"
+        )
+    until = time.monotonic() + timeout
+    parties: dict[int, int] = {}
+    problems: dict[int, str] = {}
+    while True:
+        online = online_nodes(grid)
+        new = [n for n in online if n not in parties.values() and n not in problems]
+        if len(online) >= needed and new:
+            found, bad = meet_parties(grid, new, roster, stage_seconds)
+            parties.update(found)
+            problems.update(bad)
+        here = {party: node for party, node in parties.items() if node in online}
+        if len(here) >= needed:
+            return dict(sorted(here.items()))
+        if time.monotonic() > until:
+            why = f"; {next(iter(problems.values()))}" if problems else ""
+            raise RunError(
+                f"{len(here)} of the {needed} parties needed are online after {timeout:g} s{why}",
+                reason="nodes",
+            )
+        time.sleep(0.5)
+
+
+def _tell(
+    grid: Grid,
+    nodes: dict[int, int],
+    session: bytes,
+    message: bytes,
+    context: dict[str, object],
+    log: SessionLog,
+    seconds: float,
+) -> dict[int, str]:
+    """Send the merged survivors to who took part; party → fingerprint of what it then holds."""
+    parties = list(nodes)
+    content = {p: secure_content(RESULT, session, message, **context) for p in parties}
+    messages = [query(content[p], nodes[p], seconds) for p in parties]
+    told: dict[int, str] = {}
+    for index, reply in exchange(grid, messages, seconds):
+        party = parties[index]
+        record = None if reply.has_error() else read_config(reply.content, SECURE_KEY)
+        refusal = read_refusal(record) if record is not None else ("client-error", "no answer")
+        if record is None or refusal is not None:
+            log.reject(party, *(refusal or ("client-error", "no answer")))
+            continue
+        told[party] = str(record.get("merged", ""))
+    for party in parties:
+        if party not in told and party not in {r.client for r in log.rejections}:
+            log.reject(party, "late", "it did not take the result in time")
+    return told

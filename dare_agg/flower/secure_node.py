@@ -1,0 +1,107 @@
+"""What a SuperNode is told about its part in secure sums: ``--node-config`` and environment.
+
+Keys of the node config: ``secure-identity`` (private key file), ``secure-roster``,
+``secure-trust`` (public key files of who must have signed the roster, comma-separated),
+``secure-passphrase-file``, ``secure-state`` (folder), ``secure-ledger`` (file), and what the
+party insists on: ``secure-min-parties``, ``secure-max-clip``, ``secure-methods``. For merges
+``model-path``, ``base-path`` and ``merged-path``.
+
+In a simulation on one machine ``DARE_AGG_SECURE_KEYS`` names a folder that has it all:
+``party-0.key`` and so on by partition, ``roster.json``, ``coordinator.pub``.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Mapping
+from functools import lru_cache
+from pathlib import Path
+
+from flwr.app import Context
+
+from dare_agg.errors import ConfigError
+from dare_agg.secure.client import SecurePolicy
+from dare_agg.secure.identity import Identity, read_identity, read_public
+from dare_agg.secure.ledger import FileLedger
+from dare_agg.secure.packing import AGGREGATES
+from dare_agg.secure.party import Party
+from dare_agg.secure.passphrase import need_passphrase
+from dare_agg.secure.roster import check_roster, read_roster
+from dare_agg.secure.terms import MIN_PARTIES
+from dare_agg.secure.vault import Vault, default_folder
+
+KEYS_VARIABLE = "DARE_AGG_SECURE_KEYS"
+
+
+def secure_party(context: Context) -> Party:
+    """Open this node's identity, check its roster. Raises `ConfigError`, `StateError`,
+    `ProtocolError`."""
+    node = {key: str(value) for key, value in context.node_config.items()}
+    folder = os.environ.get(KEYS_VARIABLE)
+    identity_file = _path(node, "secure-identity", folder, f"party-{node.get('partition-id')}.key")
+    roster_file = _path(node, "secure-roster", folder, "roster.json")
+    passphrase_file = node.get("secure-passphrase-file")
+    passphrase = need_passphrase(Path(passphrase_file) if passphrase_file else None)
+    identity = _identity(identity_file, passphrase, _stamp(identity_file))
+    roster = read_roster(roster_file)
+    check_roster(roster, _trusted(node, folder))
+    state = Path(node["secure-state"]) if "secure-state" in node else default_folder()
+    ledger = node.get("secure-ledger", str(identity_file.with_suffix(".ledger")))
+    return Party(identity, roster, Vault(state, identity), FileLedger(Path(ledger)))
+
+
+def node_policy(context: Context, base: str, layout: str) -> SecurePolicy:
+    """What this node insists on, for a model it holds itself."""
+    node = context.node_config
+    methods = str(node.get("secure-methods", ",".join(AGGREGATES)))
+    aggregates = tuple(word.strip() for word in methods.split(",") if word.strip())
+    unknown = [word for word in aggregates if word not in AGGREGATES]
+    if unknown or not aggregates:
+        raise ConfigError(
+            f"node config secure-methods = {methods!r}; of {', '.join(AGGREGATES)} are possible"
+        )
+    return SecurePolicy(
+        base,
+        layout,
+        min_parties=int(_number(node, "secure-min-parties", MIN_PARTIES, MIN_PARTIES)),
+        aggregates=aggregates,
+        max_clip=_number(node, "secure-max-clip", 1.0, 0.0),
+    )
+
+
+def _number(node: Mapping[str, object], key: str, default: float, least: float) -> float:
+    value = node.get(key, default)
+    if isinstance(value, bool) or not isinstance(value, int | float) or not value >= least:
+        raise ConfigError(f"node config {key} = {value!r}; a number of at least {least} is needed")
+    return float(value)
+
+
+def _path(node: Mapping[str, str], key: str, folder: str | None, name: str) -> Path:
+    if key in node:
+        return Path(node[key])
+    if folder and (Path(folder) / name).is_file():
+        return Path(folder) / name
+    raise ConfigError(
+        f"this node has no {key}; make keys with dare-agg keys and name the file in --node-config"
+    )
+
+
+def _trusted(node: Mapping[str, str], folder: str | None) -> list[bytes]:
+    if "secure-trust" in node:
+        files = [Path(word.strip()) for word in node["secure-trust"].split(",") if word.strip()]
+    else:
+        files = [_path(node, "secure-trust", folder, "coordinator.pub")]
+    return [bytes.fromhex(read_public(file)["public"]) for file in files]
+
+
+@lru_cache(maxsize=64)
+def _identity(path: Path, passphrase: str, stamp: int) -> Identity:
+    # Processes that live on between messages need not stretch the passphrase each time.
+    return read_identity(path, passphrase)
+
+
+def _stamp(path: Path) -> int:
+    try:
+        return path.stat().st_mtime_ns
+    except OSError:
+        return 0

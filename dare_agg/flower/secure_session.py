@@ -1,0 +1,207 @@
+"""The server's loop of one secure sum over Flower's Message API.
+
+Who the nodes are (`meet_parties`), then five exchanges (`run_session`). Answers are taken as
+they come; a stage ends when all are there or its time is up, and a party that stayed away or
+sent something bad is out from that stage on.
+"""
+
+from __future__ import annotations
+
+import logging
+import os
+import time
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+
+from flwr.app import Message, RecordDict
+from flwr.serverapp import Grid
+
+from dare_agg.errors import DareError, ProtocolError
+from dare_agg.flower.exchange import exchange
+from dare_agg.flower.records import one_line, read_config, read_refusal
+from dare_agg.flower.secure_records import (
+    HELLO,
+    QUERY,
+    SECURE_KEY,
+    hello_input,
+    read_bytes,
+    read_message,
+    same_code,
+    secure_content,
+)
+from dare_agg.flower.transport import message_bytes
+from dare_agg.rounds import Rejection
+from dare_agg.secure.identity import verify
+from dare_agg.secure.packing import Sums
+from dare_agg.secure.party import REQUESTS
+from dare_agg.secure.roster import Roster
+from dare_agg.secure.server import SecureServer
+from dare_agg.secure.stream import packed_bytes
+
+LOG = logging.getLogger("flwr")
+STAGE_SECONDS = 300.0
+
+
+@dataclass
+class SessionLog:
+    """What a session cost and who fell out, filled as it goes."""
+
+    upload: dict[int, int] = field(default_factory=dict)
+    download: dict[int, int] = field(default_factory=dict)
+    vector_bytes: dict[int, int] = field(default_factory=dict)
+    seconds: dict[str, float] = field(default_factory=dict)
+    rejections: list[Rejection] = field(default_factory=list)
+
+    def reject(self, party: int, reason: str, detail: str) -> None:
+        self.rejections.append(Rejection(party, reason, detail))
+        LOG.warning("secure sum: party %d is out: %s: %s", party, reason, detail)
+
+
+def query(content: RecordDict, node: int, seconds: float) -> Message:
+    return Message(content, node, f"query.{QUERY}", ttl=seconds + 60)
+
+
+def meet_parties(
+    grid: Grid, nodes: Sequence[int], roster: Roster, seconds: float = STAGE_SECONDS
+) -> tuple[dict[int, int], dict[int, str]]:
+    """Ask nodes to prove which party of the roster they are.
+
+    Returns party → node, and node → why it is none. Each proof signs a fresh challenge.
+    """
+    challenges = {node: os.urandom(32) for node in nodes}
+    messages = [
+        query(secure_content(HELLO, challenge=challenges[node]), node, seconds) for node in nodes
+    ]
+    parties: dict[int, int] = {}
+    problems = dict.fromkeys(nodes, "it did not answer in time")
+    for index, reply in exchange(grid, messages, seconds):
+        node = nodes[index]
+        try:
+            record = _record(reply)
+            public = read_bytes(record, "public", 32)
+            party = roster.id_of(public)
+            said = hello_input(challenges[node], node)
+            verify(public, read_bytes(record, "signature", 64), said, f"node {node}")
+            if party in parties:
+                raise ProtocolError(
+                    f"party {party} is there already, as node {parties[party]}", reason="duplicate"
+                )
+        except DareError as error:
+            problems[node] = f"{error.reason}: {one_line(error)}"
+            LOG.warning("node %d takes no part in secure sums: %s", node, problems[node])
+            continue
+        parties[party] = node
+        del problems[node]
+    return dict(sorted(parties.items())), problems
+
+
+def run_session(
+    grid: Grid,
+    server: SecureServer,
+    nodes: Mapping[int, int],
+    first: Callable[[int], Message],
+    log: SessionLog,
+    *,
+    first_seconds: float,
+    stage_seconds: float = STAGE_SECONDS,
+    context: Mapping[str, object] | None = None,
+) -> Sums:
+    """Run the stages among ``nodes`` (party → node) and return the sums.
+
+    ``first(party)`` makes the message that the adverts answer; ``context`` goes with every
+    later request. Raises `ProtocolError` as `SecureServer` does; ``log`` is filled anyhow.
+    """
+    session = server.terms.session
+    messages = {party: first(nodes[party]) for party in sorted(nodes)}
+    limit = _most_bytes(server)
+    for stage in ("advertise", *REQUESTS):
+        began = time.monotonic()
+        seconds = first_seconds if stage == "advertise" else stage_seconds
+        _take_stage(grid, server, messages, stage, seconds, limit, log)
+        log.seconds[stage] = time.monotonic() - began
+        if stage == REQUESTS[-1]:
+            break
+        requests = server.close()
+        following = REQUESTS[0 if stage == "advertise" else REQUESTS.index(stage) + 1]
+        messages = {
+            party: query(
+                secure_content(following, session, request, **(context or {})),
+                nodes[party],
+                stage_seconds,
+            )
+            for party, request in requests.items()
+        }
+    began = time.monotonic()
+    sums = server.finish()
+    log.seconds["unmask"] = time.monotonic() - began
+    if sums.parties != len(server.alive):
+        raise ProtocolError("the sum counts other parties than took part", reason="words")
+    return sums
+
+
+def _take_stage(
+    grid: Grid,
+    server: SecureServer,
+    messages: Mapping[int, Message],
+    stage: str,
+    seconds: float,
+    limit: int,
+    log: SessionLog,
+) -> None:
+    parties = list(messages)
+    for party in parties:
+        size = message_bytes(messages[party].content)
+        log.download[party] = log.download.get(party, 0) + size
+    silent = set(parties)
+    for index, reply in exchange(grid, list(messages.values()), seconds):
+        party = parties[index]
+        silent.discard(party)
+        try:
+            record = _record(reply)
+            same_code(record, "the client", "this server")
+            answer = read_message(reply.content, limit)
+            if reply.metadata.src_node_id != messages[party].metadata.dst_node_id:
+                raise ProtocolError("it came from another node", reason="unknown-node")
+            sender = server.take(answer)
+            if sender != party:
+                # It is signed, so it counts; but not for this node.
+                raise ProtocolError(f"it is the answer of party {sender}", reason="cohort")
+        except DareError as error:
+            log.reject(party, error.reason, f"stage {stage}: {one_line(error)}")
+            continue
+        log.upload[party] = log.upload.get(party, 0) + message_bytes(reply.content)
+        if stage == "contribute":
+            log.vector_bytes[party] = len(answer)
+    for party in sorted(silent):
+        log.reject(party, "late", f"stage {stage}: no answer within {seconds:g} s")
+
+
+def _record(reply: Message):  # type: ignore[no-untyped-def]
+    """The record of an answer; raises `ProtocolError` for a failure or a refusal."""
+    if reply.has_error():
+        lines = (reply.error.reason or "no text").strip().splitlines()
+        raise ProtocolError(
+            f"Flower error code {reply.error.code}: {one_line(lines[-1] if lines else '')}",
+            reason="client-error",
+        )
+    record = read_config(reply.content, SECURE_KEY)
+    if record is None:
+        raise ProtocolError(
+            "its app does not answer secure sums; call secure_queries(app) and put secure_mod "
+            "first among its mods",
+            reason="mod",
+        )
+    refusal = read_refusal(record)
+    if refusal is not None:
+        raise ProtocolError(f"it refused: {refusal[1]}", reason=refusal[0])
+    return record
+
+
+def _most_bytes(server: SecureServer) -> int:
+    """Most bytes an honest answer can have, known before any arrives."""
+    terms = server.terms
+    vector = packed_bytes(terms.words, terms.quantiser.word_bits)
+    return max(vector, 128 * len(terms.cohort)) + 4096
+
+
+__all__ = ["SessionLog", "meet_parties", "query", "run_session"]

@@ -1,0 +1,267 @@
+"""`SecureStrategy`: federated fine-tuning in which the server sees only sums.
+
+Each round one mask is shared by all, a secure sum takes the place of the clients' updates,
+and everything else (rounds, evaluation, server step, state, measurements) is `DareStrategy`.
+"""
+
+from __future__ import annotations
+
+import logging
+import os
+import time
+from collections.abc import Sequence
+from dataclasses import asdict
+from typing import Any
+
+import numpy as np
+from flwr.app import ArrayRecord, ConfigRecord, Message, MessageType, MetricRecord
+from flwr.serverapp import Grid
+
+from dare_agg.downlink import FullDownlink
+from dare_agg.errors import ConfigError, ProtocolError, RunError
+from dare_agg.flower.clients import Client
+from dare_agg.flower.secure_records import TRAIN, names_of, secure_content
+from dare_agg.flower.secure_session import STAGE_SECONDS, SessionLog, meet_parties, run_session
+from dare_agg.flower.strategy import DareStrategy, RoundOutcome
+from dare_agg.rounds import MergedRound, advance
+from dare_agg.secure.local import merged_parts
+from dare_agg.secure.packing import SecureMeasurements
+from dare_agg.secure.roster import Roster
+from dare_agg.secure.server import SecureServer
+from dare_agg.secure.settings import SecureSettings
+from dare_agg.secure.terms import SecureTerms
+
+LOG = logging.getLogger("flwr")
+
+
+class SecureStrategy(DareStrategy):
+    """A `DareStrategy` whose rounds are secure sums.
+
+    Parameters
+    ----------
+    secure : what is summed and how (`SecureSettings`); method, drop rate, scaling and
+        weighting come from there.
+    roster : who may take part. Clients need ``secure_mod`` and ``secure_queries``.
+    stage_seconds : time for each stage after training.
+    words : as for `DareStrategy`; what concerns plain updates has no meaning here.
+
+    Train metrics are not collected, since they would be single parties' data; evaluation
+    metrics are, where ``fraction_evaluate`` asks for them.
+    """
+
+    def __init__(
+        self,
+        *,
+        secure: SecureSettings,
+        roster: Roster,
+        stage_seconds: float = STAGE_SECONDS,
+        **words: Any,
+    ) -> None:
+        for name in ("method", "drop_rate", "values", "mask", "weighting", "client_terms"):
+            if name in words:
+                raise ConfigError(f"{name} has no place in a SecureStrategy; set it in 'secure'")
+        options = words.pop("options", {})
+        if options:
+            SecureSettings(options=options)
+        super().__init__(
+            drop_rate=secure.drop_rate,
+            scaling=secure.scaling,
+            weighting=secure.weighting,
+            max_weight=secure.max_weight,
+            min_available_nodes=max(secure.min_parties, words.pop("min_available_nodes", 2)),
+            min_train_nodes=max(secure.min_parties, words.pop("min_train_nodes", 2)),
+            **words,
+        )
+        if not isinstance(self.downlink, FullDownlink):
+            raise ConfigError(
+                f"downlink {self.downlink.name!r} with secure sums; only the full model is sent "
+                "down: leave downlink out"
+            )
+        self.secure = secure
+        self.roster = roster
+        self.stage_seconds = stage_seconds
+        # A new name for each start: a party never contributes twice under one.
+        self.run_name = f"{self.run or 'run'}-{os.urandom(8).hex()}"
+        self._parties: dict[int, int] = {}
+        self._strangers: set[int] = set()
+
+    def summary(self) -> None:
+        secure = self.secure
+        LOG.info(
+            "\t├── Secure sums: %s of at least %d of %d members of roster %r, clip %g",
+            secure.method,
+            secure.min_parties,
+            len(self.roster.members),
+            self.roster.name,
+            secure.clip,
+        )
+        super().summary()
+        if self.fraction_evaluate:
+            LOG.warning("evaluation metrics are single parties' data and reach the server in clear")
+
+    def _train(
+        self, number: int, arrays: ArrayRecord, config: ConfigRecord, grid: Grid, timeout: float
+    ) -> tuple[ArrayRecord, MetricRecord | None]:
+        self._adopt(arrays)
+        assert self._model is not None
+        began = time.monotonic()
+        config["server-round"] = number
+        log = SessionLog()
+        limit = min(timeout, self.deadline) if self.deadline else timeout
+        chosen = self._choose(grid, self.fraction_train, self.min_train_nodes, number, "train")
+        nodes = self._meet(grid, chosen)
+        terms: SecureTerms | None = None
+        try:
+            terms = self._secure_terms(number, sorted(nodes))
+            server = SecureServer(terms, self.roster)
+
+            def first(node: int) -> Message:
+                return self._first(node, terms, config, limit)
+
+            sums = run_session(
+                grid,
+                server,
+                nodes,
+                first,
+                log,
+                first_seconds=limit,
+                stage_seconds=self.stage_seconds,
+            )
+        except ProtocolError as error:
+            return self._no_sum(number, error, log, began, arrays)
+        self._empty_rounds = 0
+        delta, dense, measured = merged_parts(
+            sums, terms, server.mask, self.secure.rule, self.secure.scaling
+        )
+        merged = MergedRound(delta, dense, (), {})
+        moved, self._step_state = advance(
+            self._model, self._step_state, merged, self.settings, self.downlink
+        )
+        self._model, self._arrays = moved, None
+        facts = self._facts(number, log, began, server.alive, terms, measured)
+        facts["merged_norm"] = float(np.linalg.norm(delta.astype(np.float64)))
+        self.outcome = RoundOutcome(
+            number, moved, self._step_state, facts, log.rejections, [], MetricRecord()
+        )
+        LOG.info(
+            "round %d: a secure %s of %d of %d parties, %s bytes up each; lone contributors at "
+            "%s of the elements, %.2g clipped",
+            number,
+            self.secure.method,
+            len(server.alive),
+            len(terms.cohort),
+            f"{max(log.upload.values()):,}",
+            "none known" if measured.lone_share is None else f"{measured.lone_share:.1%}",
+            measured.clipped_share,
+        )
+        return self._current_arrays(), None
+
+    def _meet(self, grid: Grid, chosen: Sequence[Client]) -> dict[int, int]:
+        """Party → node of the chosen clients; each node proves once who it is."""
+        known = set(self._parties.values()) | self._strangers
+        new = [client.node for client in chosen if client.node not in known]
+        if new:
+            found, problems = meet_parties(grid, new, self.roster, self.stage_seconds)
+            self._parties.update(found)
+            self._strangers.update(problems)
+        nodes = {client.node for client in chosen}
+        parties = {party: node for party, node in self._parties.items() if node in nodes}
+        if len(parties) < self.secure.min_parties:
+            raise RunError(
+                f"{len(parties)} of {len(chosen)} clients have proved to be members of roster "
+                f"{self.roster.name!r}; secure-min-parties = {self.secure.min_parties} are needed",
+                reason="nodes",
+            )
+        return parties
+
+    def _secure_terms(self, number: int, cohort: Sequence[int]) -> SecureTerms:
+        assert self._model is not None
+        ref = self._model.ref
+        base, layout = names_of(ref)
+        return self.secure.terms(
+            run=self.run_name,
+            round_number=number,
+            roster=self.roster,
+            cohort=cohort,
+            base=base,
+            layout=layout,
+            size=ref.size,
+            dense=ref.dense_size,
+        )
+
+    def _first(
+        self, node: int, terms: SecureTerms, config: ConfigRecord, seconds: float
+    ) -> Message:
+        """The training message: the model, the app's config and the terms."""
+        content = secure_content(
+            TRAIN,
+            terms=terms.encode(),
+            dense=list(self.settings.dense),
+            exclude=list(self.settings.exclude),
+            **{
+                "arrays-key": self.arrayrecord_key,
+                "weighted-by-key": (
+                    self.weighted_by_key if self.secure.weighting == "examples" else ""
+                ),
+            },
+        )
+        content[self.configrecord_key] = config
+        content[self.arrayrecord_key] = self._current_arrays()
+        return Message(content, node, MessageType.TRAIN, ttl=seconds + 60)
+
+    def _no_sum(
+        self, number: int, error: ProtocolError, log: SessionLog, began: float, arrays: ArrayRecord
+    ) -> tuple[ArrayRecord, None]:
+        assert self._model is not None
+        self._empty_rounds += 1
+        first = f"; first: {log.rejections[0].detail}" if log.rejections else ""
+        text = f"round {number}: {error}{first}"
+        if self._empty_rounds > self.max_empty_rounds:
+            raise RunError(text, reason=error.reason)
+        LOG.warning("%s; the global model stays as it is", text)
+        facts = self._facts(number, log, began, (), None, None)
+        self.outcome = RoundOutcome(
+            number, self._model, self._step_state, facts, log.rejections, []
+        )
+        return arrays, None
+
+    def _facts(
+        self,
+        number: int,
+        log: SessionLog,
+        began: float,
+        alive: Sequence[int],
+        terms: SecureTerms | None,
+        measured: SecureMeasurements | None,
+    ) -> dict[str, Any]:
+        """What a round measured, in `DareStrategy`'s words where they fit."""
+        facts: dict[str, Any] = {
+            "round": number,
+            "seconds": time.monotonic() - began,
+            "sampled": len(log.download),
+            "accepted": len(alive),
+            "clients": [self.roster[party].name for party in alive],
+            "update_bytes": [log.vector_bytes[party] for party in alive],
+            "dense_bytes": [0 for _ in alive],
+            "upload_bytes": [log.upload[party] for party in alive],
+            "download_bytes": [log.download[party] for party in sorted(log.download)],
+            "examples": [],
+            "drop_rates": [self.settings.drop_rate.p for _ in alive],  # type: ignore[union-attr]
+            "delta_norms": [],
+            "delta_max": [],
+            "share_above": [],
+            "duplicates": 0,
+            "rejected": [{**asdict(r), "name": self.roster[r.client].name} for r in log.rejections],
+            "stage_seconds": dict(log.seconds),
+        }
+        if terms is not None and measured is not None:
+            facts["secure"] = {
+                "method": self.secure.method,
+                "bits": terms.quantiser.bits,
+                "word_bits": terms.quantiser.word_bits,
+                "clip": terms.clip,
+                "threshold": terms.threshold,
+                **asdict(measured),
+            }
+            facts["survivors_per_element"] = len(alive) * terms.drop_rate.keep
+        return facts

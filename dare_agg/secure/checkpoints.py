@@ -1,0 +1,96 @@
+"""A party's own checkpoint in a one-shot merge: its delta, and the merged model with its head.
+
+The base is public and decides the layout. What a tuned checkpoint has beyond it (the head of
+its task) stays where it is; a common prefix of names, such as ``bert.``, is seen through.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from dataclasses import dataclass, field
+from functools import cached_property
+from pathlib import Path
+
+from dare_agg.checkpoint import (
+    Checkpoint,
+    CheckpointWriter,
+    carry_files,
+    open_checkpoint,
+    plan_like,
+)
+from dare_agg.errors import CheckpointError
+from dare_agg.layout import FloatVector, Layout, layout_of
+
+
+@dataclass(frozen=True)
+class OwnModel:
+    """The base, over the layout that everyone merges, and this party's tuned model."""
+
+    base: Checkpoint
+    tuned: Checkpoint
+    layout: Layout
+    prefix: str = field(default="")
+
+    @cached_property
+    def base_fingerprint(self) -> str:
+        return self.base.fingerprint(self.layout)
+
+    @cached_property
+    def tuned_layout(self) -> Layout:
+        """The same vector under the tuned checkpoint's own names."""
+        return layout_of({self.prefix + e.name: e.shape for e in self.layout.entries})
+
+    def delta(self) -> FloatVector:
+        """tuned − base, float32, over the layout. Raises `NonFiniteError`."""
+        self.tuned.check_finite(self.tuned_layout)
+        delta = self.tuned.vector(self.tuned_layout)
+        delta -= self.base.vector(self.layout)
+        return delta
+
+    def write_merged(self, out: Path, delta: FloatVector) -> None:
+        """Write this party's checkpoint with base + ``delta`` in place of its own body.
+
+        Heads, dtypes, configuration and tokenizer are the party's own. Raises
+        `CheckpointError` where ``out`` exists.
+        """
+        merged = self.base.vector(self.layout)
+        merged += delta
+        write_model(self.tuned, self.tuned_layout, merged, out)
+
+
+def write_model(like: Checkpoint, layout: Layout, vector: FloatVector, out: Path) -> None:
+    """Write the checkpoint ``like`` with ``vector`` in the tensors of ``layout``."""
+    plans = plan_like(like, out, layout, None)
+    with CheckpointWriter(out, plans, {"format": "pt"}) as writer:
+        for name in like.names:
+            if name in layout:
+                entry = layout[name]
+                writer.write(name, 0, vector[entry.offset : entry.stop])
+            else:
+                writer.write_raw(name, 0, like.raw(name))
+        if like.folder is not None and not writer.single:
+            carry_files(like.folder, writer.folder)
+
+
+def open_own(base: str | Path, tuned: str | Path, exclude: Iterable[str] = ()) -> OwnModel:
+    """Open base and tuned model; raises `LayoutError` or `CheckpointError` where they do not
+    fit."""
+    public, mine = open_checkpoint(base), open_checkpoint(tuned)
+    layout = public.layout(exclude)
+    if not layout.entries:
+        raise CheckpointError(f"{base} has no floating-point tensor left to merge")
+    model = OwnModel(public, mine, layout, _prefix(layout, mine))
+    mine.check_layout(model.tuned_layout)
+    return model
+
+
+def _prefix(layout: Layout, tuned: Checkpoint) -> str:
+    """What stands before every name of the layout in the tuned model, "" where nothing does."""
+    first = layout.entries[0].name
+    names = set(tuned.names)
+    for candidate in sorted(names):
+        if candidate.endswith("." + first):
+            prefix = candidate[: -len(first)]
+            if all(prefix + entry.name in names for entry in layout.entries):
+                return prefix
+    return ""

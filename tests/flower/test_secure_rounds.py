@@ -1,0 +1,413 @@
+"""Secure sums over Flower's messages: training rounds, one-shot merges, who vanishes, refusals."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from flwr.app import ConfigRecord, Context, RecordDict
+from flwr.clientapp import ClientApp
+from safetensors.numpy import load_file, save_file
+
+from dare_agg.errors import ConfigError, ProtocolError, RunError
+from dare_agg.flower import dare_mod
+from dare_agg.flower.secure_merge import secure_merge
+from dare_agg.flower.secure_mod import secure_mod, secure_queries
+from dare_agg.flower.secure_strategy import SecureStrategy
+from dare_agg.flower.transport import to_numpy
+from dare_agg.groups import global_model
+from dare_agg.secure import identity as identities
+from dare_agg.secure.identity import new_identity, write_identity, write_public
+from dare_agg.secure.roster import Roster, make_roster, read_roster, sign_roster, write_roster
+from dare_agg.secure.settings import SecureSettings
+
+PASSPHRASE = "a passphrase"
+
+
+@pytest.fixture
+def keys(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Any:
+    """Makes the folder of keys of ``n`` parties, party i on partition i."""
+    # The passphrase is stretched as always, only not as far: tests open many identities.
+    monkeypatch.setattr(identities, "_SCRYPT_N", 1 << 4)
+    monkeypatch.setenv("DARE_AGG_PASSPHRASE", PASSPHRASE)
+    monkeypatch.setenv("XDG_RUNTIME_DIR", str(tmp_path))
+
+    def make(n: int, members: int | None = None) -> Path:
+        folder = tmp_path / "keys"
+        folder.mkdir()
+        parties = [new_identity(f"site {i}") for i in range(n)]
+        for number, party in enumerate(parties):
+            write_identity(folder / f"party-{number}.key", party, PASSPHRASE)
+        coordinator = new_identity("coordinator")
+        write_public(folder / "coordinator.pub", "coordinator", coordinator.public)
+        listed = [(p.name, p.public) for p in parties[: members or n]]
+        write_roster(folder / "roster.json", sign_roster(make_roster("trio", listed), coordinator))
+        monkeypatch.setenv("DARE_AGG_SECURE_KEYS", str(folder))
+        return folder
+
+    return make
+
+
+def roster_of(folder: Path) -> Roster:
+    return read_roster(folder / "roster.json")
+
+
+def secure_app(toys: Any) -> ClientApp:
+    app = toys.app(mods=[secure_mod, dare_mod])
+    secure_queries(app)
+    return app
+
+
+def strategy_for(folder: Path, **words: Any) -> SecureStrategy:
+    settings = {
+        "method": "mean", "drop_rate": "0.5", "clip": 0.05, "min_parties": 3,
+        **words.pop("secure", {}),
+    }  # fmt: skip
+    return SecureStrategy(
+        secure=SecureSettings(**settings),
+        roster=roster_of(folder),
+        stage_seconds=words.pop("stage_seconds", 20),
+        fraction_evaluate=0.0,
+        seed=3,
+        **words,
+    )
+
+
+def expected(toys: Any, strategy: SecureStrategy, parties: list[int], rule: str) -> np.ndarray:
+    """The plain merge on the elements that the round touched."""
+    model = global_model(toys.arrays(), dense=[r"^head"])
+    deltas = []
+    for p in parties:
+        tuned = {
+            n: a + toys.delta(n, a.shape, p, 1) if a.dtype.kind == "f" else a
+            for n, a in toys.arrays().items()
+        }
+        deltas.append(global_model(tuned, dense=[r"^head"]).delta - model.delta)
+    stack = np.array(deltas, np.float64)
+    if rule == "mean":
+        return stack.mean(0)
+    elected = np.sign(stack.sum(0))
+    agree = np.sign(stack) == elected
+    return (stack * agree).sum(0) / np.maximum(agree.sum(0), 1)
+
+
+@pytest.mark.parametrize("method", ["mean", "ties"])
+def test_a_round_is_the_merge_of_all(
+    memory_grid: Any, toys: Any, keys: Any, tmp_path: Path, method: str
+) -> None:
+    folder = keys(4)
+    grid = memory_grid(secure_app(toys), 4, shuffle=1)
+    seen = []
+    strategy = strategy_for(
+        folder, secure={"method": method}, dense=[r"^head"], round_hook=seen.append
+    )
+    result = strategy.start(grid, toys.record(toys.arrays()), num_rounds=1)
+    before = global_model(toys.arrays(), dense=[r"^head"])
+    after = global_model(to_numpy(result.arrays), dense=[r"^head"])
+    step = after.delta - before.delta
+    touched = step != 0
+    assert 0.4 < touched.mean() < 0.52
+    touched[-1] = False  # a stratum of one element is not rescaled
+    plain = 2 * expected(toys, strategy, [0, 1, 2, 3], method)
+    assert np.abs(step - plain)[touched].max() < 1e-4
+    heads = [toys.delta("head.weight", (25, 3), p, 1).ravel() for p in range(4)]
+    dense = (after.dense - before.dense)[:75]
+    assert np.abs(dense - np.mean(heads, 0)).max() < 1e-4
+    measured = seen[0].measurements
+    assert measured["accepted"] == 4 and measured["rejected"] == []
+    assert sorted(measured["clients"]) == [f"site {i}" for i in range(4)]
+    assert (measured["secure"]["lone_share"] is None) == (method == "mean")
+    # Nothing that left a party holds its delta, its examples or its loss.
+    for reply in grid.received:
+        assert not list(reply.content.metric_records.values())
+        assert all("encoder" not in key for r in reply.content.array_records.values() for key in r)
+
+
+def test_secrets_are_nowhere_in_the_clear(
+    memory_grid: Any, toys: Any, keys: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Every secret a party ever had, looked for in Flower's state, on disk and on the wire."""
+    from dare_agg.secure import party as party_module
+
+    secrets: set[bytes] = set()
+    encode = party_module.encode_state
+
+    def spy(state: Any) -> bytes:
+        own = [state.sealing_secret, state.mask_seed, state.self_seed]
+        secrets.update(s for s in own if s)
+        for _, *shares in state.held:
+            secrets.update(shares)
+        files = b"".join(f.read_bytes() for f in tmp_path.rglob("*") if f.is_file())
+        assert not any(s in files for s in secrets)
+        return encode(state)
+
+    monkeypatch.setattr(party_module, "encode_state", spy)
+    folder = keys(3)
+    for number in range(3):
+        found = identities.read_identity(folder / f"party-{number}.key", PASSPHRASE)
+        secrets.add(found.secret)
+    grid = memory_grid(secure_app(toys), 3)
+    strategy = strategy_for(folder, exclude=[r"^head"])
+    strategy.start(grid, toys.record(toys.arrays()), num_rounds=2)
+    assert len(secrets) > 40
+    state = b"".join(deflated(context.state) for context in grid.contexts.values())
+    # The revealed half of the shares goes over the wire, by design; nothing else may.
+    wire = b"".join(deflated(message.content) for message in [*grid.sent, *grid.received])
+    assert not [s for s in secrets if s in state]
+    assert len([s for s in secrets if s in wire]) == 2 * 3 * 3
+    heads = [
+        grid.contexts[node].state["dare.local"]["head.weight"].numpy() for node in grid.contexts
+    ]
+    assert not np.array_equal(heads[0], heads[1])
+
+
+def deflated(content: RecordDict) -> bytes:
+    parts = []
+    for record in content.values():
+        if isinstance(record, ConfigRecord):
+            parts.append(record.deflate())
+        else:
+            parts += [item.data for item in record.values() if hasattr(item, "data")]
+    return b"".join(parts)
+
+
+def stage_of(reply: Any) -> str:
+    record = reply.content.config_records.get("dare.secure")
+    return str(record["stage"]) if record is not None else ""
+
+
+@pytest.mark.parametrize(
+    "stage",
+    ["contribute"]
+    + [pytest.param(s, marks=pytest.mark.slow) for s in ("train", "share", "sign", "reveal")],
+)
+def test_a_party_may_vanish_at_any_stage(
+    memory_grid: Any, toys: Any, keys: Any, stage: str
+) -> None:
+    folder = keys(5)
+
+    def vanish(partition: int, reply: Any) -> Any:
+        if partition == 2 and not reply.has_error() and stage_of(reply) == stage:
+            grid.offline.add(next(n for n, p in grid.partitions.items() if p == 2))
+            return None
+        return reply
+
+    grid = memory_grid(secure_app(toys), 5, tamper=vanish)
+    strategy = strategy_for(folder, stage_seconds=2, deadline=2, dense=[r"^head"])
+    result = strategy.start(grid, toys.record(toys.arrays()), num_rounds=1)
+    measured = strategy.outcome.measurements
+    inside = [0, 1, 2, 3, 4] if stage in ("sign", "reveal") else [0, 1, 3, 4]
+    assert sorted(measured["clients"]) == [f"site {i}" for i in inside]
+    assert [r["reason"] for r in measured["rejected"]] == ["late"]
+    before = global_model(toys.arrays(), dense=[r"^head"])
+    after = global_model(to_numpy(result.arrays), dense=[r"^head"])
+    step = after.delta - before.delta
+    plain = 2 * expected(toys, strategy, inside, "mean")
+    assert np.abs(step - plain)[:-1][step[:-1] != 0].max() < 1e-4
+
+
+def test_too_few_left_end_the_run_and_say_why(memory_grid: Any, toys: Any, keys: Any) -> None:
+    folder = keys(4)
+
+    def silent(partition: int, reply: Any) -> Any:
+        gone = partition < 2 and not reply.has_error() and stage_of(reply) == "contribute"
+        return None if gone else reply
+
+    grid = memory_grid(secure_app(toys), 4, tamper=silent)
+    strategy = strategy_for(folder, stage_seconds=1)
+    with pytest.raises(RunError, match=r"2 of 4 parties answered stage 'vectors'; 3 are needed"):
+        strategy.start(grid, toys.record(toys.arrays()), num_rounds=1)
+
+
+def test_a_server_that_shows_another_base_is_refused_by_all(
+    memory_grid: Any, toys: Any, keys: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    folder = keys(3)
+    grid = memory_grid(secure_app(toys), 3)
+    strategy = strategy_for(folder)
+    real = strategy._secure_terms
+
+    def other_base(number: int, cohort: Any) -> Any:
+        from dataclasses import replace
+
+        return replace(real(number, cohort), base="ab" * 32)
+
+    monkeypatch.setattr(strategy, "_secure_terms", other_base)
+    with pytest.raises(RunError, match="terms refused: base"):
+        strategy.start(grid, toys.record(toys.arrays()), num_rounds=1)
+
+
+def test_strangers_and_keyless_nodes_take_no_part(memory_grid: Any, toys: Any, keys: Any) -> None:
+    folder = keys(5, members=4)  # the fifth has a key that is not in the roster
+    grid = memory_grid(secure_app(toys), 6)  # the sixth has none
+    strategy = strategy_for(folder)
+    strategy.start(grid, toys.record(toys.arrays()), num_rounds=1)
+    assert len(strategy.outcome.measurements["clients"]) == 4
+    (folder / "party-3.key").unlink()
+    (folder / "party-2.key").unlink()
+    strategy = strategy_for(folder)
+    with pytest.raises(RunError, match="2 of 6 clients have proved"):
+        strategy.start(grid, toys.record(toys.arrays()), num_rounds=1)
+
+
+def test_a_roster_signed_by_others_is_refused(memory_grid: Any, toys: Any, keys: Any) -> None:
+    folder = keys(3)
+    stranger = new_identity("stranger")
+    roster = roster_of(folder)
+    write_roster(
+        folder / "roster.json", sign_roster(make_roster("trio", [(m.name, m.public) for m in
+        roster.members]), stranger)
+    )  # fmt: skip
+    strategy = strategy_for(folder)
+    with pytest.raises(RunError, match="0 of 3 clients have proved"):
+        strategy.start(memory_grid(secure_app(toys), 3), toys.record(toys.arrays()), num_rounds=1)
+
+
+@pytest.mark.parametrize(
+    ("words", "match"),
+    [
+        ({"method": "ties"}, "no place"),
+        ({"options": {"trim": 0.2}}, "magnitude trim"),
+        ({"secure": {"min_parties": 2}}, "at least 3"),
+    ],
+)
+def test_unsafe_strategies_are_refused(keys: Any, words: dict, match: str) -> None:
+    folder = keys(3)
+    with pytest.raises(ConfigError, match=match):
+        strategy_for(folder, **words)
+
+
+# --- one-shot ------------------------------------------------------------------------------
+
+
+def models(tmp_path: Path, n: int) -> tuple[Path, list[dict], dict]:
+    """A public base, and n tuned models with heads of their own under a prefix."""
+    rng = np.random.default_rng(0)
+    base = {
+        "body.w": rng.normal(size=(30, 20)).astype(np.float32),
+        "body.b": rng.normal(size=20).astype(np.float32),
+        "steps": np.arange(3),
+    }
+    save_file(base, tmp_path / "base.safetensors")
+    tuned = []
+    for i in range(n):
+        own = {
+            f"model.{name}": array + rng.normal(0, 0.01, array.shape).astype(np.float32)
+            if array.dtype == np.float32 else array
+            for name, array in base.items()
+        }  # fmt: skip
+        own["classifier.w"] = np.full((i + 2, 3), i, np.float32)
+        save_file(own, tmp_path / f"tuned{i}.safetensors")
+        tuned.append(own)
+    return tmp_path / "base.safetensors", tuned, base
+
+
+@pytest.mark.parametrize(("method", "drop_rate"), [("ties", "0"), ("task-arithmetic", "0.5")])
+def test_one_shot_merge_of_own_models(
+    memory_grid: Any, keys: Any, tmp_path: Path, method: str, drop_rate: str
+) -> None:
+    folder = keys(4)
+    base_path, tuned, base = models(tmp_path, 4)
+
+    def node(partition: int) -> dict:
+        return {
+            "partition-id": partition,
+            "model-path": str(tmp_path / f"tuned{partition}.safetensors"),
+            "merged-path": str(tmp_path / f"merged{partition}.safetensors"),
+        }
+
+    app = ClientApp()
+    secure_queries(app, find_base=lambda word: {"public": str(base_path)}[word])
+    grid = memory_grid(app, 4, node_config=node)
+    result = secure_merge(
+        grid,
+        base_path,
+        roster_of(folder),
+        SecureSettings(method, drop_rate=drop_rate, scaling=0.5, clip=0.1),
+        run="merge",
+        model="public",
+        out=tmp_path / "merged.safetensors",
+        stage_seconds=10,
+    )
+    merged = load_file(tmp_path / "merged.safetensors")
+    deltas = np.array([t["model.body.w"] - base["body.w"] for t in tuned])
+    step = merged["body.w"] - base["body.w"]
+    if method == "ties":
+        agree = np.sign(deltas) == np.sign(deltas.sum(0))
+        plain = 0.5 * (deltas * agree).sum(0) / agree.sum(0)
+        assert np.abs(step - plain).max() < 2e-4
+    else:
+        touched = step != 0
+        assert 0.35 < touched.mean() < 0.65
+        assert np.abs(step - deltas.sum(0))[touched].max() < 2e-4  # ×0.5 ×2
+    for i, own in enumerate(tuned):
+        mine = load_file(tmp_path / f"merged{i}.safetensors")
+        assert np.array_equal(mine["classifier.w"], own["classifier.w"])
+        assert np.array_equal(mine["model.body.w"], merged["body.w"])
+    assert result.measurements["result_at"] == result.measurements["parties"]
+    assert result.measurements["rejected"] == []
+    # The same models in a second sum: every party refuses.
+    for i in range(4):
+        (tmp_path / f"merged{i}.safetensors").unlink()
+    with pytest.raises(ProtocolError, match="stage 'vectors'"):
+        secure_merge(
+            grid,
+            base_path,
+            roster_of(folder),
+            SecureSettings(method, drop_rate=drop_rate, clip=0.1),
+            run="merge",
+            model="public",
+            stage_seconds=10,
+        )
+
+
+def test_bases_and_models_that_do_not_fit_are_named(
+    memory_grid: Any, keys: Any, tmp_path: Path
+) -> None:
+    folder = keys(4)
+    base_path, _, base = models(tmp_path, 4)
+    save_file({**base, "body.b": base["body.b"] + 1}, tmp_path / "other.safetensors")
+    save_file({"body.w": base["body.w"]}, tmp_path / "tuned1.safetensors")
+
+    def node(partition: int) -> dict:
+        config = {"partition-id": partition, "base-path": str(base_path)}
+        if partition == 0:
+            config["base-path"] = str(tmp_path / "other.safetensors")
+        if partition < 3:
+            config["model-path"] = str(tmp_path / f"tuned{partition}.safetensors")
+        return config
+
+    app = ClientApp()
+    secure_queries(app)
+    grid = memory_grid(app, 4, node_config=node)
+    with pytest.raises(ProtocolError, match="1 of 4 parties answered stage 'adverts'"):
+        secure_merge(
+            grid, base_path, roster_of(folder), SecureSettings("ties"), run="x", stage_seconds=5
+        )
+    said = " ".join(
+        str(r.content["dare.secure"].get("detail", "")) for r in grid.received if not r.has_error()
+    )
+    for words in ("terms refused: base", "'body.b' is missing", "no model to merge"):
+        assert words in said
+
+
+def test_context_state_of_a_merge_stays_empty(memory_grid: Any, keys: Any, tmp_path: Path) -> None:
+    folder = keys(3)
+    base_path, _, _ = models(tmp_path, 3)
+    app = ClientApp()
+    secure_queries(app)
+    grid = memory_grid(
+        app,
+        3,
+        node_config=lambda p: {
+            "partition-id": p,
+            "base-path": str(base_path),
+            "model-path": str(tmp_path / f"tuned{p}.safetensors"),
+        },
+    )
+    secure_merge(grid, base_path, roster_of(folder), SecureSettings("mean"), run="x")
+    assert all(not context.state for context in grid.contexts.values())
+    assert not list((tmp_path / "dare-agg").rglob("*.state"))
+    assert isinstance(next(iter(grid.contexts.values())), Context)

@@ -17,12 +17,14 @@ from flwr.clientapp import ClientApp
 
 from client.config import task_config
 from client.partition import partition
-from client.tasks import Indices, TaskConfig, TextClassification, build_task
+from client.tasks import Indices, TaskConfig, TextClassification, build_task, model_path
 from dare_agg.flower import dare_mod, offer_base
+from dare_agg.flower.secure_mod import secure_mod, secure_queries
 from dare_agg.flower.transport import to_record
 from dare_agg.flower.warm import warm_trainer
 
-app = ClientApp(mods=[warm_trainer("client.app:app"), dare_mod])
+app = ClientApp(mods=[warm_trainer("client.app:app"), secure_mod, dare_mod])
+secure_queries(app, find_base=model_path)
 
 
 # Where the process lives on between messages (simulation, warm trainer), model and tokens do.

@@ -24,6 +24,7 @@ from dare_agg.watch import exporter
 from server.config import METHODS, RunConfig, read_config
 from server.export import export_model
 from server.recorder import Recorder
+from server.secure import merge_models, secure_strategy
 
 app = ServerApp()
 
@@ -38,8 +39,13 @@ def main(grid: Grid, context: Context) -> None:
     recorder = Recorder(folder, config.model_dump(by_alias=True), shown)
     recorder.status("running")
     try:
-        labels = agree_on_labels(grid, config)
-        prints = {name: run_method(grid, config, name, labels, recorder) for name in config.methods}
+        labels: tuple[str, ...] = ()
+        if config.secure_merge:
+            prints = merge_models(grid, config, recorder)
+        else:
+            labels = agree_on_labels(grid, config)
+            names = (f"secure-{config.secure}",) if config.secure else config.methods
+            prints = {name: run_method(grid, config, name, labels, recorder) for name in names}
     except BaseException as error:
         reason = str(error) if isinstance(error, DareError) else f"{type(error).__name__}: {error}"
         recorder.status("failed", error=reason)
@@ -208,6 +214,8 @@ def make_strategy(config: RunConfig, name: str, record: Any) -> DareStrategy:
         if config.server_learning_rate
         else server_step(config.server_step)
     )
+    if config.secure:
+        return secure_strategy(config, step, record)
     words: dict[str, Any] = {
         "scaling": config.scaling,
         "drop_rate": config.drop_rate,
@@ -243,6 +251,13 @@ def make_strategy(config: RunConfig, name: str, record: Any) -> DareStrategy:
     )
 
 
+def _secure_facts(measured: Mapping[str, Any]) -> dict[str, Any]:
+    """What a secure round tells beyond a plain one; empty for a plain one."""
+    found = measured.get("secure", {})
+    names = ("lone_share", "conflict_share", "clipped_share", "bits", "word_bits")
+    return {f"secure_{name}": found[name] for name in names if name in found}
+
+
 def _row(method: str, outcome: RoundOutcome, seconds: float) -> dict[str, Any]:
     """One row of metrics.jsonl; byte counts are those of the encoded payloads."""
     measured: Mapping[str, Any] = outcome.measurements
@@ -270,6 +285,7 @@ def _row(method: str, outcome: RoundOutcome, seconds: float) -> dict[str, Any]:
         "survivors_per_element": measured.get("survivors_per_element"),
         "sign_conflict": merge.get("sign_conflict"),
         "touched": merge.get("touched"),
+        **_secure_facts(measured),
         "merged_norm": measured.get("merged_norm"),
         "delta_max": max(measured["delta_max"], default=None),
         "share_above": max(measured["share_above"], default=None),

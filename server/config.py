@@ -11,6 +11,7 @@ from dare_agg.budget import UploadBudget, parse_bytes
 from dare_agg.errors import ConfigError, did_you_mean
 from dare_agg.layout import compile_patterns
 from dare_agg.mask import parse_drop_rate
+from dare_agg.secure.settings import SECURE_METHODS, SecureSettings
 from dare_agg.values import find_values
 from dare_agg.versions import FORMS
 
@@ -27,6 +28,8 @@ METHODS: Mapping[str, Mapping[str, Any]] = {
     "dare-average": {"method": "average"},
     "head-only": {"method": "task-arithmetic", "drop_rate": "0", "values": "f32"},
 }
+
+DEFAULT_METHODS = ("dare-task-arithmetic",)
 
 
 def _split(value: Any) -> Any:
@@ -53,7 +56,7 @@ class RunConfig(BaseModel):
     model_config = ConfigDict(extra="forbid", alias_generator=_kebab, frozen=True)
 
     num_rounds: int = Field(5, ge=1, le=100_000)
-    methods: Words = ("dare-task-arithmetic",)
+    methods: Words = DEFAULT_METHODS
     drop_rate: str = "0.9"
     values: str = "b1"
     upload_budget: str = ""
@@ -82,6 +85,16 @@ class RunConfig(BaseModel):
     initial: str = ""
     prometheus_port: int = Field(0, ge=0, lt=1 << 16)
     prometheus_host: str = "127.0.0.1"
+
+    secure: str = ""
+    secure_merge: bool = False
+    secure_roster: str = ""
+    secure_models: Words = ()
+    secure_bits: int = Field(0, ge=0)
+    secure_clip: float = Field(0.02, gt=0)
+    secure_min_parties: int = 3
+    secure_threshold: int = Field(0, ge=0)
+    secure_stage_seconds: float = Field(300.0, gt=0)
 
     model: str = "minilm"
     data: str = "reuters-r8"
@@ -116,6 +129,21 @@ class RunConfig(BaseModel):
             self.upload_seconds or None,
         )
 
+    def secure_settings(self) -> SecureSettings:
+        """The settings of secure sums; raises `ConfigError` for unsafe ones."""
+        weighed = self.secure == "mean" and not self.secure_merge
+        return SecureSettings(
+            method=self.secure,
+            drop_rate=self.drop_rate,
+            bits=self.secure_bits,
+            clip=self.secure_clip,
+            min_parties=self.secure_min_parties,
+            threshold=self.secure_threshold,
+            # Sums count parties; a mean may weigh them, in secret.
+            weighting=self.weighting if weighed else "equal",
+            scaling=self.scaling,
+        )
+
 
 def read_config(raw: Mapping[str, Any]) -> RunConfig:
     """Check a run config; raises `ConfigError` naming the first key that is wrong."""
@@ -135,6 +163,7 @@ def read_config(raw: Mapping[str, Any]) -> RunConfig:
         )
     if config.resume and not (config.output and config.keep_state):
         raise ConfigError("resume needs output, the folder of the run, and keep-state = true")
+    _check_secure(config)
     parse_drop_rate(config.drop_rate)
     config.budget()
     find_values(config.values)
@@ -145,9 +174,41 @@ def read_config(raw: Mapping[str, Any]) -> RunConfig:
     return config
 
 
+def _check_secure(config: RunConfig) -> None:
+    """Refuse what a secure run cannot keep; the sums' own settings are checked with them."""
+    if not config.secure:
+        if config.secure_merge:
+            raise ConfigError(
+                f"secure-merge without secure; set secure to one of {', '.join(SECURE_METHODS)}"
+            )
+        return
+    refusals = (
+        (config.secure not in SECURE_METHODS, f"secure = {config.secure!r} is unknown"
+         f"{did_you_mean(config.secure, SECURE_METHODS)}"),
+        (config.methods != DEFAULT_METHODS, "methods beside secure; secure names the method"),
+        (config.mask != "stratified", f"mask = {config.mask!r} with secure; stratified is summed"),
+        (config.downlink != "full", f"downlink = {config.downlink!r} with secure; only the full "
+         "model is sent down: leave it out"),
+        (config.budget() is not None, "an upload budget with secure; all parties share one mask: "
+         "set drop-rate"),
+        (config.resume and config.secure_merge, "resume of a one-shot merge; start it anew"),
+    )  # fmt: skip
+    for bad, why in refusals:
+        if bad:
+            raise ConfigError(why)
+    if not config.secure_roster:
+        raise ConfigError("secure needs secure-roster, a file of dare-agg keys roster")
+    config.secure_settings()
+
+
 def _explain(error: ValidationError) -> str:
     first = error.errors()[0]
     key = ".".join(str(part) for part in first["loc"][:1])
+    if key in ("trim", "density"):
+        return (
+            f"run config key {key!r}: there is no magnitude trim in a federated run; in a secure "
+            "sum it would leave single parties' values: set drop-rate"
+        )
     if first["type"] == "extra_forbidden":
         known = [_kebab(name) for name in RunConfig.model_fields]
         return f"run config key {key!r} is unknown{did_you_mean(key, known)}"

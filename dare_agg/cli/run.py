@@ -42,7 +42,7 @@ def run(
     overrides = parse_overrides(config or [])
     if federation:
         # Over a real network the model travels once, then only small steps.
-        overrides.setdefault("downlink", "auto")
+        overrides.setdefault("downlink", "full" if overrides.get("secure") else "auto")
     if resume is not None:
         folder = resume.absolute()
         overrides = {**resumed_config(folder), **overrides, "resume": True}
@@ -106,6 +106,17 @@ def parse_overrides(pairs: list[str]) -> dict[str, bool | int | float | str]:
     return overrides
 
 
+def practice(folder: Path, clients: int, settings: dict) -> str:
+    """Give simulated clients keys of their own; returns the roster's path."""
+    import os
+
+    from dare_agg.secure.practice import practice_consortium
+
+    models = [word.strip() for word in str(settings.get("secure-models", "")).split(",")]
+    os.environ.update(practice_consortium(folder, clients, [word for word in models if word]))
+    return str(folder / "roster.json")
+
+
 def execute(folder, overrides, *, app=None, clients=10, cpus=1, federation="",  # type: ignore[no-untyped-def]
             root_certificates=None, watch=None):  # fmt: skip
     """Run the app into ``folder``; returns its `RunStatus`. See `run` for the words."""
@@ -120,8 +131,9 @@ def execute(folder, overrides, *, app=None, clients=10, cpus=1, federation="",  
     log = (folder / "run.log").open("a", encoding="utf-8")
 
     def on_line(line: str) -> None:
-        log.write(line + "\n")
-        log.flush()
+        if line:
+            log.write(line + "\n")
+            log.flush()
         if watch is not None:
             watch(line)
 
@@ -139,6 +151,8 @@ def execute(folder, overrides, *, app=None, clients=10, cpus=1, federation="",  
                 )
             launch.write_connection(home, "run", connection)
             return launch.run_app(source, home, "run", settings, on_line=on_line)
+        if settings.get("secure"):
+            settings["secure-roster"] = practice(folder / "keys", clients, settings)
         with launch.simulation_superlink(home) as address:
             launch.write_connection(home, "run", {"address": address, "insecure": True})
             settings.setdefault("min-clients", clients)

@@ -14,7 +14,6 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Callable
-from pathlib import Path
 
 import numpy as np
 from flwr.app import ArrayRecord, ConfigRecord, Context, Message, MetricRecord, RecordDict
@@ -31,7 +30,7 @@ from dare_agg.errors import (
 )
 from dare_agg.flower.mod import LOCAL_KEY
 from dare_agg.flower.records import one_line, read_config
-from dare_agg.flower.secure_node import node_policy, secure_party
+from dare_agg.flower.secure_node import node_models, node_policy, secure_party
 from dare_agg.flower.secure_records import (
     ADVERTISE,
     HELLO,
@@ -119,9 +118,9 @@ def _answer(
             )
         delta = mask.scatter(np.frombuffer(data, "<f4").astype(np.float32))
         check_finite(own.layout, delta, "in the result")
-        out = context.node_config.get("merged-path")
+        _, out = node_models(context)
         if out is not None:
-            own.write_merged(Path(str(out)), delta)
+            own.write_merged(out, delta)
         merged = own.base.vector(own.layout) + delta
         return secure_content(stage, session, merged=fingerprint(own.layout, merged))
     raise ProtocolError(f"stage {one_line(stage, 32)!r} is unknown", reason="stage")
@@ -129,12 +128,9 @@ def _answer(
 
 def _own_model(order: ConfigRecord, context: Context, find_base: FindBase) -> OwnModel:
     node = context.node_config
-    if "model-path" not in node:
-        raise ConfigError(
-            "this node has no model to merge; name it in --node-config: model-path=FOLDER"
-        )
+    mine, _ = node_models(context)
     base = str(node["base-path"]) if "base-path" in node else find_base(str(order.get("model")))
-    return open_own(base, str(node["model-path"]), read_words(order, "exclude"))
+    return open_own(base, mine, read_words(order, "exclude"))
 
 
 def _checked(own: OwnModel, terms: SecureTerms) -> OwnModel:
@@ -147,8 +143,8 @@ def _checked(own: OwnModel, terms: SecureTerms) -> OwnModel:
 
 
 def _check_target(context: Context) -> None:
-    out = context.node_config.get("merged-path")
-    if out is not None and Path(str(out)).exists():
+    _, out = node_models(context)
+    if out is not None and out.exists():
         raise CheckpointError(f"merged-path {out} exists; name another, it is not overwritten")
 
 

@@ -7,7 +7,8 @@ party insists on: ``secure-min-parties``, ``secure-max-clip``, ``secure-methods`
 ``model-path``, ``base-path`` and ``merged-path``.
 
 In a simulation on one machine ``DARE_AGG_SECURE_KEYS`` names a folder that has it all:
-``party-0.key`` and so on by partition, ``roster.json``, ``coordinator.pub``.
+``party-0.key`` and so on by partition, ``roster.json``, ``coordinator.pub``, and for merges
+``party-0.model`` (`dare_agg.secure.practice`).
 """
 
 from __future__ import annotations
@@ -26,11 +27,10 @@ from dare_agg.secure.ledger import FileLedger
 from dare_agg.secure.packing import AGGREGATES
 from dare_agg.secure.party import Party
 from dare_agg.secure.passphrase import need_passphrase
+from dare_agg.secure.practice import KEYS_VARIABLE
 from dare_agg.secure.roster import check_roster, read_roster
 from dare_agg.secure.terms import MIN_PARTIES
 from dare_agg.secure.vault import Vault, default_folder
-
-KEYS_VARIABLE = "DARE_AGG_SECURE_KEYS"
 
 
 def secure_party(context: Context) -> Party:
@@ -66,6 +66,22 @@ def node_policy(context: Context, base: str, layout: str) -> SecurePolicy:
         min_parties=int(_number(node, "secure-min-parties", MIN_PARTIES, MIN_PARTIES)),
         aggregates=aggregates,
         max_clip=_number(node, "secure-max-clip", 1.0, 0.0),
+    )
+
+
+def node_models(context: Context) -> tuple[Path, Path | None]:
+    """This node's own model, and where the merged one goes (None: nowhere)."""
+    node = context.node_config
+    out = node.get("merged-path")
+    if "model-path" in node:
+        return Path(str(node["model-path"])), None if out is None else Path(str(out))
+    folder = os.environ.get(KEYS_VARIABLE)
+    if folder:
+        for path in Path(folder).glob(f"party-{node.get('partition-id')}.model*"):
+            merged = path.name.replace(".model", ".merged")
+            return path.resolve(), Path(folder).parent / "parties" / merged
+    raise ConfigError(
+        "this node has no model to merge; name it in --node-config: model-path=FOLDER"
     )
 
 

@@ -1,0 +1,43 @@
+"""A consortium on one machine, for simulations: every key real, all in one folder.
+
+It protects nothing, since whoever runs it holds all keys; the protocol, its checks and its
+files are those of a deployment.
+"""
+
+from __future__ import annotations
+
+import secrets
+from collections.abc import Sequence
+from pathlib import Path
+
+from dare_agg.errors import ConfigError
+from dare_agg.secure.identity import new_identity, write_identity, write_public
+from dare_agg.secure.passphrase import VARIABLE
+from dare_agg.secure.roster import make_roster, sign_roster, write_roster
+
+KEYS_VARIABLE = "DARE_AGG_SECURE_KEYS"
+
+
+def practice_consortium(folder: Path, parties: int, models: Sequence[str] = ()) -> dict[str, str]:
+    """Write keys, roster and links to models into ``folder``, party i for partition i.
+
+    Returns the environment that the simulation's processes need. Raises `ConfigError` when
+    there are models for other than all parties.
+    """
+    if models and len(models) != parties:
+        raise ConfigError(f"{len(models)} secure-models for {parties} clients; one each is needed")
+    folder.mkdir(mode=0o700, parents=True)
+    passphrase = secrets.token_urlsafe(24)
+    identities = [new_identity(f"party {number}") for number in range(parties)]
+    for number, identity in enumerate(identities):
+        write_identity(folder / f"party-{number}.key", identity, passphrase)
+    for number, model in enumerate(models):
+        path = Path(model).absolute()
+        if not path.exists():
+            raise ConfigError(f"secure-models: {model} does not exist")
+        (folder / f"party-{number}.model{path.suffix}").symlink_to(path)
+    coordinator = new_identity("coordinator")
+    write_public(folder / "coordinator.pub", coordinator.name, coordinator.public)
+    roster = make_roster("practice", [(i.name, i.public) for i in identities])
+    write_roster(folder / "roster.json", sign_roster(roster, coordinator))
+    return {KEYS_VARIABLE: str(folder), VARIABLE: passphrase}

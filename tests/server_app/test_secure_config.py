@@ -1,0 +1,42 @@
+"""Unsafe secure run configs fail before any node is asked."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+
+from dare_agg.errors import ConfigError
+from server.config import read_config
+
+
+@pytest.mark.parametrize(
+    ("words", "match"),
+    [
+        ({"secure": "tie"}, "did you mean 'ties'"),
+        ({"secure": "", "secure-merge": True}, "secure-merge without secure"),
+        ({"methods": "fedavg"}, "secure names the method"),
+        ({"mask": "bernoulli"}, "stratified is summed"),
+        ({"downlink": "auto"}, "downlink"),
+        ({"upload-budget": "10 kB"}, "one mask"),
+        ({"secure-roster": ""}, "secure-roster"),
+        ({"secure-min-parties": 2}, "at least 3"),
+        ({"secure-bits": 4}, "8 to 24"),
+        ({"secure-bits": 16, "secure-min-parties": 300}, "14 or fewer"),
+        ({"secure-threshold": 2}, "more than half"),
+        ({"secure-clip": 0.0}, "secure-clip"),
+        ({"trim": 0.2}, "magnitude trim"),
+        ({"density": 0.2}, "magnitude trim"),
+    ],
+)
+def test_unsafe_configs_are_refused(words: dict[str, Any], match: str) -> None:
+    with pytest.raises(ConfigError, match=match):
+        read_config({"secure": "ties", "secure-roster": "roster.json", **words})
+
+
+def test_safe_ones_are_not() -> None:
+    config = read_config({"secure": "ties", "secure-roster": "r", "drop-rate": "0.5"})
+    settings = config.secure_settings()
+    assert (settings.method, settings.weighting, settings.bits_for(5)) == ("ties", "equal", 16)
+    mean = read_config({"secure": "mean", "secure-roster": "r"}).secure_settings()
+    assert mean.weighting == "examples"

@@ -16,7 +16,7 @@ import subprocess
 import sys
 import time
 import urllib.request
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -155,18 +155,7 @@ class Federation:
         _kill_9(tasks)
 
     def _tasks(self) -> list[int]:
-        """All descendants of this federation's processes; tasks lead sessions of their own."""
-        children: dict[int, list[int]] = {}
-        for entry in Path("/proc").glob("[0-9]*"):
-            with contextlib.suppress(OSError):
-                parent = int((entry / "stat").read_text().rpartition(")")[2].split()[1])
-                children.setdefault(parent, []).append(int(entry.name))
-        found: list[int] = []
-        new = [process.pid for process in self.processes.values()]
-        while new:
-            new = [child for pid in new for child in children.get(pid, [])]
-            found += new
-        return found
+        return descendants([process.pid for process in self.processes.values()])
 
     def start_node(self, name: str) -> None:
         own = self.certs / "nodes" / name
@@ -250,6 +239,21 @@ class Federation:
         return any(not status.startswith("finished") for status in self.runs().values())
 
 
+def descendants(pids: Sequence[int]) -> list[int]:
+    """All processes that descend from these; Flower's tasks lead sessions of their own."""
+    children: dict[int, list[int]] = {}
+    for entry in Path("/proc").glob("[0-9]*"):
+        with contextlib.suppress(OSError):
+            parent = int((entry / "stat").read_text().rpartition(")")[2].split()[1])
+            children.setdefault(parent, []).append(int(entry.name))
+    found: list[int] = []
+    new = list(pids)
+    while new:
+        new = [child for pid in new for child in children.get(pid, [])]
+        found += new
+    return found
+
+
 def _command(pid: int) -> str:
     with contextlib.suppress(OSError):
         return Path(f"/proc/{pid}/cmdline").read_bytes().decode(errors="replace")
@@ -275,11 +279,20 @@ def read_report(output: Path) -> dict[str, Any] | None:
         return None
 
 
-def calm_report(names: Sequence[str], output: Path, **config: object) -> dict[str, Any]:
-    """Run the edge app in memory, undisturbed: the reference of a deterministic run."""
+def calm_report(
+    names: Sequence[str],
+    output: Path,
+    *,
+    lost: Collection[tuple[int, str]] = (),
+    **config: object,
+) -> dict[str, Any]:
+    """Run the edge app in memory: the reference of a deterministic run.
+
+    ``lost`` names the (round, client) whose update does not arrive.
+    """
     import tomllib
 
-    from flwr.app import Context, RecordDict
+    from flwr.app import ConfigRecord, Context, Message, RecordDict
 
     from simulations.memory_grid import MemoryGrid, pretend_task
 
@@ -296,9 +309,17 @@ def calm_report(names: Sequence[str], output: Path, **config: object) -> dict[st
         **{key.replace("_", "-"): value for key, value in config.items()},
     }
     cache = str(output / "cache")
+
+    def lose(number: int, reply: Message) -> Message:
+        receipt = reply.content.config_records.get("dare.reply") if reply.has_content() else None
+        if receipt is not None and (receipt.get("round"), names[number]) in lost:
+            reply.content["dare.reply"] = ConfigRecord({"refused": "lost"})
+        return reply
+
     grid = MemoryGrid(
         client_app.app,
         len(names),
+        tamper=lose,
         node_config=lambda number: {"client-name": names[number], "cache": cache},
         run_config=settings,
     )

@@ -24,6 +24,7 @@ from pathlib import Path
 from dare_agg.errors import ConfigError, RunError
 
 START_SECONDS = 120
+AWAY_SECONDS = 300
 ConfigScalar = bool | int | float | str
 
 
@@ -218,7 +219,7 @@ def run_app(
         raise RunError(
             f"the app was not accepted (flwr run ended with {process.returncode}): {said}"
         )
-    return _final_status(environment, work, connection, new[-1])
+    return _final_status(environment, work, connection, new[-1], on_line)
 
 
 def _new_runs(
@@ -236,18 +237,33 @@ def _new_runs(
 
 
 def _final_status(
-    environment: Mapping[str, str], work: Path, connection: str, run_id: str
+    environment: Mapping[str, str],
+    work: Path,
+    connection: str,
+    run_id: str,
+    on_line: Callable[[str], None],
 ) -> RunStatus:
-    """Wait until the run has ended by Flower's own account."""
-    until = time.monotonic() + 60
+    """Wait until the run has ended by Flower's own account.
+
+    With process isolation a run outlives its SuperLink, the stream of its log does not: then
+    the run is followed by its status, for as long as the SuperLink is away no more than
+    `AWAY_SECONDS`.
+    """
+    until = time.monotonic() + AWAY_SECONDS
+    pause = 1.0
     while True:
         try:
             status, detail = _runs(environment, work, connection).get(run_id, ("unknown", ""))
         except RunError as error:  # the SuperLink may be on its way back
             status, detail = "unknown", str(error)
+        else:
+            if status != "unknown":
+                until = time.monotonic() + AWAY_SECONDS
         if status.startswith("finished") or time.monotonic() > until:
             return RunStatus(run_id, status, detail)
-        time.sleep(1)
+        on_line("")
+        time.sleep(pause)
+        pause = min(10.0, pause * 1.5)
 
 
 def _runs(

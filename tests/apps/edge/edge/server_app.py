@@ -13,7 +13,7 @@ from dare_agg.flower import DareStrategy
 from dare_agg.flower.resume import keep_base, resume, save
 from dare_agg.flower.transport import to_record
 from dare_agg.identity import read_identities
-from dare_agg.state import StateFolder
+from dare_agg.state import StateFolder, write_atomically
 from dare_agg.versions import make_version_downlink
 
 app = ServerApp()
@@ -33,6 +33,8 @@ def main(grid: Grid, context: Context) -> None:
         run_fedavg(grid, initial, config, output)
         return
     kept = StateFolder(output / "state")
+    settings = json.dumps({"status": "running", "config": dict(config)})
+    write_atomically(output / "run.json", (settings.encode(),))
     rows = []
     began = time.monotonic()
 
@@ -79,7 +81,7 @@ def main(grid: Grid, context: Context) -> None:
         "seconds": time.monotonic() - began,
         "rounds": rows,
     }
-    (output / "report.json").write_text(json.dumps(report))
+    write_atomically(output / "report.json", (json.dumps(report).encode(),))
 
 
 def run_fedavg(grid: Grid, initial: ArrayRecord, config: dict, output: Path) -> None:

@@ -10,4 +10,7 @@ cd "$root"
 ruff check .
 ruff format --check .
 mypy
+if [ -n "${CI:-}" ]; then
+    bash scripts/golden_matrix.sh --quick
+fi
 exec python -m pytest -n 2 --dist worksteal -q "${arguments[@]+"${arguments[@]}"}"

@@ -2,36 +2,80 @@
 
 ``python -m simulations.bench_server_memory`` runs two rounds of `DareStrategy` with the version
 downlink on a model of 22 million parameters, for 4 to 64 clients, each point in a process of
-its own. Clients' replies are made one at a time, when they are pulled, as they come from a
-network; what the made-up client holds is the same for every point. Writes
-``results/server_memory.jsonl``.
+its own. Clients are made up: an update is encoded when its reply is pulled, one after another
+as from a network, from a delta that exists tile by tile only, so that the peak is the server's
+own. Writes ``results/server_memory.jsonl``.
 """
 
 from __future__ import annotations
 
 import argparse
 import json
-import os
 import resource
 import subprocess
 import sys
-import tempfile
 from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
 import numpy as np
-from flwr.app import Message
+from flwr.app import Array, ArrayRecord, ConfigRecord, Message, MetricRecord, RecordDict
+from flwr.clientapp import ClientApp
 
-from simulations.memory_grid import MemoryGrid, pretend_task
+from dare_agg.flower import DareStrategy
+from dare_agg.flower.records import ASK_HELLO, ORDER_KEY, REPLY_KEY, UPDATE_KEY
+from dare_agg.flower.transport import pack
+from dare_agg.plan import package_fingerprint, plan_from_record
+from dare_agg.update import CODEC_VERSION, encode_update
+from dare_agg.versions import make_version_downlink
+from simulations.memory_grid import MemoryGrid, over_the_wire, pretend_task
 from simulations.run import RESULTS, append_row, versions
 
 PARAMETERS = 22_000_000
 CLIENTS = (4, 8, 16, 32, 64)
 
 
-class OneAtATime(MemoryGrid):
-    """Keeps no message after it was handed over; a test's grid keeps them all."""
+class Ripple:
+    """A delta of ±1e-3, made tile by tile."""
+
+    def __init__(self, size: int) -> None:
+        self.size = size
+
+    def read(self, lo: int, hi: int, out: np.ndarray) -> None:
+        out[:] = np.float32(1e-3)
+        out[(lo & 1) :: 2] = np.float32(-5e-4)
+
+
+class MadeUpClients(MemoryGrid):
+    """Nodes that hold the base and answer each plan with an update of a `Ripple`."""
+
+    def _answer(self, message: Message) -> Message:
+        order = message.content.config_records[ORDER_KEY]
+        same = {"codec": CODEC_VERSION, "package": package_fingerprint()}
+        number = self.partitions[message.metadata.dst_node_id]
+        if order["ask"] == ASK_HELLO:
+            have = order["base-version"]
+            hello = ConfigRecord({**same, "name": str(number), "have": have})  # type: ignore[dict-item]
+            content = RecordDict({REPLY_KEY: hello})
+        else:
+            plan = plan_from_record(order)
+            receipt = ConfigRecord(
+                {
+                    **same,
+                    "round": plan.round,
+                    "plan": plan.digest()[:16],
+                    "have": str(order["version"]),
+                }
+            )
+            blob = encode_update(plan.spec(), Ripple(plan.spec().size))
+            content = RecordDict(
+                {
+                    UPDATE_KEY: pack(blob),
+                    REPLY_KEY: receipt,
+                    "metrics": MetricRecord({"num-examples": 1 + number}),
+                }
+            )
+        return over_the_wire(Message(content, reply_to=message))
 
     def push_messages(self, messages: Iterable[Message]) -> list[str]:
         ids = super().push_messages(messages)
@@ -46,41 +90,19 @@ class OneAtATime(MemoryGrid):
 
 def measure(clients: int, parameters: int, drop_rate: str) -> dict[str, Any]:
     """Two rounds; returns the peak of this process."""
-    from flwr.app import Array, ArrayRecord, Context, MetricRecord, RecordDict
-    from flwr.clientapp import ClientApp
-
-    from dare_agg.flower import DareStrategy, dare_mod
-    from dare_agg.versions import make_version_downlink
-
     pretend_task()
-    app = ClientApp(mods=[dare_mod])
-
-    @app.train()
-    def train(msg: Message, context: Context) -> Message:
-        tuned = {}
-        for name, array in msg.content["arrays"].items():  # type: ignore[union-attr]
-            moved = array.numpy().copy()
-            moved.reshape(-1)[int(context.node_config["partition-id"]) :: 97] += np.float32(1e-3)
-            tuned[name] = Array(moved)
-        metrics = MetricRecord({"num-examples": 1})
-        content = RecordDict({"arrays": ArrayRecord(tuned), "metrics": metrics})
-        return Message(content, reply_to=msg)
-
-    base = np.random.default_rng(0).normal(scale=0.05, size=(parameters // 1000, 1000))
-    initial = ArrayRecord({"w": Array(base.astype(np.float32))})
+    base = np.random.default_rng(0).standard_normal((parameters // 1000, 1000), np.float32)
+    initial = ArrayRecord({"w": Array(base)})
     del base
-    with tempfile.TemporaryDirectory() as folder:
-        os.environ["DARE_AGG_CACHE"] = folder
-        grid = OneAtATime(app, clients)
-        strategy = DareStrategy(
-            min_available_nodes=clients,
-            min_train_nodes=clients,
-            fraction_evaluate=0.0,
-            drop_rate=drop_rate,
-            seed=1,
-            downlink=make_version_downlink("auto"),
-        )
-        strategy.start(grid, initial, num_rounds=2)
+    strategy = DareStrategy(
+        min_available_nodes=clients,
+        min_train_nodes=clients,
+        fraction_evaluate=0.0,
+        drop_rate=drop_rate,
+        seed=1,
+        downlink=make_version_downlink("auto"),
+    )
+    strategy.start(MadeUpClients(ClientApp(), clients), initial, num_rounds=2)
     measured = strategy.outcome.measurements if strategy.outcome else {}
     assert measured["accepted"] == clients, measured
     return {
@@ -90,7 +112,6 @@ def measure(clients: int, parameters: int, drop_rate: str) -> dict[str, Any]:
         "peak_mib": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss >> 10,
         "updates_mib": round(sum(measured["update_bytes"]) / 2**20, 1),
         "dense_float32_mib": round(4 * parameters * clients / 2**20),
-        "round_seconds": round(measured["seconds"], 1),
     }
 
 

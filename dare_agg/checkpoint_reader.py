@@ -38,6 +38,7 @@ DTYPE_WORDS = {"float32": "F32", "float16": "F16", "bfloat16": "BF16"}
 # Bits of the exponent: all set means NaN or infinity.
 _EXPONENT = {"F32": 0x7F800000, "F16": 0x7C00, "BF16": 0x7F80}
 _SUFFIX = ".safetensors"
+_FINITE_BLOCK = 1 << 16
 
 
 @dataclass(frozen=True)
@@ -177,14 +178,13 @@ class Checkpoint:
 
     def check_finite(self, layout: Layout) -> None:
         """Raise `NonFiniteError` naming the first tensor and index that is NaN or infinite."""
-        scratch = np.empty(1 << 16, np.uint64)
         for entry in layout.entries:
             info, stored = self.tensors[entry.name], self.raw(entry.name)
             if info.dtype == "F64":
                 bad = ~np.isfinite(stored)
                 first = int(np.argmax(bad)) if bad.any() else -1
             else:
-                first = _first_nonfinite(stored, _EXPONENT[info.dtype], scratch)
+                first = _first_nonfinite(stored, _EXPONENT[info.dtype])
             if first >= 0:
                 index = tuple(int(i) for i in np.unravel_index(first, info.shape or (1,)))
                 value = np.empty(1, np.float32)
@@ -195,15 +195,18 @@ class Checkpoint:
                 )
 
 
-def _first_nonfinite(stored: NDArray, exponent: int, scratch: NDArray[np.uint64]) -> int:
+def _first_nonfinite(stored: NDArray, exponent: int) -> int:
+    """Index of the first element with all ``exponent`` bits set, -1 for none."""
     bits = stored.view(f"<u{stored.dtype.itemsize}")
-    buffer = scratch.view(bits.dtype)
-    mask = bits.dtype.type(exponent)
-    for lo in range(0, bits.size, buffer.size):
-        piece = bits[lo : lo + buffer.size]
-        masked = np.bitwise_and(piece, mask, out=buffer[: piece.size])
-        if masked.max() == exponent:
-            return lo + int(np.argmax(masked == mask))
+    signed = stored.view(f"<i{stored.dtype.itemsize}")
+    mask, sign = bits.dtype.type(exponent), 1 << (8 * stored.dtype.itemsize - 1)
+    for lo in range(0, bits.size, _FINITE_BLOCK):
+        piece = bits[lo : lo + _FINITE_BLOCK]
+        # As integers, positive numbers sort like themselves and negative ones (unsigned) by
+        # size: two maxima say whether any exponent is full, without a temporary.
+        largest = signed[lo : lo + _FINITE_BLOCK].max()
+        if largest >= exponent or piece.max() >= sign + exponent:
+            return lo + int(np.argmax((piece & mask) == mask))
     return -1
 
 

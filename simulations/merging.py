@@ -4,7 +4,8 @@
     python -m simulations.merging
 
 The first makes what is missing of ``simulations/results/merging.jsonl``, the second prints
-it as Markdown tables. The encoders are merged, each task keeps its own head. Fisher and
+it as a Markdown table. Each task is tuned once; the seeds draw DARE's masks (what has no
+randomness is done once). The encoders are merged, each task keeps its own head. Fisher and
 RegMean get statistics of the very models they merge (of the DARE'd ones where DARE is used,
 as in the paper's code), on training rows.
 """
@@ -36,7 +37,7 @@ def run_row(row: Any) -> dict[str, Any]:
 
     settings = row.settings
     models = {
-        name: tuned_state({"data": data, **settings["task"]}, row.seed)
+        name: tuned_state({"data": data, **settings["task"]})
         for name, data in settings["tasks"].items()
     }
     base = next(iter(models.values()))[1]
@@ -58,6 +59,8 @@ def run_row(row: Any) -> dict[str, Any]:
 
     points = []
     for rate in settings["drop_rates"]:
+        if rate == "0" and row.seed:
+            continue
         deltas = {name: dropped(delta, rate, row.seed, name) for name, delta in whole.items()}
         statistics = {
             name: collect(models[name][0], layout, start + delta, heads[name], settings)
@@ -82,10 +85,14 @@ def run_row(row: Any) -> dict[str, Any]:
                         "accuracy": round(mean(scores.values()), 4),
                     }
                 )
+    bounds = {"single": {}, "base": {}}
+    if not row.seed:
+        for name, delta in whole.items():
+            bounds["single"] |= score(start + delta, (name,))
+            bounds["base"] |= score(start, (name,))
     return {
         "accuracy": max(point["accuracy"] for point in points),
-        "single": {name: score(start + whole[name], (name,))[name] for name in models},
-        "base": {name: score(start, (name,))[name] for name in models},
+        **bounds,
         "points": points,
         "test_rows": settings["test_rows"],
     }
@@ -162,6 +169,8 @@ def table(rows: Sequence[Mapping[str, Any]]) -> str:
                 columns.append(column)
             own = scores.setdefault((point["method"], point["scaling"]), {})
             own.setdefault(column, []).append(point["accuracy"])
+        if not row["single"]:
+            continue
         for tasks in dict.fromkeys(" + ".join(p["tasks"]) for p in row["points"]):
             names = tasks.split(" + ")
             alone.setdefault(tasks, []).append(mean(row["single"][n] for n in names))

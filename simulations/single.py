@@ -33,17 +33,16 @@ def cache_folder() -> Path:
     return Path(os.environ.get("DARE_AGG_CACHE", "~/.cache/dare-agg")).expanduser()
 
 
-def tuned_state(settings: Mapping[str, Any], seed: int = 0) -> tuple[Any, State, State]:
-    """Return (task, base state, tuned state); trains once a seed, then reads the cached file."""
+def tuned_state(settings: Mapping[str, Any]) -> tuple[Any, State, State]:
+    """Return (task, base state, tuned state); trains once, then reads the cached file."""
     from safetensors.numpy import load_file, save_file
 
     task = build(dict(settings), 0)
     base = task.initial_state()
     name = hashlib.sha256(json.dumps(dict(settings), sort_keys=True).encode()).hexdigest()[:12]
-    number = f"-{seed}" if seed else ""
-    path = cache_folder() / f"{task.data.name}-{name}{number}.safetensors"
+    path = cache_folder() / f"{task.data.name}-{name}.safetensors"
     if not path.is_file():
-        tuned, _, _ = task.train(base, np.arange(len(task.train_rows)), seed=(seed, 1))
+        tuned, _, _ = task.train(base, np.arange(len(task.train_rows)), seed=(0, 1))
         path.parent.mkdir(parents=True, exist_ok=True)
         partial = path.with_suffix(f".{os.getpid()}.part")
         save_file(dict(tuned), str(partial))

@@ -21,7 +21,7 @@ from numpy.typing import NDArray
 from dare_agg.errors import MergeError
 from dare_agg.layout import FloatVector, Layout
 from dare_agg.merge.methods import find_method
-from dare_agg.merge.sources import DeltaSource, RememberedSource, SparseSource
+from dare_agg.merge.sources import DeltaSource, RememberedSource, listed
 from dare_agg.merge.task import Kernel, MergeTask, Scratch, Span, Statistics
 
 TILE = 1 << 16
@@ -184,11 +184,10 @@ def _agreement(task: MergeTask, lo: int, hi: int, scratch: Scratch) -> tuple[int
     signs = scratch.get("signs", 2 * (hi - lo), np.bool_).reshape(2, -1)
     present[:] = 0
     signs[:] = False
-    listed = task.is_sparse
+    sparse = task.is_sparse
     for source in task.sources:
-        if listed:
-            assert isinstance(source, SparseSource)
-            for positions, values in source.sparse(lo, hi):
+        if sparse:
+            for positions, values in listed(source, lo, hi):
                 at = positions - lo
                 present[at] += values != 0
                 signs[0][at] |= values > 0

@@ -8,7 +8,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from dare_agg.layout import FloatVector
-from dare_agg.merge.sources import DeltaSource, SparseSource
+from dare_agg.merge.sources import DeltaSource, listed
 from dare_agg.merge.task import Kernel, MergeTask, Scratch, Span, cut, span_starts
 
 
@@ -86,11 +86,14 @@ def _sparse_sum(
     def kernel(lo: int, hi: int, out: FloatVector, scratch: Scratch) -> None:
         out[:] = 0
         for span, a, b in cut(spans, starts, lo, hi):
-            for source, factor in zip(task.sources, factors[:, span], strict=True):
-                assert isinstance(source, SparseSource)
-                for positions, values in source.sparse(a, b):
+            for i, (source, factor) in enumerate(zip(task.sources, factors[:, span], strict=True)):
+                for positions, values in listed(source, a, b):
                     at = positions - lo
-                    # Positions are unique within a source, so plain indexing adds each once.
-                    out[at] += values * factor
+                    values = values * factor
+                    # Positions are unique within a source, so plain indexing adds each once;
+                    # before the first source there is nothing to add to.
+                    if i:
+                        values += out.take(at)
+                    out[at] = values
 
     return kernel

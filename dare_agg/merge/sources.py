@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from threading import local
-from typing import Protocol, runtime_checkable
+from typing import Protocol, cast, runtime_checkable
 
 import numpy as np
 from numpy.typing import NDArray
@@ -140,7 +140,6 @@ class MaskedSource:
     source: DeltaSource
     mask: Mask
     rescale: bool = True
-    _ends: dict[int, int] = field(default_factory=dict, init=False, repr=False, compare=False)
 
     @property
     def size(self) -> int:
@@ -151,15 +150,7 @@ class MaskedSource:
         return self.mask.survivors
 
     def sparse(self, lo: int, hi: int) -> Iterator[tuple[Positions, FloatVector]]:
-        if hi <= lo:
-            return
-        # A tile begins where another ended: its count of survivors is known.
-        first = self._ends.pop(lo, None)
-        first = self.mask.ordinal(lo) if first is None else first
-        last = self._ends[hi] = self.mask.ordinal(hi)
-        if len(self._ends) > 64:
-            self._ends.clear()
-        for positions, scale in self.mask.blocks(first, last):
+        for _, positions, scale in self.mask.within(lo, hi):
             values = take(self.source, positions)
             if self.rescale:
                 values *= scale
@@ -239,8 +230,7 @@ class RememberedSource:
         last = self._last
         if getattr(last, "listed", None) != (lo, hi):
             last.listed = None
-            assert isinstance(self.source, SparseSource)
-            last.parts = [(p.copy(), v.copy()) for p, v in self.source.sparse(lo, hi)]
+            last.parts = [(p.copy(), v.copy()) for p, v in listed(self.source, lo, hi)]
             last.listed = (lo, hi)
         yield from last.parts
 
@@ -260,6 +250,11 @@ class NamedSource:
             if start < hi and stop > lo:
                 a, b = max(lo, start), min(hi, stop)
                 out[a - lo : b - lo] = 0 if array is None else array[a - start : b - start]
+
+
+def listed(source: DeltaSource, lo: int, hi: int) -> Iterator[tuple[Positions, FloatVector]]:
+    """Survivors of a source that is known to list them: checking each tile would cost time."""
+    return cast(SparseSource, source).sparse(lo, hi)
 
 
 def take(source: DeltaSource, positions: Positions) -> FloatVector:

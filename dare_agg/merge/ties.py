@@ -12,9 +12,9 @@ from numpy.typing import NDArray
 
 from dare_agg.errors import ConfigError
 from dare_agg.layout import FloatVector
-from dare_agg.merge.sources import SparseSource
+from dare_agg.merge.sources import listed
 from dare_agg.merge.task import FIXED_BLOCK, Kernel, MergeTask, Scratch, Span, cut, span_starts
-from dare_agg.merge.thresholds import kth_smallest
+from dare_agg.merge.thresholds import kth_smallest_of_each
 
 # Bounds for |x| per (model, span): what lies in [low, high] stays. None keeps all.
 Bounds = tuple[NDArray[np.float32], NDArray[np.float32]]
@@ -60,19 +60,12 @@ def _trim_bounds(task: MergeTask, scope: Sequence[Span], kept: list[list[int]]) 
     sizes = [hi - lo for lo, hi in scope]
     if all(k >= size for row in kept for k, size in zip(row, sizes, strict=True)):
         return None
-    low = np.stack(
-        [
-            kth_smallest(
-                source,
-                scope,
-                # Rank size + 1 does not exist: nothing is kept, by a bound no |x| reaches.
-                [0 if k >= size else min(size, size - k + 1)
-                 for k, size in zip(row, sizes, strict=True)],
-                task.tile,
-            )
-            for source, row in zip(task.sources, kept, strict=True)
-        ]
-    )  # fmt: skip
+    # Rank size + 1 does not exist: nothing is kept, by a bound no |x| reaches.
+    ranks = [
+        [0 if k >= size else min(size, size - k + 1) for k, size in zip(row, sizes, strict=True)]
+        for row in kept
+    ]
+    low = kth_smallest_of_each(task.sources, scope, ranks, task.tile)
     for i, row in enumerate(kept):
         low[i, [k == 0 for k in row]] = np.inf
     return low, np.full_like(low, np.inf)
@@ -151,10 +144,12 @@ def _trim_and_sum(
                 row *= keep
         if multipliers is not None and multipliers[i] != 1:
             row *= multipliers[i]
-        if i:
+        if i == 1:
+            np.add(part[0], row, out=total)
+        elif i:
             total += row
-        else:
-            total[:] = row
+    if len(part) == 1:
+        total[:] = part[0]
 
 
 def _elected(
@@ -194,24 +189,28 @@ def _elected(
     if counted:
         speakers[:] = 0
         count[:] = 0
+    # Flipped by the elected sign, what agrees is positive; zeros add and count nothing.
+    flips = scratch.get("flips", size, np.uint32)
+    np.logical_not(plus, out=flag)
+    flips[:] = flag
+    np.left_shift(flips, np.uint32(31), out=flips)
     for row, weight in zip(part, weights, strict=True):
-        # An entry agrees where its sign bit says so; zeros add nothing and count nothing.
-        np.greater(row, 0, out=flag)
-        np.equal(flag, plus, out=flag)
-        np.multiply(row, flag, out=piece)
+        np.bitwise_xor(row.view(np.uint32), flips, out=piece.view(np.uint32))
+        np.maximum(piece, 0, out=piece)
         if largest:
-            np.maximum(total, np.abs(piece, out=piece), out=total)
+            np.maximum(total, piece, out=total)
             continue
         total += piece
         if counted:
-            np.not_equal(piece, 0, out=flag)
+            np.greater(piece, 0, out=flag)
             if alike:
                 np.add(speakers, flag.view(np.uint8), out=speakers)
             else:
                 count += flag * weight
-    if largest:
-        np.negative(total, out=total, where=~plus)
-    elif counted and alike:
+    np.bitwise_xor(total.view(np.uint32), flips, out=total.view(np.uint32))
+    # No negative zero.
+    total += 0
+    if counted and alike:
         count[:] = np.maximum(speakers, 1, out=speakers)
         total /= count
     elif counted:
@@ -320,8 +319,7 @@ def _survivors(
 ) -> list[tuple[NDArray[np.int64], FloatVector, float]]:
     lists = []
     for source, factor in zip(task.sources, factors, strict=True):
-        assert isinstance(source, SparseSource)
-        parts = [(p - lo, v * factor) for p, v in source.sparse(a, b)]
+        parts = [(p - lo, v * factor) for p, v in listed(source, a, b)]
         if len(parts) == 1:
             lists.append((*parts[0], float(factor)))
         elif parts:

@@ -284,6 +284,7 @@ def calm_report(
     output: Path,
     *,
     lost: Collection[tuple[int, str]] = (),
+    node_config: Mapping[str, bool | int | float | str] | None = None,
     **config: object,
 ) -> dict[str, Any]:
     """Run the edge app in memory: the reference of a deterministic run.
@@ -320,7 +321,11 @@ def calm_report(
         client_app.app,
         len(names),
         tamper=lose,
-        node_config=lambda number: {"client-name": names[number], "cache": cache},
+        node_config=lambda number: {
+            "client-name": names[number],
+            "cache": cache,
+            **(node_config or {}),
+        },
         run_config=settings,
     )
     context = Context(run_id=1, node_id=1, node_config={}, state=RecordDict(), run_config=settings)

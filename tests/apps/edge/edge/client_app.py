@@ -6,10 +6,17 @@ import numpy as np
 from flwr.app import Array, ArrayRecord, Context, Message, MetricRecord, RecordDict
 from flwr.clientapp import ClientApp
 
-from dare_agg.flower import dare_mod
+from dare_agg.flower import dare_mod, offer_base
 from dare_agg.flower.warm import warm_trainer
+from edge.base import base_arrays
 
 app = ClientApp(mods=[warm_trainer("edge.client_app:app"), dare_mod])
+
+
+@offer_base
+def own_base(msg: Message, context: Context) -> dict[str, np.ndarray]:
+    run = context.run_config
+    return base_arrays(int(run["size"])) if run["public-base"] else {}
 
 
 @app.train()

@@ -4,17 +4,18 @@ import json
 import time
 from pathlib import Path
 
-import numpy as np
 from flwr.app import ArrayRecord, Context
 from flwr.serverapp import Grid, ServerApp
 from flwr.serverapp.strategy import FedAvg
 
+from dare_agg.budget import UploadBudget
 from dare_agg.flower import DareStrategy
 from dare_agg.flower.resume import keep_base, resume, save
 from dare_agg.flower.transport import to_record
 from dare_agg.identity import read_identities
 from dare_agg.state import StateFolder, write_atomically
 from dare_agg.versions import make_version_downlink
+from edge.base import base_arrays
 
 app = ServerApp()
 
@@ -23,12 +24,7 @@ app = ServerApp()
 def main(grid: Grid, context: Context) -> None:
     config = context.run_config
     output = Path(str(config["output"]))
-    size = int(config["size"])
-    base = {
-        "body": np.random.default_rng(0).normal(size=size).astype(np.float32),
-        "head.w": np.zeros((8, 10), np.float32),
-    }
-    initial = to_record(base)
+    initial = to_record(base_arrays(int(config["size"])))
     if config["method"] == "fedavg":
         run_fedavg(grid, initial, config, output)
         return
@@ -46,6 +42,7 @@ def main(grid: Grid, context: Context) -> None:
                 "accepted": measured["accepted"],
                 "rejected": [r["reason"] for r in measured["rejected"]],
                 "upload_bytes": measured["upload_bytes"],
+                "drop_rates": measured["drop_rates"],
                 "download_bytes": measured["download_bytes"],
                 "seconds": measured["seconds"],
             }
@@ -53,6 +50,7 @@ def main(grid: Grid, context: Context) -> None:
         save(strategy, kept, outcome)
 
     count = int(config["min-clients"])
+    seconds = float(config["upload-seconds"])
     strategy = DareStrategy(
         min_available_nodes=count,
         min_train_nodes=count,
@@ -63,6 +61,7 @@ def main(grid: Grid, context: Context) -> None:
         deadline=float(config["deadline"]),
         identities=read_identities(config["identities"]) if config["identities"] else None,
         downlink=make_version_downlink(str(config["downlink"])),
+        upload_budget=UploadBudget(seconds=seconds) if seconds else None,
         round_hook=after,
     )
     resumed = resume(strategy, kept)

@@ -51,8 +51,8 @@ def rows(seeds: Sequence[int]) -> list[dict[str, Any]]:
             for rate in ("0", "0.5", "0.9"):
                 found.append({"kind": "one-shot", "method": method, "drop_rate": rate})
                 found[-1]["seed"] = seed
-        for method in METHODS:
-            for rate, masks in (("0", "plain"), ("0.9", "independent"), ("0.9", "secure")):
+        for rate, masks in (("0.9", "secure"), ("0", "plain"), ("0.9", "independent")):
+            for method in METHODS:
                 found.append(
                     {"kind": "rounds", "method": method, "drop_rate": rate, "masks": masks}
                 )

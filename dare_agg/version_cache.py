@@ -8,12 +8,14 @@ The folder's size is bounded: bases and heads that were not used for longest go 
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import json
+import logging
 import os
 import re
 import struct
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 
 import numpy as np
@@ -26,6 +28,7 @@ from dare_agg.version_grid import Counts, grid_of
 from dare_agg.version_steps import apply_step, read_steps
 from dare_agg.versions import BASE, DENSE_STEPS, STEPS, write_base
 
+LOG = logging.getLogger(__name__)
 KEEP_BYTES = 8 << 30
 _VERSION = re.compile(r"[0-9a-f]{64}")
 
@@ -78,13 +81,17 @@ class VersionReceiver:
         return True
 
     def receive(self, version: str, payloads: Mapping[str, bytes], arrays: Arrays | None) -> Arrays:
-        """Follow the steps to ``version``, check its fingerprint, keep it, return its arrays."""
+        """Follow the steps to ``version``, check its fingerprint, keep it, return its arrays.
+
+        Where nothing can be written (full disk, read-only folder) the arrays are returned all
+        the same, and what could not be kept is sent again next time.
+        """
         if not payloads and arrays is not None:
             return FullReceiver().receive(version, payloads, arrays)
         if BASE in payloads:
-            self._store_base(payloads[BASE])
-            self._head_path.unlink(missing_ok=True)
-        base = self._load_base()
+            _forget(self._head_path)
+            _try_to(lambda: self._store_base(payloads[BASE]))
+        base = self._load_base(payloads.get(BASE))
         groups = base.groups
         grid = grid_of(groups.layout, base.delta, groups.dtypes)
         dense_grid = grid_of(groups.dense_layout, base.dense, groups.dtypes)
@@ -106,20 +113,18 @@ class VersionReceiver:
                 grid.values(base.delta, counts), dense_grid.values(base.dense, dense_counts)
             )
         except DareError as error:
-            self._head_path.unlink(missing_ok=True)
+            _forget(self._head_path)
             raise BaseMismatchError(f"version {version[:12]} was not reached: {error}") from error
         if model.ref.version != version:
-            self._head_path.unlink(missing_ok=True)
+            _forget(self._head_path)
             raise BaseMismatchError(
                 f"the steps led to {model.ref.version[:12]}, {version[:12]} was announced; the "
                 "version is asked for again"
             )
         if steps or not self._head_path.is_file():
-            write_state(
-                self._head_path,
-                {"counts": counts, "dense-counts": dense_counts},
-                {"version": version, "base": self.base},
-            )
+            held_now = {"counts": counts, "dense-counts": dense_counts}
+            facts = {"version": version, "base": self.base}
+            _try_to(lambda: write_state(self._head_path, held_now, facts))
         self._trim()
         return model.arrays()
 
@@ -129,30 +134,31 @@ class VersionReceiver:
         if not self._base_path.is_file() or self._base_path.stat().st_size != len(payload):
             write_atomically(self._base_path, (payload,))
 
-    def _load_base(self) -> GlobalModel:
+    def _load_base(self, sent: bytes | None = None) -> GlobalModel:
         from safetensors import SafetensorError
         from safetensors.numpy import load
 
         try:
-            data = self._base_path.read_bytes()
+            data = self._base_path.read_bytes() if sent is None else sent
             size = struct.unpack_from("<Q", data)[0]
             order = json.loads(json.loads(data[8 : 8 + size])["__metadata__"]["order"])
             arrays = load(data)
             model = global_model({name: arrays[name] for name in order}, **self._patterns)
             found = model.ref.version
         except (OSError, SafetensorError, ValueError, KeyError, TypeError, struct.error) as error:
-            self._base_path.unlink(missing_ok=True)
+            _forget(self._base_path)
             raise BaseMismatchError(
                 f"base {self.base[:12]} cannot be read from the cache "
                 f"({type(error).__name__}); it is asked for again"
             ) from error
         if found != self.base:
-            self._base_path.unlink(missing_ok=True)
+            _forget(self._base_path)
             raise BaseMismatchError(
                 f"the cached base has fingerprint {found[:12]}, not {self.base[:12]}; it is "
                 "asked for again"
             )
-        os.utime(self._base_path)
+        with contextlib.suppress(OSError):
+            os.utime(self._base_path)
         return model
 
     def _load_head(self, version: str, base: GlobalModel) -> tuple[Counts, Counts]:
@@ -168,7 +174,7 @@ class VersionReceiver:
                 raise StateError("it is of another model")
             return counts, dense_counts
         except (StateError, KeyError) as error:
-            self._head_path.unlink(missing_ok=True)
+            _forget(self._head_path)
             raise BaseMismatchError(
                 f"version {version[:12]} is not in this client's cache ({error}); it is asked "
                 "for again"
@@ -188,8 +194,21 @@ class VersionReceiver:
             if total <= self.keep_bytes:
                 return
             if path not in own:
-                path.unlink(missing_ok=True)
+                _forget(path)
                 total -= size
+
+
+def _forget(path: Path) -> None:
+    with contextlib.suppress(OSError):
+        path.unlink(missing_ok=True)
+
+
+def _try_to(write: Callable[[], None]) -> None:
+    """Write to the cache; a cache that cannot be written costs bytes, not the round."""
+    try:
+        write()
+    except StateError as error:
+        LOG.warning("version cache: %s", error)
 
 
 def _head_facts(path: Path) -> dict[str, object]:

@@ -327,11 +327,11 @@ class VersionDownlink:
             add_steps(group.counts, everything, steps)
             group.rest -= group.grid.value_at(everything, steps)
             return head, encode_lossless(group.counts - before)
-        parts = [target[positions] for positions, _ in positions_of(head, step.size)]
-        values = np.concatenate(parts) if parts else np.empty(0, np.float32)
+        values = gather(target, head)
         head = StepHead(**{**vars(head), "survivors": values.size})
         payload = encode_payload(head.values, values, head.key)
-        decoded = decode_payload(head.values, payload, values.size, head.key)
+        del values  # of a large model these are a good part of the server's memory
+        decoded = decode_payload(head.values, payload, head.survivors, head.key)
         at = 0
         for positions, scale in positions_of(head, step.size):
             steps = group.grid.round_at(positions, decoded[at : at + positions.size] * scale)
@@ -368,6 +368,16 @@ class VersionDownlink:
         if not self._base_payload:
             self._base_payload = write_base(self.base_arrays())
         return self._base_payload
+
+
+def gather(vector: FloatVector, head: StepHead) -> FloatVector:
+    """The values of a vector at a step's positions, ascending."""
+    values = np.empty(vector.size, np.float32)
+    at = 0
+    for positions, _ in positions_of(head, vector.size):
+        values[at : at + positions.size] = vector[positions]
+        at += positions.size
+    return values[:at]
 
 
 def write_base(arrays: Arrays) -> bytes:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 import time
 from collections.abc import Mapping
@@ -11,7 +12,7 @@ from typing import Any
 from flwr.app import ArrayRecord, ConfigRecord, Context, Message, RecordDict
 from flwr.serverapp import Grid, ServerApp
 
-from dare_agg.errors import DareError, RunError
+from dare_agg.errors import DareError, RunError, StateError
 from dare_agg.flower import DareStrategy, RoundOutcome
 from dare_agg.flower.exchange import exchange, online_nodes
 from dare_agg.flower.resume import keep_base, resume, save
@@ -48,7 +49,8 @@ def main(grid: Grid, context: Context) -> None:
             prints = {name: run_method(grid, config, name, labels, recorder) for name in names}
     except BaseException as error:
         reason = str(error) if isinstance(error, DareError) else f"{type(error).__name__}: {error}"
-        recorder.status("failed", error=reason)
+        with contextlib.suppress(StateError):  # what ended the run may be a full disk
+            recorder.status("failed", error=reason)
         raise
     finally:
         recorder.close()

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import logging
 import math
 import os
 import secrets
 import time
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -24,6 +25,17 @@ def write_json(path: Path, value: Mapping[str, Any]) -> None:
     draft = path.with_name(path.name + ".part")
     draft.write_text(json.dumps(value, indent=1) + "\n", encoding="utf-8")
     os.replace(draft, path)
+
+
+@contextlib.contextmanager
+def _named_failure(path: Path) -> Iterator[None]:
+    try:
+        yield
+    except OSError as error:
+        raise StateError(
+            f"{path} was not written: {error.strerror or error}; finished rounds are kept: free "
+            "space or fix the permissions, then dare-agg run --resume"
+        ) from error
 
 
 @dataclass
@@ -54,13 +66,15 @@ class Recorder:
     def status(self, state: str, **more: Any) -> None:
         """Write ``run.json``: "running", "completed" or "failed", with the reason."""
         value = {"status": state, "token": self.token, "config": dict(self.config), **more}
-        write_json(self.folder / "run.json", value)
+        with _named_failure(self.folder / "run.json"):
+            write_json(self.folder / "run.json", value)
         LOG.info("%s", state_line(value))
 
     def row(self, values: Mapping[str, Any]) -> None:
         """Append one row; numbers that are not finite become null."""
         clean = {key: _finite(value) for key, value in values.items()}
-        with (self.folder / "metrics.jsonl").open("a", encoding="utf-8") as file:
+        path = self.folder / "metrics.jsonl"
+        with _named_failure(path), path.open("a", encoding="utf-8") as file:
             file.write(json.dumps(clean, allow_nan=False) + "\n")
         LOG.info("%s", row_line(clean))
         self._rows.append(clean)

@@ -6,7 +6,7 @@ import urllib.request
 import pytest
 
 from dare_agg.cli.progress import follow, load_rows
-from dare_agg.errors import ConfigError
+from dare_agg.errors import ConfigError, StateError
 from dare_agg.report import read_run
 from dare_agg.watch import Mirror, exporter, rejections, row_line, seconds_left, state_line
 from server.recorder import Recorder
@@ -141,3 +141,11 @@ def test_prometheus(tmp_path):
         "dare_agg_seconds_left 30.0",
     ):
         assert line in text
+
+
+def test_a_full_disk_is_named(tmp_path):
+    recorder = Recorder(tmp_path, CONFIG)
+    (tmp_path / "metrics.jsonl").unlink()
+    (tmp_path / "metrics.jsonl").symlink_to("/dev/full")
+    with pytest.raises(StateError, match="No space left on device; finished rounds are kept"):
+        recorder.row(a_row(1))

@@ -318,3 +318,16 @@ def test_a_base_file_reads_back_in_order_and_a_broken_one_is_named(tmp_path):
         read_base(path)
     with pytest.raises(StateError, match="cannot be read"):
         read_base(tmp_path / "none")
+
+
+def test_a_cache_that_cannot_be_written_costs_bytes_and_no_round(tmp_path, caplog):
+    downlink, model = started()
+    (tmp_path / "cache").write_text("no folder")
+    receiver = VersionReceiver(tmp_path / "cache", "c", downlink.base_version, dense=("^head",))
+    for moved in grow(downlink, model, range(1, 3)):
+        assert receiver.have() == ""
+        sent = downlink.broadcast(moved, receiver.have())
+        assert BASE in sent.payloads
+        arrays = receiver.receive(moved.ref.version, sent.payloads, None)
+        assert global_model(arrays, dense=["^head"]).ref == moved.ref
+    assert "fix the permissions" in caplog.text

@@ -27,7 +27,7 @@ from dare_agg.errors import BaseMismatchError, LayoutError
 from dare_agg.layout import FingerprintStream, FloatVector, Layout
 from dare_agg.mask import DropRate, parse_drop_rate
 from dare_agg.merge.identity import sketch
-from dare_agg.merge.offline import open_model
+from dare_agg.merge.offline import UPDATE_MASK, open_model
 from dare_agg.merge.recipe import ModelInput
 from dare_agg.merge.sources import CachedSource, DeltaSource, take
 from dare_agg.rotation import GROUP
@@ -114,7 +114,7 @@ def write_diff(
         size=layout.size,
         drop_rate=rate,
         mask=mask,
-        mask_key=derive_key(secret, "update file mask", content),
+        mask_key=derive_key(secret, UPDATE_MASK, content),
         values_key=derive_key(secret, "update file values", content, rank or 0),
         rank=rank or 0,
         values=values,
@@ -251,6 +251,7 @@ def _sample(update: Update) -> FloatVector:
         {i * groups // _SAMPLED_GROUPS for i in range(_SAMPLED_GROUPS)} if groups else ()
     )
     parts = [
-        update.values(group * GROUP, min(update.survivors, (group + 1) * GROUP)) for group in chosen
+        update.values(group * GROUP, min(update.survivors, (group + 1) * GROUP)).copy()
+        for group in chosen
     ]
     return np.concatenate(parts) if parts else np.empty(0, np.float32)

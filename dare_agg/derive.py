@@ -62,8 +62,13 @@ class Keystream:
         self._encryptor: CipherContext | None = None
         self._position = -1
 
-    def read(self, start: int, count: int) -> NDArray[np.uint8]:
-        """Return bytes ``start`` to ``start + count`` of the keystream."""
+    def read(
+        self, start: int, count: int, out: NDArray[np.uint8] | None = None
+    ) -> NDArray[np.uint8]:
+        """Return bytes ``start`` to ``start + count`` of the keystream.
+
+        They lie in ``out`` where that has room for them and 32 more.
+        """
         skip = start % _BLOCK_BYTES
         if start != self._position or self._encryptor is None:
             counter = (start // _BLOCK_BYTES).to_bytes(_BLOCK_BYTES, "big")
@@ -74,14 +79,17 @@ class Keystream:
         if len(self._zeros) < wanted:
             self._zeros = bytes(wanted)
         # update_into asks for room for one block more than it writes.
-        out = np.empty(wanted + _BLOCK_BYTES, np.uint8)
+        if out is None:
+            out = np.empty(wanted + _BLOCK_BYTES, np.uint8)
         self._encryptor.update_into(memoryview(self._zeros)[:wanted], out.data)
         self._position = start + count
         return out[skip:wanted]
 
-    def words(self, start: int, count: int) -> NDArray[np.uint32]:
-        """Return u32 words ``start`` to ``start + count``, each little-endian."""
-        data = self.read(4 * start, 4 * count)
+    def words(
+        self, start: int, count: int, out: NDArray[np.uint8] | None = None
+    ) -> NDArray[np.uint32]:
+        """Return u32 words ``start`` to ``start + count``, each little-endian; see `read`."""
+        data = self.read(4 * start, 4 * count, out)
         if data.ctypes.data % 4:
             data = data.copy()
         return data.view("<u4").astype(np.uint32, copy=False)

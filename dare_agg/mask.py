@@ -25,6 +25,7 @@ from numpy.typing import NDArray
 from dare_agg.derive import Keystream
 from dare_agg.errors import ConfigError
 from dare_agg.layout import MAX_PARAMETERS, FloatVector
+from dare_agg.scratch import borrowed
 
 Positions = NDArray[np.int64]
 
@@ -96,6 +97,16 @@ def parse_drop_rate(value: str | float | int | Fraction | DropRate) -> DropRate:
             f"{MAX_STRIDE}; use fewer digits"
         )
     return DropRate(stride.numerator, stride.denominator)
+
+
+@dataclass(frozen=True)
+class _Scratch:
+    """What drawing a step of a stratified mask is done in; ``ramp`` is 0, num, 2·num, …"""
+
+    positions: Positions
+    spare: Positions
+    ramp: Positions
+    keystream: NDArray[np.uint8]
 
 
 @dataclass(frozen=True)
@@ -171,9 +182,21 @@ class Mask:
         stop = self.survivors if last is None else min(last, self.survivors)
         stream = Keystream(self.key)
         if self.kind == "stratified":
-            scratch = np.empty((2, min(_CHUNK, max(0, stop - first))), np.int64)
-            for start in range(first, stop, _CHUNK):
-                yield self._strata(stream, start, min(stop, start + _CHUNK), scratch)
+            room = min(_CHUNK, max(0, stop - first))
+            with borrowed(4 * room + 8, np.int64) as flat:
+                ramp = flat[2 * room : 3 * room]
+                if first < stop and self.drop_rate.numerator > 1:
+                    ramp[:] = np.arange(
+                        0, room * self.drop_rate.numerator, self.drop_rate.numerator
+                    )
+                scratch = _Scratch(
+                    flat[:room], flat[room : 2 * room], ramp, flat[3 * room :].view(np.uint8)
+                )
+                while first < stop:
+                    # Steps end at multiples, so none reaches over two groups of values.
+                    last = min(stop, (first // _CHUNK + 1) * _CHUNK)
+                    yield self._strata(stream, first, last, scratch)
+                    first = last
             return
         scale = np.float32(self.drop_rate.numerator / self.drop_rate.denominator)
         cumulative = self._cumulative()
@@ -251,20 +274,24 @@ class Mask:
         return ((position + 1) * self.drop_rate.denominator - 1) // self.drop_rate.numerator
 
     def _strata(
-        self, stream: Keystream, first: int, last: int, scratch: Positions | None = None
+        self, stream: Keystream, first: int, last: int, scratch: _Scratch | None = None
     ) -> tuple[Positions, FloatVector | np.float32]:
         """Positions and rescale factors of the survivors of strata ``first`` to ``last``.
 
-        ``scratch`` has two rows for at least so many integers; the positions lie in it.
+        With ``scratch`` the positions lie in it.
         """
         num, den = self.drop_rate.numerator, self.drop_rate.denominator
         count = last - first
         if num == 1:
             return np.arange(first, last, dtype=np.int64), np.float32(1)
-        rows = np.empty((2, count), np.int64) if scratch is None else scratch
-        positions, spare = rows[0, :count], rows[1, :count]
+        if scratch is None:
+            positions, spare = np.empty((2, count), np.int64)
+            words = stream.words(first, count)
+        else:
+            positions, spare = scratch.positions[:count], scratch.spare[:count]
+            words = stream.words(first, count, scratch.keystream)
         drawn = positions.view(np.uint64)
-        np.copyto(drawn, stream.words(first, count))
+        np.copyto(drawn, words)
         if den == 1 and last * num <= self.size:
             drawn *= np.uint64(num)
             drawn >>= np.uint64(32)
@@ -273,7 +300,11 @@ class Mask:
                 # Past the end, what is left after subtracting is the smaller unsigned number.
                 np.subtract(drawn, np.uint64(num), out=spare.view(np.uint64))
                 np.minimum(drawn, spare.view(np.uint64), out=drawn)
-            positions += np.arange(first * num, last * num, num, dtype=np.int64)
+            if scratch is None:
+                positions += np.arange(first * num, last * num, num, dtype=np.int64)
+            else:
+                positions += scratch.ramp[:count]
+                positions += first * num
             return positions, np.float32(num)
         bounds = np.arange(first, last + 1, dtype=np.int64)
         bounds *= num

@@ -18,6 +18,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from dare_agg.layout import FloatVector
+from dare_agg.scratch import borrowed
 
 Matrix = NDArray[np.float32]
 
@@ -63,7 +64,11 @@ def flip_signs(values: FloatVector, keystream: NDArray[np.uint8]) -> None:
     bits = values.view(np.uint32)
     whole = values.size // 8 * 8
     if whole:
-        bits[:whole] ^= _SIGN_BITS.take(keystream[: whole // 8], axis=0).reshape(-1)
+        with borrowed(whole, np.uint32) as signs:
+            rows = signs.reshape(-1, 8)
+            # "clip" writes straight into the buffer; a byte is never out of range.
+            _SIGN_BITS.take(keystream[: whole // 8], axis=0, out=rows, mode="clip")
+            bits[:whole] ^= signs
     if whole < values.size:
         bits[whole:] ^= _SIGN_BITS[keystream[whole // 8]][: values.size - whole]
 

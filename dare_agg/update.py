@@ -14,6 +14,7 @@ import hashlib
 import struct
 from collections.abc import Iterator
 from dataclasses import dataclass, field
+from threading import local
 from typing import Protocol
 
 import numpy as np
@@ -25,6 +26,7 @@ from dare_agg.errors import ConfigError, UpdateError
 from dare_agg.layout import FloatVector
 from dare_agg.mask import MASK_KINDS, DropRate, Mask
 from dare_agg.rotation import GROUP
+from dare_agg.scratch import borrowed
 from dare_agg.values import (
     check_payload,
     decode_values,
@@ -138,9 +140,8 @@ class Update:
     payload: NDArray[np.uint8] = field(repr=False)
     nbytes: int
     survivors: int
-    _decoded: dict[int, FloatVector] = field(
-        default_factory=dict, init=False, repr=False, compare=False, hash=False
-    )
+    # The last group decoded, for each thread.
+    _last: local = field(default_factory=local, init=False, repr=False, compare=False, hash=False)
 
     @property
     def size(self) -> int:
@@ -153,25 +154,35 @@ class Update:
             group = first // GROUP
             decoded = self._group(group)
             stop = min(last, (group + 1) * GROUP)
-            parts.append(decoded[first - group * GROUP : stop - group * GROUP])
+            part = decoded[first - group * GROUP : stop - group * GROUP]
+            parts.append(part if stop == last and not parts else part.copy())
             first = stop
         if not parts:
             return np.empty(0, np.float32)
         return parts[0] if len(parts) == 1 else np.concatenate(parts)
 
     def _group(self, group: int) -> FloatVector:
-        decoded = self._decoded.get(group)
-        if decoded is None:
-            decoded = decode_values(
-                self.spec.values, self.payload, self.survivors, self.spec.values_key, group
+        last = self._last
+        if getattr(last, "group", None) != group:
+            if not hasattr(last, "values"):
+                last.values = np.empty(min(GROUP, self.survivors), np.float32)
+            last.group = None
+            decode_values(
+                self.spec.values,
+                self.payload,
+                self.survivors,
+                self.spec.values_key,
+                group,
+                last.values,
             )
-            # One group is enough for sequential reads; more would not be bounded.
-            self._decoded.clear()
-            self._decoded[group] = decoded
-        return decoded
+            last.group = group
+        return last.values
 
     def sparse(self, lo: int, hi: int) -> Iterator[tuple[NDArray[np.int64], FloatVector]]:
-        """Yield ``(positions, rescaled values)`` of the survivors in ``[lo, hi)``, in order."""
+        """Yield ``(positions, rescaled values)`` of the survivors in ``[lo, hi)``, in order.
+
+        The arrays may be reused by the next step: do not keep them.
+        """
         if self.mask.survivors != self.survivors:
             raise UpdateError(
                 f"update of {self.survivors} survivors; its mask has {self.mask.survivors}",
@@ -179,20 +190,31 @@ class Update:
             )
         for first, positions, scale in self.mask.within(lo, hi):
             values = self.values(first, first + positions.size)
-            yield positions, values * scale if self.spec.rescale else values
+            if not self.spec.rescale:
+                yield positions, values
+                continue
+            with borrowed(values.size) as rescaled:
+                np.multiply(values, scale, out=rescaled)
+                yield positions, rescaled
 
     def read(self, lo: int, hi: int, out: FloatVector) -> None:
         """Overwrite ``out`` with the delta's elements ``lo`` to ``hi``."""
         out[:] = 0
         for positions, values in self.sparse(lo, hi):
-            out[positions - lo] = values
+            positions -= lo
+            out[positions] = values
 
     def add(self, lo: int, hi: int, out: FloatVector, weight: float = 1.0) -> None:
         """Add ``weight`` times the delta's elements ``lo`` to ``hi`` to ``out``."""
         factor = np.float32(weight)
         for positions, values in self.sparse(lo, hi):
-            # Positions are unique, so plain indexing adds each once.
-            out[positions - lo] += values * factor
+            positions -= lo
+            with borrowed(values.size) as sums, borrowed(values.size) as weighted:
+                out.take(positions, out=sums, mode="clip")
+                np.multiply(values, factor, out=weighted)
+                sums += weighted
+                # Positions are unique, so plain indexing puts each once.
+                out[positions] = sums
 
     def present(self, lo: int, hi: int) -> NDArray[np.bool_]:
         """Which elements ``lo`` to ``hi`` survived."""
@@ -280,9 +302,11 @@ def _survivors(
     if isinstance(delta, tuple):
         base, tuned = delta
         for positions, _ in mask.blocks():
-            piece = tuned.take(positions)
-            piece -= base.take(positions)
-            yield piece
+            with borrowed(positions.size) as piece, borrowed(positions.size) as other:
+                tuned.take(positions, out=piece, mode="clip")
+                base.take(positions, out=other, mode="clip")
+                piece -= other
+                yield piece
     elif isinstance(delta, np.ndarray) or hasattr(delta, "take"):
         for positions, _ in mask.blocks():
             yield delta.take(positions)

@@ -39,11 +39,15 @@ from dare_agg.rotation import (
     flip_signs,
     hadamard,
 )
+from dare_agg.scratch import borrowed
 
 Bytes = NDArray[np.uint8]
 
 # Values beyond this are refused: rescaling and summing them could overflow float32.
 MAX_MAGNITUDE = np.float32(2.0**60)
+
+# From here on a value rounds to infinity in binary16.
+_F16_END = np.float32(65520)
 
 # Lloyd-Max levels of the standard normal distribution (positive half; J. Max, 1960), with
 # the midpoints between neighbours as thresholds.
@@ -67,106 +71,113 @@ class ValueFormat:
     bits: int
     blocks: bool
     nmse: float
-    encode_group: Callable[[FloatVector, Bytes | None], tuple[Bytes, FloatVector, FloatVector]]
-    decode_group: Callable[[Bytes, FloatVector, FloatVector, int, Bytes | None], FloatVector]
+    encode_group: Callable[[FloatVector, Bytes | None, Bytes], tuple[FloatVector, FloatVector]]
+    decode_group: Callable[[Bytes, FloatVector, FloatVector, FloatVector, Bytes | None], None]
     keystream_bytes: Callable[[int], int]
 
+
+# Encoders take (values, keystream, room for the codes) and return (scales, rest); decoders
+# take (codes, scales, rest, room for the values, keystream).
 
 # --- plain formats -------------------------------------------------------------------------
 
 _NOTHING = np.empty(0, np.float32)
 
 
-def _encode_f32(values: FloatVector, _: Bytes | None) -> tuple[Bytes, FloatVector, FloatVector]:
-    return values.astype("<f4").view(np.uint8), _NOTHING, _NOTHING
+def _encode_f32(
+    values: FloatVector, _: Bytes | None, codes: Bytes
+) -> tuple[FloatVector, FloatVector]:
+    codes.view("<f4")[:] = values
+    return _NOTHING, _NOTHING
 
 
 def _decode_f32(
-    codes: Bytes, _s: FloatVector, _r: FloatVector, count: int, _k: Bytes | None
-) -> FloatVector:
-    return codes.view("<f4").astype(np.float32)
+    codes: Bytes, _s: FloatVector, _r: FloatVector, out: FloatVector, _k: Bytes | None
+) -> None:
+    out[:] = codes.view("<f4")
 
 
-def _encode_f16(values: FloatVector, _: Bytes | None) -> tuple[Bytes, FloatVector, FloatVector]:
-    with np.errstate(over="ignore"):
-        halves = values.astype("<f2")
-    if not np.isfinite(halves).all():
+def _encode_f16(
+    values: FloatVector, _: Bytes | None, codes: Bytes
+) -> tuple[FloatVector, FloatVector]:
+    if values.size and not (values.max() < _F16_END and values.min() > -_F16_END):
         worst = float(np.abs(values).max())
         raise NonFiniteError(
             f"a value of magnitude {worst:g} does not fit f16 (at most 65504); use bf16 or f32"
         )
-    return halves.view(np.uint8), _NOTHING, _NOTHING
+    codes.view("<f2")[:] = values
+    return _NOTHING, _NOTHING
 
 
 def _decode_f16(
-    codes: Bytes, _s: FloatVector, _r: FloatVector, count: int, _k: Bytes | None
-) -> FloatVector:
-    return codes.view("<f2").astype(np.float32)
+    codes: Bytes, _s: FloatVector, _r: FloatVector, out: FloatVector, _k: Bytes | None
+) -> None:
+    out[:] = codes.view("<f2")
 
 
-def _encode_bf16(values: FloatVector, _: Bytes | None) -> tuple[Bytes, FloatVector, FloatVector]:
+def _encode_bf16(
+    values: FloatVector, _: Bytes | None, codes: Bytes
+) -> tuple[FloatVector, FloatVector]:
     bits = values.view(np.uint32)
     rounded = bits + np.uint32(0x7FFF) + ((bits >> np.uint32(16)) & np.uint32(1))
-    return (rounded >> np.uint32(16)).astype("<u2").view(np.uint8), _NOTHING, _NOTHING
+    codes.view("<u2")[:] = rounded >> np.uint32(16)
+    return _NOTHING, _NOTHING
 
 
 def _decode_bf16(
-    codes: Bytes, _s: FloatVector, _r: FloatVector, count: int, _k: Bytes | None
-) -> FloatVector:
-    return (codes.view("<u2").astype(np.uint32) << np.uint32(16)).view(np.float32)
+    codes: Bytes, _s: FloatVector, _r: FloatVector, out: FloatVector, _k: Bytes | None
+) -> None:
+    bits = out.view(np.uint32)
+    bits[:] = codes.view("<u2")
+    bits <<= np.uint32(16)
 
 
 # --- i8 ------------------------------------------------------------------------------------
 
 
 def _encode_i8(
-    values: FloatVector, keystream: Bytes | None
-) -> tuple[Bytes, FloatVector, FloatVector]:
+    values: FloatVector, keystream: Bytes | None, codes: Bytes
+) -> tuple[FloatVector, FloatVector]:
     assert keystream is not None
-    # Dither in (0, 1): 256 equal steps, so rounding is unbiased up to 2**-9 of a step.
-    dither = keystream.astype(np.float32)
-    dither += np.float32(0.5)
-    dither *= np.float32(1 / 256)
-    codes = np.empty(values.size, np.int8)
     scales: list[FloatVector] = []
     rest = _NOTHING
-    for start, rows, columns in cut_blocks(values.size):
-        stop = start + rows * columns
-        if rows == 1:
-            rest = values[start:stop].astype("<f4")
-            codes[start:stop] = 0
-            continue
-        block = values[start:stop].reshape(rows, columns)
-        scale = np.abs(block).max(axis=0) / np.float32(127)
-        inverse = np.zeros_like(scale)
-        np.divide(np.float32(1), scale, out=inverse, where=scale > 2.0**-120)
-        steps = block * inverse
-        steps += dither[start:stop].reshape(rows, columns)
-        np.floor(steps, out=steps)
-        np.clip(steps, -127, 127, out=steps)
-        codes[start:stop] = steps.reshape(-1)
-        scales.append(scale)
-    return codes[: values.size - rest.size].view(np.uint8), _joined(scales), rest
+    with borrowed(values.size) as dither, borrowed(values.size) as spare:
+        # Dither in (0, 1): 256 equal steps, so rounding is unbiased up to 2**-9 of a step.
+        dither[:] = keystream
+        dither += np.float32(0.5)
+        dither *= np.float32(1 / 256)
+        for start, rows, columns in cut_blocks(values.size):
+            stop = start + rows * columns
+            if rows == 1:
+                rest = values[start:stop].astype("<f4")
+                continue
+            block = values[start:stop].reshape(rows, columns)
+            steps = spare[start:stop].reshape(rows, columns)
+            scale = np.abs(block, out=steps).max(axis=0) / np.float32(127)
+            inverse = np.zeros_like(scale)
+            np.divide(np.float32(1), scale, out=inverse, where=scale > 2.0**-120)
+            np.multiply(block, inverse, out=steps)
+            steps += dither[start:stop].reshape(rows, columns)
+            np.floor(steps, out=steps)
+            np.clip(steps, -127, 127, out=steps)
+            codes[start:stop].view(np.int8)[:] = steps.reshape(-1)
+            scales.append(scale)
+    return _joined(scales), rest
 
 
 def _decode_i8(
-    codes: Bytes, scales: FloatVector, rest: FloatVector, count: int, _k: Bytes | None
-) -> FloatVector:
-    values = np.empty(count, np.float32)
+    codes: Bytes, scales: FloatVector, rest: FloatVector, out: FloatVector, _k: Bytes | None
+) -> None:
     at = 0
-    for start, rows, columns in cut_blocks(count):
+    for start, rows, columns in cut_blocks(out.size):
         stop = start + rows * columns
         if rows == 1:
-            values[start:stop] = rest
+            out[start:stop] = rest
             continue
-        block = values[start:stop].reshape(rows, columns)
-        np.multiply(
-            codes[start:stop].view(np.int8).reshape(rows, columns),
-            scales[at : at + columns],
-            out=block,
-        )
+        block = out[start:stop].reshape(rows, columns)
+        block[:] = codes[start:stop].view(np.int8).reshape(rows, columns)
+        block *= scales[at : at + columns]
         at += columns
-    return values
 
 
 # --- rotated formats -----------------------------------------------------------------------
@@ -186,81 +197,82 @@ def _rotated(bits: int) -> tuple[Callable, Callable]:
     byte_codes = np.arange(256)[:, None] >> (bits * np.arange(per_byte)) & ((1 << bits) - 1)
     byte_levels = levels[byte_codes]
 
-    def pack(codes: Bytes) -> Bytes:
+    def pack(codes: Bytes, out: Bytes) -> None:
         if bits == 1:
-            return np.packbits(codes, bitorder="little")
-        padded = np.zeros(-(-codes.size // per_byte) * per_byte, np.uint8)
+            out[:] = np.packbits(codes, bitorder="little")
+            return
+        padded = np.zeros(out.size * per_byte, np.uint8)
         padded[: codes.size] = codes
         lanes = padded.reshape(-1, per_byte)
-        packed = lanes[:, 0].copy()
+        out[:] = lanes[:, 0]
         for lane in range(1, per_byte):
-            packed |= lanes[:, lane] << np.uint8(bits * lane)
-        return packed
+            out |= lanes[:, lane] << np.uint8(bits * lane)
 
     def encode(
-        values: FloatVector, keystream: Bytes | None
-    ) -> tuple[Bytes, FloatVector, FloatVector]:
+        values: FloatVector, keystream: Bytes | None, packed: Bytes
+    ) -> tuple[FloatVector, FloatVector]:
         assert keystream is not None
-        work = values.copy()
-        spare = np.empty_like(work)
         scales: list[FloatVector] = []
         rest = _NOTHING
-        rotated = work.size
-        codes = np.empty(work.size, np.uint8)
-        for start, rows, columns in cut_blocks(work.size):
-            stop = start + rows * columns
-            if rows == 1:
-                rest, rotated = values[start:stop].astype("<f4"), start
-                continue
-            block = work[start:stop].reshape(rows, columns)
-            scratch = spare[start:stop].reshape(rows, columns)
-            np.multiply(block, block, out=scratch)
-            energy = column_sums(scratch)
-            # start is a multiple of 8: every block length is.
-            flip_signs(work[start:stop], keystream[start // 8 : -(-stop // 8)])
-            rotated_block = hadamard(block, scratch)
-            if rotated_block is scratch:
-                block, scratch = scratch, block
-            code = codes[start:stop].reshape(rows, columns)
-            if bits == 1:
-                np.greater_equal(block, np.float32(0), out=code.view(np.bool_))
-                np.abs(block, out=scratch)
-            else:
-                sigma = np.sqrt(energy)
-                code[...] = 0
-                for threshold in thresholds:
-                    code += block >= threshold * sigma
-                np.multiply(block, levels[code], out=scratch)
-            product = column_sums(scratch)
-            scale = np.zeros_like(energy)
-            np.divide(energy, product, out=scale, where=product > 0)
-            scales.append(scale)
-        return pack(codes[:rotated]), _joined(scales), rest
+        size = rotated = values.size
+        with borrowed(size) as work, borrowed(size) as spare, borrowed(size, np.uint8) as codes:
+            work[:] = values
+            for start, rows, columns in cut_blocks(size):
+                stop = start + rows * columns
+                if rows == 1:
+                    rest, rotated = values[start:stop].astype("<f4"), start
+                    continue
+                block = work[start:stop].reshape(rows, columns)
+                scratch = spare[start:stop].reshape(rows, columns)
+                np.multiply(block, block, out=scratch)
+                energy = column_sums(scratch)
+                # start is a multiple of 8: every block length is.
+                flip_signs(work[start:stop], keystream[start // 8 : -(-stop // 8)])
+                if hadamard(block, scratch) is scratch:
+                    block, scratch = scratch, block
+                code = codes[start:stop].reshape(rows, columns)
+                if bits == 1:
+                    np.greater_equal(block, np.float32(0), out=code.view(np.bool_))
+                    np.abs(block, out=scratch)
+                else:
+                    sigma = np.sqrt(energy)
+                    code[...] = 0
+                    for threshold in thresholds:
+                        code += block >= threshold * sigma
+                    levels.take(code, out=scratch, mode="clip")
+                    scratch *= block
+                product = column_sums(scratch)
+                scale = np.zeros_like(energy)
+                np.divide(energy, product, out=scale, where=product > 0)
+                scales.append(scale)
+            pack(codes[:rotated], packed)
+        return _joined(scales), rest
 
     def decode(
         codes: Bytes,
         scales: FloatVector,
         rest: FloatVector,
-        count: int,
+        out: FloatVector,
         keystream: Bytes | None,
-    ) -> FloatVector:
+    ) -> None:
         assert keystream is not None
-        values = np.empty(count, np.float32)
-        rotated = count - rest.size
-        values[:rotated] = byte_levels.take(codes, axis=0).reshape(-1)[:rotated]
-        spare = np.empty(count, np.float32)
-        at = 0
-        for start, rows, columns in cut_blocks(count):
-            stop = start + rows * columns
-            if rows == 1:
-                values[start:stop] = rest
-                continue
-            block = values[start:stop].reshape(rows, columns)
-            turned = hadamard(block, spare[start:stop].reshape(rows, columns))
-            np.multiply(turned, scales[at : at + columns], out=block)
-            flip_signs(values[start:stop], keystream[start // 8 : -(-stop // 8)])
-            at += columns
-        return values
+        size, at = out.size, 0
+        # A last byte may stand for more values than there are.
+        with borrowed(size + per_byte) as unpacked, borrowed(size) as spare:
+            whole = unpacked[: codes.size * per_byte]
+            byte_levels.take(codes, axis=0, out=whole.reshape(-1, per_byte), mode="clip")
+            for start, rows, columns in cut_blocks(size):
+                stop = start + rows * columns
+                if rows == 1:
+                    out[start:stop] = rest
+                    continue
+                block = whole[start:stop].reshape(rows, columns)
+                turned = hadamard(block, spare[start:stop].reshape(rows, columns))
+                np.multiply(
+                    turned, scales[at : at + columns], out=out[start:stop].reshape(rows, columns)
+                )
+                flip_signs(out[start:stop], keystream[start // 8 : -(-stop // 8)])
+                at += columns
 
     return encode, decode
 
@@ -351,9 +363,10 @@ def encode_values(
         keystream = (
             stream.read(number * per_group, row.keystream_bytes(values.size)) if stream else None
         )
-        codes, scales, rest = row.encode_group(values, keystream)
-        target[code_at : code_at + codes.size] = codes
-        code_at += codes.size
+        coded = values.size - (count_blocks(values.size)[1] if row.blocks else 0)
+        room = target[code_at : code_at + -(-coded * row.bits // 8)]
+        scales, rest = row.encode_group(values, keystream, room)
+        code_at += room.size
         target[scale_at : scale_at + 4 * scales.size] = scales.view(np.uint8)
         scale_at += 4 * scales.size
         target[rest_at : rest_at + 4 * rest.size] = rest.view(np.uint8)
@@ -363,12 +376,23 @@ def encode_values(
         raise ConfigError(f"{at} values came, {survivors} survivors were announced")
 
 
-def decode_values(name: str, payload: Bytes, survivors: int, key: bytes, group: int) -> FloatVector:
-    """Return group number ``group`` (of `GROUP` survivors) of a checked payload."""
+def decode_values(
+    name: str,
+    payload: Bytes,
+    survivors: int,
+    key: bytes,
+    group: int,
+    out: FloatVector | None = None,
+) -> FloatVector:
+    """Return group number ``group`` (of `GROUP` survivors) of a checked payload.
+
+    The values lie in ``out`` where that is given (it may be larger).
+    """
     row = find_values(name)
     sections = payload_sections(name, survivors)
     first = group * GROUP
     count = min(GROUP, survivors - first)
+    values = np.empty(count, np.float32) if out is None else out[:count]
     keystream = None
     if need := row.keystream_bytes(count):
         keystream = Keystream(key).read(group * row.keystream_bytes(GROUP), need)
@@ -383,8 +407,8 @@ def decode_values(name: str, payload: Bytes, survivors: int, key: bytes, group: 
             lo = sections.codes + sections.scales
             rest = payload[lo : lo + 4 * left].copy().view("<f4").astype(np.float32)
     lo = first * row.bits // 8
-    codes = payload[lo : lo + -(-coded * row.bits // 8)].copy()
-    return row.decode_group(codes, scales, rest, count, keystream)
+    row.decode_group(payload[lo : lo + -(-coded * row.bits // 8)], scales, rest, values, keystream)
+    return values
 
 
 def check_payload(name: str, payload: Bytes, survivors: int) -> None:
@@ -396,16 +420,18 @@ def check_payload(name: str, payload: Bytes, survivors: int) -> None:
     row = find_values(name)
     sections = payload_sections(name, survivors)
     if not row.blocks:
-        step = GROUP * row.bits // 8
-        for at in range(0, payload.size, step):
-            piece = payload[at : at + step].copy()
-            values = row.decode_group(piece, _NOTHING, _NOTHING, 0, None)
-            check_magnitude(values, at * 8 // row.bits)
+        with borrowed(GROUP) as values:
+            for first in range(0, survivors, GROUP):
+                piece = values[: min(GROUP, survivors - first)]
+                codes = payload[first * row.bits // 8 :][: piece.size * row.bits // 8]
+                row.decode_group(codes, _NOTHING, _NOTHING, piece, None)
+                check_magnitude(piece, first)
         return
     numbers = payload[sections.codes :].copy().view("<f4")
     scales = numbers[: sections.scales // 4]
     # A code stands for at most 1024 (rotated) or 127 (i8) scales.
-    check_magnitude(scales * np.float32(BLOCK), 0, what="scale")
+    with np.errstate(over="ignore"):
+        check_magnitude(scales * np.float32(BLOCK), 0, what="scale")
     check_magnitude(numbers[scales.size :], survivors - sections.rest // 4)
     if np.signbit(scales).any():
         raise UpdateError(

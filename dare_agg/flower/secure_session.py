@@ -153,6 +153,7 @@ def _take_stage(
         size = message_bytes(messages[party].content)
         log.download[party] = log.download.get(party, 0) + size
     silent = set(parties)
+    taken = 0
     for index, reply in exchange(grid, list(messages.values()), seconds):
         party = parties[index]
         silent.discard(party)
@@ -169,9 +170,11 @@ def _take_stage(
         except DareError as error:
             log.reject(party, error.reason, f"stage {stage}: {one_line(error)}")
             continue
+        taken += 1
         log.upload[party] = log.upload.get(party, 0) + message_bytes(reply.content)
         if stage == "contribute":
             log.vector_bytes[party] = len(answer)
+    LOG.info("secure sum: stage %s: %d of %d parties answered", stage, taken, len(parties))
     for party in sorted(silent):
         log.reject(party, "late", f"stage {stage}: no answer within {seconds:g} s")
 

@@ -1,0 +1,1 @@
+"""Parties who merge models they already have."""

@@ -1,0 +1,8 @@
+"""The party: all it needs is in its node config."""
+
+from flwr.clientapp import ClientApp
+
+from dare_agg.flower.secure_mod import secure_queries
+
+app = ClientApp()
+secure_queries(app)

@@ -1,0 +1,100 @@
+"""Five parties over TLS merge their own models by secure TIES; one is killed on the way."""
+
+from __future__ import annotations
+
+import json
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+
+import numpy as np
+import pytest
+from safetensors.numpy import load_file, save_file
+
+from dare_agg.flower.launch import run_app
+from dare_agg.secure.identity import new_identity, write_identity, write_public
+from dare_agg.secure.roster import make_roster, sign_roster, write_roster
+
+APP = Path(__file__).parents[1] / "apps" / "secure"
+NAMES = ["north", "south", "east", "west", "middle"]
+PASSPHRASE = "of the whole test"
+
+
+def prepare(folder: Path) -> tuple[dict[str, np.ndarray], dict[str, dict[str, np.ndarray]]]:
+    """Keys, a signed roster, a base, and a tuned model with a head of its own a party."""
+    coordinator = new_identity("coordinator")
+    write_public(folder / "coordinator.pub", "coordinator", coordinator.public)
+    members = []
+    for name in NAMES:
+        identity = new_identity(name)
+        write_identity(folder / f"{name}.key", identity, PASSPHRASE)
+        members.append((name, identity.public))
+    write_roster(folder / "roster.json", sign_roster(make_roster("five", members), coordinator))
+    (folder / "passphrase").write_text(PASSPHRASE)
+    (folder / "passphrase").chmod(0o600)
+    rng = np.random.default_rng(1)
+    base = {"body.w": rng.normal(size=(100, 200)).astype(np.float32)}
+    save_file(base, folder / "base.safetensors")
+    tuned = {}
+    for name in NAMES:
+        delta = rng.normal(0.002, 0.01, (100, 200)).astype(np.float32)
+        tuned[name] = {"body.w": base["body.w"] + delta, "head.w": rng.normal(size=(3, 2))}
+        save_file(tuned[name], folder / f"{name}.safetensors")
+    return base, tuned
+
+
+@pytest.mark.slow
+def test_secure_ties_completes_when_a_party_is_killed(federation, tmp_path: Path) -> None:
+    base, tuned = prepare(tmp_path)
+    fed = federation(names=NAMES, app=APP)
+    fed.start_superlink()
+    with ThreadPoolExecutor(5) as pool:
+        list(pool.map(fed.register, NAMES))
+    for name in NAMES:
+        fed.node_config = {
+            "secure-identity": str(tmp_path / f"{name}.key"),
+            "secure-roster": str(tmp_path / "roster.json"),
+            "secure-trust": str(tmp_path / "coordinator.pub"),
+            "secure-passphrase-file": str(tmp_path / "passphrase"),
+            "secure-state": str(tmp_path / "state"),
+            "base-path": str(tmp_path / "base.safetensors"),
+            "model-path": str(tmp_path / f"{name}.safetensors"),
+            "merged-path": str(tmp_path / f"merged-{name}.safetensors"),
+        }
+        fed.start_node(name)
+    lines: list[str] = []
+
+    def watch(line: str) -> None:
+        lines.append(line)
+        # Everyone holds everyone's shares now, and no vector has been sent.
+        if "stage share: 5 of 5" in line:
+            fed.kill_9("west")
+
+    settings = fed._settings(
+        tmp_path / "out",
+        {"base": str(tmp_path / "base.safetensors"), "roster": str(tmp_path / "roster.json")},
+    )
+    settings["stage-seconds"] = 60.0
+    status = run_app(APP, fed.home, "dep", settings, on_line=lambda line: watch(line))
+    assert status.ok, (status, lines[-30:])
+    report = json.loads((tmp_path / "out" / "report.json").read_text())
+    stayed = [name for name in NAMES if name != "west"]
+    assert sorted(report["parties"]) == sorted(report["result_at"]) == sorted(stayed)
+    assert [(r["name"], r["detail"].split(":")[0]) for r in report["rejected"]] == [
+        ("west", "stage contribute")
+    ]
+    merged = load_file(tmp_path / "out" / "merged.safetensors")["body.w"]
+    deltas = np.array([tuned[name]["body.w"] - base["body.w"] for name in stayed])
+    agree = np.sign(deltas) == np.sign(deltas.sum(0))
+    plain = 2 * (deltas * agree).sum(0) / np.maximum(agree.sum(0), 1)
+    step = merged - base["body.w"]
+    touched = step != 0
+    assert 0.45 < touched.mean() < 0.55
+    # Elements whose sum is all but zero may elect the other sign after rounding.
+    clear = touched & (np.abs(deltas.sum(0)) > 1e-4)
+    assert np.abs(step - plain)[clear].max() < 1e-4
+    for name in stayed:
+        mine = load_file(tmp_path / f"merged-{name}.safetensors")
+        assert np.array_equal(mine["body.w"], merged)
+        assert np.array_equal(mine["head.w"], tuned[name]["head.w"])
+    assert not (tmp_path / "merged-west.safetensors").exists()
+    print(json.dumps({key: report[key] for key in ("upload_bytes", "lone_share", "stage_seconds")}))

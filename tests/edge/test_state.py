@@ -61,7 +61,7 @@ def test_one_process_at_a_time_and_a_dead_one_counts_no_more(tmp_path):
     folder.claim()
 
 
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=25, deadline=None)
 @given(data=st.data())
 def test_a_damaged_newest_state_costs_one_round(tmp_path_factory, data):
     folder = StateFolder(tmp_path_factory.mktemp("state"))

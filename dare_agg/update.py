@@ -149,7 +149,7 @@ class Update:
 
     def values(self, first: int, last: int) -> FloatVector:
         """Return the decoded, unscaled survivors number ``first`` to ``last``."""
-        parts = []
+        parts: list[FloatVector] = []
         while first < last:
             group = first // GROUP
             decoded = self._group(group)

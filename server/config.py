@@ -49,7 +49,7 @@ def _kebab(name: str) -> str:
 class RunConfig(BaseModel):
     """Every key of ``[tool.flwr.app.config]``, in kebab-case there.
 
-    Keys from ``model`` on are read by the clients too; they are checked here so that a typo
+    Keys from ``task`` on are read by the clients too; they are checked here so that a typo
     fails before anyone trains.
     """
 
@@ -96,6 +96,7 @@ class RunConfig(BaseModel):
     secure_threshold: int = Field(0, ge=0)
     secure_stage_seconds: float = Field(300.0, gt=0)
 
+    task: Literal["auto", "text-classification", "image-classification"] = "auto"
     model: str = "minilm"
     data: str = "reuters-r8"
     text_column: str = "text"
@@ -110,6 +111,7 @@ class RunConfig(BaseModel):
     lora_targets: Words = ("query", "value")
     pooling: Literal["mean", "cls"] = "mean"
     length: int = Field(32, ge=2, le=8192)
+    image_size: int = Field(0, ge=0, le=4096)
     batch: int = Field(16, ge=1)
     steps: int = Field(5, ge=1)
     epochs: int = Field(0, ge=0)

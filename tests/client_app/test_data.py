@@ -14,7 +14,7 @@ def test_every_file_kind_gives_the_same_rows(review_files, kind):
     reference = load_text(str(review_files["csv"]), **COLUMNS)
     assert data.label_names == ("negative", "positive")
     assert len(data.train) == 192 and len(data.test) == 48
-    assert data.train.texts == reference.train.texts
+    assert data.train.inputs == reference.train.inputs
     assert np.array_equal(data.test.labels, reference.test.labels)
     assert set(data.train.groups) == {f"author {i}" for i in range(6)}
 
@@ -51,7 +51,7 @@ def test_unknown_data_says_what_was_tried(monkeypatch):
 
 def test_same_seed_same_rows_other_seed_other_rows(review_files):
     first, again, other = (
-        load_text(str(review_files["csv"]), **COLUMNS, seed=seed).train.texts for seed in (1, 1, 2)
+        load_text(str(review_files["csv"]), **COLUMNS, seed=seed).train.inputs for seed in (1, 1, 2)
     )
     assert first == again != other
 

@@ -39,13 +39,13 @@ def task_identity():
 
 @pytest.fixture
 def run(tiny_model, review_files, tmp_path):
-    def go(clients=3, node_config=None, **changes):
+    def go(clients=3, node_config=None, into="run", **changes):
         raw = RunConfig().model_dump(by_alias=True) | {
             "model": str(tiny_model),
             "data": str(review_files["csv"]),
             "text-column": "review",
             "label-column": "tone",
-            "output": str(tmp_path / "run"),
+            "output": str(tmp_path / into),
             "num-rounds": 3,
             "partition": "iid",
             "min-clients": clients,
@@ -60,7 +60,7 @@ def run(tiny_model, review_files, tmp_path):
         grid = GRID(client_app, clients, run_config=raw, node_config=node_config)
         context = Context(1, 1, {}, RecordDict(), raw)
         run_server(grid, context)
-        folder = tmp_path / "run"
+        folder = tmp_path / into
         rows = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
         return folder, rows, json.loads((folder / "run.json").read_text())
 
@@ -92,9 +92,11 @@ def test_methods_run_one_after_another_on_the_same_start(run):
 
 @pytest.mark.slow
 def test_same_seed_same_final_fingerprint(run):
-    prints = [run(num_rounds=2, save_model=False)[2]["fingerprints"] for _ in range(2)]
-    assert prints[0] == prints[1]
-    assert run(num_rounds=2, seed=1, save_model=False)[2]["fingerprints"] != prints[0]
+    first, again, other = (
+        run(num_rounds=2, seed=seed, save_model=False, into=name)[2]["fingerprints"]
+        for name, seed in (("first", 0), ("again", 0), ("other", 1))
+    )
+    assert first == again != other
 
 
 @pytest.mark.slow

@@ -1,0 +1,48 @@
+"""What goes on a pretrained model: a seeded linear head, and adapters where asked for."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+
+from client.config import TaskConfig
+from dare_agg.errors import ConfigError
+
+
+def linear_head(width: int, labels: int, seed: int) -> Any:
+    """Make a linear layer with weights of N(0, 0.02²) from the seed and a bias of 0."""
+    import torch
+
+    head = torch.nn.Linear(width, labels)
+    rng = np.random.default_rng(np.random.SeedSequence([seed, 20]))
+    start = rng.standard_normal((labels, width)).astype(np.float32) * np.float32(0.02)
+    with torch.no_grad():
+        head.weight.copy_(torch.from_numpy(start))
+        head.bias.zero_()
+    return head
+
+
+def with_adapters(encoder: Any, config: TaskConfig) -> Any:
+    """Return the encoder, with LoRA adapters on ``lora_targets`` where the method is "lora".
+
+    Raises `ConfigError` where no module has such a name.
+    """
+    if config.method != "lora":
+        return encoder
+    import torch
+    from peft import LoraConfig, get_peft_model
+
+    settings = LoraConfig(
+        r=config.lora_rank,
+        lora_alpha=config.lora_alpha,
+        target_modules=list(config.lora_targets),
+    )
+    torch.manual_seed(config.seed)
+    try:
+        return get_peft_model(encoder, settings)
+    except ValueError as error:
+        raise ConfigError(
+            f"lora-targets {', '.join(config.lora_targets)} do not fit model {config.model!r}: "
+            f"{' '.join(str(error).split())[:200]}"
+        ) from error

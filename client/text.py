@@ -1,0 +1,73 @@
+"""Text classification: tokens of a pretrained encoder, pooled, under a linear head."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+from client.config import TaskConfig
+from client.head import linear_head, with_adapters
+from client.models import IMAGES, MODELS, model_path
+from client.rows import Indices, Rows
+from dare_agg.errors import ConfigError
+
+
+def text_reader(config: TaskConfig, rows: Rows) -> Callable[[Indices], tuple[Any, ...]]:
+    """Tokenise all rows once; the reader gives (ids, attention mask) of those asked for."""
+    import torch
+    from transformers import AutoTokenizer
+
+    tokenizer = AutoTokenizer.from_pretrained(model_path(config.model))
+    coded = tokenizer(
+        list(rows.inputs) or [""],
+        truncation=True,
+        max_length=config.length,
+        padding="max_length",
+        return_tensors="pt",
+    )
+    ids, attention = coded["input_ids"], coded["attention_mask"]
+
+    def read(at: Indices) -> tuple[Any, ...]:
+        chosen = torch.from_numpy(at)
+        return ids[chosen], attention[chosen]
+
+    return read
+
+
+def text_model(config: TaskConfig, labels: int) -> Any:
+    """Load the encoder and put a seeded linear head on its pooled token states."""
+    import torch
+    from transformers import AutoModel
+    from transformers.utils import logging
+
+    row = MODELS.get(config.model)
+    if row is not None and row.task == IMAGES:
+        raise ConfigError(f"model {config.model!r} sees images; data {config.data!r} is text")
+    logging.disable_progress_bar()
+    folder = model_path(config.model)
+    torch.manual_seed(config.seed)  # for what the checkpoint lacks, such as a pooler
+    try:
+        encoder = AutoModel.from_pretrained(
+            folder, dtype=torch.float32, attn_implementation="eager"
+        )
+    except (OSError, ValueError) as error:
+        raise ConfigError(
+            f"model {folder!r} cannot be loaded: {' '.join(str(error).split())[:200]}; give a "
+            "Hugging Face folder, or a name while a hub can be reached"
+        ) from error
+    encoder = with_adapters(encoder, config)
+
+    class EncoderWithHead(torch.nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.encoder = encoder
+            self.head = linear_head(encoder.config.hidden_size, labels, config.seed)
+
+        def forward(self, ids: Any, attention: Any) -> Any:
+            states = self.encoder(input_ids=ids, attention_mask=attention).last_hidden_state
+            if config.pooling == "cls":
+                return self.head(states[:, 0])
+            mask = attention.unsqueeze(-1).to(states.dtype)
+            return self.head((states * mask).sum(1) / mask.sum(1).clamp(min=1))
+
+    return EncoderWithHead()

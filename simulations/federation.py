@@ -16,7 +16,7 @@ import subprocess
 import sys
 import time
 import urllib.request
-from collections.abc import Callable, Collection, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -283,17 +283,13 @@ def calm_report(
     names: Sequence[str],
     output: Path,
     *,
-    lost: Collection[tuple[int, str]] = (),
     node_config: Mapping[str, bool | int | float | str] | None = None,
     **config: object,
 ) -> dict[str, Any]:
-    """Run the edge app in memory: the reference of a deterministic run.
-
-    ``lost`` names the (round, client) whose update does not arrive.
-    """
+    """Run the edge app in memory, undisturbed: the reference of a deterministic run."""
     import tomllib
 
-    from flwr.app import ConfigRecord, Context, Message, RecordDict
+    from flwr.app import Context, RecordDict
 
     from simulations.memory_grid import MemoryGrid, pretend_task
 
@@ -310,17 +306,9 @@ def calm_report(
         **{key.replace("_", "-"): value for key, value in config.items()},
     }
     cache = str(output / "cache")
-
-    def lose(number: int, reply: Message) -> Message:
-        receipt = reply.content.config_records.get("dare.reply") if reply.has_content() else None
-        if receipt is not None and (receipt.get("round"), names[number]) in lost:
-            reply.content["dare.reply"] = ConfigRecord({"refused": "lost"})
-        return reply
-
     grid = MemoryGrid(
         client_app.app,
         len(names),
-        tamper=lose,
         node_config=lambda number: {
             "client-name": names[number],
             "cache": cache,

@@ -51,7 +51,8 @@ class SlowLink:
     """A line to namespace ``prefix`` runs commands in; use it as a context.
 
     Rates in kbit/s (up: from the namespace); ``delay`` in seconds and ``loss`` as a share,
-    both each way: a ping takes twice the delay. ``carried`` counts the bytes of IP packets up and down.
+    both each way: a ping takes twice the delay. ``carried`` counts the bytes of IP packets up
+    and down.
     """
 
     number: int

@@ -104,6 +104,7 @@ def documented(tmp_path):
         stop_group(process, 10)
 
 
+@pytest.mark.federation
 @pytest.mark.slow
 def test_the_documented_deployment_survives_kill_9(documented, tmp_path):
     for place in range(2):

@@ -6,6 +6,7 @@ from simulations.federation import calm_report, read_report
 from simulations.link import SlowLink, why_not
 
 
+@pytest.mark.federation
 @pytest.mark.slow
 def test_rounds_complete_over_a_slow_lossy_link(federation, tmp_path):
     if reason := why_not():

@@ -42,6 +42,7 @@ def prepare(folder: Path) -> tuple[dict[str, np.ndarray], dict[str, dict[str, np
     return base, tuned
 
 
+@pytest.mark.federation
 @pytest.mark.slow
 def test_secure_ties_completes_when_a_party_is_killed(federation, tmp_path: Path) -> None:
     base, tuned = prepare(tmp_path)

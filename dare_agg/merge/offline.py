@@ -56,6 +56,8 @@ from dare_agg.merge.task import FIXED_BLOCK, Scratch, is_sparse
 from dare_agg.merge.thresholds import kth_smallest
 
 TILE = 1 << 16
+# The label of mask keys that follow from a seed and a delta's contents.
+UPDATE_MASK = "update file mask"
 # Listing survivors has a cost for each tile, so sparse merges take larger ones.
 SPARSE_TILE = 1 << 18
 # Elements looked at for the range check, in runs of neighbours.
@@ -291,21 +293,24 @@ def _limits(source: DeltaSource, spans: list[tuple[int, int]], ranks: list[int])
 
 
 def mask_keys(opened: list[_Opened], seed: int) -> list[bytes]:
-    """A mask key for each model: from its own seed, or from ``seed`` and its content.
+    """A mask key for each model, from its own seed or ``seed``, and its content.
 
-    Models of equal content get different keys, numbered in their order by weight.
+    It is the key that ``dare-agg diff`` with that seed uses, so a merge of update files (in
+    f32) equals that of the models. Models of equal content and seed get different keys,
+    numbered in their order by weight.
     """
-    names = [sketch(m.source) for m in opened]
+    seeds = [seed if m.given.seed is None else m.given.seed for m in opened]
+    names = list(zip(seeds, (sketch(m.source) for m in opened), strict=True))
     keys = []
-    for number, (model, name) in enumerate(zip(opened, names, strict=True)):
-        if model.given.seed is not None:
-            keys.append(derive_key(seed_secret(model.given.seed), "offline mask"))
-            continue
+    for number, (own, content) in enumerate(names):
         twins = sorted(
-            (opened[i].given.weight or 0.0, i) for i, other in enumerate(names) if other == name
+            (opened[i].given.weight or 0.0, i)
+            for i, other in enumerate(names)
+            if other == (own, content)
         )
         twin = [i for _, i in twins].index(number)
-        keys.append(derive_key(seed_secret(seed), "offline mask of a model", name, twin))
+        key = derive_key(seed_secret(own), UPDATE_MASK, content)
+        keys.append(key if not twin else derive_key(key, "twin", twin))
     return keys
 
 
@@ -396,7 +401,8 @@ def range_warnings(opened: list[_Opened], recipe: Recipe) -> list[str]:
         * (size - min(_RUN, size))
         // max(1, -(-count // _RUN) - 1)
     )
-    blocks = (starts[:, None] + np.arange(min(_RUN, size))).reshape(-1)
+    # In a small model the runs overlap; positions must ascend.
+    blocks = np.unique(starts[:, None] + np.arange(min(_RUN, size)))
     samples = []
     for model in opened:
         picked = take(model.source, blocks)

@@ -52,6 +52,8 @@ MARK = "DARE_AGG_WARM_TRAINER"
 IDLE_SECONDS = 1800.0
 START_SECONDS = 120.0
 UNLIMITED = (("grpc.max_send_message_length", -1), ("grpc.max_receive_message_length", -1))
+# What a Unix socket's address holds (sun_path of Linux, less its end).
+_LONGEST_SOCKET = 107
 _HEAD = struct.Struct("<QQQ")  # task id, bytes of the message, bytes of the context
 
 
@@ -119,6 +121,12 @@ def private_folder() -> Path:
     found = folder.lstat()
     if not stat.S_ISDIR(found.st_mode) or found.st_uid != os.getuid() or found.st_mode & 0o077:
         raise RunError(f"{folder} is not a folder of this user alone (mode 700); remove it")
+    longest = len(os.fsencode(folder)) + len("/0123456789abcdef.sock")
+    if longest > _LONGEST_SOCKET:
+        raise RunError(
+            f"a socket in {folder} has a path of {longest} bytes, at most {_LONGEST_SOCKET} work; "
+            "set XDG_RUNTIME_DIR or TMPDIR to a shorter one"
+        )
     return folder
 
 

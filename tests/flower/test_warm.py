@@ -1,10 +1,13 @@
 """The warm trainer: same answers from one process, and nothing is lost when it dies."""
 
 import os
+import shutil
 import signal
 import sys
+import tempfile
 import textwrap
 import time
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -38,8 +41,8 @@ APP = """
 def node(tmp_path, monkeypatch):
     """A node of the toy app; its trainer ends with the test."""
     (tmp_path / "warm_toy.py").write_text(textwrap.dedent(APP))
-    (tmp_path / "run").mkdir()
-    monkeypatch.setenv("XDG_RUNTIME_DIR", str(tmp_path / "run"))
+    short = Path(tempfile.mkdtemp(prefix="warm"))  # pytest's folders are too long for sockets
+    monkeypatch.setenv("XDG_RUNTIME_DIR", str(short))
     monkeypatch.syspath_prepend(str(tmp_path))
     import warm_toy
 
@@ -62,6 +65,7 @@ def node(tmp_path, monkeypatch):
     for path in warm.private_folder().glob("*.sock"):
         path.unlink()  # a trainer without its socket ends
     sys.modules.pop("warm_toy")
+    shutil.rmtree(short)
 
 
 def test_one_process_answers_all_messages_and_state_comes_back(node):
@@ -78,6 +82,7 @@ def test_one_process_answers_all_messages_and_state_comes_back(node):
 def test_a_killed_trainer_is_started_again_and_nothing_is_lost(node):
     one = node()
     first = one.metrics()
+    assert first["pid"] != os.getpid()
     os.kill(first["pid"], signal.SIGKILL)
     second = one.metrics()
     assert second["pid"] not in (first["pid"], os.getpid())
@@ -112,11 +117,21 @@ def test_an_unused_trainer_ends(node):
     pytest.fail("it is still there")
 
 
-def test_a_folder_that_others_can_open_is_refused(tmp_path, monkeypatch):
-    monkeypatch.setenv("XDG_RUNTIME_DIR", str(tmp_path))
+def test_a_folder_too_deep_for_a_socket_is_refused(tmp_path, monkeypatch):
+    deep = tmp_path / ("d" * 100)
+    deep.mkdir()
+    monkeypatch.setenv("XDG_RUNTIME_DIR", str(deep))
+    with pytest.raises(RunError, match="at most 107"):
+        warm.private_folder()
+
+
+def test_a_folder_that_others_can_open_is_refused(monkeypatch):
+    short = tempfile.mkdtemp(prefix="warm")
+    monkeypatch.setenv("XDG_RUNTIME_DIR", short)
     warm.private_folder().chmod(0o755)
     with pytest.raises(RunError, match="user alone"):
         warm.private_folder()
+    shutil.rmtree(short)
 
 
 def test_a_call_that_was_cut_is_refused():

@@ -37,11 +37,11 @@ def contribution(p: int, group: Consortium) -> Contribution:
     )
 
 
-def begin(group: Consortium, folder: Path) -> SecureServer:
+def begin(group: Consortium, folder: Path, keep: bool = True) -> SecureServer:
     server = SecureServer(group.terms, group.roster)
     for p in group.terms.cohort:
         policy = SecurePolicy(BASE, LAYOUT)
-        mine = contribution(p, group)
+        mine = contribution(p, group) if keep else None
         server.take(party(group, p, folder).advertise(group.terms.encode(), policy, mine))
     return server
 
@@ -109,7 +109,7 @@ def test_no_step_twice_and_no_second_cohort(tmp_path: Path) -> None:
 
 def test_a_delta_of_another_size_is_refused(tmp_path: Path) -> None:
     group = consortium(4)
-    server = begin(group, tmp_path)
+    server = begin(group, tmp_path, keep=False)
     for p, request in server.close().items():
         server.take(party(group, p, tmp_path).answer("share", group.terms.session, request))
     request = server.close()[1]

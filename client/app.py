@@ -110,8 +110,7 @@ def evaluate(msg: Message, context: Context) -> Message:
 def _state(msg: Message, task: Classification) -> dict[str, np.ndarray]:
     """The received state; a head of another task's shape gives way to this task's own."""
     received = {name: array.numpy() for name, array in msg.content["arrays"].items()}  # type: ignore[union-attr]
-    own = task.initial_state()
-    for name, array in own.items():
+    for name, array in task.initial.items():
         other_head = name.startswith("head.") and name in received
         if name not in received or (other_head and received[name].shape != array.shape):
             received[name] = array

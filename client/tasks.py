@@ -155,18 +155,23 @@ class Classification:
         return {n: p for n, p in named.items() if n.startswith("head.")}
 
     def initial_state(self) -> State:
+        return {name: array.copy() for name, array in self.initial.items()}
+
+    @property
+    def initial(self) -> Mapping[str, NDArray]:
+        """The initial state itself, not to be changed."""
         import torch
 
         torch.set_num_threads(1)
         _keep_freed_memory()
         if not hasattr(self, "_initial"):
             self._initial = {n: p.detach().numpy().copy() for n, p in self._names().items()}
-        return {name: array.copy() for name, array in self._initial.items()}
+        return self._initial
 
     def _place(self, state: Mapping[str, NDArray]) -> dict[str, Any]:
         import torch
 
-        self.initial_state()
+        _ = self.initial  # kept before anything is placed
         named = self._names()
         with torch.no_grad():
             for name, parameter in named.items():
@@ -174,7 +179,10 @@ class Classification:
                     raise ConfigError(
                         f"state has no tensor {name!r}; it was made for another model"
                     )
-                parameter.copy_(torch.from_numpy(np.array(state[name], np.float32)))
+                values = np.asarray(state[name], np.float32)
+                if not values.flags.writeable:  # torch warns of those
+                    values = values.copy()
+                parameter.copy_(torch.from_numpy(values))
         return named
 
     def _precision(self) -> Any:
@@ -235,6 +243,9 @@ class Classification:
             optimizer.step()
             schedule.step()
             losses.append(float(loss.detach()))
+        # Gradients and moments are three more models: they go before copies are made.
+        del optimizer, schedule, loss, scores
+        model.zero_grad(set_to_none=True)
         trained = {name: p.detach().numpy().copy() for name, p in named.items()}
         return trained, len(rows), {"train-loss": float(np.mean(losses))}
 

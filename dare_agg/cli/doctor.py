@@ -119,10 +119,13 @@ def _bundle(app: Path | None) -> list[Check]:
     import tomllib
 
     from dare_agg.errors import DareError
-    from dare_agg.flower.launch import find_app
 
     try:
+        from dare_agg.flower.launch import find_app
+
         folder = find_app(app)
+    except ModuleNotFoundError:
+        return [("app", False, "not looked at", "install Flower first, see above")]
     except DareError as error:
         return [("app", False, "not found", str(error))]
     with (folder / "pyproject.toml").open("rb") as file:

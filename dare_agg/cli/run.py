@@ -106,6 +106,23 @@ def parse_overrides(pairs: list[str]) -> dict[str, bool | int | float | str]:
     return overrides
 
 
+def absolute_paths(settings: dict[str, bool | int | float | str]) -> None:
+    """Make files and folders named from here absolute: Flower's processes run elsewhere.
+
+    A word that names nothing here (a built-in data set, a hub's name) stays as it is.
+    """
+    for key in ("data", "model", "initial", "identities", "secure-models"):
+        words = str(settings.get(key, "")).split(",")
+        found = [
+            str(Path(word.strip()).absolute())
+            if word.strip() and Path(word.strip()).exists()
+            else word
+            for word in words
+        ]
+        if found != words:
+            settings[key] = ",".join(found)
+
+
 def practice(folder: Path, clients: int, settings: dict) -> str:
     """Give simulated clients keys of their own; returns the roster's path."""
     import os
@@ -151,6 +168,7 @@ def execute(folder, overrides, *, app=None, clients=10, cpus=1, federation="",  
                 )
             launch.write_connection(home, "run", connection)
             return launch.run_app(source, home, "run", settings, on_line=on_line)
+        absolute_paths(settings)
         if settings.get("secure"):
             settings["secure-roster"] = practice(folder / "keys", clients, settings)
         with launch.simulation_superlink(home) as address:

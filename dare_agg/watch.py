@@ -90,6 +90,11 @@ def _replace(path: Path, text: str) -> None:
     os.replace(draft, path)
 
 
+def planned_rounds(config: Mapping[str, Any]) -> int:
+    """Return how many rounds each method takes, 0 where that is unknown; a merge takes one."""
+    return 1 if config.get("secure-merge") else int(config.get("num-rounds", 0))
+
+
 def seconds_left(rows: Sequence[Row], config: Mapping[str, Any]) -> float | None:
     """Estimate the rest of a run from its last rounds; None before there is one.
 
@@ -97,7 +102,7 @@ def seconds_left(rows: Sequence[Row], config: Mapping[str, Any]) -> float | None
     those of another may not be: they count as long as those seen.
     """
     methods = config.get("methods") or [""]
-    total = int(config.get("num-rounds", 0)) * len(methods)
+    total = planned_rounds(config) * len(methods)
     if not rows or not total:
         return None
     each = statistics.median(float(row.get("round_seconds") or 0.0) for row in rows[-8:])

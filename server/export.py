@@ -40,17 +40,13 @@ def export_model(
     """Write ``folder`` with model.safetensors, head.safetensors, configuration and README.md.
 
     Encoder tensors lose their "encoder." prefix, so ``AutoModel.from_pretrained(folder)``
-    loads them; LoRA adapters and the head keep their names in head.safetensors. The folder
-    appears whole or not at all.
+    loads them; LoRA adapters and the head keep their names in head.safetensors. Where no
+    encoder tensor was trained, the base's own are copied. The folder appears whole or not at all.
     """
     draft = folder.with_name(folder.name + ".part")
     shutil.rmtree(draft, ignore_errors=True)
     draft.mkdir(parents=True)
     base = base_folder(model)
-    if base is not None:
-        for path in base.iterdir():
-            if path.is_file() and path.suffix in (".json", ".txt", ".model"):
-                shutil.copy(path, draft / path.name)
     encoder = {
         name.removeprefix(ENCODER): np.ascontiguousarray(array)
         for name, array in arrays.items()
@@ -62,6 +58,13 @@ def export_model(
         if name.removeprefix(ENCODER) not in encoder
     }
     metadata = {"format": "pt", "made_by": f"dare-agg {__version__}"}
+    if base is not None:
+        for path in base.iterdir():
+            # Where only the head or adapters travelled, the encoder is the base's own.
+            weights = path.name.endswith((".safetensors", ".safetensors.index.json"))
+            kind = path.suffix in (".json", ".txt", ".model") or weights
+            if path.is_file() and kind and not (weights and encoder):
+                shutil.copy(path, draft / path.name)
     if encoder:
         save_file(encoder, draft / "model.safetensors", metadata)
     if rest:

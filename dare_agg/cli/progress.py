@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from dare_agg.cli.output import human_bytes
-from dare_agg.watch import Mirror, rejections, seconds_left
+from dare_agg.watch import Mirror, planned_rounds, rejections, seconds_left
 
 if TYPE_CHECKING:
     from rich.console import Console
@@ -70,7 +70,7 @@ def load_config(folder: Path) -> dict[str, Any]:
 def _round_line(row: dict[str, Any], rows: list[dict[str, Any]], config: dict[str, Any]) -> str:
     accuracy = row.get("accuracy")
     shown = f"accuracy {accuracy:.3f}, " if isinstance(accuracy, float) else ""
-    total = f" of {config['num-rounds']}" if "num-rounds" in config else ""
+    total = f" of {planned}" if (planned := planned_rounds(config)) else ""
     rejected = f" ({len(row['rejected'])} rejected: {rejections(row)})" if row["rejected"] else ""
     left = seconds_left(rows, config)
     up, down = (human_bytes(row[f"{way}_bytes_per_client"]) for way in ("upload", "download"))

@@ -54,7 +54,7 @@ class SessionLog:
 
     def reject(self, party: int, reason: str, detail: str) -> None:
         self.rejections.append(Rejection(party, reason, detail))
-        LOG.warning("secure sum: party %d is out: %s: %s", party, reason, detail)
+        LOG.warning("secure sum: party %d rejected: %s: %s", party, reason, detail)
 
 
 def query(content: RecordDict, node: int, seconds: float) -> Message:

@@ -114,7 +114,12 @@ def test_exported_encoder_loads_with_transformers(run):
 def test_lora_sends_adapters_only(run):
     folder, rows, _ = run(train="lora", num_rounds=2, methods="fedavg")
     assert rows[-1]["update_bytes_per_client"] < 20_000
-    assert not (folder / "model-fedavg" / "model.safetensors").exists()
+    # The folder loads by itself: the base's own encoder beside what was trained.
+    saved = folder / "model-fedavg"
+    encoder = load_file(saved / "model.safetensors")
+    trained = load_file(saved / "head.safetensors")
+    assert encoder and not any("lora_" in name for name in encoder)
+    assert any("lora_" in name for name in trained)
 
 
 def test_clients_of_different_tasks_share_one_encoder(run, tmp_path):

@@ -4,8 +4,8 @@
     python -m simulations.merging
 
 The first makes what is missing of ``simulations/results/merging.jsonl``, the second prints
-it as a Markdown table. Each task is tuned once; the seeds draw DARE's masks (what has no
-randomness is done once). The encoders are merged, each task keeps its own head. Fisher and
+it as a Markdown table. A seed tunes a model of its own for each task and draws DARE's masks.
+The encoders are merged, each task keeps its own head. Fisher and
 RegMean get statistics of the very models they merge (of the DARE'd ones where DARE is used,
 as in the paper's code), on training rows.
 """
@@ -14,7 +14,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
-from statistics import mean, stdev
+from statistics import mean
 from typing import Any
 
 import numpy as np
@@ -37,7 +37,7 @@ def run_row(row: Any) -> dict[str, Any]:
 
     settings = row.settings
     models = {
-        name: tuned_state({"data": data, **settings["task"]})
+        name: tuned_state({"data": data, **settings["task"]}, row.seed)
         for name, data in settings["tasks"].items()
     }
     base = next(iter(models.values()))[1]
@@ -59,8 +59,6 @@ def run_row(row: Any) -> dict[str, Any]:
 
     points = []
     for rate in settings["drop_rates"]:
-        if rate == "0" and row.seed:
-            continue
         deltas = {name: dropped(delta, rate, row.seed, name) for name, delta in whole.items()}
         statistics = {
             name: collect(models[name][0], layout, start + delta, heads[name], settings)
@@ -86,10 +84,9 @@ def run_row(row: Any) -> dict[str, Any]:
                     }
                 )
     bounds = {"single": {}, "base": {}}
-    if not row.seed:
-        for name, delta in whole.items():
-            bounds["single"] |= score(start + delta, (name,))
-            bounds["base"] |= score(start, (name,))
+    for name, delta in whole.items():
+        bounds["single"] |= score(start + delta, (name,))
+        bounds["base"] |= score(start, (name,))
     return {
         "accuracy": max(point["accuracy"] for point in points),
         **bounds,
@@ -155,52 +152,11 @@ def merged(
     return result
 
 
-def table(rows: Sequence[Mapping[str, Any]]) -> str:
-    """Mean accuracy over the merged tasks (± standard deviation over seeds), as Markdown."""
-    columns: list[tuple[str, str]] = []
-    scores: dict[tuple[str, float], dict[tuple[str, str], list[float]]] = {}
-    alone: dict[str, list[float]] = {}
-    untouched: dict[str, list[float]] = {}
-    for row in rows:
-        for point in row["points"]:
-            tasks = " + ".join(point["tasks"])
-            column = (tasks, point["drop_rate"])
-            if column not in columns:
-                columns.append(column)
-            own = scores.setdefault((point["method"], point["scaling"]), {})
-            own.setdefault(column, []).append(point["accuracy"])
-        if not row["single"]:
-            continue
-        for tasks in dict.fromkeys(" + ".join(p["tasks"]) for p in row["points"]):
-            names = tasks.split(" + ")
-            alone.setdefault(tasks, []).append(mean(row["single"][n] for n in names))
-            untouched.setdefault(tasks, []).append(mean(row["base"][n] for n in names))
-    columns.sort(key=lambda c: (c[0].count("+"), c[0], float(c[1])))
-    heads = [f"{tasks}{'' if rate == '0' else f', DARE {rate}'}" for tasks, rate in columns]
-    lines = [f"| method | {' | '.join(heads)} |", "|---" * (len(heads) + 1) + "|"]
-    for (method, scaling), own in scores.items():
-        words = method if scaling == 1 else f"{method}, λ {scaling:g}"
-        lines.append(f"| {words} | {' | '.join(_shown(own.get(c)) for c in columns)} |")
-    for words, found in (
-        ("each task's own model", alone),
-        ("base with each task's head", untouched),
-    ):
-        cells = [_shown(found[tasks]) if rate == "0" else "" for tasks, rate in columns]
-        lines.append(f"| *{words}* | {' | '.join(cells)} |")
-    return "\n".join(lines)
-
-
-def _shown(values: Sequence[float] | None) -> str:
-    if not values:
-        return "–"
-    spread = f" ± {100 * stdev(values):.1f}" if len(values) > 1 else ""
-    return f"{100 * mean(values):.1f}{spread}"
-
-
 def main() -> None:
     from simulations.run import read_rows
+    from simulations.tables import merging_table
 
-    print(table(read_rows(RESULTS)))
+    print(merging_table(read_rows(RESULTS)))
 
 
 if __name__ == "__main__":

@@ -77,9 +77,11 @@ def single_plot(rows: Rows, path: Path) -> Path:
     from matplotlib.figure import Figure
 
     cells = by_cell(rows)
-    figure = Figure(figsize=(3.3 * len(cells), 3.6))
+    across = min(3, len(cells))
+    down = -(-len(cells) // across)
+    figure = Figure(figsize=(3.3 * across, 3.3 * down))
     for place, (cell, own) in enumerate(cells.items(), 1):
-        axes = figure.add_subplot(1, len(cells), place)
+        axes = figure.add_subplot(down, across, place)
         curves: dict[str, dict[float, list[float]]] = defaultdict(lambda: defaultdict(list))
         for row in own:
             for point in row["points"]:
@@ -90,17 +92,18 @@ def single_plot(rows: Rows, path: Path) -> Path:
             x = sorted(points)
             axes.plot(x, [np.mean(points[v]) for v in x], marker="osD^vP"[index % 6], markersize=4,
                       color=COLOURS[(index + 2) % len(COLOURS)], label=sweep)  # fmt: skip
-        ends = {p["sweep"]: p["accuracy"] for p in own[0]["points"][:2]}
-        for name, style in (("tuned", "--"), ("base", ":")):
-            axes.axhline(100 * ends[name], color="#6b7280", linestyle=style, linewidth=1)
+        for end, style in ((0, "--"), (1, ":")):  # tuned, base
+            height = 100 * np.mean([row["points"][end]["accuracy"] for row in own])
+            axes.axhline(height, color="#6b7280", linestyle=style, linewidth=1)
         axes.set_title(cell, fontsize=10)
         axes.set_xticks([-math.log10(1 - p) for p in (0.1, 0.5, 0.9, 0.99, 0.999)])
         axes.set_xticklabels([".1", ".5", ".9", ".99", ".999"], fontsize=8)
         axes.tick_params(axis="y", labelsize=8)
         axes.set_xlabel("drop rate", fontsize=9)
         axes.grid(True, color="#e6eaf2", linewidth=0.8)
-        if place == 1:
+        if (place - 1) % across == 0:
             axes.set_ylabel("test accuracy, %", fontsize=9)
+        if place == 1:
             axes.legend(frameon=False, fontsize=7.5, loc="lower left")
     return _save(figure, path)
 

@@ -46,7 +46,7 @@ KINDS: Mapping[str, tuple[str, Mapping[str, Any]]] = {
     ),
     "single": (
         "simulations.single",
-        {"sweeps": [], "drop_rates": [], "task": {}},
+        {"sweeps": [], "drop_rates": [], "task": {}, "wrong_base": {}},
     ),
     "merging": (
         "simulations.merging",

@@ -1,7 +1,9 @@
 """One fine-tuned model: what is left of it after its delta was dropped from.
 
-The paper's first finding. The model is tuned once and kept under the cache folder
-(``DARE_AGG_CACHE``, default ``~/.cache/dare-agg``); seeds draw the masks.
+The paper's first finding. A seed tunes a model of its own (head, rows drawn, order) and draws
+the masks; tuned models are kept under the cache folder (``DARE_AGG_CACHE``, default
+``~/.cache/dare-agg``). ``wrong_base`` names a task whose tuned model is taken for the base:
+the paper's case of models that do not share one.
 """
 
 from __future__ import annotations
@@ -33,16 +35,17 @@ def cache_folder() -> Path:
     return Path(os.environ.get("DARE_AGG_CACHE", "~/.cache/dare-agg")).expanduser()
 
 
-def tuned_state(settings: Mapping[str, Any]) -> tuple[Any, State, State]:
+def tuned_state(settings: Mapping[str, Any], seed: int = 0) -> tuple[Any, State, State]:
     """Return (task, base state, tuned state); trains once, then reads the cached file."""
     from safetensors.numpy import load_file, save_file
 
-    task = build(dict(settings), 0)
+    task = build(dict(settings), seed)
     base = task.initial_state()
-    name = hashlib.sha256(json.dumps(dict(settings), sort_keys=True).encode()).hexdigest()[:12]
+    words = json.dumps([dict(settings), seed], sort_keys=True)
+    name = hashlib.sha256(words.encode()).hexdigest()[:12]
     path = cache_folder() / f"{task.data.name}-{name}.safetensors"
     if not path.is_file():
-        tuned, _, _ = task.train(base, np.arange(len(task.train_rows)), seed=(0, 1))
+        tuned, _, _ = task.train(base, np.arange(len(task.train_rows)), seed=(seed, 1))
         path.parent.mkdir(parents=True, exist_ok=True)
         partial = path.with_suffix(f".{os.getpid()}.part")
         save_file(dict(tuned), str(partial))
@@ -76,10 +79,12 @@ def dropped(
 
 
 def run_row(row: Any) -> dict[str, Any]:
-    """Measure accuracy by sweep and drop rate on one task, with the masks of one seed."""
+    """Measure accuracy by sweep and drop rate on one task, with model and masks of one seed."""
     settings = row.settings
-    task, base, tuned = tuned_state(settings["task"])
+    task, base, tuned = tuned_state(settings["task"], row.seed)
     layout = body_layout(base)
+    if settings["wrong_base"]:
+        base = tuned_state(settings["wrong_base"], row.seed)[2]
     start, delta = layout.flatten(base), layout.flatten(tuned)
     delta -= start
     heads = {name: array for name, array in tuned.items() if name not in layout}
@@ -92,8 +97,6 @@ def run_row(row: Any) -> dict[str, Any]:
         {"sweep": "base", "drop_rate": "1", "accuracy": score(start)},
     ]
     for sweep in settings["sweeps"]:
-        if row.seed and sweep.startswith("magnitude"):
-            continue  # no randomness in it
         for rate in settings["drop_rates"]:
             vector = dropped(sweep, start, delta, rate, layout, row.seed)
             points.append({"sweep": sweep, "drop_rate": rate, "accuracy": score(vector)})

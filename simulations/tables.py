@@ -128,43 +128,44 @@ def traffic_table(rows: Rows) -> str:
     return markdown(columns, lines)
 
 
+SINGLE_RATES = ("0.1", "0.3", "0.5", "0.7", "0.9", "0.99", "0.999")
+
+
 def single_table(rows: Rows) -> str:
-    """Accuracy by sweep and drop rate, mean over the masks, one block a task."""
-    rates: list[str] = []
-    scores: dict[tuple[str, str], dict[str, list[float]]] = {}
-    for row in rows:
-        for point in row["points"]:
-            key = (row["cell"], point["sweep"])
-            rate = point["drop_rate"]
-            if point["sweep"] in ("tuned", "base"):
-                continue
-            if rate not in rates:
-                rates.append(rate)
-            scores.setdefault(key, {}).setdefault(rate, []).append(point["accuracy"])
-    ends = {row["cell"]: {p["sweep"]: p["accuracy"] for p in row["points"][:2]} for row in rows}
+    """Accuracy by sweep and drop rate, mean over the seeds, one block a task."""
     lines = []
-    for (cell, sweep), own in scores.items():
-        tuned, base = ends[cell]["tuned"], ends[cell]["base"]
-        cells = [shown(own[rate]) if rate in own else "–" for rate in rates]
-        lines.append((f"{cell} ({100 * tuned:.1f} tuned, {100 * base:.1f} base)", sweep, *cells))
-    return markdown(("Task", "Way", *(f"p={rate}" for rate in rates)), lines)
+    for cell, own in by_cell(rows).items():
+        scores: dict[str, dict[str, list[float]]] = defaultdict(lambda: defaultdict(list))
+        for row in own:
+            for point in row["points"]:
+                scores[point["sweep"]][point["drop_rate"]].append(point["accuracy"])
+        tuned, base = (shown(scores.pop(end)[p]) for end, p in (("tuned", "0"), ("base", "1")))
+        lines.append((f"**{cell}**: tuned {tuned}, base {base}", *("" for _ in SINGLE_RATES)))
+        for sweep, points in scores.items():
+            cells = (shown(points[rate]) if rate in points else "–" for rate in SINGLE_RATES)
+            lines.append((sweep, *cells))
+    return markdown(("", *(f"p = {rate}" for rate in SINGLE_RATES)), lines)
 
 
 def delta_table(rows: Rows) -> str:
-    """The range of each tuned model's delta."""
+    """The range of each tuned model's delta, mean over the seeds."""
     lines = []
-    for row in rows:
-        if row["seed"]:
-            continue
-        q = row["delta"]["quantiles"]
+    for cell, own in by_cell(rows).items():
+
+        def average(*path: str, own: Rows = own) -> float:
+            found: list[Any] = [row["delta"] for row in own]
+            for key in path:
+                found = [value[key] for value in found]
+            return math.fsum(found) / len(found)
+
         lines.append(
             (
-                row["cell"],
-                f"{q['0.5']:.5f}",
-                f"{q['0.99']:.5f}",
-                f"{q['1.0']:.4f}",
-                f"{100 * row['delta']['share_above_0.005']:.3f} %",
-                f"{100 * row['delta']['exact_zeros']:.1f} %",
+                cell,
+                f"{average('quantiles', '0.5'):.5f}",
+                f"{average('quantiles', '0.99'):.5f}",
+                f"{average('quantiles', '1.0'):.4f}",
+                f"{100 * average('share_above_0.005'):.3f} %",
+                f"{100 * average('exact_zeros'):.1f} %",
             )
         )
     columns = ("Task", "median", "99 %", "largest", "above 0.005", "exactly 0")
@@ -173,22 +174,26 @@ def delta_table(rows: Rows) -> str:
 
 def merging_table(rows: Rows) -> str:
     """Mean accuracy over the merged tasks, by method, with and without DARE."""
-    scores: dict[tuple[str, float], dict[tuple[str, str], list[float]]] = {}
-    columns: list[tuple[str, str]] = []
+    scores: dict[str, dict[tuple[str, str], list[float]]] = defaultdict(lambda: defaultdict(list))
+    ends: dict[str, dict[tuple[str, str], list[float]]] = defaultdict(lambda: defaultdict(list))
     for row in rows:
         for point in row["points"]:
-            short = " + ".join(name.split()[0] for name in point["tasks"])
-            column = (short, point["drop_rate"])
-            if column not in columns:
-                columns.append(column)
-            own = scores.setdefault((point["method"], point["scaling"]), {})
-            own.setdefault(column, []).append(point["accuracy"])
-    columns.sort(key=lambda c: (c[0].count("+"), c[0], c[1]))
+            words = point["method"]
+            if point["scaling"] != 1 or words == "task-arithmetic":
+                words += f", λ {point['scaling']:g}"
+            column = (" + ".join(point["tasks"]), point["drop_rate"])
+            scores[words][column].append(point["accuracy"])
+        for tasks in dict.fromkeys(tuple(p["tasks"]) for p in row["points"]):
+            for words, found in (("single", "each task's own model"), ("base", "base, own heads")):
+                mean = math.fsum(row[words][name] for name in tasks) / len(tasks)
+                ends[f"*{found}*"][" + ".join(tasks), "0"].append(mean)
+    found = {column for own in scores.values() for column in own}
+    columns = sorted(found, key=lambda c: (c[0].count("+"), c[0], float(c[1])))
     lines = [
-        (f"{method}, λ {scaling:g}", *(shown(own[c]) if c in own else "–" for c in columns))
-        for (method, scaling), own in scores.items()
+        (words, *(shown(own[column]) if column in own else "–" for column in columns))
+        for words, own in (*scores.items(), *ends.items())
     ]
-    heads = [f"{tasks}{'' if rate == '0' else f', DARE {rate}'}" for tasks, rate in columns]
+    heads = [f"{tasks}{'' if rate == '0' else f', DARE p={rate}'}" for tasks, rate in columns]
     return markdown(("Method", *heads), lines)
 
 

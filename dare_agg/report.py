@@ -169,11 +169,11 @@ def _round(row: Mapping[str, Any], head_only: bool) -> RoundRecord:
 
 
 def _parameters(model: Path, row: Mapping[str, Any], head_only: bool) -> int:
-    """Size of the delta group, from the saved model or from a dense float32 upload."""
+    """Size of the delta group; from the saved model where the rows do not say."""
     if head_only:
         return 0
     path = model / "model.safetensors"
-    if path.is_file():
+    if "parameters" not in row and path.is_file():
         from safetensors import safe_open
 
         with safe_open(path, "numpy") as file:

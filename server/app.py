@@ -275,6 +275,7 @@ def _row(method: str, outcome: RoundOutcome, seconds: float) -> dict[str, Any]:
         "clients": len(measured["clients"]),
         "accepted": measured["accepted"],
         "rejected": measured["rejected"],
+        "parameters": outcome.model.delta.size,
         "update_bytes_per_client": updates // count,
         "dense_bytes_per_client": dense // count,
         "upload_bytes_per_client": (updates + dense) // count,

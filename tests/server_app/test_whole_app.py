@@ -119,7 +119,8 @@ def test_lora_sends_adapters_only(run):
     encoder = load_file(saved / "model.safetensors")
     trained = load_file(saved / "head.safetensors")
     assert encoder and not any("lora_" in name for name in encoder)
-    assert any("lora_" in name for name in trained)
+    adapters = {name: array.size for name, array in trained.items() if "lora_" in name}
+    assert adapters and rows[-1]["parameters"] == sum(adapters.values())
 
 
 def test_clients_of_different_tasks_share_one_encoder(run, tmp_path):

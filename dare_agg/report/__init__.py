@@ -1,0 +1,25 @@
+"""The HTML report of runs: `read_run` reads a run's folder, `write_report` writes the page."""
+
+from dare_agg.report.page import COLUMNS, table_row, write_report
+from dare_agg.report.records import (
+    METRICS_FILE,
+    TITLES,
+    RoundRecord,
+    RunRecord,
+    histogram_of,
+    read_metrics,
+    read_run,
+)
+
+__all__ = [
+    "COLUMNS",
+    "METRICS_FILE",
+    "TITLES",
+    "RoundRecord",
+    "RunRecord",
+    "histogram_of",
+    "read_metrics",
+    "read_run",
+    "table_row",
+    "write_report",
+]

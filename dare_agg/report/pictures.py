@@ -1,0 +1,129 @@
+"""Pictures of a report: inline SVG, the same bytes for the same run."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from typing import Any
+
+from dare_agg.report.records import RunRecord
+
+COLOURS = ("#6b7280", "#0b7a75", "#e07a1f", "#9d4edd", "#2563eb", "#be123c", "#4d7c0f")
+
+
+def _figure(width: float = 5.6, height: float = 3.3) -> tuple[Any, Any]:
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(width, height))
+    axes = figure.add_subplot()
+    for side in ("top", "right"):
+        axes.spines[side].set_visible(False)
+    for side in ("left", "bottom"):
+        axes.spines[side].set_color("#aab2c3")
+    axes.grid(True, color="#e6eaf2", linewidth=0.8)
+    axes.set_axisbelow(True)
+    axes.tick_params(colors="#5b6478", labelsize=9)
+    return figure, axes
+
+
+def _svg(figure: Any) -> str:
+    import io
+
+    import matplotlib
+
+    buffer = io.StringIO()
+    # A fixed salt and no date: the same run gives the same file.
+    with matplotlib.rc_context({"svg.fonttype": "none", "svg.hashsalt": "dare-agg"}):
+        figure.tight_layout()
+        figure.savefig(buffer, format="svg", transparent=True, metadata={"Date": None})
+    text = buffer.getvalue()
+    return text[text.index("<svg") :].replace("DejaVu Sans", "system-ui, DejaVu Sans, sans-serif")
+
+
+def _label(axes: Any, x: str, y: str) -> None:
+    axes.set_xlabel(x, color="#14213d", fontsize=10)
+    axes.set_ylabel(y, color="#14213d", fontsize=10)
+
+
+def colour_of(index: int) -> str:
+    return COLOURS[index % len(COLOURS)]
+
+
+def accuracy_by_round(runs: Sequence[RunRecord]) -> str:
+    """Accuracy after each round, as SVG."""
+    figure, axes = _figure()
+    for index, run in enumerate(runs):
+        points = [(r.number, 100 * r.accuracy) for r in run.rounds if r.accuracy is not None]
+        _line(axes, points, run.name, index)
+    _label(axes, "round", "test accuracy, %")
+    axes.xaxis.get_major_locator().set_params(integer=True, min_n_ticks=1)
+    axes.legend(frameon=False, fontsize=9, loc="best")
+    return _svg(figure)
+
+
+def accuracy_by_megabytes(runs: Sequence[RunRecord]) -> str:
+    """Accuracy against what all clients have uploaded so far, head included, as SVG."""
+    figure, axes = _figure()
+    for index, run in enumerate(runs):
+        total, points = 0.0, []
+        for record in run.rounds:
+            total += (record.upload + record.head_upload) * record.clients / 1e6
+            if record.accuracy is not None and total > 0:
+                points.append((total, 100 * record.accuracy))
+        _line(axes, points, run.name, index)
+    axes.set_xscale("log")
+    axes.xaxis.set_major_formatter(lambda value, _: f"{value:g}")
+    _label(axes, "megabytes uploaded by all clients (log scale)", "test accuracy, %")
+    return _svg(figure)
+
+
+def _line(axes: Any, points: Sequence[tuple[float, float]], name: str, index: int) -> None:
+    styles = ("-", "-", "--", "-.", ":")
+    axes.plot(
+        [x for x, _ in points],
+        [y for _, y in points],
+        styles[index % len(styles)],
+        color=colour_of(index),
+        marker="osD^v"[index % 5],
+        markersize=4.5,
+        # The first run lies under the others: wider, so that it shows where they agree.
+        linewidth=2 if index else 4.5,
+        alpha=1 if index else 0.55,
+        label=name,
+    )
+
+
+def delta_histogram(runs: Sequence[RunRecord]) -> str:
+    """Histogram of log10 |delta| of the final models, as SVG."""
+    figure, axes = _figure()
+    for index, run in enumerate(runs):
+        if run.histogram is None:
+            continue
+        edges, counts = run.histogram
+        total = max(1, sum(counts))
+        axes.stairs([100 * c / total for c in counts], edges, color=colour_of(index), linewidth=1.8,
+                    label=run.name, fill=False)  # fmt: skip
+    axes.axvline(math.log10(0.005), color="#be123c", linewidth=1.2, linestyle="--")
+    axes.annotate("0.005", (math.log10(0.005), 0.97), xycoords=("data", "axes fraction"),
+                  xytext=(4, 0), textcoords="offset points", color="#be123c", fontsize=9,
+                  va="top")  # fmt: skip
+    axes.xaxis.set_major_formatter(lambda value, _: f"{10**value:g}")
+    _label(axes, "|delta| of a parameter that moved (log scale)", "share of them, %")
+    axes.legend(frameon=False, fontsize=9, loc="upper left")
+    return _svg(figure)
+
+
+def sign_conflict(runs: Sequence[RunRecord]) -> str:
+    """Share of parameters on which clients disagree about the sign, by round, as SVG."""
+    figure, axes = _figure()
+    for index, run in enumerate(runs):
+        points = [
+            (r.number, 100 * r.sign_conflict) for r in run.rounds if r.sign_conflict is not None
+        ]
+        if points:
+            _line(axes, points, run.name, index)
+    _label(axes, "round", "parameters in conflict, %")
+    axes.set_ylim(bottom=0)
+    axes.xaxis.get_major_locator().set_params(integer=True, min_n_ticks=1)
+    axes.legend(frameon=False, fontsize=9, loc="lower right")
+    return _svg(figure)

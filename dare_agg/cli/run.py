@@ -39,13 +39,9 @@ def run(
     from dare_agg.errors import RunError
 
     folder = (output or Path("runs") / time.strftime("%Y%m%d-%H%M%S")).absolute()
-    overrides = parse_overrides(config or [])
-    if federation:
-        # Over a real network the model travels once, then only small steps.
-        overrides.setdefault("downlink", "full" if overrides.get("secure") else "auto")
     if resume is not None:
         folder = resume.absolute()
-        overrides = {**resumed_config(folder), **overrides, "resume": True}
+    overrides = run_settings(config or [], deployed=bool(federation), resume=resume)
     status = execute(
         folder,
         overrides,
@@ -66,6 +62,19 @@ def run(
     else:
         stdout_console().print(summary_table(rows))
         stdout_console().print(f"Run folder: {folder}\nNext: dare-agg report {folder}")
+
+
+def run_settings(
+    pairs: list[str], *, deployed: bool, resume: Path | None
+) -> dict[str, bool | int | float | str]:
+    """Return the run config that differs from the app's: given, resumed, or by default."""
+    given = parse_overrides(pairs)
+    if resume is not None:
+        return {**resumed_config(resume.absolute()), **given, "resume": True}
+    if deployed:
+        # Over a real network the model travels once, then only small steps.
+        given.setdefault("downlink", "full" if given.get("secure") else "auto")
+    return given
 
 
 def resumed_config(folder: Path) -> dict[str, bool | int | float | str]:

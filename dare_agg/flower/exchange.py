@@ -17,6 +17,7 @@ from flwr.app import Message
 from flwr.serverapp import Grid
 
 from dare_agg.errors import RunError
+from dare_agg.flower.patience import be_patient, named
 
 LOG = logging.getLogger("flwr")
 PULLERS = 8
@@ -26,7 +27,13 @@ POLL_SECONDS_MOST = 1.0
 
 def online_nodes(grid: Grid) -> list[int]:
     """Node ids that are online now, ascending."""
-    return sorted(set(grid.get_node_ids()))
+    be_patient(grid)
+    try:
+        return sorted(set(grid.get_node_ids()))
+    except Exception as error:
+        if (told := named(error)) is error:
+            raise
+        raise told from error
 
 
 def exchange(
@@ -39,6 +46,7 @@ def exchange(
     """
     if not messages:
         return
+    be_patient(grid)
     deadline = time.monotonic() + timeout
     sent = _push(grid, messages)
     waiting: queue.SimpleQueue[str] = queue.SimpleQueue()
@@ -106,7 +114,7 @@ def _pull(
         try:
             replies = list(grid.pull_messages([message_id]))
         except BaseException as error:
-            _hand_over(found, error, stop)
+            _hand_over(found, named(error), stop)
             return
         if replies:
             _hand_over(found, (message_id, replies[0]), stop)

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import json
 import subprocess
 import sys
 from pathlib import Path
 
 import pytest
 
-from dare_agg.cli.run import absolute_paths, parse_overrides
+from dare_agg.cli.run import absolute_paths, parse_overrides, run_settings
 
 
 def test_paths_named_from_here_become_absolute_and_names_stay(
@@ -28,6 +29,20 @@ def test_paths_named_from_here_become_absolute_and_names_stay(
     again = dict(settings)
     absolute_paths(again)
     assert again == settings
+
+
+def test_a_resumed_run_keeps_its_downlink_and_a_new_deployment_takes_auto(tmp_path: Path) -> None:
+    stored = {
+        "status": "running",
+        "config": {"downlink": "union-b1", "num-rounds": 4, "output": "x"},
+    }
+    (tmp_path / "run.json").write_text(json.dumps(stored))
+    resumed = run_settings([], deployed=True, resume=tmp_path)
+    assert resumed == {"downlink": "union-b1", "num-rounds": 4, "resume": True}
+    assert run_settings([], deployed=True, resume=None) == {"downlink": "auto"}
+    assert run_settings(["downlink=full"], deployed=True, resume=None) == {"downlink": "full"}
+    assert run_settings(["secure=sum"], deployed=True, resume=None)["downlink"] == "full"
+    assert run_settings([], deployed=False, resume=None) == {}
 
 
 @pytest.mark.parametrize("missing", ["flwr", "none"])

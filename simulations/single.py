@@ -89,30 +89,41 @@ def run_row(row: Any) -> dict[str, Any]:
     delta -= start
     heads = {name: array for name, array in tuned.items() if name not in layout}
 
-    def score(vector: FloatVector) -> float:
-        return round(task.evaluate({**layout.unflatten(vector), **heads})["accuracy"], 4)
+    def score(vector: FloatVector) -> dict[str, float | None]:
+        scores = task.evaluate({**layout.unflatten(vector), **heads})
+        loss = round(scores["loss"], 4) if np.isfinite(scores["loss"]) else None
+        return {"accuracy": round(scores["accuracy"], 4), "loss": loss}
 
-    points = [
-        {"sweep": "tuned", "drop_rate": "0", "accuracy": score(start + delta)},
-        {"sweep": "base", "drop_rate": "1", "accuracy": score(start)},
+    points: list[dict[str, Any]] = [
+        {"sweep": "tuned", "drop_rate": "0", **score(start + delta)},
+        {"sweep": "base", "drop_rate": "1", **score(start)},
     ]
     for sweep in settings["sweeps"]:
         for rate in settings["drop_rates"]:
             vector = dropped(sweep, start, delta, rate, layout, row.seed)
-            points.append({"sweep": sweep, "drop_rate": rate, "accuracy": score(vector)})
-    sizes = np.abs(delta)
-    moved = sizes[sizes > 0]
+            points.append({"sweep": sweep, "drop_rate": rate, **score(vector)})
     return {
         "task": task.data.name,
         "accuracy": points[0]["accuracy"],
         "test_rows": len(task.test_rows),
         "parameters": layout.size,
         "points": points,
-        "delta": {
-            "quantiles": {
-                str(q): float(np.quantile(moved, q)) for q in (0.01, 0.25, 0.5, 0.75, 0.99, 1.0)
-            },
-            "share_above_0.005": float(np.mean(sizes > 0.005)),
-            "exact_zeros": float(np.mean(sizes == 0)),
+        "delta": delta_range(delta),
+    }
+
+
+def delta_range(delta: FloatVector) -> dict[str, Any]:
+    """How large a delta's elements are: quantiles and histogram of those that moved."""
+    sizes = np.abs(delta)
+    moved = sizes[sizes > 0]
+    edges = np.arange(-9, 0.01, 0.25)  # of log10 |δ|; what is smaller counts with the first
+    counts, _ = np.histogram(np.clip(np.log10(moved), -9, -1e-6), edges)
+    return {
+        "quantiles": {
+            str(q): float(np.quantile(moved, q)) for q in (0.01, 0.25, 0.5, 0.75, 0.99, 1.0)
         },
+        "log10_edges": [float(edge) for edge in edges],
+        "log10_shares": [round(float(count) / delta.size, 6) for count in counts],
+        "share_above_0.005": float(np.mean(sizes > 0.005)),
+        "exact_zeros": float(np.mean(sizes == 0)),
     }

@@ -103,13 +103,15 @@ def _answer(
     if stage in REQUESTS:
 
         def deltas(terms: SecureTerms) -> Contribution:
-            return Contribution(_checked(_own_model(order, context, find_base), terms).delta())
+            own = _checked(_own_model(order, context, find_base), terms)
+            delta = own.delta()
+            return Contribution(delta, tensors=own.claims(delta))
 
         request = read_message(content, MAX_MESSAGE)
         answer = party.answer(stage, session, request, deltas)
         return secure_content(stage, session, answer)
     if stage == RESULT:
-        terms, mask = party.finish(session)
+        terms, mask = party.seen_through(session)
         own = _checked(_own_model(order, context, find_base), terms)
         data = read_message(content, 4 * terms.survivors)
         if len(data) != 4 * terms.survivors:
@@ -122,6 +124,7 @@ def _answer(
         if out is not None:
             own.write_merged(out, delta)
         merged = own.base.vector(own.layout) + delta
+        party.end(session)
         return secure_content(stage, session, merged=fingerprint(own.layout, merged))
     raise ProtocolError(f"stage {one_line(stage, 32)!r} is unknown", reason="stage")
 

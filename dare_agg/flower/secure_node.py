@@ -3,8 +3,9 @@
 Keys of the node config: ``secure-identity`` (private key file), ``secure-roster``,
 ``secure-trust`` (public key files of who must have signed the roster, comma-separated),
 ``secure-passphrase-file``, ``secure-state`` (folder), ``secure-ledger`` (file), and what the
-party insists on: ``secure-min-parties``, ``secure-max-clip``, ``secure-methods``. For merges
-``model-path``, ``base-path`` and ``merged-path``.
+party insists on: ``secure-min-parties``, ``secure-min-threshold`` (share of the cohort that
+must stay, more than half; two thirds by default), ``secure-max-clip``, ``secure-methods``. For
+merges ``model-path``, ``base-path`` and ``merged-path``.
 
 In a simulation on one machine ``DARE_AGG_SECURE_KEYS`` names a folder that has it all:
 ``party-0.key`` and so on by partition, ``roster.json``, ``coordinator.pub``, and for merges
@@ -64,6 +65,7 @@ def node_policy(context: Context, base: str, layout: str) -> SecurePolicy:
         base,
         layout,
         min_parties=int(_number(node, "secure-min-parties", MIN_PARTIES, MIN_PARTIES)),
+        min_threshold_share=_number(node, "secure-min-threshold", 2 / 3, 0.5),
         aggregates=aggregates,
         max_clip=_number(node, "secure-max-clip", 1.0, 0.0),
     )

@@ -20,6 +20,7 @@ from dare_agg.checkpoint import (
 )
 from dare_agg.errors import CheckpointError
 from dare_agg.layout import FloatVector, Layout, layout_of
+from dare_agg.secure.ledger import tensor_claim
 
 
 @dataclass(frozen=True)
@@ -46,6 +47,14 @@ class OwnModel:
         delta = self.tuned.vector(self.tuned_layout)
         delta -= self.base.vector(self.layout)
         return delta
+
+    def claims(self, delta: FloatVector) -> tuple[bytes, ...]:
+        """What a ledger calls this model: its tuned tensors, but for those ``delta`` leaves."""
+        return tuple(
+            tensor_claim(self.tuned.array(mine.name).reshape(-1))
+            for shared, mine in zip(self.layout.entries, self.tuned_layout.entries, strict=True)
+            if delta[shared.offset : shared.stop].any()
+        )
 
     def write_merged(self, out: Path, delta: FloatVector) -> None:
         """Write this party's checkpoint with base + ``delta`` in place of its own body.

@@ -20,7 +20,7 @@ from dare_agg.errors import ConfigError, ProtocolError
 from dare_agg.layout import FloatVector
 from dare_agg.mask import Mask
 from dare_agg.secure import messages as wire
-from dare_agg.secure.graph import neighbours
+from dare_agg.secure.graph import draw_neighbours
 from dare_agg.secure.identity import Identity, verify
 from dare_agg.secure.keys import (
     agree,
@@ -51,13 +51,14 @@ class SecurePolicy:
     """What a party insists on, whatever the server proposes.
 
     ``base`` and ``layout`` are the party's own fingerprints (hex). ``min_threshold_share``
-    is the least share of the cohort that must stay: two thirds withstand a third colluding.
+    is the least share of the cohort that must stay: two thirds withstand a third colluding
+    with a server that shows parties different alive sets, half withstand nobody.
     """
 
     base: str
     layout: str
     min_parties: int = MIN_PARTIES
-    min_threshold_share: float = 0.5
+    min_threshold_share: float = 2 / 3
     aggregates: tuple[str, ...] = ("mean", "ties")
     max_clip: float = 1.0
 
@@ -66,9 +67,9 @@ class SecurePolicy:
 class ClientState:
     """A party's secrets between two messages; never printed, sealed before it is stored.
 
-    ``own`` is its advert, ``adverts`` all of them; ``openers`` are the keys of the shares to
-    come, ``held`` maps a neighbour (and itself) to its
-    two shares. Secrets are dropped at the step that last needs them.
+    ``own`` is its advert, ``adverts`` all of them; ``drawn`` are the parties it deals shares
+    to, ``openers`` the keys of those that may come to it, ``held`` maps who dealt to it (and
+    itself) to the two shares. Secrets are dropped at the step that last needs them.
     """
 
     terms: SecureTerms
@@ -80,6 +81,7 @@ class ClientState:
     self_seed: bytes = field(repr=False)
     nonce: bytes = field(repr=False)
     adverts: tuple[bytes, ...] = field(default=(), repr=False)
+    drawn: tuple[int, ...] = ()
     openers: tuple[tuple[int, bytes], ...] = field(default=(), repr=False)
     shared: tuple[int, ...] = ()
     held: tuple[tuple[int, bytes, bytes], ...] = field(default=(), repr=False)
@@ -138,7 +140,7 @@ def check_terms(terms: SecureTerms, roster: Roster, policy: SecurePolicy) -> Non
             or terms.threshold < policy.min_threshold_share * n,
             "threshold",
             f"threshold {terms.threshold} of {n}, at least {policy.min_parties} and "
-            f"{policy.min_threshold_share:g} of the cohort wanted",
+            f"{policy.min_threshold_share:.3g} of the cohort wanted (secure-min-threshold)",
         ),
         (
             terms.aggregate not in policy.aggregates,
@@ -173,7 +175,9 @@ def share(
     if state.own not in [advert.data for advert in adverts]:
         raise ProtocolError("the key list lacks this party's own keys: refused", reason="own-keys")
     digest = wire.keys_digest(terms, adverts)
-    holders = holders_of(terms, tuple(a.party for a in adverts), digest)[me]
+    keys = {advert.party: advert.sealing_key for advert in adverts}
+    drawn = draw_neighbours(me, tuple(keys), terms.degree, random)
+    holders = sorted((me, *drawn))
     if len(holders) < terms.share_threshold:
         raise ProtocolError(
             f"{len(holders)} parties would hold shares; {terms.share_threshold} are needed",
@@ -182,25 +186,26 @@ def share(
     points = [terms.cohort.index(holder) + 1 for holder in holders]
     mask_shares = split(state.mask_seed, points, terms.share_threshold, random)
     self_shares = split(state.self_seed, points, terms.share_threshold, random)
-    keys = {advert.party: advert.sealing_key for advert in adverts}
-    sealed, held, openers = [], [], []
+    dealt = dict(zip(holders, zip(mask_shares, self_shares, strict=True), strict=True))
+    sealed, openers = [], []
     secret = private_key(state.sealing_secret)
-    for holder, mask_share, self_share in zip(holders, mask_shares, self_shares, strict=True):
-        if holder == me:
-            held.append((me, mask_share, self_share))
+    for other, key in keys.items():
+        if other == me:
             continue
-        agreed = agree(secret, keys[holder], holder)
-        openers.append((holder, sealing_key(agreed, digest, holder, me)))
-        box = ChaCha20Poly1305(sealing_key(agreed, digest, me, holder))
-        context = sealing_context(terms.session, me, holder)
-        sealed.append((holder, box.encrypt(_NO_NONCE, mask_share + self_share, context)))
+        agreed = agree(secret, key, other)
+        openers.append((other, sealing_key(agreed, digest, other, me)))
+        if other in dealt:
+            box = ChaCha20Poly1305(sealing_key(agreed, digest, me, other))
+            context = sealing_context(terms.session, me, other)
+            sealed.append((other, box.encrypt(_NO_NONCE, b"".join(dealt[other]), context)))
     message = wire.encode_shares(identity, terms.session, me, state.nonce, sealed)
     state = replace(
         state,
         stage="shared",
         adverts=tuple(advert.data for advert in adverts),
+        drawn=drawn,
         openers=tuple(openers),
-        held=tuple(held),
+        held=((me, *dealt[me]),),
         keys_digest=digest,
         sealing_secret=b"",
     )
@@ -226,9 +231,10 @@ def open_shares(state: ClientState, request: bytes) -> ClientState:
             raise ProtocolError(
                 f"nonce of party {party} is not the one it committed to", reason="nonce"
             )
-    near = holders_of(terms, tuple(adverts), state.keys_digest)[me]
-    expected = tuple(party for party in near if party in shared and party != me)
-    if tuple(party for party, _ in delivery.sealed) != expected:
+    senders, others = {party for party, _ in delivery.sealed}, {*shared} - {me}
+    # Who drew this party it learns here; where all draw all, none may be missing.
+    complete = terms.degree >= len(adverts) - 1
+    if not senders <= others or (complete and senders != others):
         raise ProtocolError(
             "share delivery lacks a neighbour's shares or has others", reason="shares"
         )
@@ -287,9 +293,8 @@ def contribute(
     add_mask(words, self_mask_key(state.self_seed, state.shares_digest, me))
     secret = private_key(masking_secret(state.mask_seed, terms.session, me))
     adverts = _adverts(state)
-    for party in holders_of(terms, tuple(adverts), state.keys_digest)[me]:
-        if party == me or party not in state.shared:
-            continue
+    dealers = {party for party, _, _ in state.held}
+    for party in sorted(({*state.drawn} | dealers) & {*state.shared} - {me}):
         agreed = agree(secret, adverts[party].masking_key, party)
         key = pair_mask_key(agreed, state.shares_digest, me, party)
         add_mask(words, key, negative=me > party)
@@ -379,11 +384,3 @@ def _expect(state: ClientState, stage: str) -> None:
 def _adverts(state: ClientState) -> dict[int, wire.Advert]:
     """Adverts by party, verified when they came."""
     return {advert.party: advert for advert in map(wire.split_advert, state.adverts)}
-
-
-def holders_of(
-    terms: SecureTerms, parties: tuple[int, ...], digest: bytes
-) -> dict[int, tuple[int, ...]]:
-    """Who holds shares of each party: its neighbours and itself, ascending."""
-    near = neighbours(parties, terms.degree, digest)
-    return {party: tuple(sorted((party, *others))) for party, others in near.items()}

@@ -29,6 +29,7 @@ def encode_state(state: ClientState) -> bytes:
                 state.alive_digest,
             )
         ),
+        identifiers(state.drawn),
         identifiers(state.shared),
         identifiers(state.alive),
         u32(len(state.adverts)),
@@ -52,7 +53,7 @@ def decode_state(data: bytes) -> ClientState:
     own, sealing, mask_seed, self_seed, nonce, keys, shares, alive_digest = (
         read.blob(_MOST) for _ in range(8)
     )
-    shared, alive = read.identifiers(), read.identifiers()
+    drawn, shared, alive = (read.identifiers() for _ in range(3))
     adverts = tuple(read.blob(_MOST) for _ in range(read.count(4)))
     openers = tuple((read.u32(), read.blob(_MOST)) for _ in range(read.count(8)))
     held = tuple((read.u32(), read.blob(_MOST), read.blob(_MOST)) for _ in range(read.count(12)))
@@ -67,6 +68,7 @@ def decode_state(data: bytes) -> ClientState:
         self_seed=self_seed,
         nonce=nonce,
         adverts=adverts,
+        drawn=drawn,
         openers=openers,
         shared=shared,
         held=held,

@@ -35,11 +35,16 @@ Deltas = Callable[[SecureTerms], "Contribution"]
 
 @dataclass(frozen=True)
 class Contribution:
-    """What a party puts in: its full delta, the dense part after it, and its examples."""
+    """What a party puts in: its full delta, the dense part after it, and its examples.
+
+    ``tensors`` names the model it was taken from, where that may be asked for again
+    (`dare_agg.secure.ledger.tensor_claim`).
+    """
 
     delta: FloatVector = field(repr=False)
     dense: FloatVector = field(repr=False, default_factory=lambda: np.empty(0, np.float32))
     examples: float = 1.0
+    tensors: tuple[bytes, ...] = field(repr=False, default=())
 
 
 @dataclass(frozen=True)
@@ -61,10 +66,11 @@ class Party:
         """
         read = decode_terms(terms)
         state, answer = client.advertise(self.identity, self.roster, read, policy, self.random)
-        self.vault.drop_all()
-        if contribution is not None:
-            self.vault.put(read.session, _DELTA, _encode(contribution))
-        self._keep(state)
+        with self.vault.alone():
+            self.vault.drop_all()
+            if contribution is not None:
+                self.vault.put(read.session, _DELTA, _encode(contribution))
+            self._keep(state)
         return answer
 
     def check(self, terms: bytes, policy: client.SecurePolicy) -> None:
@@ -75,6 +81,10 @@ class Party:
         self, stage: str, session: bytes, request: bytes, deltas: Deltas | None = None
     ) -> bytes:
         """Answer a request of `REQUESTS`; ``deltas`` gives what was not kept at the start."""
+        with self.vault.alone():
+            return self._answer(stage, session, request, deltas)
+
+    def _answer(self, stage: str, session: bytes, request: bytes, deltas: Deltas | None) -> bytes:
         state = decode_state(self.vault.get(session, _STATE))
         try:
             if stage == "share":
@@ -114,19 +124,23 @@ class Party:
             self.identity, state, values, examples=given.examples, random=self.random
         )
         # Claimed last, so that a refusal above does not use the delta up; before it leaves.
-        self.ledger.claim(terms, np.concatenate([given.delta, given.dense]))
+        self.ledger.claim(terms, np.concatenate([given.delta, given.dense]), given.tensors)
         self.vault.drop(terms.session, _DELTA)
         return state, answer
 
-    def finish(self, session: bytes) -> tuple[SecureTerms, Mask]:
-        """End a session that this party has seen through; returns what its result lies on."""
+    def seen_through(self, session: bytes) -> tuple[SecureTerms, Mask]:
+        """What the result of a session lies on, for a party that has taken its last step."""
         state = decode_state(self.vault.get(session, _STATE))
         if state.stage != "revealed":
             raise ProtocolError(
                 f"a result came while this party is at {state.stage!r}; refused", reason="stage"
             )
-        self.vault.drop(session)
         return state.terms, state.mask
+
+    def end(self, session: bytes) -> None:
+        """Forget a session; nothing of it can be asked for any more."""
+        with self.vault.alone():
+            self.vault.drop(session)
 
     def _keep(self, state: client.ClientState) -> None:
         self.vault.put(state.terms.session, _STATE, encode_state(state))

@@ -18,7 +18,6 @@ from cryptography.hazmat.primitives.asymmetric.x25519 import X25519PrivateKey
 from dare_agg.errors import ConfigError, ProtocolError
 from dare_agg.mask import Mask
 from dare_agg.secure import messages as wire
-from dare_agg.secure.client import holders_of
 from dare_agg.secure.keys import (
     agree,
     masking_secret,
@@ -150,7 +149,6 @@ class SecureServer:
         adverts = [self._adverts[party] for party in sorted(self._adverts)]
         self._keys_digest = wire.keys_digest(self.terms, tuple(adverts))
         parties = tuple(sorted(self._adverts))
-        self._holders = holders_of(self.terms, parties, self._keys_digest)
         request = wire.encode_keys(self.terms.session, adverts)
         return dict.fromkeys(parties, request)
 
@@ -163,12 +161,16 @@ class SecureServer:
             raise ProtocolError(
                 f"nonce of party {party} is not the one it committed to", reason="nonce"
             )
-        wanted = tuple(holder for holder in self._holders[party] if holder != party)
-        if tuple(receiver for receiver, _ in upload.sealed) != wanted:
+        drawn = {receiver for receiver, _ in upload.sealed}
+        due = min(self.terms.degree, len(self._adverts) - 1)
+        if len(drawn) != due or party in drawn or not drawn <= self._adverts.keys():
             raise ProtocolError(
-                f"party {party} sent shares to other parties than its neighbours", reason="shares"
+                f"party {party} dealt shares to {len(drawn)} parties; {due} others of the key "
+                "list are due",
+                reason="shares",
             )
         self._uploads[party] = upload
+        self._holders[party] = tuple(sorted((party, *drawn)))
         return party
 
     def _close_shares(self) -> dict[int, bytes]:
@@ -260,7 +262,8 @@ class SecureServer:
             add_mask(self._sum, self_mask_key(seed, self._shares_digest, party), negative=True)
         for party, secret in mask_secrets.items():
             private = private_key(secret)
-            for other in self._holders[party]:
+            drew = {other for other in self._vectors if party in self._holders[other]}
+            for other in sorted(drew | {*self._holders[party]}):
                 if other in self._vectors:
                     agreed = agree(private, self._adverts[other].masking_key, other)
                     key = pair_mask_key(agreed, self._shares_digest, party, other)

@@ -11,7 +11,9 @@ session is over.
 from __future__ import annotations
 
 import contextlib
+import fcntl
 import os
+from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -22,6 +24,7 @@ from dare_agg.derive import derive_key
 from dare_agg.errors import ProtocolError, StateError
 from dare_agg.secure.encoding import blob, u64
 from dare_agg.secure.identity import Identity, key_fingerprint
+from dare_agg.state import write_atomically
 
 _MAGIC = b"DSV1"
 _SALT_BYTES, _TAG_BYTES = 32, 16
@@ -55,26 +58,31 @@ class Vault:
         """
         header = _MAGIC + os.urandom(_SALT_BYTES) + u64(len(content))
         box = ChaCha20Poly1305(self._key(header))
-        path = self._path(session, name)
-        draft = path.with_name(path.name + ".part")
         view = memoryview(content)
+
+        def sealed() -> Iterator[bytes]:
+            yield header
+            for number, start in enumerate(range(0, max(1, len(view)), _PIECE_BYTES)):
+                context = _context(header, number, session, name)
+                yield box.encrypt(_nonce(number), view[start : start + _PIECE_BYTES], context)
+
+        self._make_folder()
+        write_atomically(self._path(session, name), sealed(), 0o600)
+
+    @contextlib.contextmanager
+    def alone(self) -> Iterator[None]:
+        """Wait until no other process of this party is at a step, then keep others out.
+
+        Without it two messages at once could both find a step not yet taken.
+        """
+        self._make_folder()
         try:
-            self.folder.mkdir(mode=0o700, parents=True, exist_ok=True)
-            handle = os.open(draft, os.O_WRONLY | os.O_CREAT | os.O_TRUNC, 0o600)
-            with os.fdopen(handle, "wb") as file:
-                file.write(header)
-                for number, start in enumerate(range(0, max(1, len(view)), _PIECE_BYTES)):
-                    context = _context(header, number, session, name)
-                    piece = view[start : start + _PIECE_BYTES]
-                    file.write(box.encrypt(_nonce(number), piece, context))
-                file.flush()
-                os.fsync(file.fileno())
-            os.replace(draft, path)
+            handle = os.open(self.folder / "lock", os.O_RDWR | os.O_CREAT, 0o600)
         except OSError as error:
-            raise StateError(
-                f"{path}: {error.strerror}; the session's state was not kept: name a folder "
-                "that can be written (secure-state)"
-            ) from error
+            raise self._unwritten(error) from error
+        with os.fdopen(handle, "rb") as file:
+            fcntl.flock(file, fcntl.LOCK_EX)
+            yield
 
     def get(self, session: bytes, name: str) -> bytes:
         """Open what was put last.
@@ -120,6 +128,18 @@ class Vault:
         for path in self.folder.glob("*.*"):
             with contextlib.suppress(OSError):
                 path.unlink()
+
+    def _make_folder(self) -> None:
+        try:
+            self.folder.mkdir(mode=0o700, parents=True, exist_ok=True)
+        except OSError as error:
+            raise self._unwritten(error) from error
+
+    def _unwritten(self, error: OSError) -> StateError:
+        return StateError(
+            f"{self.folder}: {error.strerror}; a session's state cannot be kept there: name a "
+            "folder that can be written (secure-state in the node config)"
+        )
 
     def _path(self, session: bytes, name: str) -> Path:
         return self.folder / f"{session.hex()}.{name}"

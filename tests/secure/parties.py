@@ -23,7 +23,8 @@ class Consortium:
     terms: SecureTerms
 
     def policy(self, **other: Any) -> party.SecurePolicy:
-        return party.SecurePolicy(self.terms.base, self.terms.layout, **other)
+        given = {"min_threshold_share": 0.5, **other}
+        return party.SecurePolicy(self.terms.base, self.terms.layout, **given)
 
 
 def seeded(seed: int) -> Callable[[int], bytes]:

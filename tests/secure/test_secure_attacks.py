@@ -5,12 +5,15 @@ from dataclasses import replace
 
 import numpy as np
 import pytest
-from parties import BASE, consortium, seeded, session, step
+from parties import BASE, Consortium, Session, consortium, seeded, session, step
+from safetensors.numpy import save_file
 
 from dare_agg.errors import ProtocolError
 from dare_agg.secure import SecureServer
 from dare_agg.secure import client as party
 from dare_agg.secure import messages as wire
+from dare_agg.secure import terms as terms_module
+from dare_agg.secure.checkpoints import open_own
 from dare_agg.secure.ledger import FileLedger, MemoryLedger
 from dare_agg.secure.packing import pack_party
 from dare_agg.secure.stream import unpack_words
@@ -273,6 +276,95 @@ def test_the_same_delta_does_not_enter_a_second_sum(tmp_path) -> None:
     FileLedger(tmp_path / "ledger.jsonl").claim(consortium(round_number=4).terms, delta + 2)
 
 
+def test_another_base_or_other_tensors_do_not_bring_a_model_back(tmp_path) -> None:
+    """The server names base and patterns: neither makes a contributed model look new."""
+    rng = np.random.default_rng(0)
+    base = {f"layer.{i}": rng.normal(size=(4, 5)).astype(np.float32) for i in range(3)}
+    tuned = {name: array + np.float32(0.01) for name, array in base.items()}
+    tuned["layer.2"] = base["layer.2"]  # frozen
+    files = {"base": base, "tuned": tuned, "other": {n: a * 2 for n, a in base.items()}}
+    retuned = {**tuned, "layer.0": tuned["layer.0"] + 1, "layer.1": tuned["layer.1"] + 1}
+    files["retuned"] = retuned
+    paths = {name: tmp_path / f"{name}.safetensors" for name in files}
+    for name, arrays in files.items():
+        save_file(arrays, paths[name])
+    ledger = FileLedger(tmp_path / "ledger.jsonl")
+
+    def claim(number: int, base_name: str, model: str, exclude: tuple[str, ...] = ()) -> None:
+        own = open_own(paths[base_name], paths[model], exclude)
+        delta = own.delta()
+        ledger.claim(consortium(round_number=number).terms, delta, own.claims(delta))
+
+    claim(1, "base", "tuned")
+    refused("second-cohort", lambda: claim(2, "other", "tuned"))
+    for number, pattern in enumerate((r"layer\.0", r"layer\.1", r"layer\.[02]"), 3):
+        refused("second-cohort", lambda n=number, p=pattern: claim(n, "base", "tuned", (p,)))
+    claim(6, "base", "retuned")  # what stayed frozen says nothing and may come again
+    assert [(e.run, e.number) for e in ledger.entries()] == [("run", 1), ("run", 6)]
+    first = ledger.entries()[0]
+    assert ledger.forget("") == 2 and len(ledger.entries()) == 2  # not one: nothing happens
+    assert ledger.forget(first.session) == 1 and [e.number for e in ledger.entries()] == [6]
+    claim(7, "base", "tuned")
+
+
+# --- a sparse graph -----------------------------------------------------------------------
+
+
+@pytest.fixture
+def sparse(monkeypatch: pytest.MonkeyPatch) -> Callable[..., Consortium]:
+    """Consortia with the graph of more than 100 parties, only smaller."""
+    monkeypatch.setattr(terms_module, "COMPLETE_UP_TO", 5)
+
+    def make(n: int, degree: int, **settings: object) -> Consortium:
+        group = consortium(n, **settings)
+        terms = replace(group.terms, degree=degree, share_threshold=degree // 2 + 1)
+        return Consortium(group.roster, group.identities, terms)
+
+    return make
+
+
+def test_nobody_steers_who_surrounds_a_party(sparse: Callable[..., Consortium]) -> None:
+    """Neighbours are drawn after all keys are fixed, with the party's own randomness: the same
+    keys with other randomness give others, so no choice of keys by a coalition decides them."""
+    run = session(sparse(14, 6), "adverts")
+    request = run.server.close()[1]
+    drawn = {
+        party.share(
+            run.group.identities[1], run.group.roster, run.states[1], request, seeded(seed)
+        )[0].drawn
+        for seed in range(20)
+    }
+    assert len(drawn) > 15 and all(len(d) == 6 and 1 not in d for d in drawn)
+
+
+def test_in_a_sparse_graph_shares_go_where_the_dealer_drew(
+    sparse: Callable[..., Consortium],
+) -> None:
+    run = session(sparse(9, 4), "adverts")
+    run.requests = run.server.close()
+    state, answer = party.share(
+        run.group.identities[1], run.group.roster, run.states[1], run.requests[1], seeded(1)
+    )
+    upload = wire.decode_shares(answer, run.group.terms, run.group.roster)
+    fewer = wire.encode_shares(
+        run.group.identities[1], run.group.terms.session, 1, upload.nonce, list(upload.sealed[:3])
+    )
+    refused("shares", lambda: run.server.take(fewer))
+    assert run.server.take(answer) == 1 and state.drawn == tuple(p for p, _ in upload.sealed)
+    for p in range(2, 10):
+        run.server.take(step(run, p, "shares", seeded(p)))
+    delivery = wire.decode_delivery(run.server.close()[1], run.group.terms)
+    # Shares of a party that did not deal to this one do not open, nor do its own.
+    dealt = {p for p, _ in delivery.sealed}
+    stranger = next(p for p in range(2, 10) if p not in dealt)
+    for sender in (stranger, 1):
+        forged = tuple(sorted([*delivery.sealed, (sender, delivery.sealed[0][1])]))
+        request = wire.encode_delivery(
+            run.group.terms.session, wire.Delivery(delivery.nonces, forged)
+        )
+        refused("shares", lambda r=request: party.open_shares(state, r))
+
+
 # --- a passive server ---------------------------------------------------------------------
 
 
@@ -333,20 +425,75 @@ def test_no_relation_to_known_plaintext_is_left() -> None:
         assert 20 < chi < 130, name  # even the total carries the three parties' own masks
 
 
-def test_corrupted_messages_never_pass() -> None:
-    """A flipped bit anywhere in any message is a typed refusal, by server or party."""
-    run = session(consortium(3), "reveals")
-    terms, roster = run.group.terms, run.group.roster
-    _, advert = party.advertise(run.group.identities[1], roster, terms, run.group.policy())
-    for at in range(0, len(advert), 7):
-        bad = bytearray(advert)
-        bad[at] ^= 4
+@pytest.mark.parametrize("stage", ["adverts", "shares", "vectors", "signatures", "reveals"])
+def test_corrupted_answers_never_pass(stage: str) -> None:
+    """A flipped bit anywhere in a party's answer, or a cut one, is refused and changes nothing."""
+    group = consortium(3, size=40)
+    stages = ["adverts", "shares", "vectors", "signatures", "reveals"]
+    before = stages.index(stage)
+    run = session(group, stages[before - 1]) if before else _fresh(group)
+    run.requests = run.server.close() if before else {}
+    answers = {p: step(run, p, stage, seeded(p)) for p in group.terms.cohort}
+    good = answers[1]
+    for at in range(0, len(good), 3):
+        bad = bytearray(good)
+        bad[at] ^= 1 << at % 8
         with pytest.raises(ProtocolError):
-            wire.decode_advert(bytes(bad), terms, roster)
-    for cut in range(len(advert)):
+            run.server.take(bytes(bad))
+    for cut in [*range(0, len(good), 7), len(good) - 1]:
         with pytest.raises(ProtocolError):
-            wire.decode_advert(advert[:cut], terms, roster)
-    assert terms.base == BASE
+            run.server.take(good[:cut])
+    with pytest.raises(ProtocolError):
+        run.server.take(good + b"\0")
+    for answer in answers.values():
+        run.server.take(answer)
+    if stage == "reveals":
+        assert run.server.finish().parties == 3
+
+
+@pytest.mark.parametrize("stage", ["shares", "vectors", "signatures", "reveals"])
+def test_corrupted_requests_never_pass(stage: str) -> None:
+    """The same for what the server sends: each is refused, or says exactly the same."""
+    group = consortium(3, size=40)
+    stages = ["adverts", "shares", "vectors", "signatures", "reveals"]
+    run = session(group, stages[stages.index(stage) - 1])
+    good = run.server.close()[1]
+    states = dict(run.states)
+
+    def ask(request: bytes) -> None:
+        run.states, run.requests = dict(states), {1: request}
+        step(run, 1, stage, seeded(1))
+
+    for at in range(0, len(good), 3):
+        bad = bytearray(good)
+        bad[at] ^= 1 << at % 8
+        with pytest.raises(ProtocolError):
+            ask(bytes(bad))
+    for cut in range(0, len(good), 7):
+        with pytest.raises(ProtocolError):
+            ask(good[:cut])
+    with pytest.raises(ProtocolError):
+        ask(good + b"\0")
+    ask(good)
+
+
+def test_a_party_insists_on_two_thirds_unless_told_otherwise() -> None:
+    """With t just above half, one colluder among five lets a server unmask two alive sets."""
+    group = consortium(5, threshold=3)
+    me, policy = group.identities[1], party.SecurePolicy(BASE, group.terms.layout)
+    error = refused("threshold", lambda: party.advertise(me, group.roster, group.terms, policy))
+    assert "0.667" in str(error) and "secure-min-threshold" in str(error)
+    for n in range(3, 40):
+        group = consortium(n)
+        party.advertise(group.identities[1], group.roster, group.terms, policy)
+
+
+def _fresh(group: Consortium) -> Session:
+    return Session(group, SecureServer(group.terms, group.roster), {}, {}, _values(group))
+
+
+def _values(group: Consortium) -> dict[int, np.ndarray]:
+    return {p: np.zeros(group.terms.survivors, np.float32) for p in group.terms.cohort}
 
 
 def _share(run, p: int, request: bytes) -> object:

@@ -6,9 +6,10 @@ import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from parties import seeded
 
 from dare_agg.errors import ConfigError, NonFiniteError, ProtocolError
-from dare_agg.secure.graph import degree_for, neighbours
+from dare_agg.secure.graph import degree_for, draw_neighbours
 from dare_agg.secure.packing import Quantiser, merge_sums, pack_party, quantise, unpack_sums
 from dare_agg.secure.shamir import PRIME, lagrange, recover, split
 from dare_agg.secure.stream import add_mask, cut_words, pack_words, unpack_words, word_type
@@ -250,15 +251,17 @@ def test_degrees() -> None:
         degree_for(200, 0.5)
 
 
-def test_graph_is_regular_symmetric_connected_and_drawn_from_the_seed() -> None:
-    ids = tuple(range(5, 160))
-    graph = neighbours(ids, 20, b"seed")
-    assert all(len(near) == 20 and i not in near for i, near in graph.items())
-    assert all(i in graph[j] for i, near in graph.items() for j in near)
-    reached, edge = {5}, {5}
-    while edge:
-        edge = {j for i in edge for j in graph[i]} - reached
-        reached |= edge
-    assert reached == set(ids)
-    assert neighbours(ids, 20, b"seed") == graph != neighbours(ids, 20, b"other")
-    assert neighbours((1, 2, 3), 2, b"")[2] == (1, 3)
+def test_neighbours_are_drawn_alike_and_by_the_party_alone() -> None:
+    ids = tuple(range(5, 26))
+    random = seeded(3)
+    counts = dict.fromkeys(ids, 0)
+    for _ in range(2000):
+        drawn = draw_neighbours(9, ids, 6, random)
+        assert len(set(drawn)) == 6 and 9 not in drawn and list(drawn) == sorted(drawn)
+        for other in drawn:
+            counts[other] += 1
+    del counts[9]
+    # 2000 · 6 / 20 = 600 each, standard deviation 20.5.
+    assert all(abs(count - 600) < 5 * 20.5 for count in counts.values())
+    assert draw_neighbours(2, (1, 2, 3), 2, random) == (1, 3)
+    assert draw_neighbours(2, (1, 2, 3), 9, random) == (1, 3)

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import threading
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import fields, replace
 from pathlib import Path
 from typing import Any
@@ -12,6 +14,7 @@ from parties import BASE, LAYOUT, Consortium, consortium, seeded, session
 
 from dare_agg.errors import ConfigError, LayoutError, ProtocolError
 from dare_agg.secure import SecureServer
+from dare_agg.secure import messages as wire
 from dare_agg.secure.client import SecurePolicy
 from dare_agg.secure.client_state import decode_state, encode_state
 from dare_agg.secure.ledger import FileLedger
@@ -70,9 +73,11 @@ def test_a_session_over_fresh_processes_with_a_dense_part(tmp_path: Path, aggreg
     assert dense is not None and np.abs(dense - mean).max() < 1e-4
     assert delta.shape == (300,) and np.count_nonzero(delta) == 30 and measured.parties == 4
     for p in group.terms.cohort:
-        terms, mask = party(group, p, tmp_path).finish(group.terms.session)
+        terms, mask = party(group, p, tmp_path).seen_through(group.terms.session)
         assert terms == group.terms and mask.key == server.mask.key
-    assert not [f for f in (tmp_path / "vault").rglob("*") if f.is_file()]
+        party(group, p, tmp_path).end(group.terms.session)
+    left = [f for f in (tmp_path / "vault").rglob("*") if f.is_file()]
+    assert {f.name for f in left} == {"lock"} and not any(f.stat().st_size for f in left)
 
 
 def test_no_step_twice_and_no_second_cohort(tmp_path: Path) -> None:
@@ -90,7 +95,7 @@ def test_no_step_twice_and_no_second_cohort(tmp_path: Path) -> None:
         party(group, 1, tmp_path).answer("share", session_, requests[1])
     assert over.value.reason == "state"
     with pytest.raises(ProtocolError) as early:
-        party(group, 2, tmp_path).finish(session_)
+        party(group, 2, tmp_path).seen_through(session_)
     assert early.value.reason == "stage"
     # The whole sum once more among others, with the same delta: the ledger refuses.
     group = consortium(4, round_number=5)
@@ -105,6 +110,82 @@ def test_no_step_twice_and_no_second_cohort(tmp_path: Path) -> None:
                 else:
                     assert (attempt, stage) != (1, "contribute")
                     server.take(answer)
+
+
+@pytest.mark.parametrize("stage", REQUESTS)
+def test_no_process_takes_a_step_again(tmp_path: Path, stage: str) -> None:
+    """Asked twice for the same step over a restart, a party refuses and its secrets go."""
+    group = consortium(4)
+    server = begin(group, tmp_path)
+    session_ = group.terms.session
+    for at in REQUESTS[: REQUESTS.index(stage) + 1]:
+        requests = server.close()
+        for p, request in requests.items():
+            server.take(party(group, p, tmp_path).answer(at, session_, request))
+    for reason in ("stage", "state"):
+        with pytest.raises(ProtocolError) as again:
+            party(group, 1, tmp_path).answer(stage, session_, requests[1])
+        assert again.value.reason == reason
+
+
+def test_a_crash_between_ledger_and_send_uses_the_delta_up(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Nobody knows then whether the vector left: the party does not send another one."""
+    group = consortium(4)
+    server = begin(group, tmp_path)
+    session_ = group.terms.session
+    for p, request in server.close().items():
+        server.take(party(group, p, tmp_path).answer("share", session_, request))
+    request = server.close()[1]
+
+    def crash(*_: Any) -> None:
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        patch.setattr(FileLedger, "claim", crash)
+        party(group, 1, tmp_path).answer("contribute", session_, request)
+    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        # Before the claim nothing is lost; this time it crashes behind it.
+        patch.setattr(Party, "_keep", crash)
+        party(group, 1, tmp_path).answer("contribute", session_, request)
+    assert len(FileLedger(tmp_path / "ledger-1.jsonl").entries()) == 1
+    with pytest.raises(ProtocolError) as refused:
+        party(group, 1, tmp_path).answer("contribute", session_, request)
+    assert refused.value.reason in ("second-cohort", "state")
+
+
+def test_two_alive_sets_at_once_get_one_signature(tmp_path: Path) -> None:
+    """Two processes are asked at the same moment to sign different sets: one of them refuses."""
+    group = consortium(5, threshold=3)
+    session_ = group.terms.session
+    server = SecureServer(group.terms, group.roster)
+    policy = SecurePolicy(BASE, LAYOUT, min_threshold_share=0.5)
+    for p in group.terms.cohort:
+        mine = contribution(p, group)
+        server.take(party(group, p, tmp_path).advertise(group.terms.encode(), policy, mine))
+    for stage in REQUESTS[:2]:
+        for p, request in server.close().items():
+            server.take(party(group, p, tmp_path).answer(stage, session_, request))
+    server.close()
+    views = [(1, 2, 3), (1, 4, 5), (1, 2, 3, 4), (1, 2, 3, 4, 5)]
+    begin_ = threading.Barrier(len(views))
+
+    def ask(alive: tuple[int, ...]) -> str:
+        dead = tuple(sorted({1, 2, 3, 4, 5} - set(alive)))
+        request = wire.encode_alive_list(session_, alive, dead)
+        one = party(group, 1, tmp_path)
+        begin_.wait()
+        try:
+            one.answer("sign", session_, request)
+        except ProtocolError as error:
+            return error.reason
+        return "signed"
+
+    with ThreadPoolExecutor(len(views)) as pool:
+        said = sorted(pool.map(ask, views))
+    # The second finds the step taken and ends the session; the others find nothing.
+    assert said == ["signed", "stage", "state", "state"]
 
 
 def test_a_delta_of_another_size_is_refused(tmp_path: Path) -> None:

@@ -1,6 +1,7 @@
 """The whole protocol: equal to the integer oracle, whoever vanishes and whenever."""
 
 import hashlib
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
@@ -87,6 +88,28 @@ def test_drop_outs_at_any_stage(data: st.DataObject) -> None:
             run_and_compare(group, dropped, n)
         assert error.value.reason == "threshold"
         assert str(threshold) in str(error.value)
+
+
+@settings(max_examples=15, deadline=None)
+@given(st.data())
+def test_drop_outs_in_a_sparse_graph(data: st.DataObject) -> None:
+    """The same beyond 100 parties, where each party draws its own neighbours (here: beyond 5)."""
+    n = data.draw(st.integers(8, 14), "n")
+    degree = data.draw(st.sampled_from([4, 6]), "degree")
+    group = consortium(n, size=60, aggregate=data.draw(st.sampled_from(["mean", "ties"])))
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("dare_agg.secure.terms.COMPLETE_UP_TO", 5)
+        group.terms = replace(group.terms, degree=degree, share_threshold=degree // 2 + 1)
+    gone = st.sets(st.sampled_from(group.terms.cohort), max_size=1)
+    dropped = {s: data.draw(gone, s) for s in DROP_STAGES}
+    left = set(group.terms.cohort) - set().union(*dropped.values())
+    try:
+        run_and_compare(group, dropped, n)
+        assert len(left) >= group.terms.threshold
+    except ProtocolError as error:
+        # Too few in all, or too few of the neighbours that one party drew.
+        assert error.reason == "threshold"
+        assert len(left) < group.terms.threshold or "revealed shares of party" in str(error)
 
 
 def test_weights_by_examples_stay_hidden_in_the_sum() -> None:

@@ -185,6 +185,13 @@ class Classification:
                 parameter.copy_(torch.from_numpy(values))
         return named
 
+    def network(self, state: Mapping[str, NDArray], split: str) -> tuple[Any, Reader]:
+        """Return the model holding a state, and the reader of a split's inputs."""
+        self._place(state)
+        model = self._load()
+        model.eval()
+        return model, lambda at: self._batch(split, at)[0]
+
     def _precision(self) -> Any:
         import torch
 

@@ -109,7 +109,7 @@ def collect(
     """Return Fisher values and Gram matrices of one model's encoder, by kind."""
     from dare_agg.statistics import collect_fisher, collect_grams
 
-    network, ids, attention = task.network({**layout.unflatten(vector), **head}, "train")
+    network, read = task.network({**layout.unflatten(vector), **head}, "train")
     count = settings["statistics_examples"]
 
     def forward(model: Any, batch: Mapping[str, Any]) -> Any:
@@ -117,12 +117,13 @@ def collect(
 
     def batches(size: int, rows: int) -> Iterator[dict[str, Any]]:
         for lo in range(0, rows, size):
-            at = slice(lo, min(rows, lo + size))
-            yield {"ids": ids[at], "attention_mask": attention[at]}
+            ids, attention = read(np.arange(lo, min(rows, lo + size)))
+            yield {"ids": ids, "attention_mask": attention}
 
+    rows = min(len(task.train_rows), 10 * count)
     return {
         "fisher": collect_fisher(network, batches(1, count), forward=forward),
-        "gram": collect_grams(network, batches(50, min(len(ids), 10 * count)), forward=forward),
+        "gram": collect_grams(network, batches(50, rows), forward=forward),
     }
 
 

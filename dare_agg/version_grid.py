@@ -61,9 +61,10 @@ class VersionGrid:
             step = np.float64(2.0 ** -self.exponents[place])
             for lo in range(entry.offset, entry.stop, TILE):
                 hi = min(entry.stop, lo + TILE)
-                # The product is exact, so each value is rounded the same way everywhere.
-                exact = counts[lo:hi] * step
-                exact += base[lo:hi]
+                # The product is exact, so each value is rounded the same way everywhere. Taken
+                # from the base, not added: -0 - 0 is -0, so what never moved keeps its bits.
+                exact = -counts[lo:hi] * step
+                np.subtract(base[lo:hi], exact, out=exact)
                 vector[lo:hi] = exact
                 if place in self.halves:
                     vector[lo:hi] = vector[lo:hi].astype(np.float16)

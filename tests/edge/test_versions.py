@@ -19,12 +19,16 @@ from dare_agg.versions import BASE, FORMS, STEPS, make_version_downlink, read_ba
 
 def base_arrays(size: int = 5000) -> dict[str, np.ndarray]:
     rng = np.random.default_rng(1)
+    head = rng.normal(size=(4, 30)).astype(np.float32)
+    head[2] = -0.0
     return {
         "wide": rng.normal(size=(size // 50, 50)).astype(np.float32),
         "small": (rng.normal(size=300) * 1e-3).astype(np.float32),
         "zero": np.zeros(77, np.float32),
+        # Pretrained encoders hold a few of these; their sign is part of the fingerprint.
+        "negative zero": np.full(77, -0.0, np.float32),
         "half": rng.normal(size=40).astype(np.float16),
-        "head.weight": rng.normal(size=(4, 30)).astype(np.float32),
+        "head.weight": head,
         "count": np.asarray(3, np.int64),
     }
 
@@ -281,6 +285,20 @@ def test_counts_beyond_int32_are_refused():
     with pytest.raises(StateError, match="grid steps"):
         add_steps(counts, np.arange(3), np.array([0, 5, 0]))
     assert (counts == 2**31 - 2).all()
+
+
+def test_what_never_moved_keeps_its_bits():
+    model = global_model(base_arrays(), dense=["^head"])
+    for layout, base in (
+        (model.groups.layout, model.delta),
+        (model.groups.dense_layout, model.dense),
+    ):
+        grid = grid_of(layout, base, model.groups.dtypes)
+        counts = np.zeros(base.size, np.int32)
+        counts[::3] = 5
+        still = counts == 0
+        assert grid.values(base, counts)[still].tobytes() == base[still].tobytes()
+        assert np.signbit(base[still]).any()
 
 
 def test_grid_steps_follow_the_largest_base_value():

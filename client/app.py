@@ -19,7 +19,7 @@ from client.config import TaskConfig, place, task_config
 from client.models import model_path
 from client.partition import partition
 from client.rows import Indices
-from client.tasks import Classification, build_task
+from client.tasks import FineTuning, build_task
 from dare_agg.flower import dare_mod, offer_base
 from dare_agg.flower.secure_mod import secure_mod, secure_queries
 from dare_agg.flower.transport import to_record
@@ -31,11 +31,11 @@ secure_queries(app, find_base=model_path)
 
 # Where the process lives on between messages (simulation, warm trainer), model and tokens do.
 @lru_cache(maxsize=2)
-def _task(config: TaskConfig) -> Classification:
+def _task(config: TaskConfig) -> FineTuning:
     return build_task(config)
 
 
-def _own_task(msg: Message, context: Context) -> Classification:
+def _own_task(msg: Message, context: Context) -> FineTuning:
     record = msg.content.config_records.get("config", ConfigRecord())
     labels = record.get("labels", [])
     assert isinstance(labels, list)
@@ -107,7 +107,7 @@ def evaluate(msg: Message, context: Context) -> Message:
     return Message(RecordDict({"metrics": measured}), reply_to=msg)
 
 
-def _state(msg: Message, task: Classification) -> dict[str, np.ndarray]:
+def _state(msg: Message, task: FineTuning) -> dict[str, np.ndarray]:
     """The received state; a head of another task's shape gives way to this task's own."""
     received = {name: array.numpy() for name, array in msg.content["arrays"].items()}  # type: ignore[union-attr]
     for name, array in task.initial.items():

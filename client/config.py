@@ -16,12 +16,12 @@ class TaskConfig:
     Attributes
     ----------
     task: a row of `client.tasks.KINDS`, or "auto" to tell it from ``data`` and ``model``.
-    model: a row of `client.models.MODELS`, a Hugging Face name or a folder.
+    model: a row of `client.models.MODELS`, a Hugging Face name, a folder or a GGUF file.
     data: see `client.data.load_text` and `client.images.load_images`.
     method: "full" fine-tuning, "lora" adapters, or "head" only.
-    lora_targets: names of the modules that get adapters.
+    lora_targets: names of the modules that get adapters (none: PEFT's choice for the model).
     pooling: "mean" over tokens, or "cls".
-    length: tokens a text is cut to.
+    length: tokens a text is cut to; for language models, tokens of a block of joined texts.
     image_size: pixels an image is scaled to, each way (0: the model's own).
     steps: optimizer steps a round; epochs, where above 0, wins over it.
     train_rows, test_rows: use at most so many (0 for all).
@@ -40,7 +40,7 @@ class TaskConfig:
     method: str = "full"
     lora_rank: int = 8
     lora_alpha: int = 16
-    lora_targets: tuple[str, ...] = ("query", "value")
+    lora_targets: tuple[str, ...] = ()
     pooling: str = "mean"
     length: int = 32
     image_size: int = 0

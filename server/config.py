@@ -96,7 +96,7 @@ class RunConfig(BaseModel):
     secure_threshold: int = Field(0, ge=0)
     secure_stage_seconds: float = Field(300.0, gt=0)
 
-    task: Literal["auto", "text-classification", "image-classification"] = "auto"
+    task: Literal["auto", "text-classification", "image-classification", "causal-lm"] = "auto"
     model: str = "minilm"
     data: str = "reuters-r8"
     text_column: str = "text"
@@ -108,7 +108,7 @@ class RunConfig(BaseModel):
     train: Literal["full", "lora", "head"] = "full"
     lora_rank: int = Field(8, ge=1)
     lora_alpha: int = Field(16, ge=1)
-    lora_targets: Words = ("query", "value")
+    lora_targets: Words = ()
     pooling: Literal["mean", "cls"] = "mean"
     length: int = Field(32, ge=2, le=8192)
     image_size: int = Field(0, ge=0, le=4096)
@@ -171,6 +171,11 @@ def read_config(raw: Mapping[str, Any]) -> RunConfig:
     find_values(config.values)
     find_values(config.dense_values)
     compile_patterns([*config.dense, *config.exclude])
+    if config.task == "causal-lm" and (config.train == "head" or "head-only" in config.methods):
+        raise ConfigError(
+            "a causal-lm has no head of its own to train alone; leave out head-only, or set train "
+            'to "lora"'
+        )
     if config.partition == "column" and not config.partition_by:
         raise ConfigError('partition = "column" needs partition-by, the name of a column')
     return config

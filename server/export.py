@@ -1,4 +1,8 @@
-"""The final model as a Hugging Face folder with a model card that carries its provenance."""
+"""The final model as a Hugging Face folder with a model card that carries its provenance.
+
+Adapters are written twice: merged into the base's weights, so that the folder loads by itself,
+and as a PEFT folder of their own inside it.
+"""
 
 from __future__ import annotations
 
@@ -15,8 +19,12 @@ from numpy.typing import NDArray
 from safetensors.numpy import save_file
 
 from dare_agg import __version__
+from dare_agg.cache import cache_folder
+from dare_agg.errors import CheckpointError
+from dare_agg.merge.offline import merge_offline
+from dare_agg.merge.recipe import make_recipe
 
-ENCODER = "encoder."
+ENCODER, HEAD = "encoder.", "head."
 
 
 def base_folder(model: str) -> Path | None:
@@ -26,7 +34,23 @@ def base_folder(model: str) -> Path | None:
         if spec is not None and spec.submodule_search_locations:
             return Path(next(iter(spec.submodule_search_locations))) / "model"
     path = Path(model)
-    return path if path.is_dir() else None
+    if path.is_dir():
+        return path
+    # What clients on this machine unpacked: a built-in model or a GGUF file.
+    name = path.stem if path.suffix == ".gguf" else model
+    if "/" not in name:
+        found = sorted(cache_folder("models").glob(f"{name}-[0-9a-f]*"))
+        return found[0] if found else None
+    return _from_hub_cache(model)
+
+
+def _from_hub_cache(model: str) -> Path | None:
+    try:
+        from huggingface_hub import snapshot_download
+
+        return Path(snapshot_download(model, local_files_only=True))
+    except Exception:  # not installed, no such name, not there: all the same here
+        return None
 
 
 def export_model(
@@ -37,55 +61,122 @@ def export_model(
     labels: Sequence[str],
     provenance: Mapping[str, Any],
 ) -> Path:
-    """Write ``folder`` with model.safetensors, head.safetensors, configuration and README.md.
+    """Write ``folder``: model.safetensors, configuration, README.md and what else was trained.
 
-    Encoder tensors lose their "encoder." prefix, so ``AutoModel.from_pretrained(folder)``
-    loads them; LoRA adapters and the head keep their names in head.safetensors. Where no
-    encoder tensor was trained, the base's own are copied. The folder appears whole or not at all.
+    Encoder tensors lose their "encoder." prefix and language models keep their names, so
+    ``AutoModel`` or ``AutoModelForCausalLM.from_pretrained(folder)`` loads them; the head is in
+    head.safetensors. Of LoRA, ``adapter/`` holds the PEFT adapter and model.safetensors the base
+    with the adapter in it, where the base is on this machine. Where no tensor of the model was
+    trained, the base's own are copied. The folder appears whole or not at all.
     """
     draft = folder.with_name(folder.name + ".part")
-    shutil.rmtree(draft, ignore_errors=True)
-    draft.mkdir(parents=True)
+    adapter = folder.with_name(folder.name + ".adapter.part")
+    for left in (draft, adapter):
+        shutil.rmtree(left, ignore_errors=True)
     base = base_folder(model)
-    encoder = {
-        name.removeprefix(ENCODER): np.ascontiguousarray(array)
-        for name, array in arrays.items()
-        if name.startswith(ENCODER) and "lora_" not in name
+    head = {n: np.ascontiguousarray(a) for n, a in arrays.items() if n.startswith(HEAD)}
+    body = {
+        n.removeprefix(ENCODER): np.ascontiguousarray(a)
+        for n, a in arrays.items()
+        if not n.startswith(HEAD)
     }
-    rest = {
-        name: np.ascontiguousarray(array)
-        for name, array in arrays.items()
-        if name.removeprefix(ENCODER) not in encoder
-    }
+    lora = {n: a for n, a in body.items() if ".lora_" in n}
+    whole = {n: a for n, a in body.items() if n not in lora}
+    language = any(not n.startswith((HEAD, ENCODER)) for n in arrays)
     metadata = {"format": "pt", "made_by": f"dare-agg {__version__}"}
-    if base is not None:
-        for path in base.iterdir():
-            # Where only the head or adapters travelled, the encoder is the base's own.
-            weights = path.name.endswith((".safetensors", ".safetensors.index.json"))
-            kind = path.suffix in (".json", ".txt", ".model") or weights
-            if path.is_file() and kind and not (weights and encoder):
-                shutil.copy(path, draft / path.name)
-    if encoder:
-        save_file(encoder, draft / "model.safetensors", metadata)
-    if rest:
-        save_file(rest, draft / "head.safetensors", metadata)
+    if lora:
+        _write_adapter(adapter, lora, provenance.get("config", {}), model, language)
+    if not (lora and base and _merged(base, adapter, draft)):
+        draft.mkdir(parents=True, exist_ok=True)
+        if base is not None:
+            _copy_base(base, draft, weights=not (whole or lora))
+        if whole:
+            save_file(whole, draft / "model.safetensors", metadata)
+    if lora:
+        os.replace(adapter, draft / "adapter")
+    if head:
+        save_file(head, draft / "head.safetensors", metadata)
     (draft / "provenance.json").write_text(json.dumps(provenance, indent=1) + "\n")
-    (draft / "README.md").write_text(_card(model, labels, provenance), encoding="utf-8")
+    card = _card(model, labels, provenance, language=language, lora=bool(lora))
+    (draft / "README.md").write_text(card, encoding="utf-8")
     shutil.rmtree(folder, ignore_errors=True)
     os.replace(draft, folder)
     return folder
 
 
-def _card(model: str, labels: Sequence[str], provenance: Mapping[str, Any]) -> str:
+def _copy_base(base: Path, draft: Path, *, weights: bool) -> None:
+    for path in base.iterdir():
+        heavy = path.name.endswith((".safetensors", ".safetensors.index.json"))
+        if path.is_file() and (
+            (heavy and weights)
+            or (path.suffix in (".json", ".txt", ".model", ".jinja") and not heavy)
+        ):
+            shutil.copy(path, draft / path.name)
+
+
+def _write_adapter(
+    folder: Path,
+    lora: Mapping[str, NDArray[Any]],
+    config: Mapping[str, Any],
+    model: str,
+    language: bool,
+) -> None:
+    """Write the adapter as PEFT saves it."""
+    folder.mkdir(parents=True)
+    # The names in a running model carry the adapter's name, those in a file do not.
+    tensors = {name.replace(".default.weight", ".weight"): a for name, a in lora.items()}
+    modules = {name.rpartition(".lora_")[0].rpartition(".")[2] for name in lora}
+    settings = {
+        "peft_type": "LORA",
+        "task_type": "CAUSAL_LM" if language else "FEATURE_EXTRACTION",
+        "base_model_name_or_path": model,
+        "r": config.get("lora-rank"),
+        "lora_alpha": config.get("lora-alpha"),
+        "target_modules": sorted(modules),
+        "lora_dropout": 0.0,
+        "bias": "none",
+        "inference_mode": True,
+    }
+    save_file(tensors, folder / "adapter_model.safetensors", {"format": "pt"})
+    (folder / "adapter_config.json").write_text(json.dumps(settings, indent=1) + "\n")
+
+
+def _merged(base: Path, adapter: Path, out: Path) -> bool:
+    """Write the base with the adapter in it; False where the base has no safetensors."""
+    recipe = make_recipe({"base": base, "models": [adapter], "method": "task-arithmetic"})
+    try:
+        merge_offline(recipe, out, overwrite=True)
+    except CheckpointError:
+        shutil.rmtree(out, ignore_errors=True)
+        return False
+    return True
+
+
+def _card(
+    model: str,
+    labels: Sequence[str],
+    provenance: Mapping[str, Any],
+    *,
+    language: bool,
+    lora: bool,
+) -> str:
     rows = "\n".join(
         f"| {key} | `{json.dumps(value)}` |" for key, value in provenance.items() if key != "config"
     )
     config = json.dumps(provenance.get("config", {}), indent=1)
+    if language:
+        usage = "`AutoModelForCausalLM.from_pretrained` loads it."
+    else:
+        usage = (
+            f"Labels, in order: {', '.join(labels)}.\n\n"
+            "`AutoModel.from_pretrained` loads the encoder; `head.safetensors` holds the head, "
+            "applied to the pooled token states."
+        )
+    if lora:
+        usage += " `adapter/` is the LoRA adapter alone, for PEFT."
     return (
         "---\nlibrary_name: transformers\ntags: [federated-learning, dare-agg]\n---\n"
         f"# {model}, fine-tuned by federated learning\n\n"
-        f"Made by dare-agg {__version__}. Labels, in order: {', '.join(labels)}.\n\n"
-        "`AutoModel.from_pretrained` loads the encoder; `head.safetensors` holds the head "
-        "(and adapters), applied to the mean of the token states.\n\n"
+        f"Made by dare-agg {__version__}. {usage}\n\n"
         f"| provenance | |\n|---|---|\n{rows}\n\n## Run config\n```json\n{config}\n```\n"
     )

@@ -38,6 +38,39 @@ def tiny_model(tmp_path_factory):
     return folder
 
 
+@pytest.fixture(scope="session")
+def tiny_language_model(tmp_path_factory):
+    """A Hugging Face folder with a random two-layer Llama and a word tokenizer."""
+    import torch
+    from tokenizers import Tokenizer
+    from tokenizers.models import WordLevel
+    from tokenizers.pre_tokenizers import Whitespace
+    from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
+
+    folder = tmp_path_factory.mktemp("tiny-llama")
+    special = ["[UNK]", "[END]"]
+    words = Tokenizer(WordLevel({w: i for i, w in enumerate([*special, *WORDS])}, "[UNK]"))
+    words.pre_tokenizer = Whitespace()
+    torch.manual_seed(0)
+    config = LlamaConfig(
+        vocab_size=16,
+        hidden_size=32,
+        intermediate_size=64,
+        num_hidden_layers=2,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+        max_position_embeddings=64,
+        tie_word_embeddings=True,
+        bos_token_id=None,
+        eos_token_id=1,
+    )
+    LlamaForCausalLM(config).save_pretrained(folder)
+    PreTrainedTokenizerFast(
+        tokenizer_object=words, eos_token="[END]", unk_token="[UNK]"
+    ).save_pretrained(folder)
+    return folder
+
+
 def review_rows(count=240):
     """Texts whose words tell the label, by six authors."""
     rng = np.random.default_rng(0)

@@ -30,6 +30,7 @@ def _load(path, name):
 GRID = _load(HERE.parent / "flower" / "conftest.py", "flower_grid").MemoryGrid
 FILES = _load(HERE.parent / "client_app" / "conftest.py", "client_files")
 tiny_model, review_files = FILES.tiny_model, FILES.review_files
+tiny_language_model, SAVED = FILES.tiny_language_model, "model.safetensors"
 
 
 @pytest.fixture(autouse=True)
@@ -111,16 +112,46 @@ def test_exported_encoder_loads_with_transformers(run):
     assert np.array_equal(dict(model.named_parameters())[name].detach().numpy(), saved[name])
 
 
-def test_lora_sends_adapters_only(run):
+def test_lora_sends_adapters_only(run, tiny_model):
     folder, rows, _ = run(train="lora", num_rounds=2, methods="fedavg")
     assert rows[-1]["update_bytes_per_client"] < 20_000
-    # The folder loads by itself: the base's own encoder beside what was trained.
+    # The folder loads by itself: the base with the adapter in it, the adapter beside it.
     saved = folder / "model-fedavg"
-    encoder = load_file(saved / "model.safetensors")
-    trained = load_file(saved / "head.safetensors")
-    assert encoder and not any("lora_" in name for name in encoder)
-    adapters = {name: array.size for name, array in trained.items() if "lora_" in name}
-    assert adapters and rows[-1]["parameters"] == sum(adapters.values())
+    encoder, base = load_file(saved / "model.safetensors"), load_file(tiny_model / SAVED)
+    moved = {name for name in base if not np.array_equal(base[name], encoder[name])}
+    assert moved and all(".query." in name or ".value." in name for name in moved)
+    assert set(load_file(saved / "head.safetensors")) == {"head.weight", "head.bias"}
+    adapters = load_file(saved / "adapter" / "adapter_model.safetensors")
+    assert all("lora_" in name for name in adapters)
+    assert rows[-1]["parameters"] == sum(array.size for array in adapters.values())
+
+
+def _logits(model):
+    import torch
+
+    with torch.inference_mode():
+        return model(input_ids=torch.arange(2, 12)[None]).logits.numpy()
+
+
+@pytest.mark.parametrize("train", ["full", "lora"])
+def test_a_language_model_is_trained_and_exported(run, tiny_language_model, train):
+    from peft import PeftModel
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+
+    folder, rows, _ = run(
+        task="causal-lm", model=str(tiny_language_model), train=train, num_rounds=2, lora_rank=2
+    )
+    assert rows[-1]["loss"] < rows[0]["loss"] and rows[-1]["dense_bytes_per_client"] == 0
+    assert rows[-1]["perplexity"] == pytest.approx(np.exp(rows[-1]["loss"]))
+    saved = folder / "model-dare-task-arithmetic"
+    model = AutoModelForCausalLM.from_pretrained(saved)
+    assert AutoTokenizer.from_pretrained(saved).eos_token == "[END]"
+    base = AutoModelForCausalLM.from_pretrained(tiny_language_model)
+    assert not np.allclose(_logits(model), _logits(base), atol=1e-3)
+    assert (saved / "adapter").is_dir() == (train == "lora")
+    if train == "lora":
+        adapted = PeftModel.from_pretrained(base, saved / "adapter")
+        assert np.allclose(_logits(model), _logits(adapted), atol=1e-5)
 
 
 def test_clients_of_different_tasks_share_one_encoder(run, tmp_path):

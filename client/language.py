@@ -1,0 +1,153 @@
+"""Causal language modelling: real text in blocks of tokens, the next token as the target.
+
+Texts of one group (a speaker, an author) are joined, an end-of-text token between them, and cut
+into blocks of ``length`` tokens, so no block mixes two groups and none is mostly padding.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import numpy as np
+
+from client.config import TaskConfig
+from client.data import load_text
+from client.head import with_adapters
+from client.models import LANGUAGE, MODELS, model_path
+from client.rows import Data, Indices, Rows
+from dare_agg.errors import ConfigError
+
+IGNORED = -100  # a target that cross_entropy leaves out
+
+
+def load_blocks(config: TaskConfig) -> Data:
+    """Load the configuration's texts as blocks of token ids (int32, at most ``length`` each)."""
+    _check(config)
+    data = load_text(
+        config.data,
+        text_column=config.text_column,
+        label_column=config.label_column,
+        partition_column=config.partition_column,
+        label_names=config.label_names,
+        label_optional=True,
+        seed=config.seed,
+    )
+    tokenizer = _tokenizer(config.model)
+    return Data(
+        data.name,
+        _blocks(data.train, tokenizer, config, 1),
+        _blocks(data.test, tokenizer, config, 2),
+        data.label_names,
+    )
+
+
+def _check(config: TaskConfig) -> None:
+    row = MODELS.get(config.model)
+    if row is not None and row.task != LANGUAGE:
+        known = ", ".join(name for name, m in MODELS.items() if m.task == LANGUAGE)
+        raise ConfigError(
+            f"model {config.model!r} is no causal language model; built in: {known}; any other by "
+            "its Hugging Face name or folder"
+        )
+    if config.method == "head":
+        raise ConfigError(
+            "a causal language model has no head of its own to train; compare with the untouched "
+            'base, or set train to "lora"'
+        )
+
+
+def _tokenizer(model: str) -> Any:
+    from transformers import AutoTokenizer
+
+    try:
+        return AutoTokenizer.from_pretrained(model_path(model))
+    except (OSError, ValueError) as error:
+        raise _not_loaded(model, error) from error
+
+
+def _blocks(rows: Rows, tokenizer: Any, config: TaskConfig, stream: int) -> Rows:
+    """Pack texts into blocks, label by label and group by group, then shuffle the blocks."""
+    prefix = tokenizer("")["input_ids"]  # what the model expects before a text, such as <bos>
+    end = [] if tokenizer.eos_token_id is None else [tokenizer.eos_token_id]
+    coded = tokenizer(list(rows.inputs), add_special_tokens=False)["input_ids"] if len(rows) else []
+    by_group: dict[tuple[int, str], list[int]] = {}
+    for ids, label, group in zip(coded, rows.labels, rows.groups, strict=True):
+        by_group.setdefault((int(label), group), []).extend([*ids, *end])
+    room = config.length - len(prefix)
+    if room < 2:
+        raise ConfigError(f"length {config.length} leaves no room for text; raise it")
+    found = [
+        (np.array([*prefix, *piece], np.int32), label, group)
+        for (label, group), ids in by_group.items()
+        for piece in _pieces(ids, room)
+    ]
+    order = np.random.default_rng(np.random.SeedSequence([config.seed, 30, stream])).permutation(
+        len(found)
+    )
+    return Rows(
+        tuple(found[i][0] for i in order),
+        np.array([found[i][1] for i in order], np.int64),
+        tuple(found[i][2] for i in order),
+    )
+
+
+def _pieces(ids: list[int], room: int) -> Iterator[list[int]]:
+    for lo in range(0, len(ids), room):
+        piece = ids[lo : lo + room]
+        if len(piece) > 1:  # one token predicts nothing
+            yield piece
+
+
+def block_reader(config: TaskConfig, rows: Rows) -> Callable[[Indices], tuple[Any, ...]]:
+    """The reader gives (ids, mask): int64 and bool (n, length), padded on the right."""
+    import torch
+
+    ids = np.zeros((len(rows), config.length), np.int64)
+    mask = np.zeros((len(rows), config.length), np.bool_)
+    for i, block in enumerate(rows.inputs):
+        ids[i, : block.size] = block
+        mask[i, : block.size] = True
+
+    def read(at: Indices) -> tuple[Any, ...]:
+        return torch.from_numpy(ids[at]), torch.from_numpy(mask[at])
+
+    return read
+
+
+def token_scores(model: Any, inputs: tuple[Any, ...]) -> Any:
+    """Logits (n, length − 1, vocabulary) of each token's successor."""
+    # Padding stands on the right, where causal attention never looks: no mask is needed.
+    return model(input_ids=inputs[0], use_cache=False).logits[:, :-1]
+
+
+def next_tokens(inputs: tuple[Any, ...], labels: Any) -> Any:
+    """The targets: each token's successor, `IGNORED` where that is padding."""
+    ids, mask = inputs
+    return ids[:, 1:].masked_fill(~mask[:, 1:], IGNORED)
+
+
+def language_model(config: TaskConfig, labels: int) -> Any:
+    """Load a causal language model; its tensors keep their Hugging Face names."""
+    import torch
+    from transformers import AutoModelForCausalLM
+    from transformers.utils import logging
+
+    _check(config)
+    logging.disable_progress_bar()
+    torch.manual_seed(config.seed)  # for what the checkpoint lacks
+    try:
+        network = AutoModelForCausalLM.from_pretrained(
+            model_path(config.model), dtype=torch.float32
+        )
+    except (OSError, ValueError) as error:
+        raise _not_loaded(config.model, error) from error
+
+    return with_adapters(network, config)
+
+
+def _not_loaded(model: str, error: Exception) -> ConfigError:
+    return ConfigError(
+        f"model {model!r} cannot be loaded: {' '.join(str(error).split())[:200]}; give a Hugging "
+        "Face folder or GGUF file, or a name while a hub can be reached"
+    )

@@ -1,0 +1,116 @@
+"""Models that come in another form than a Hugging Face folder, turned into one.
+
+GGUF files are dequantised (to float32) and ZIP archives unpacked, once, into the cache folder;
+several files that hold one archive in parts are joined first.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import hashlib
+import os
+import shutil
+import zipfile
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from dare_agg.cache import cache_folder
+from dare_agg.errors import ConfigError
+
+SUFFIXES = (".gguf", ".zip")
+_KEPT = (".json", ".txt", ".model", ".safetensors", ".jinja")
+_CHUNK = 1 << 22
+
+
+def unpacked_folder(name: str, sha256: str) -> Path:
+    """Where the folder of a model of this name and file digest is kept."""
+    return cache_folder("models") / f"{name}-{sha256[:8]}"
+
+
+def unpack(name: str, parts: Sequence[Path], sha256: str, suffix: str, remedy: str) -> Path:
+    """Return the folder made of a model's file (its parts joined); makes it where it is missing.
+
+    ``sha256`` begins the file's digest; ``remedy`` says how to get the right file. Raises
+    `ConfigError` where the file is another one or cannot be turned into a folder.
+    """
+    target = unpacked_folder(name, sha256)
+    if target.is_dir():
+        return target
+    target.parent.mkdir(parents=True, exist_ok=True)
+    draft = target.with_name(f".{target.name}.{os.getpid()}")
+    shutil.rmtree(draft, ignore_errors=True)
+    draft.mkdir()
+    try:
+        joined = parts[0] if len(parts) == 1 else draft / f"joined{suffix}"
+        found = _join(parts, None if len(parts) == 1 else joined)
+        if not found.startswith(sha256):
+            raise ConfigError(f"model {name!r} has SHA-256 {found[:12]}, not {sha256}…; {remedy}")
+        made = draft / "model"
+        made.mkdir()
+        (_from_gguf if suffix == ".gguf" else _from_zip)(joined, made)
+        with contextlib.suppress(OSError):  # another process was first: its folder serves
+            made.replace(target)
+    finally:
+        shutil.rmtree(draft, ignore_errors=True)
+    return target
+
+
+def file_digest(path: Path) -> str:
+    """SHA-256 of a file, in hex."""
+    return _join((path,), None)
+
+
+def _join(parts: Sequence[Path], out: Path | None) -> str:
+    """Write parts one after another (where ``out`` is given); returns SHA-256 of the whole."""
+    digest = hashlib.sha256()
+    with contextlib.ExitStack() as stack:
+        written = stack.enter_context(out.open("wb")) if out else None
+        for part in parts:
+            with part.open("rb") as file:
+                while block := file.read(_CHUNK):
+                    digest.update(block)
+                    if written:
+                        written.write(block)
+    return digest.hexdigest()
+
+
+def _from_zip(archive: Path, folder: Path) -> None:
+    """Unpack the folder of the archive that holds config.json; files directly in it only."""
+    with zipfile.ZipFile(archive) as opened:
+        names = opened.namelist()
+        root = min((n for n in names if n.rpartition("/")[2] == "config.json"), key=len, default="")
+        if not root:
+            raise ConfigError(f"{archive.name} holds no config.json; it is no Hugging Face model")
+        inside = root.removesuffix("config.json")
+        for name in names:
+            own = name.removeprefix(inside)
+            if name.startswith(inside) and own and "/" not in own and own.endswith(_KEPT):
+                with opened.open(name) as source, (folder / own).open("wb") as target:
+                    shutil.copyfileobj(source, target, _CHUNK)
+
+
+def _from_gguf(file: Path, folder: Path) -> None:
+    import torch
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+    from transformers.utils import logging
+
+    logging.disable_progress_bar()
+    try:
+        model: Any = AutoModelForCausalLM.from_pretrained(
+            str(file.parent), gguf_file=file.name, dtype=torch.float32
+        )
+        tokenizer = AutoTokenizer.from_pretrained(str(file.parent), gguf_file=file.name)
+    except (OSError, ValueError, ImportError) as error:
+        raise ConfigError(
+            f"{str(file)!r} cannot be read as GGUF: {' '.join(str(error).split())[:200]}; the "
+            "packages gguf and accelerate are needed, and an architecture transformers knows"
+        ) from error
+    finally:
+        logging.enable_progress_bar()
+    # What was read is plain float32 now; transformers would refuse to save "quantised" weights.
+    model.hf_quantizer, model.is_quantized = None, False
+    if hasattr(model.config, "quantization_config"):
+        del model.config.quantization_config
+    model.save_pretrained(folder)
+    tokenizer.save_pretrained(folder)

@@ -49,12 +49,13 @@ def _own_task(msg: Message, context: Context) -> FineTuning:
     )
 
 
-@lru_cache(maxsize=64)
-def _train_rows(config: TaskConfig, rule: str, alpha: float, number: int, count: int) -> Indices:
+# The parts of all clients are cut at once and kept: a process serves hundreds of them.
+@lru_cache(maxsize=2)
+def _train_rows(config: TaskConfig, rule: str, alpha: float, count: int) -> Sequence[Indices]:
     rows = _task(config).train_rows
     if count == 1:
-        return np.arange(len(rows))
-    return partition(rule, rows.labels, rows.groups, count, alpha=alpha, seed=config.seed)[number]
+        return [np.arange(len(rows))]
+    return partition(rule, rows.labels, rows.groups, count, alpha=alpha, seed=config.seed)
 
 
 @app.query("describe")
@@ -84,7 +85,7 @@ def train(msg: Message, context: Context) -> Message:
     task = _own_task(msg, context)
     number, count = place(context.run_config, context.node_config)
     run = context.run_config
-    rows = _train_rows(task.config, str(run["partition"]), float(run["alpha"]), number, count)
+    rows = _train_rows(task.config, str(run["partition"]), float(run["alpha"]), count)[number]
     config = msg.content.config_records["config"]
     seed: Sequence[int] = (task.config.seed, int(config["server-round"]), number)  # type: ignore[arg-type]
     state, examples, metrics = task.train(_state(msg, task), rows, seed=seed)

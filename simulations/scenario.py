@@ -6,7 +6,7 @@ import hashlib
 import json
 import tomllib
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -83,19 +83,21 @@ class Row:
 
 @dataclass(frozen=True)
 class Scenario:
-    """A checked scenario. ``cells`` maps a cell's name to its full settings."""
+    """A checked scenario: by cell name its full settings, and its own seeds where it has any."""
 
     name: str
     kind: str
     title: str
     seeds: tuple[int, ...]
     cells: Mapping[str, Mapping[str, Any]]
+    own_seeds: Mapping[str, tuple[int, ...]] = field(default_factory=dict)
 
     def rows(self) -> Iterator[Row]:
         """Yield the runs, every cell of the first seed before the second seed."""
         for seed in self.seeds:
             for cell, settings in self.cells.items():
-                yield Row(self.name, self.kind, cell, seed, settings)
+                if seed in self.own_seeds.get(cell, self.seeds):
+                    yield Row(self.name, self.kind, cell, seed, settings)
 
 
 def read_scenario(path: Path) -> Scenario:
@@ -115,8 +117,9 @@ def read_scenario(path: Path) -> Scenario:
     defaults = raw.get("defaults", {})
     _check_keys(defaults, known, f"[defaults] of {path.name}")
     cells: dict[str, dict[str, Any]] = {}
+    own_seeds: dict[str, tuple[int, ...]] = {}
     for cell in raw.get("cells", []):
-        own = {key: value for key, value in cell.items() if key != "name"}
+        own = {key: value for key, value in cell.items() if key not in ("name", "seeds")}
         if "name" not in cell or cell["name"] in cells:
             raise ConfigError(f"{path.name}: every [[cells]] needs a name of its own")
         _check_keys(own, known, f"cell {cell['name']!r}")
@@ -124,10 +127,17 @@ def read_scenario(path: Path) -> Scenario:
         if isinstance(known.get("task"), dict):
             settings["task"] = {**defaults.get("task", {}), **own.get("task", {})}
         cells[cell["name"]] = settings
+        if "seeds" in cell:
+            own_seeds[cell["name"]] = tuple(cell["seeds"])
     seeds = tuple(raw.get("seeds", (0,)))
     if not cells or not all(isinstance(s, int) and s >= 0 for s in seeds):
         raise ConfigError(f"{path.name} needs at least one cell and seeds that are whole numbers")
-    return Scenario(raw.get("name", path.stem), kind, raw.get("title", ""), seeds, cells)
+    for cell, chosen in own_seeds.items():
+        if not chosen or not set(chosen) <= set(seeds):
+            raise ConfigError(
+                f"{path.name}: cell {cell!r} has seeds {list(chosen)}; choose from {list(seeds)}"
+            )
+    return Scenario(raw.get("name", path.stem), kind, raw.get("title", ""), seeds, cells, own_seeds)
 
 
 def _check_keys(found: Mapping[str, Any], known: Any, where: str) -> None:

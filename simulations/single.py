@@ -88,6 +88,7 @@ def run_row(row: Any) -> dict[str, Any]:
     start, delta = layout.flatten(base), layout.flatten(tuned)
     delta -= start
     heads = {name: array for name, array in tuned.items() if name not in layout}
+    del base, tuned  # for a language model half a gigabyte each
 
     def score(vector: FloatVector) -> dict[str, float | None]:
         scores = task.evaluate({**layout.unflatten(vector), **heads})

@@ -69,7 +69,7 @@ class VectorChannel:
         method = settings["method"]
         self._compressor = (
             None
-            if method in ("fedavg", "head-only")
+            if method in ("fedavg", "head-only", "untouched")
             else make_compressor(method, self.size, seed, settings)
         )
         self._number = 0

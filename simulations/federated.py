@@ -60,7 +60,25 @@ def run_row(row: Any) -> dict[str, Any]:
     curve: list[dict[str, Any]] = []
     up = down = up_head = down_head = 0
     losses: list[float] = []
-    for number in range(1, settings["rounds"] + 1):
+
+    def note(number: int, *, whole: bool) -> None:
+        scores = task.evaluate(channel.state(), None if whole else measure)
+        curve.append(
+            {
+                "round": number,
+                "accuracy": round(scores["accuracy"], 4),
+                "loss": round(scores["loss"], 4),
+                "rows": len(task.test_rows) if whole else len(measure),
+                "train_loss": round(float(np.mean(losses)), 4) if losses else None,
+                "upload_bytes": up + up_head,
+                "download_bytes": down + down_head,
+            }
+        )
+        losses.clear()
+
+    # "untouched" is the control in which nothing is trained: the base as it came.
+    rounds = 0 if settings["method"] == "untouched" else settings["rounds"]
+    for number in range(1, rounds + 1):
         rng = np.random.default_rng(np.random.SeedSequence([row.seed, 40, number]))
         chosen = sorted(int(c) for c in rng.choice(clients, sample, replace=False))
         received = channel.begin(number, chosen)
@@ -75,27 +93,17 @@ def run_row(row: Any) -> dict[str, Any]:
             up += sent.delta
             up_head += sent.dense
         channel.finish()
-        whole = number == settings["rounds"] or number in settings["milestones"]
+        whole = number == rounds or number in settings["milestones"]
         if whole or number % settings["evaluate_every"] == 0:
-            scores = task.evaluate(channel.state(), None if whole else measure)
-            curve.append(
-                {
-                    "round": number,
-                    "accuracy": round(scores["accuracy"], 4),
-                    "loss": round(scores["loss"], 4),
-                    "rows": len(task.test_rows) if whole else len(measure),
-                    "train_loss": round(float(np.mean(losses)), 4),
-                    "upload_bytes": up + up_head,
-                    "download_bytes": down + down_head,
-                }
-            )
-            losses.clear()
-    turns = sample * settings["rounds"]
+            note(number, whole=whole)
+    if not rounds:
+        note(0, whole=True)
+    turns = sample * max(1, rounds)
     return {
         "method": settings["method"],
         "accuracy": curve[-1]["accuracy"],
         "test_rows": len(task.test_rows),
-        "rounds": settings["rounds"],
+        "rounds": rounds,
         "clients": clients,
         "parameters": channel.size,
         "head_parameters": channel.head_size,

@@ -48,6 +48,17 @@ KINDS: Mapping[str, tuple[str, Mapping[str, Any]]] = {
         "simulations.single",
         {"sweeps": [], "drop_rates": [], "task": {}, "wrong_base": {}},
     ),
+    "adapters": (
+        "simulations.adapters",
+        {
+            "ways": {"factors": [], "product": []},
+            "clients": 6,
+            "partition": "column",
+            "alpha": 0.5,
+            "own_start": False,
+            "task": {},
+        },
+    ),
     "merging": (
         "simulations.merging",
         {

@@ -87,7 +87,9 @@ def train(msg: Message, context: Context) -> Message:
     run = context.run_config
     rows = _train_rows(task.config, str(run["partition"]), float(run["alpha"]), count)[number]
     config = msg.content.config_records["config"]
-    seed: Sequence[int] = (task.config.seed, int(config["server-round"]), number)  # type: ignore[arg-type]
+    # Secure rounds want other draws after each start of the server; plain ones have none.
+    start = [config["start-seed"]] if "start-seed" in config else []
+    seed: Sequence[int] = (task.config.seed, int(config["server-round"]), number, *start)  # type: ignore[arg-type]
     state, examples, metrics = task.train(_state(msg, task), rows, seed=seed)
     measured = MetricRecord({"num-examples": examples, **metrics})
     return Message(RecordDict({"arrays": to_record(state), "metrics": measured}), reply_to=msg)

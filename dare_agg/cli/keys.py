@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 if TYPE_CHECKING:
+    from dare_agg.secure.ledger import Entry
     from dare_agg.secure.roster import Roster
 
 keys = typer.Typer(
@@ -150,6 +151,56 @@ def show(
             typer.echo(f"{path}: {record['name']}  {fingerprint}")
     if json_:
         print_json({"files": found})
+
+
+@keys.command()
+def ledger(
+    path: Annotated[Path, typer.Argument(metavar="LEDGER", help="Ledger, such as north.ledger.")],
+    forget: Annotated[
+        str, typer.Option(help="Session (first digits): its data may enter another sum.")
+    ] = "",
+    yes: Annotated[bool, typer.Option("--yes", "-y", help="Do not ask.")] = False,
+    json_: Json = False,
+) -> None:
+    """Show what this party has put into secure sums; let it forget one that came to nothing."""
+    from dataclasses import asdict
+
+    from dare_agg.cli.output import print_json
+    from dare_agg.errors import ConfigError
+    from dare_agg.secure.ledger import FileLedger
+
+    book = FileLedger(path)
+    if forget:
+        entry = _one_session(book.entries(), forget, path)
+        if not yes:
+            typer.echo(
+                f"If anyone has unmasked session {entry.session[:12]}, a second sum with the same "
+                "data shows single parties' data by subtraction.",
+                err=True,
+            )
+            if not typer.confirm("Is it sure that this session gave no result?", err=True):
+                raise ConfigError(f"{path} was left as it is")
+        book.forget(entry.session)
+    found = book.entries()
+    if json_:
+        rows = [{k: v for k, v in asdict(entry).items() if k != "claims"} for entry in found]
+        print_json({"file": str(path), "contributions": rows})
+        return
+    for entry in found:
+        typer.echo(f"{entry.time}  session {entry.session[:12]}  run {entry.run}  #{entry.number}")
+    typer.echo(f"{path}: {len(found)} contributions")
+
+
+def _one_session(entries: Sequence[Entry], begin: str, path: Path) -> Entry:
+    from dare_agg.errors import ConfigError
+
+    fits = [entry for entry in entries if entry.session.startswith(begin)]
+    if len(fits) != 1:
+        raise ConfigError(
+            f"{len(fits)} sessions of {path} begin with {begin!r}; give the digits of one, see "
+            f"dare-agg keys ledger {path}"
+        )
+    return fits[0]
 
 
 def _is_roster(path: Path) -> bool:

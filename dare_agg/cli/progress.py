@@ -123,3 +123,22 @@ def summary_table(rows: list[dict[str, Any]]) -> Table:
             f"{row['seconds']:.0f}",
         )
     return table
+
+
+def secure_lines(rows: list[dict[str, Any]], folder: Path) -> list[str]:
+    """What a secure run's user must know beside the table; empty for a plain run."""
+    lines = []
+    for method, row in last_rows(rows).items():
+        if "secure_clipped_share" not in row:
+            continue
+        lone = row.get("secure_lone_share")
+        shown = "hidden in the sum" if lone is None else f"alone at {lone:.1%} of the elements"
+        lines.append(
+            f"{method}: single values are {shown}; {row['secure_clipped_share']:.2g} were clipped"
+        )
+        if (results := row.get("secure_results")) is not None:
+            lines.append(f"{results} of {row['accepted']} parties hold the merged model")
+            for name, what in (("merged", "with the base's names"), ("parties", "with own heads")):
+                if (folder / name).exists():
+                    lines.append(f"Merged, {what}: {folder / name}")
+    return lines

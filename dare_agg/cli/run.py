@@ -35,7 +35,7 @@ def run(
 ) -> None:
     """Run the Flower app (simulation or deployment); exit with the run's true status."""
     from dare_agg.cli.output import print_json, stderr_console, stdout_console
-    from dare_agg.cli.progress import follow, load_rows, summary_table
+    from dare_agg.cli.progress import follow, load_rows, secure_lines, summary_table
     from dare_agg.errors import RunError
 
     folder = (output or Path("runs") / time.strftime("%Y%m%d-%H%M%S")).absolute()
@@ -61,6 +61,8 @@ def run(
         print_json({"run": str(folder), "status": status.status, "rows": rows})
     else:
         stdout_console().print(summary_table(rows))
+        for line in secure_lines(rows, folder):
+            stdout_console().print(line)
         stdout_console().print(f"Run folder: {folder}\nNext: dare-agg report {folder}")
 
 

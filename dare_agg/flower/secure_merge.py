@@ -31,6 +31,7 @@ from dare_agg.flower.secure_session import (
     query,
     run_session,
 )
+from dare_agg.flower.transport import message_bytes
 from dare_agg.layout import FloatVector, Layout, fingerprint
 from dare_agg.secure.checkpoints import write_model
 from dare_agg.secure.packing import merge_sums
@@ -67,9 +68,10 @@ def secure_merge(
     """Merge the parties' models with the secure sum of ``settings``.
 
     ``base`` is the server's copy, ``model`` the run's word for it where parties find it by
-    themselves. Waits for ``parties`` members (at least ``settings.min_parties``). Writes the
-    merged model to ``out``. Raises `RunError` when too few members come, `ProtocolError` when
-    too few stay.
+    themselves. Waits for ``parties`` members (at least ``settings.min_parties``); where fewer
+    can take part it ends before anyone has put data in, so that a wrong file at one party does
+    not use up the models of the others. Writes the merged model to ``out``. Raises `RunError`
+    when too few members come, `ProtocolError` when too few can begin or stay.
     """
     public = open_checkpoint(base)
     layout = public.layout(exclude)
@@ -101,6 +103,7 @@ def secure_merge(
         first_seconds=stage_seconds,
         stage_seconds=stage_seconds,
         context=context,
+        begin_with=needed,
     )
     values, measured = merge_sums(sums, terms.quantiser, settings.rule)
     values *= np.float32(settings.scaling)
@@ -186,6 +189,8 @@ def _tell(
     parties = list(nodes)
     content = {p: secure_content(RESULT, session, message, **context) for p in parties}
     messages = [query(content[p], nodes[p], seconds) for p in parties]
+    for party in parties:
+        log.download[party] += message_bytes(content[party])
     told: dict[int, str] = {}
     for index, reply in exchange(grid, messages, seconds):
         party = parties[index]

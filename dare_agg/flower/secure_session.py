@@ -105,11 +105,13 @@ def run_session(
     first_seconds: float,
     stage_seconds: float = STAGE_SECONDS,
     context: Mapping[str, object] | None = None,
+    begin_with: int = 0,
 ) -> Sums:
     """Run the stages among ``nodes`` (party → node) and return the sums.
 
     ``first(party)`` makes the message that the adverts answer; ``context`` goes with every
-    later request. Raises `ProtocolError` as `SecureServer` does; ``log`` is filled anyhow.
+    later request. With fewer adverts than ``begin_with`` the session ends there, before anyone
+    has put data in. Raises `ProtocolError` as `SecureServer` does; ``log`` is filled anyhow.
     """
     session = server.terms.session
     messages = {party: first(nodes[party]) for party in sorted(nodes)}
@@ -117,7 +119,14 @@ def run_session(
     for stage in ("advertise", *REQUESTS):
         began = time.monotonic()
         seconds = first_seconds if stage == "advertise" else stage_seconds
-        _take_stage(grid, server, messages, stage, seconds, limit, log)
+        taken = _take_stage(grid, server, messages, stage, seconds, limit, log)
+        if stage == "advertise" and taken < begin_with:
+            why = "; ".join(f"{server.roster[r.client].name}: {r.detail}" for r in log.rejections)
+            raise ProtocolError(
+                f"{taken} of the {begin_with} parties waited for can take part, no data was put "
+                f"in: mend what stops the others, or wait for fewer (min-clients): {why}",
+                reason="parties",
+            )
         log.seconds[stage] = time.monotonic() - began
         if stage == REQUESTS[-1]:
             break
@@ -147,7 +156,8 @@ def _take_stage(
     seconds: float,
     limit: int,
     log: SessionLog,
-) -> None:
+) -> int:
+    """Exchange one stage's messages; returns how many answers were taken."""
     parties = list(messages)
     for party in parties:
         size = message_bytes(messages[party].content)
@@ -177,6 +187,7 @@ def _take_stage(
     LOG.info("secure sum: stage %s: %d of %d parties answered", stage, taken, len(parties))
     for party in sorted(silent):
         log.reject(party, "late", f"stage {stage}: no answer within {seconds:g} s")
+    return taken
 
 
 def _record(reply: Message):  # type: ignore[no-untyped-def]

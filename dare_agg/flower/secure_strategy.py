@@ -81,7 +81,11 @@ class SecureStrategy(DareStrategy):
         self.roster = roster
         self.stage_seconds = stage_seconds
         # A new name for each start: a party never contributes twice under one.
-        self.run_name = f"{self.run or 'run'}-{os.urandom(8).hex()}"
+        start = os.urandom(8)
+        self.run_name = f"{self.run or 'run'}-{start.hex()}"
+        # For the clients' training: after a resume, a round that was cut off is trained anew,
+        # since its deltas may have gone into a sum and ledgers refuse them.
+        self._start_seed = int.from_bytes(start[:4], "little")
         self._parties: dict[int, int] = {}
         self._strangers: set[int] = set()
 
@@ -106,6 +110,7 @@ class SecureStrategy(DareStrategy):
         assert self._model is not None
         began = time.monotonic()
         config["server-round"] = number
+        config["start-seed"] = self._start_seed
         log = SessionLog()
         limit = min(timeout, self.deadline) if self.deadline else timeout
         chosen = self._choose(grid, self.fraction_train, self.min_train_nodes, number, "train")

@@ -132,7 +132,11 @@ def check_terms(terms: SecureTerms, roster: Roster, policy: SecurePolicy) -> Non
     n = len(terms.cohort)
     refusals = (
         (terms.roster != roster.digest, "roster", "another roster than this party's"),
-        (terms.base != policy.base, "base", f"base {terms.base[:12]}…, here {policy.base[:12]}…"),
+        (
+            terms.base != policy.base,
+            "base",
+            f"base {terms.base[:12]}…, here {policy.base[:12]}…: all need the same base model",
+        ),
         (terms.layout != policy.layout, "layout", "another layout than this party's model"),
         (n < policy.min_parties, "parties", f"{n} parties, at least {policy.min_parties} wanted"),
         (

@@ -3,14 +3,19 @@
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 from pathlib import Path
 
+import numpy as np
 import pytest
 
 from dare_agg.cli.main import main
-from dare_agg.errors import ConfigError, StateError
+from dare_agg.errors import ConfigError, ProtocolError, StateError
+from dare_agg.mask import parse_drop_rate
 from dare_agg.secure.identity import key_fingerprint, read_identity, read_public
+from dare_agg.secure.ledger import FileLedger
 from dare_agg.secure.roster import check_roster, read_roster
+from dare_agg.secure.terms import secure_terms
 
 PASSPHRASE = "correct horse"
 
@@ -133,3 +138,28 @@ def test_passphrases(
     assert "DARE_AGG_PASSPHRASE" in fails(capsys, "make", "b")
     (here / "empty").touch(0o600)
     assert "is empty" in fails(capsys, "make", "b", "--passphrase-file", "empty")
+
+
+def test_a_ledger_is_shown_and_one_entry_forgotten(
+    capsys: pytest.CaptureFixture[str], here: Path
+) -> None:
+    sessions = []
+    for number in range(3):
+        terms = secure_terms(
+            run="merge", round_number=number, roster=bytes(32), cohort=[1, 2, 3], base="0" * 64,
+            layout="0" * 64, size=4, drop_rate=parse_drop_rate("0"),
+        )  # fmt: skip
+        FileLedger(here / "north.ledger").claim(terms, np.full(4, number, np.float32))
+        sessions.append(terms.session.hex())
+    shown = run(capsys, "ledger", "north.ledger")["contributions"]
+    assert [(c["session"], c["number"], c["run"]) for c in shown] == [
+        (session, number, "merge") for number, session in enumerate(sessions)
+    ]
+    assert "0 sessions" in fails(capsys, "ledger", "north.ledger", "--forget", "x")
+    assert "No such file" in fails(capsys, "ledger", "south.ledger")
+    left = run(capsys, "ledger", "north.ledger", "--forget", sessions[1][:12], "--yes")
+    assert [c["number"] for c in left["contributions"]] == [0, 2]
+    another = replace(terms, run="another")
+    FileLedger(here / "north.ledger").claim(another, np.full(4, 1, np.float32))
+    with pytest.raises(ProtocolError):
+        FileLedger(here / "north.ledger").claim(another, np.full(4, 2, np.float32))

@@ -30,12 +30,13 @@ def _axes(width: float = 6.4, height: float = 4.0) -> tuple[Any, Any]:
     return figure, axes
 
 
-def _save(figure: Any, path: Path) -> Path:
+def _save(figure: Any, path: Path, top: float = 1.0) -> Path:
+    """Write the figure; ``top`` is the height below which the axes stay."""
     import matplotlib
 
     path.parent.mkdir(parents=True, exist_ok=True)
     with matplotlib.rc_context({"svg.hashsalt": "dare-agg"}):
-        figure.tight_layout()
+        figure.tight_layout(rect=(0, 0, 1, top))
         figure.savefig(path, format="svg", facecolor="white", metadata={"Date": None})
     return path
 
@@ -70,6 +71,44 @@ def federated_plot(rows: Rows, path: Path, *, by_bytes: bool) -> Path:
     axes.set_ylabel("test accuracy, %")
     axes.legend(frameon=False, fontsize=8.5)
     return _save(figure, path)
+
+
+def frontier_plot(rows: Rows, path: Path) -> Path:
+    """Accuracy by bytes up, down and both ways, for the cells that have all seeds; mean."""
+    from matplotlib.figure import Figure
+
+    cells = by_cell(rows)
+    most = max(len(own) for own in cells.values())
+    cells = {cell: own for cell, own in cells.items() if len(own) == most}
+    figure = Figure(figsize=(10.5, 4.6))
+    ways = {
+        "up": ("upload_bytes",),
+        "down": ("download_bytes",),
+        "both": ("upload_bytes", "download_bytes"),
+    }
+    shared = None
+    for place, (way, keys) in enumerate(ways.items(), 1):
+        axes = figure.add_subplot(1, 3, place, sharey=shared)
+        shared = shared or axes
+        for index, (cell, own) in enumerate(cells.items()):
+            x = [sum(p[k] for k in keys) / 1e6 for p in own[0]["curve"]]
+            y = np.mean([[100 * p["accuracy"] for p in row["curve"]] for row in own], axis=0)
+            dense = cell == "FedAvg"
+            axes.plot(x, y, color=COLOURS[index % len(COLOURS)], marker="osD^vP*X"[index % 8],
+                      markersize=3, linewidth=3.5 if dense else 1.3, alpha=0.55 if dense else 1,
+                      linestyle="--" if cell == "head only" else "-", label=cell)  # fmt: skip
+        axes.set_xscale("log")
+        axes.set_xlabel(f"megabytes {way}, all clients", fontsize=9)
+        axes.tick_params(labelsize=8)
+        axes.grid(True, color="#e6eaf2", linewidth=0.8)
+        axes.set_axisbelow(True)
+        for side in ("top", "right"):
+            axes.spines[side].set_visible(False)
+    assert shared is not None
+    shared.set_ylabel("test accuracy, %", fontsize=9)
+    handles, names = shared.get_legend_handles_labels()
+    figure.legend(handles, names, loc="upper center", ncol=4, frameon=False, fontsize=8)
+    return _save(figure, path, top=0.84)
 
 
 def single_plot(rows: Rows, path: Path) -> Path:

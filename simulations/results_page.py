@@ -48,11 +48,23 @@ def traffic() -> str:
     return tables.traffic_table(_rows("traffic"))
 
 
-def frontier() -> str:
-    rows = _rows("frontier")
-    path = plots.federated_plot(rows, PLOTS / "frontier.svg", by_bytes=True)
-    table = tables.federated_table(rows, rows[0]["rounds"])
-    return table + "\n\n" + _image(path, "accuracy by megabytes moved")
+def frontier_images() -> str:
+    return _frontier("frontier-images")
+
+
+def frontier_text() -> str:
+    return _frontier("frontier-text")
+
+
+def _frontier(name: str) -> str:
+    rows = _rows(name)
+    path = plots.frontier_plot(rows, PLOTS / f"{name}.svg")
+    return tables.frontier_table(rows) + "\n\n" + _image(path, "accuracy by megabytes moved")
+
+
+def frontier_mixtures() -> str:
+    rows = _rows("frontier-mixtures")
+    return tables.mixtures_table(rows) + "\n\n" + tables.mixtures_bytes_table(rows)
 
 
 def single() -> str:
@@ -74,9 +86,39 @@ def rate() -> str:
 
 
 def links() -> str:
-    rows = _rows("traffic")
-    seconds = tables.by_cell(_rows("headline"))["FedAvg"][0]["cpu_seconds"] / 1000
-    return tables.links_table(rows, COMPACT, seconds, 5)
+    return tables.links_table(_rows("traffic"), COMPACT)
+
+
+def engine() -> str:
+    """Flower's engine with many simulated clients, by round."""
+    lines = []
+    for row in _rows("engine"):
+        for measured in row["rounds"]:
+            lines.append(
+                (
+                    row["method"],
+                    f"{row['clients']:,}",
+                    str(measured["round"]),
+                    f"{100 * measured['accuracy']:.1f}",
+                    f"{measured['accepted']:,}",
+                    tables.human_bytes(measured["upload_bytes"]),
+                    tables.human_bytes(measured["download_bytes"]),
+                    f"{measured['seconds']:.0f}",
+                    f"{row['peak_mib']:,}",
+                )
+            )
+    columns = (
+        "Method",
+        "Clients",
+        "Round",
+        "Accuracy, %",
+        "Updates",
+        "Up, all",
+        "Down, all",
+        "Seconds",
+        "All processes, peak MiB",
+    )
+    return tables.markdown(columns, lines)
 
 
 def scale() -> str:
@@ -89,6 +131,7 @@ def scale() -> str:
             tables.human_bytes(row["all_update_bytes"]),
             f"{row['server_cpu_seconds']:.2f}",
             f"{row['peak_mib']:,}",
+            f"{row['before_mib']:,}",
             f"{row['model_mib']:,}",
         )
         for row in _rows("scale")
@@ -101,7 +144,8 @@ def scale() -> str:
         "All updates",
         "Server, CPU s",
         "Peak, MiB",
-        "of it the result, MiB",
+        "Before, MiB",
+        "The model itself, MiB",
     )
     return tables.markdown(columns, lines)
 
@@ -124,7 +168,21 @@ def cost() -> str:
 
 
 SECTIONS: Mapping[str, Callable[[], str]] = {
-    f.__name__: f for f in (headline, traffic, frontier, single, merging, rate, links, scale, cost)
+    f.__name__: f
+    for f in (
+        headline,
+        traffic,
+        frontier_images,
+        frontier_mixtures,
+        frontier_text,
+        engine,
+        single,
+        merging,
+        rate,
+        links,
+        scale,
+        cost,
+    )
 }
 
 

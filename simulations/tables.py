@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import statistics
 from collections import defaultdict
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
@@ -218,35 +219,171 @@ def rate_table(rows: Rows) -> str:
     return markdown(("Method", "bits a parameter", *heads), lines)
 
 
+SETTLED = 3
+
+
+def settled(row: Mapping[str, Any]) -> float:
+    """Mean accuracy of the last `SETTLED` measured rounds: one round alone is noisy."""
+    points = row["curve"][-SETTLED:]
+    return math.fsum(p["accuracy"] for p in points) / len(points)
+
+
+def point_at(row: Mapping[str, Any], target: float) -> Mapping[str, Any] | None:
+    """First point of the curve where the mean of the last `SETTLED` points reaches ``target``."""
+    curve = row["curve"]
+    for end in range(SETTLED, len(curve) + 1):
+        if settled({"curve": curve[:end]}) >= target:
+            return curve[end - 1]
+    return None
+
+
+def bytes_to(
+    rows: Rows, targets: Mapping[int, float], *directions: str
+) -> tuple[float, int] | None:
+    """Median over the seeds of the bytes until the seed's target, and how many reached it."""
+    found = [point_at(row, targets[row["seed"]]) for row in rows]
+    reached = [sum(p[d] for d in directions) for p in found if p is not None]
+    return (statistics.median(reached), len(reached)) if reached else None
+
+
+def targets_of(dense: Rows) -> dict[int, float]:
+    """For each seed FedAvg's accuracy minus one point."""
+    return {row["seed"]: settled(row) - 0.01 for row in dense}
+
+
+def frontier_table(rows: Rows, baseline: str = "FedAvg") -> str:
+    """Accuracy, bytes of the whole run, and bytes until the baseline's accuracy minus a point."""
+    cells = by_cell(rows)
+    dense = {row["seed"]: row for row in cells[baseline]}
+    targets = targets_of(cells[baseline])
+    lines = []
+    for cell, own in cells.items():
+        own = [row for row in own if row["seed"] in dense]
+        if not own:
+            continue
+        first = own[0]
+        gaps = [settled(row) - settled(dense[row["seed"]]) for row in own]
+        rivals = [dense[row["seed"]] for row in own]
+        upload = first["upload_bytes_per_client_round"]
+        lines.append(
+            (
+                cell,
+                shown([settled(row) for row in own]),
+                "–" if cell == baseline else shown(gaps, signed=True),
+                f"{8 * upload / first['parameters']:.3g}" if first["parameters"] else "–",
+                human_bytes(first["upload_bytes"]),
+                human_bytes(first["download_bytes"]),
+                _reached(own, rivals, targets, "upload_bytes"),
+                _reached(own, rivals, targets, "upload_bytes", "download_bytes"),
+                str(len(own)),
+            )
+        )
+    columns = (
+        "Method",
+        "Accuracy, %",
+        f"minus {baseline}, points",
+        "Bits a parameter, up",
+        "Up, whole run",
+        "Down, whole run",
+        f"Up to {baseline} − 1 point",
+        "Both ways to it",
+        "Seeds",
+    )
+    return markdown(columns, lines)
+
+
+def _reached(own: Rows, rivals: Rows, targets: Mapping[int, float], *directions: str) -> str:
+    """Bytes to the target and how many times fewer than the baseline's."""
+    found, dense = bytes_to(own, targets, *directions), bytes_to(rivals, targets, *directions)
+    if found is None or dense is None:
+        return "not reached"
+    text = f"{human_bytes(round(found[0]))} ({dense[0] / found[0]:,.0f}×)"
+    return text if found[1] == len(own) else f"{text}, {found[1]} of {len(own)}"
+
+
+def mixtures_table(rows: Rows) -> str:
+    """Accuracy by method and division of the data; cells are named ``division: method``."""
+    cells = by_cell(rows)
+    divisions = list(dict.fromkeys(cell.split(": ")[0] for cell in cells))
+    methods = list(dict.fromkeys(cell.split(": ")[1] for cell in cells))
+    lines = []
+    for method in methods:
+        line = [method]
+        for division in divisions:
+            own = cells.get(f"{division}: {method}", [])
+            dense = {row["seed"]: row for row in cells.get(f"{division}: FedAvg", [])}
+            pairs = [(row, dense[row["seed"]]) for row in own if row["seed"] in dense]
+            if not pairs:
+                line.append("–")
+            elif method == "FedAvg":
+                line.append(shown([settled(row) for row, _ in pairs]))
+            else:
+                line.append(shown([settled(row) - settled(d) for row, d in pairs], signed=True))
+        lines.append(line)
+    return markdown(("Method", *divisions), lines)
+
+
+def mixtures_bytes_table(rows: Rows) -> str:
+    """Bytes both ways until FedAvg's accuracy minus a point, by method and division."""
+    cells = by_cell(rows)
+    divisions = list(dict.fromkeys(cell.split(": ")[0] for cell in cells))
+    methods = list(dict.fromkeys(cell.split(": ")[1] for cell in cells))
+    lines = []
+    for method in methods:
+        line = [method]
+        for division in divisions:
+            dense = cells.get(f"{division}: FedAvg", [])
+            targets = targets_of(dense)
+            own = [r for r in cells.get(f"{division}: {method}", []) if r["seed"] in targets]
+            rivals = [r for r in dense if r["seed"] in {row["seed"] for row in own}]
+            ways = ("upload_bytes", "download_bytes")
+            line.append(_reached(own, rivals, targets, *ways) if own else "–")
+        lines.append(line)
+    return markdown(("Method", *divisions), lines)
+
+
 def rounds_to(row: Mapping[str, Any], target: float) -> int | None:
     """First measured round whose accuracy reaches ``target``."""
     return next((p["round"] for p in row["curve"] if p["accuracy"] >= target), None)
 
 
-def links_table(rows: Rows, compact: str, step_seconds: float, steps: int) -> str:
-    """Hours to FedAvg's final accuracy minus one point, by link and model size.
+# Bytes of a message to a client and its answer besides what they carry, measured with Flower.
+MESSAGE_BYTES = 1600
 
-    Transfer is computed from the measured bits a parameter; compute is the measured time of
-    a training step here, taken to grow with the parameters.
+
+def links_table(rows: Rows, compact: str) -> str:
+    """Hours to FedAvg's final accuracy minus one point, by link and model size, mean of the seeds.
+
+    A round lasts as long as one client's transfer and compute, since clients work side by
+    side. Transfer follows from the measured bits a parameter; compute is each method's own
+    measured CPU time a client and round (training, codec, and its share of merge and test),
+    taken to grow with the parameters.
     """
     cells = by_cell(rows)
-    dense, ours = cells["FedAvg"][0], cells[compact][0]
-    target = dense["accuracy"] - 0.01
     lines = []
     for link, kbit in LINKS.items():
         shown_cells = []
         for size in SIZES.values():
-            hours = []
-            for row in (dense, ours):
-                turns = row["rounds"] * row["clients"]
-                per_parameter = (row["upload_bytes"] + row["download_bytes"]) / turns
-                scale = size / row["parameters"]
-                seconds = 8 * per_parameter * scale / (1000 * kbit) + step_seconds * steps * scale
-                number = rounds_to(row, target) or row["rounds"]
-                hours.append(number * seconds / 3600)
+            hours = [
+                sum(_hours_to(row, dense["accuracy"] - 0.01, size, kbit) for row, dense in pairs)
+                / len(pairs)
+                for pairs in (
+                    [(d, d) for d in cells["FedAvg"]],
+                    list(zip(cells[compact], cells["FedAvg"], strict=True)),
+                )
+            ]
             shown_cells.append(f"{_hours(hours[0])} → {_hours(hours[1])}")
         lines.append((f"{link}, {kbit} kbit/s", *shown_cells))
     return markdown(("Link", *SIZES), lines)
+
+
+def _hours_to(row: Mapping[str, Any], target: float, size: float, kbit: int) -> float:
+    turns = row["rounds"] * row["clients"]
+    scale = size / row["parameters"]
+    carried = scale * (row["upload_bytes"] + row["download_bytes"]) / turns + MESSAGE_BYTES
+    compute = scale * row["cpu_seconds"] / turns
+    number = rounds_to(row, target) or row["rounds"]
+    return number * (8 * carried / (1000 * kbit) + compute) / 3600
 
 
 def _hours(hours: float) -> str:

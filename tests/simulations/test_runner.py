@@ -44,9 +44,15 @@ def test_rows_come_seed_by_seed_with_keys_of_their_own(tmp_path: Path) -> None:
     assert len({r.key for r in rows}) == 4
 
 
+def test_a_cell_may_have_fewer_seeds(tmp_path: Path) -> None:
+    rows = list(read_scenario(_scenario(tmp_path, SMALL + "seeds = [1]\n")).rows())
+    assert [(r.seed, r.cell) for r in rows] == [(0, "a"), (1, "a"), (1, "b")]
+
+
 @pytest.mark.parametrize(
     ("wrong", "message"),
     [
+        ("seeds = [2]\n", r"seeds \[2\]; choose from \[0, 1\]"),
         ("dropp_rate = 1\n", "did you mean 'drop_rate'"),
         ("[[cells]]\nname = 'a'\n", "a name of its own"),
     ],

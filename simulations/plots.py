@@ -17,7 +17,8 @@ COLOURS = (
 )  # fmt: skip
 
 
-def _axes(width: float = 6.4, height: float = 4.0) -> tuple[Any, Any]:
+def make_axes(width: float = 6.4, height: float = 4.0) -> tuple[Any, Any]:
+    """A figure of this size in inches with one pair of axes in the page's style."""
     from matplotlib.figure import Figure
 
     figure = Figure(figsize=(width, height))
@@ -30,7 +31,7 @@ def _axes(width: float = 6.4, height: float = 4.0) -> tuple[Any, Any]:
     return figure, axes
 
 
-def _save(figure: Any, path: Path, top: float = 1.0) -> Path:
+def save(figure: Any, path: Path, top: float = 1.0) -> Path:
     """Write the figure; ``top`` is the height below which the axes stay."""
     import matplotlib
 
@@ -43,7 +44,7 @@ def _save(figure: Any, path: Path, top: float = 1.0) -> Path:
 
 def federated_plot(rows: Rows, path: Path, *, by_bytes: bool) -> Path:
     """Accuracy by round, or by bytes moved in both directions; mean and range of the seeds."""
-    figure, axes = _axes()
+    figure, axes = make_axes()
     for index, (cell, own) in enumerate(by_cell(rows).items()):
         numbers = [p["round"] for p in own[0]["curve"]]
         scores = np.array(
@@ -70,7 +71,7 @@ def federated_plot(rows: Rows, path: Path, *, by_bytes: bool) -> Path:
         axes.xaxis.get_major_locator().set_params(integer=True)
     axes.set_ylabel("test accuracy, %")
     axes.legend(frameon=False, fontsize=8.5)
-    return _save(figure, path)
+    return save(figure, path)
 
 
 def frontier_plot(rows: Rows, path: Path) -> Path:
@@ -108,7 +109,7 @@ def frontier_plot(rows: Rows, path: Path) -> Path:
     shared.set_ylabel("test accuracy, %", fontsize=9)
     handles, names = shared.get_legend_handles_labels()
     figure.legend(handles, names, loc="upper center", ncol=4, frameon=False, fontsize=8)
-    return _save(figure, path, top=0.84)
+    return save(figure, path, top=0.84)
 
 
 def single_plot(rows: Rows, path: Path) -> Path:
@@ -144,7 +145,7 @@ def single_plot(rows: Rows, path: Path) -> Path:
             axes.set_ylabel("test accuracy, %", fontsize=9)
         if place == 1:
             axes.legend(frameon=False, fontsize=7.5, loc="lower left")
-    return _save(figure, path)
+    return save(figure, path)
 
 
 def rate_plot(rows: Rows, path: Path) -> Path:
@@ -154,7 +155,7 @@ def rate_plot(rows: Rows, path: Path) -> Path:
     for row in rows:
         if row["task"] == task and row["nmse"] > 0:
             families[row["method"]].append((row["bits_per_parameter"], row["nmse"]))
-    figure, axes = _axes(7.2, 4.6)
+    figure, axes = make_axes(7.2, 4.6)
     for index, (family, points) in enumerate(families.items()):
         points.sort()
         axes.plot([x for x, _ in points], [y for _, y in points],
@@ -170,4 +171,4 @@ def rate_plot(rows: Rows, path: Path) -> Path:
     axes.set_xlabel("bits a parameter")
     axes.set_ylabel(f"NMSE of one delta ({task})")
     axes.legend(frameon=False, fontsize=7.5, ncol=2)
-    return _save(figure, path)
+    return save(figure, path)

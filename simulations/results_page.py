@@ -11,7 +11,7 @@ import sys
 from collections.abc import Callable, Mapping
 from pathlib import Path
 
-from simulations import plots, tables
+from simulations import language_page, plots, tables
 from simulations.run import RESULTS, read_rows
 
 PAGE = Path(__file__).parents[1] / "docs" / "RESULTS.md"
@@ -77,6 +77,31 @@ def single() -> str:
 
 def merging() -> str:
     return tables.merging_table(_rows("merging"))
+
+
+def lm_single() -> str:
+    rows = _rows("lm-single")
+    curve = language_page.loss_plot(rows, PLOTS / "lm-single.svg")
+    delta = language_page.delta_plot(rows, PLOTS / "lm-delta.svg")
+    return "\n\n".join(
+        (
+            _image(curve, "loss by drop rate"),
+            language_page.loss_table(rows),
+            _image(delta, "range of the delta"),
+        )
+    )
+
+
+def lm() -> str:
+    return language_page.federated_loss_table(_rows("lm"))
+
+
+def adapters() -> str:
+    return language_page.adapters_table(_rows("adapters"))
+
+
+def sizes() -> str:
+    return language_page.sizes_table(_rows("sizes"), _rows("lm-single"))
 
 
 def rate() -> str:
@@ -178,6 +203,10 @@ SECTIONS: Mapping[str, Callable[[], str]] = {
         engine,
         single,
         merging,
+        lm_single,
+        lm,
+        adapters,
+        sizes,
         rate,
         links,
         scale,

@@ -16,10 +16,10 @@ from flwr.app import (
 from flwr.clientapp import ClientApp
 
 from client.config import TaskConfig, place, task_config
-from client.models import model_path
+from client.models import LANGUAGE, model_path
 from client.partition import partition
 from client.rows import Indices
-from client.tasks import FineTuning, build_task
+from client.tasks import KINDS, FineTuning, build_task
 from dare_agg.flower import dare_mod, offer_base
 from dare_agg.flower.secure_mod import secure_mod, secure_queries
 from dare_agg.flower.transport import to_record
@@ -62,7 +62,8 @@ def _train_rows(config: TaskConfig, rule: str, alpha: float, count: int) -> Sequ
 def describe(msg: Message, context: Context) -> Message:
     """Say which labels this node's data has, before anything trains."""
     task = _own_task(msg, context)
-    described = ConfigRecord({"labels": list(task.data.label_names), "rows": len(task.train_rows)})
+    labels = [] if task.kind is KINDS[LANGUAGE] else list(task.data.label_names)
+    described = ConfigRecord({"labels": labels, "rows": len(task.train_rows)})
     return Message(RecordDict({"description": described}), reply_to=msg)
 
 

@@ -29,8 +29,7 @@ def load_blocks(config: TaskConfig) -> Data:
         text_column=config.text_column,
         label_column=config.label_column,
         partition_column=config.partition_column,
-        label_names=config.label_names,
-        label_optional=True,
+        label_optional=True,  # labels only serve to divide rows: clients need not share them
         seed=config.seed,
     )
     tokenizer = _tokenizer(config.model)

@@ -106,8 +106,6 @@ def _from_gguf(file: Path, folder: Path) -> None:
             f"{str(file)!r} cannot be read as GGUF: {' '.join(str(error).split())[:200]}; the "
             "packages gguf and accelerate are needed, and an architecture transformers knows"
         ) from error
-    finally:
-        logging.enable_progress_bar()
     # What was read is plain float32 now; transformers would refuse to save "quantised" weights.
     model.hf_quantizer, model.is_quantized = None, False
     if hasattr(model.config, "quantization_config"):

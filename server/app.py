@@ -269,7 +269,7 @@ def _row(method: str, outcome: RoundOutcome, seconds: float) -> dict[str, Any]:
     merge = measured.get("merge", {})
     client: dict[str, Any] = dict(outcome.client_metrics or {})
     if "perplexity" in client:  # the mean of the clients' is not that of all their tokens
-        client["perplexity"] = math.exp(client["loss"])
+        client["perplexity"] = math.exp(min(client["loss"], 700.0))
     return {
         "method": method,
         "round": outcome.round,

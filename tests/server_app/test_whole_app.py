@@ -154,6 +154,20 @@ def test_a_language_model_is_trained_and_exported(run, tiny_language_model, trai
         assert np.allclose(_logits(model), _logits(adapted), atol=1e-5)
 
 
+def test_clients_of_a_language_model_need_no_labels(run, tiny_language_model, tmp_path):
+    book = tmp_path / "book.txt"
+    book.write_text("good film\n\nfine book\n\n" * 40, encoding="utf-8")
+
+    def node(partition):
+        own = {"data-path": str(book)} if partition == 2 else {}
+        return {"partition-id": partition, "num-partitions": 3, **own}
+
+    _, rows, _ = run(
+        node_config=node, model=str(tiny_language_model), task="causal-lm", num_rounds=1
+    )
+    assert rows[-1]["accepted"] == 3
+
+
 def test_clients_of_different_tasks_share_one_encoder(run, tmp_path):
     """Heads stay local, so two nodes may have other labels than the rest."""
     rows = FILES.review_rows()

@@ -14,6 +14,8 @@ import os
 import platform
 import sys
 import time
+import tomllib
+from collections.abc import Mapping
 from concurrent.futures import FIRST_COMPLETED, Future, ProcessPoolExecutor, wait
 from pathlib import Path
 from typing import Any
@@ -78,8 +80,18 @@ def append_row(path: Path, row: dict[str, Any]) -> None:
         os.fsync(file.fileno())
 
 
-def run_scenario(path: Path, out: Path | None, workers: int, limit: int, only: str) -> int:
-    """Run what is missing of a scenario; returns the number of rows that failed."""
+def run_scenario(
+    path: Path,
+    out: Path | None,
+    workers: int,
+    limit: int,
+    only: str,
+    task: Mapping[str, Any] | None = None,
+) -> int:
+    """Run what is missing of a scenario; returns the number of rows that failed.
+
+    ``task`` replaces settings of every cell's task, such as the model.
+    """
     from rich.console import Console
     from rich.progress import (
         BarColumn,
@@ -92,7 +104,7 @@ def run_scenario(path: Path, out: Path | None, workers: int, limit: int, only: s
 
     from simulations.scenario import read_scenario
 
-    scenario = read_scenario(path)
+    scenario = read_scenario(path, task or {})
     target = out or RESULTS / f"{scenario.name}.jsonl"
     done = {row["key"] for row in read_rows(target)}
     rows = list(scenario.rows())
@@ -157,6 +169,15 @@ def run_scenario(path: Path, out: Path | None, workers: int, limit: int, only: s
     return failed
 
 
+def _setting(pair: str) -> tuple[str, Any]:
+    """Split KEY=VALUE; the value is TOML, anything else is text."""
+    key, _, value = pair.partition("=")
+    try:
+        return key, tomllib.loads(f"x = {value}")["x"]
+    except tomllib.TOMLDecodeError:
+        return key, value
+
+
 def main() -> int:
     """Entry point; exit status 1 when a row failed."""
     from dare_agg.errors import DareError
@@ -167,16 +188,23 @@ def main() -> int:
     parser.add_argument("--workers", type=int, default=2, help="processes, one thread each")
     parser.add_argument("--limit", type=int, default=0, help="run at most so many rows")
     parser.add_argument("--only", default="", help="only cells whose name holds this text")
+    parser.add_argument(
+        "--set", metavar="KEY=VALUE", action="append", default=[],
+        help="a setting of every cell's task, such as model=NAME; needs --out",
+    )  # fmt: skip
     options = parser.parse_args()
+    if options.set and not options.out:
+        parser.error("--set makes other rows than the scenario's; name their file with --out")
     for variable in THREAD_VARIABLES:
         os.environ[variable] = "1"
     os.environ.setdefault("HF_HUB_OFFLINE", "1")
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
     if hasattr(os, "nice"):
         os.nice(10)
+    task = dict(_setting(pair) for pair in options.set)
     try:
         failed = sum(
-            run_scenario(path, options.out, options.workers, options.limit, options.only)
+            run_scenario(path, options.out, options.workers, options.limit, options.only, task)
             for path in options.scenario
         )
     except DareError as error:

@@ -111,8 +111,11 @@ class Scenario:
                     yield Row(self.name, self.kind, cell, seed, settings)
 
 
-def read_scenario(path: Path) -> Scenario:
-    """Read a scenario file; raises `ConfigError` naming the wrong key and the nearest right one."""
+def read_scenario(path: Path, task: Mapping[str, Any] | None = None) -> Scenario:
+    """Read a scenario file; ``task`` replaces settings of every cell's task.
+
+    Raises `ConfigError` naming the wrong key and the nearest right one.
+    """
     try:
         with path.open("rb") as file:
             raw = tomllib.load(file)
@@ -136,7 +139,7 @@ def read_scenario(path: Path) -> Scenario:
         _check_keys(own, known, f"cell {cell['name']!r}")
         settings = {**known, **defaults, **own}
         if isinstance(known.get("task"), dict):
-            settings["task"] = {**defaults.get("task", {}), **own.get("task", {})}
+            settings["task"] = {**defaults.get("task", {}), **own.get("task", {}), **(task or {})}
         cells[cell["name"]] = settings
         if "seeds" in cell:
             own_seeds[cell["name"]] = tuple(cell["seeds"])

@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 
 from simulations.adapters import own_start, products
-from simulations.run import run_row
+from simulations.run import read_rows, run_row, run_scenario
 from simulations.scenario import KINDS, Row
 
 _SPEC = importlib.util.spec_from_file_location(
@@ -96,3 +96,15 @@ def test_products_are_scaled_and_named_as_in_the_plain_model():
     moved = own_start(state, 0, 1)
     assert np.array_equal(moved[name.format("B")], b)
     assert not np.array_equal(moved[name.format("A")], a)
+
+
+def test_the_scenario_takes_any_causal_language_model(tiny_language_model, review_files, tmp_path):
+    path = Path(__file__).parents[2] / "simulations" / "scenarios" / "lm.toml"
+    changes = {
+        "model": str(tiny_language_model), "data": str(review_files["csv"]), "steps": 1,
+        "text_column": "review", "partition_column": "author",
+    }  # fmt: skip
+    out = tmp_path / "rows.jsonl"
+    assert run_scenario(path, out, 1, 3, "", changes) == 0
+    names = [row["cell"] for row in read_rows(out)]
+    assert names == ["untouched base", "LoRA, FedAvg", "LoRA, DARE p=.9"]

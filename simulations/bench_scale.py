@@ -1,9 +1,9 @@
-"""Server time and memory against clients and parameters.
+"""Server time and memory against clients and parameters, beside Flower's FedAvg.
 
-``python -m simulations.bench_scale`` checks, decodes and merges synthetic updates with the merge
-engine, as a server does, and writes the result to a file tile by tile, so that models that do
-not fit in memory are no exception. ``results/scale.jsonl`` gets a line a point; each runs in a
-process of its own, so that its peak is its own.
+``python -m simulations.bench_scale`` checks, decodes and merges synthetic updates as a server
+does (`merge_deltas` with all its measurements, one thread); the result is a mapped file, so that
+models that do not fit in memory are no exception. FedAvg is Flower's own function on full
+float32 replies. ``results/scale.jsonl`` gets a line a point; each runs in a process of its own.
 """
 
 from __future__ import annotations
@@ -14,6 +14,7 @@ import os
 import subprocess
 import sys
 import tempfile
+import threading
 import time
 from pathlib import Path
 from typing import Any
@@ -22,62 +23,127 @@ import numpy as np
 
 from simulations.run import RESULTS, append_row, read_rows, versions
 
-# (clients, parameters, drop rate)
+# (method, clients, parameters, drop rate)
 POINTS = (
-    *((n, 1_000_000, "0.99") for n in (10, 100, 1_000, 10_000)),
-    *((10, size, "0.99") for size in (10_000_000, 100_000_000, 1_000_000_000)),
-    *((10, 100_000_000, rate) for rate in ("0.9", "0.999")),
+    *(("task-arithmetic", n, 1_000_000, "0.99") for n in (10, 100, 1_000, 10_000)),
+    *(("task-arithmetic", 10, size, "0.99") for size in (10**7, 10**8, 10**9)),
+    *(("task-arithmetic", 10, 10**8, rate) for rate in ("0.9", "0.999")),
+    *(("ties", n, 1_000_000, "0.99") for n in (10, 100, 1_000)),
+    *(("fedavg", n, 1_000_000, "0") for n in (10, 100, 1_000)),
+    *(("fedavg", 10, size, "0") for size in (10**7, 10**8)),
 )
 
 
-def measure(clients: int, parameters: int, drop_rate: str) -> dict[str, Any]:
-    """Encode updates (untimed), then check, decode and merge them as a server does."""
+def measure(method: str, clients: int, parameters: int, drop_rate: str) -> dict[str, Any]:
+    """Make updates (untimed), then check, decode and merge them as a server does."""
     from dare_agg.derive import derive_key, seed_secret
     from dare_agg.layout import layout_of
     from dare_agg.mask import parse_drop_rate
-    from dare_agg.merge.engine import TILE, prepare_merge
-    from dare_agg.merge.task import Scratch
+    from dare_agg.merge.engine import merge_deltas
     from dare_agg.plan import ModelRef, PlanSettings, make_plans
+    from dare_agg.rounds import FEDERATED_METHODS
     from dare_agg.update import decode_update, encode_update
 
     layout = layout_of({"w": (parameters,)})
     ref = ModelRef("00" * 32, layout.fingerprint, parameters)
     secret = derive_key(seed_secret(0), "round", 1)
     plans = make_plans(secret, 1, [None] * clients, PlanSettings(parse_drop_rate(drop_rate)), ref)
+    start = own_memory()
     blobs = [encode_update(plan.spec(), _Waves(parameters)) for plan in plans]
-    before = _memory("VmRSS")
-    Path("/proc/self/clear_refs").write_text("5")  # the peak is counted from here
-    out, scratch, total = np.empty(TILE, np.float32), Scratch(), 0.0
-    began = time.process_time()
-    updates = [decode_update(b, p.spec()) for b, p in zip(blobs, plans, strict=True)]
-    kernel, task = prepare_merge(
-        layout, updates, "task-arithmetic", weights=[1 / clients] * clients
+    with tempfile.NamedTemporaryFile() as file, Peak() as peak:
+        out: np.memmap = np.memmap(file.name, np.float32, "w+", shape=(parameters,))
+        began = time.process_time()
+        updates = [decode_update(b, p.spec()) for b, p in zip(blobs, plans, strict=True)]
+        merge_deltas(
+            layout,
+            updates,
+            method,
+            weights=[1 / clients] * clients,
+            options=FEDERATED_METHODS[method],
+            out=out,
+        )
+        seconds = time.process_time() - began
+        mean = float(out.mean(dtype=np.float64))
+    assert abs(mean - 1e-3) < 1e-4, f"the merged delta has mean {mean}, not that of what was sent"
+    survivors = sum(update.survivors for update in updates)
+    return _row(
+        method, clients, parameters, drop_rate, survivors, len(blobs[0]), seconds, peak, start
     )
-    with tempfile.TemporaryFile() as file:
-        for lo, hi in task.tiles():
-            kernel(lo, hi, out[: hi - lo], scratch)
-            file.write(out[: hi - lo])
-            total += float(out[: hi - lo].sum(dtype=np.float64))
-    seconds = time.process_time() - began
-    assert abs(total / parameters - 1e-3) < 1e-4, "the merged delta is not the one that was sent"
+
+
+def measure_fedavg(clients: int, parameters: int) -> dict[str, Any]:
+    """Flower's weighted mean of full replies, all of them in memory as its strategy has them."""
+    from flwr.app import Array, ArrayRecord, MetricRecord, RecordDict
+    from flwr.serverapp.strategy.strategy_utils import aggregate_arrayrecords
+
+    start = own_memory()
+    with Peak() as peak:
+        replies = [
+            RecordDict(
+                {
+                    "arrays": ArrayRecord({"w": Array(np.full(parameters, 1e-3, np.float32))}),
+                    "metrics": MetricRecord({"num-examples": 1}),
+                }
+            )
+            for _ in range(clients)
+        ]
+        began = time.process_time()
+        aggregate_arrayrecords(replies, "num-examples")
+        seconds = time.process_time() - began
+    survivors, nbytes = clients * parameters, 4 * parameters
+    return _row("fedavg", clients, parameters, "0", survivors, nbytes, seconds, peak, start)
+
+
+def _row(
+    method: str,
+    clients: int,
+    parameters: int,
+    drop_rate: str,
+    survivors: int,
+    nbytes: int,
+    seconds: float,
+    peak: Peak,
+    start: int,
+) -> dict[str, Any]:
     return {
+        "method": method,
         "clients": clients,
         "parameters": parameters,
         "drop_rate": drop_rate,
-        "update_bytes": len(blobs[0]),
-        "all_update_bytes": sum(map(len, blobs)),
-        "survivors": updates[0].survivors * clients,
+        "survivors": survivors,
+        "update_bytes": nbytes,
         "server_cpu_seconds": round(seconds, 3),
-        "peak_mib": round(_memory("VmHWM")),
-        "before_mib": round(before),
+        "peak_mib": round((peak.bytes - start) / 2**20),
         "model_mib": round(4 * parameters / 2**20),
     }
 
 
-def _memory(name: str) -> float:
-    """This process's memory in MiB, as Linux counts it."""
+def own_memory() -> int:
+    """This process's own memory (not mapped files), bytes, as Linux counts it."""
     lines = Path("/proc/self/status").read_text().splitlines()
-    return next(int(line.split()[1]) for line in lines if line.startswith(name)) / 1024
+    return next(1024 * int(line.split()[1]) for line in lines if line.startswith("RssAnon"))
+
+
+class Peak:
+    """The largest `own_memory` seen while it lasts, looked at every 20 ms."""
+
+    bytes = 0
+
+    def __enter__(self) -> Peak:
+        self._stop = threading.Event()
+        self._thread = threading.Thread(target=self._watch, daemon=True)
+        self._thread.start()
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._stop.set()
+        self._thread.join()
+
+    def _watch(self) -> None:
+        while True:
+            self.bytes = max(self.bytes, own_memory())
+            if self._stop.wait(0.02):
+                return
 
 
 class _Waves:
@@ -96,14 +162,18 @@ class _Waves:
 def main() -> None:
     """Entry point: without ``--point`` every missing point is run in its own process."""
     parser = argparse.ArgumentParser(prog="python -m simulations.bench_scale", description=__doc__)
-    parser.add_argument("--point", default="", help="one point: clients,parameters,drop rate")
+    parser.add_argument("--point", default="", help="one point: method,clients,parameters,rate")
     parser.add_argument("--out", type=Path, default=RESULTS / "scale.jsonl")
     options = parser.parse_args()
     if options.point:
-        clients, parameters, rate = options.point.split(",")
-        print(json.dumps(measure(int(clients), int(parameters), rate)))
+        method, clients, parameters, rate = options.point.split(",")
+        if method == "fedavg":
+            print(json.dumps(measure_fedavg(int(clients), int(parameters))))
+        else:
+            print(json.dumps(measure(method, int(clients), int(parameters), rate)))
         return
-    done = {(r["clients"], r["parameters"], r["drop_rate"]) for r in read_rows(options.out)}
+    known = ("method", "clients", "parameters", "drop_rate")
+    done = {tuple(row[key] for key in known) for row in read_rows(options.out)}
     environment = {**os.environ, "OMP_NUM_THREADS": "1"}
     for point in POINTS:
         if point in done:
@@ -113,7 +183,7 @@ def main() -> None:
         output = subprocess.run(command, env=environment, check=True, capture_output=True).stdout
         row = json.loads(output)
         append_row(options.out, {**row, "versions": versions()})
-        print(row)
+        print(row, flush=True)
 
 
 if __name__ == "__main__":

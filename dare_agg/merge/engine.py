@@ -13,7 +13,7 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
-from typing import Any
+from typing import Any, cast
 
 import numpy as np
 from numpy.typing import NDArray
@@ -21,10 +21,14 @@ from numpy.typing import NDArray
 from dare_agg.errors import MergeError
 from dare_agg.layout import FloatVector, Layout
 from dare_agg.merge.methods import find_method
-from dare_agg.merge.sources import DeltaSource, RememberedSource, listed
-from dare_agg.merge.task import Kernel, MergeTask, Scratch, Span, Statistics
+from dare_agg.merge.sources import DeltaSource, RememberedSource, SparseSource, listed
+from dare_agg.merge.task import Kernel, MergeTask, Scratch, Span, Statistics, is_sparse
 
 TILE = 1 << 16
+# Where sources list survivors, a tile holds about so many of each and of all together: more
+# calls would cost more than the arithmetic, longer lists would not stay in the cache.
+_LISTED, _LISTED_IN_ALL = 1 << 13, 1 << 21
+_LARGEST_TILE = 1 << 21
 
 
 @dataclass(frozen=True)
@@ -70,13 +74,14 @@ def merge_deltas(
     Raises `MergeError` for no model, another size or a weight that is no number, and
     `ConfigError` for an unknown method or option.
     """
+    if threads < 1:
+        raise MergeError(f"threads = {threads}; at least 1 is needed")
     looked_at = [RememberedSource(source) for source in sources] if measure else sources
+    tile = _grown(tile, sources, threads)
     kernel, task = prepare_merge(
         layout, looked_at, method, weights=weights, scaling=scaling, options=options, tile=tile,
         base=base, statistics=statistics,
     )  # fmt: skip
-    if threads < 1:
-        raise MergeError(f"threads = {threads}; at least 1 is needed")
     merged = np.empty(layout.size, np.float32) if out is None else out
     counts = np.zeros((-(-layout.size // tile), 3), np.int64)
 
@@ -151,6 +156,20 @@ def prepare_merge(
     if not layout.size:
         return (lambda lo, hi, out, scratch: None), task
     return row.prepare(task), task
+
+
+def _grown(tile: int, sources: Sequence[DeltaSource], threads: int) -> int:
+    """The tile, or a multiple of it where all sources list few survivors."""
+    if tile < 1 or not sources or not all(map(is_sparse, sources)):
+        return tile
+    share = max(source.survivors / source.size for source in cast(Sequence[SparseSource], sources))
+    wanted = min(
+        _LISTED / share,
+        _LISTED_IN_ALL / (share * len(sources)),
+        _LARGEST_TILE,
+        sources[0].size / (4 * threads),
+    )
+    return max(tile, int(wanted) // tile * tile)
 
 
 def run_tiles(task: MergeTask, work: Callable[[int, int, Scratch], None], threads: int = 1) -> None:

@@ -24,6 +24,7 @@ from numpy.typing import NDArray
 
 from dare_agg.derive import Keystream
 from dare_agg.errors import ConfigError
+from dare_agg.kernels import compiled, plain_float32
 from dare_agg.layout import MAX_PARAMETERS, FloatVector
 from dare_agg.scratch import borrowed
 
@@ -97,6 +98,16 @@ def parse_drop_rate(value: str | float | int | Fraction | DropRate) -> DropRate:
             f"{MAX_STRIDE}; use fewer digits"
         )
     return DropRate(stride.numerator, stride.denominator)
+
+
+def take(vector: FloatVector, positions: Positions, out: FloatVector) -> None:
+    """``out = vector[positions]``; the positions must lie in the vector."""
+    loops = compiled()
+    if loops is not None and plain_float32(vector):
+        loops.take(positions, vector, out)
+    else:
+        # "clip" writes straight to where the values belong.
+        vector.take(positions, out=out, mode="clip")
 
 
 @dataclass(frozen=True)
@@ -242,7 +253,7 @@ class Mask:
         values = np.empty(self.survivors, np.float32)
         at = 0
         for positions, _ in self.blocks():
-            np.take(vector, positions, out=values[at : at + positions.size], mode="clip")
+            take(vector, positions, values[at : at + positions.size])
             at += positions.size
         return values
 
@@ -290,6 +301,13 @@ class Mask:
         else:
             positions, spare = scratch.positions[:count], scratch.spare[:count]
             words = stream.words(first, count, scratch.keystream)
+        if (loops := compiled()) is not None:
+            if den == 1 and last * num <= self.size:
+                loops.draw_whole(words, first, num, self.rank, positions)
+                return positions, np.float32(num)
+            factors = np.empty(count, np.float32)
+            loops.draw_uneven(words, first, num, den, self.size, self.rank, positions, factors)
+            return positions, factors
         drawn = positions.view(np.uint64)
         np.copyto(drawn, words)
         if den == 1 and last * num <= self.size:

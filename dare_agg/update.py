@@ -11,6 +11,7 @@ is allocated.
 from __future__ import annotations
 
 import hashlib
+import io
 import struct
 from collections.abc import Iterator
 from dataclasses import dataclass, field
@@ -23,8 +24,9 @@ from numpy.typing import NDArray
 
 from dare_agg.derive import derive_key
 from dare_agg.errors import ConfigError, UpdateError
+from dare_agg.kernels import compiled, plain_float32
 from dare_agg.layout import FloatVector
-from dare_agg.mask import MASK_KINDS, DropRate, Mask
+from dare_agg.mask import MASK_KINDS, DropRate, Mask, take
 from dare_agg.rotation import GROUP
 from dare_agg.scratch import borrowed
 from dare_agg.values import (
@@ -201,6 +203,10 @@ class Update:
         """Overwrite ``out`` with the delta's elements ``lo`` to ``hi``."""
         out[:] = 0
         for positions, values in self.sparse(lo, hi):
+            loops = compiled()
+            if loops is not None and plain_float32(out):
+                loops.put_at(positions, lo, values, out)
+                continue
             positions -= lo
             out[positions] = values
 
@@ -208,6 +214,10 @@ class Update:
         """Add ``weight`` times the delta's elements ``lo`` to ``hi`` to ``out``."""
         factor = np.float32(weight)
         for positions, values in self.sparse(lo, hi):
+            loops = compiled()
+            if loops is not None and plain_float32(out):
+                loops.add_at(positions, lo, values, factor, out)
+                continue
             positions -= lo
             with borrowed(values.size) as sums, borrowed(values.size) as weighted:
                 out.take(positions, out=sums, mode="clip")
@@ -236,9 +246,11 @@ def encode_update(
     Reads the survivors only; extra memory does not grow with the model. Raises
     `NonFiniteError` for a survivor that is no number, `ConfigError` for another size.
     """
-    buffer = bytearray(update_bytes(spec))
-    encode_update_into(spec, delta, memoryview(buffer))
-    return bytes(buffer)
+    # Its buffer becomes the result: the update is never there twice.
+    stream = io.BytesIO(bytes(update_bytes(spec)))
+    with stream.getbuffer() as buffer:
+        encode_update_into(spec, delta, buffer)
+    return stream.getvalue()
 
 
 def encode_update_into(
@@ -301,13 +313,23 @@ def _survivors(
             raise ConfigError(f"delta of {size} elements; the update needs {spec.size}")
     if isinstance(delta, tuple):
         base, tuned = delta
+        plain = plain_float32(base) and plain_float32(tuned)
         for positions, _ in mask.blocks():
+            loops = compiled()
             with borrowed(positions.size) as piece, borrowed(positions.size) as other:
-                tuned.take(positions, out=piece, mode="clip")
-                base.take(positions, out=other, mode="clip")
-                piece -= other
+                if loops is not None and plain:
+                    loops.take_difference(positions, tuned, base, piece)
+                else:
+                    tuned.take(positions, out=piece, mode="clip")
+                    base.take(positions, out=other, mode="clip")
+                    piece -= other
                 yield piece
-    elif isinstance(delta, np.ndarray) or hasattr(delta, "take"):
+    elif isinstance(delta, np.ndarray):
+        for positions, _ in mask.blocks():
+            with borrowed(positions.size) as piece:
+                take(delta, positions, piece)
+                yield piece
+    elif hasattr(delta, "take"):
         for positions, _ in mask.blocks():
             yield delta.take(positions)
     else:

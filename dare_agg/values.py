@@ -29,6 +29,7 @@ from numpy.typing import NDArray
 
 from dare_agg.derive import Keystream
 from dare_agg.errors import ConfigError, NonFiniteError, UpdateError, did_you_mean
+from dare_agg.kernels import compiled
 from dare_agg.layout import FloatVector
 from dare_agg.rotation import (
     BLOCK,
@@ -48,6 +49,9 @@ MAX_MAGNITUDE = np.float32(2.0**60)
 
 # From here on a value rounds to infinity in binary16.
 _F16_END = np.float32(65520)
+
+# Codes of the largest magnitude allowed, 2**60 or (f16) the largest there is.
+_PLAIN_ENDS = {"f32": ("<u4", 0x5D800000), "bf16": ("<u2", 0x5D80), "f16": ("<u2", 0x7BFF)}
 
 # Lloyd-Max levels of the standard normal distribution (positive half; J. Max, 1960), with
 # the midpoints between neighbours as thresholds.
@@ -183,7 +187,7 @@ def _decode_i8(
 # --- rotated formats -----------------------------------------------------------------------
 
 
-def _levels(bits: int) -> tuple[FloatVector, FloatVector]:
+def gaussian_levels(bits: int) -> tuple[FloatVector, FloatVector]:
     """Levels by code (ascending) and the thresholds between them, for unit variance."""
     half = np.array(_LEVELS[bits], np.float64)
     levels = np.concatenate([-half[::-1], half])
@@ -191,7 +195,7 @@ def _levels(bits: int) -> tuple[FloatVector, FloatVector]:
 
 
 def _rotated(bits: int) -> tuple[Callable, Callable]:
-    levels, thresholds = _levels(bits)
+    levels, thresholds = gaussian_levels(bits)
     per_byte = 8 // bits
     # Row b holds the levels that the codes in byte b stand for, lowest bits first.
     byte_codes = np.arange(256)[:, None] >> (bits * np.arange(per_byte)) & ((1 << bits) - 1)
@@ -365,7 +369,11 @@ def encode_values(
         )
         coded = values.size - (count_blocks(values.size)[1] if row.blocks else 0)
         room = target[code_at : code_at + -(-coded * row.bits // 8)]
-        scales, rest = row.encode_group(values, keystream, room)
+        loops = compiled(values.size)
+        encode = row.encode_group
+        if loops is not None and values.size == GROUP:
+            encode = loops.ENCODERS.get(name, encode)
+        scales, rest = encode(values, keystream, room)
         code_at += room.size
         target[scale_at : scale_at + 4 * scales.size] = scales.view(np.uint8)
         scale_at += 4 * scales.size
@@ -407,7 +415,11 @@ def decode_values(
             lo = sections.codes + sections.scales
             rest = payload[lo : lo + 4 * left].copy().view("<f4").astype(np.float32)
     lo = first * row.bits // 8
-    row.decode_group(payload[lo : lo + -(-coded * row.bits // 8)], scales, rest, values, keystream)
+    loops = compiled(count)
+    decode = row.decode_group
+    if loops is not None and count == GROUP:
+        decode = loops.DECODERS.get(name, decode)
+    decode(payload[lo : lo + -(-coded * row.bits // 8)], scales, rest, values, keystream)
     return values
 
 
@@ -420,12 +432,15 @@ def check_payload(name: str, payload: Bytes, survivors: int) -> None:
     row = find_values(name)
     sections = payload_sections(name, survivors)
     if not row.blocks:
-        with borrowed(GROUP) as values:
-            for first in range(0, survivors, GROUP):
-                piece = values[: min(GROUP, survivors - first)]
-                codes = payload[first * row.bits // 8 :][: piece.size * row.bits // 8]
-                row.decode_group(codes, _NOTHING, _NOTHING, piece, None)
-                check_magnitude(piece, first)
+        dtype, end = _PLAIN_ENDS[name]
+        sign = np.array(1 << (row.bits - 1), dtype)
+        for first in range(0, survivors, GROUP):
+            piece = payload[first * row.bits // 8 :][: GROUP * row.bits // 8]
+            # Without its sign, the larger the magnitude the larger the code, up to NaN.
+            if (piece.view(dtype) & ~sign).max() > end:
+                values = np.empty(piece.size * 8 // row.bits, np.float32)
+                row.decode_group(piece, _NOTHING, _NOTHING, values, None)
+                check_magnitude(values, first)
         return
     numbers = payload[sections.codes :].copy().view("<f4")
     scales = numbers[: sections.scales // 4]
@@ -449,6 +464,13 @@ def check_payload(name: str, payload: Bytes, survivors: int) -> None:
 def check_magnitude(values: FloatVector, first: int, what: str = "survivor") -> None:
     """Raise `NonFiniteError` unless all values are finite and at most 2**60 in magnitude."""
     if not values.size:
+        return
+    loops = compiled()
+    if (
+        loops is not None
+        and values.size == GROUP
+        and loops.largest(values) <= _PLAIN_ENDS["f32"][1]
+    ):
         return
     # NaN fails every comparison, so it is caught too.
     if values.max() <= MAX_MAGNITUDE and values.min() >= -MAX_MAGNITUDE:

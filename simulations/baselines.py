@@ -9,6 +9,8 @@ of a real payload (indices by `simulations.golomb`), without message headers.
 - ``topk``: the largest entries as float16, Golomb-coded positions (Lin et al. 2018).
 - ``stc``: the largest entries as sign × their mean magnitude, Golomb-coded positions; in rounds
   with feedback on both links (Sattler et al. 2019).
+  With ``corrected`` the scale is ‖x‖²/⟨x, q⟩, so that one update alone, without rounds of
+  feedback, has the right length along x (not for use with feedback).
 - ``eden1``: rotated 1-bit values of *every* entry (Vargaftik et al. 2022).
 - ``randk``: random entries as float32, seeded positions, rescaled (Konečný et al. 2016).
 """
@@ -64,12 +66,16 @@ def topk(vector: FloatVector, rng: Rng, *, keep: float) -> Sent:
     return restored, len(encode_positions(at, vector.size)) + 2 * at.size
 
 
-def stc(vector: FloatVector, rng: Rng, *, keep: float) -> Sent:
+def stc(vector: FloatVector, rng: Rng, *, keep: float, corrected: bool = False) -> Sent:
     """Sparse ternary compression: sign × mean magnitude of the largest entries."""
     at = _largest(vector, keep)
     restored = np.zeros_like(vector)
-    scale = np.float32(np.abs(vector[at]).mean(dtype=np.float64))
-    restored[at] = np.sign(vector[at]) * scale
+    magnitudes = np.abs(vector[at]).sum(dtype=np.float64)
+    scale = magnitudes / at.size
+    if corrected:
+        energy = np.square(vector, dtype=np.float64).sum()
+        scale = energy / magnitudes if magnitudes else 0.0
+    restored[at] = np.sign(vector[at]) * np.float32(scale)
     return restored, len(encode_positions(at, vector.size)) + -(-at.size // 8) + 4
 
 

@@ -18,11 +18,11 @@ from typing import Any
 
 import numpy as np
 
-from simulations.baselines import COMPRESSORS, Sent, library
+from simulations.baselines import COMPRESSORS, Sent, library, stc
 
 TASKS = ("Reuters R8", "election author")
-OURS = ("f32", "f16", "i8", "b4", "b2", "b1")
-OUR_RATES = ("0", "0.9", "0.99")
+OURS = ("f32", "f16", "bf16", "i8", "b4", "b2", "b1")
+OUR_RATES = ("0", "0.9", "0.99", "0.999")
 KEEPS = (0.1, 0.01)
 
 
@@ -33,14 +33,14 @@ def methods() -> Iterator[tuple[str, str, Any]]:
             if values == "b1" and rate == "0":
                 continue  # that is dense EDEN, listed below
             yield f"DARE {values}", f"p={rate}", partial(library, drop_rate=rate, values=values)
-    yield "DARE b1", "p=0.999", partial(library, drop_rate="0.999", values="b1")
     yield "QSGD / FedPAQ", "8 bit", COMPRESSORS["fedpaq8"]
     yield "QSGD / FedPAQ", "4 bit", COMPRESSORS["fedpaq4"]
     yield "signSGD", "", COMPRESSORS["signsgd"]
     yield "dense EDEN 1-bit", "", COMPRESSORS["eden1"]
     for keep in (*KEEPS, 0.001):
         yield "top-k f16 + Golomb", f"{keep:g}", partial(COMPRESSORS["topk"], keep=keep)
-        yield "STC", f"{keep:g}", partial(COMPRESSORS["stc"], keep=keep)
+        yield "STC as published", f"{keep:g}", partial(stc, keep=keep)
+        yield "STC corrected", f"{keep:g}", partial(stc, keep=keep, corrected=True)
     for keep in KEEPS:
         yield "random-k f32", f"{keep:g}", partial(COMPRESSORS["randk"], keep=keep)
 
@@ -66,7 +66,7 @@ def measure(delta: np.ndarray, sent: Sent) -> dict[str, float]:
     }
 
 
-def run(out: Path, accuracy: bool) -> list[dict[str, Any]]:
+def run(out: Path, accuracy: bool, tasks: tuple[str, ...] = TASKS) -> list[dict[str, Any]]:
     """Measure what is missing of the results file; returns all rows."""
     from simulations.run import append_row, read_rows, versions
     from simulations.scenario import read_scenario
@@ -74,7 +74,7 @@ def run(out: Path, accuracy: bool) -> list[dict[str, Any]]:
 
     scenario = read_scenario(Path(__file__).parent / "scenarios" / "single.toml")
     done = {(r["task"], r["method"], r["setting"]) for r in read_rows(out)}
-    for name in TASKS:
+    for name in tasks:
         task, base, tuned = tuned_state(scenario.cells[name]["task"])
         layout = body_layout(base)
         start = layout.flatten(base)
@@ -104,13 +104,15 @@ def main() -> None:
     """Entry point."""
     parser = argparse.ArgumentParser(prog="python -m simulations.bench_rate", description=__doc__)
     parser.add_argument("--json", action="store_true", help="print the rows as one JSON object")
+    parser.add_argument("--task", choices=TASKS, help="this one only; default: all that lack")
     parser.add_argument("--no-accuracy", action="store_true", help="errors only")
     parser.add_argument(
         "--out", type=Path, default=Path(__file__).parent / "results" / "rate.jsonl"
     )
     options = parser.parse_args()
     os.environ.setdefault("HF_HUB_OFFLINE", "1")
-    rows = run(options.out, not options.no_accuracy)
+    tasks = (options.task,) if options.task else TASKS
+    rows = run(options.out, not options.no_accuracy, tasks)
     if options.json:
         print(json.dumps({"rows": rows}))
         return

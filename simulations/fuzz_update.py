@@ -2,10 +2,11 @@
 
     python -m simulations.fuzz_update --count 1000000
 
-Starts from good updates of every value format and mask, in-round and as files. A mutation
-that leads to an answer not seen before (an error of other words, or acceptance) joins the
-ones to mutate further. Half of the mutants get a checksum, and files a context, that fit
-again, so that the checks behind them are reached. What is accepted is read to its end.
+Starts from good updates of every value format and mask, in-round and as files. Guided by
+coverage: a mutant that takes a step between two lines of the decoder not taken before, or
+leads to an answer not seen before (an error of other words), joins the ones to mutate further.
+Half of the mutants get a checksum, and files a context, that fit again, so that the checks
+behind them are reached. What is accepted is read to its end.
 """
 
 from __future__ import annotations
@@ -17,13 +18,15 @@ import re
 import resource
 import signal
 import struct
+import sys
 import tempfile
 import time
 from collections import Counter
 from collections.abc import Callable
 from copy import deepcopy
+from functools import partial
 from pathlib import Path
-from types import FrameType
+from types import CodeType, FrameType
 from typing import Any
 
 import numpy as np
@@ -56,6 +59,12 @@ MAX_CORPUS = 4000
 MAX_ACCEPTED_SIZE = 1 << 22
 HANG_SECONDS = 20
 MEMORY_LIMIT_MIB = 256
+_DECODER_FILES = frozenset(
+    f"{name}.py"
+    for name in ("derive", "layout", "mask", "rotation", "update", "update_file", "values")
+)
+# In memory where there is such a place: a mutant's file is written and read once.
+_FAST_FOLDER = next((name for name in ("/dev/shm",) if Path(name).is_dir()), None)
 _NUMBERS = (0, 1, 2, 7, 255, 256, 2**15, 2**16, 2**31 - 1, 2**31, 2**32 - 1, 2**40, 2**63 - 1,
             2**63, 2**64 - 1)  # fmt: skip
 _ODD: tuple[Any, ...] = (
@@ -183,6 +192,10 @@ def use(update: Update) -> None:
     assert np.isfinite(out).all(), "an accepted update has values that are not finite"
 
 
+def _read_file(path: Path) -> Update:
+    return read_update_file(path)[0]
+
+
 def outcome(work: Callable[[], Update]) -> tuple[str, str]:
     """Return (reason, wording without its numbers); anything but a `DareError` escapes."""
     try:
@@ -195,6 +208,45 @@ def outcome(work: Callable[[], Update]) -> tuple[str, str]:
     return "accepted", ""
 
 
+class Steps:
+    """Which steps from line to line of the decoder's files were taken so far."""
+
+    def __init__(self) -> None:
+        self._taken: set[tuple[int, int, int]] = set()
+        self._numbers: dict[CodeType, int | None] = {}
+
+    def __len__(self) -> int:
+        return len(self._taken)
+
+    def watched(self, work: Callable[[], Any]) -> Any:
+        """Return ``work()``, noting its steps."""
+        sys.settrace(self._enter)
+        try:
+            return work()
+        finally:
+            sys.settrace(None)
+
+    def _enter(self, frame: FrameType, _: str, __: Any) -> Callable[..., Any] | None:
+        code = frame.f_code
+        if code not in self._numbers:
+            ours = Path(code.co_filename).name in _DECODER_FILES
+            self._numbers[code] = len(self._numbers) if ours else None
+        number = self._numbers[code]
+        if number is None:
+            return None
+        last = 0
+
+        def step(frame: FrameType, event: str, _: Any) -> Callable[..., Any]:
+            nonlocal last
+            if event == "line":
+                line = frame.f_lineno
+                self._taken.add((number, last, line))
+                last = line
+            return step
+
+        return step
+
+
 def fuzz(count: int, seed: int = 0, seconds: float = float("inf")) -> dict[str, Any]:
     """Run ``count`` mutants, or for so many seconds; returns the figures.
 
@@ -203,19 +255,21 @@ def fuzz(count: int, seed: int = 0, seconds: float = float("inf")) -> dict[str, 
     rng = random.Random(seed)
     found: Counter[str] = Counter()
     seen: set[tuple[str, str]] = set()
+    steps = Steps()
     slowest, started = 0.0, time.perf_counter()
 
     def stuck(_: int, __: FrameType | None) -> None:
         raise TimeoutError(f"64 mutants took longer than {HANG_SECONDS} s")
 
     signal.signal(signal.SIGALRM, stuck)
-    with tempfile.TemporaryDirectory() as name:
+    with tempfile.TemporaryDirectory(dir=_FAST_FOLDER) as name:
         folder = Path(name)
         in_round, files = seeds(folder)
         specs = [spec for spec, _ in in_round]
         path = folder / "mutant.dare"
         before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
         for number in range(count):
+            known = len(steps)
             if number % 64 == 0:
                 signal.alarm(HANG_SECONDS)
                 if time.perf_counter() - started > seconds:
@@ -226,8 +280,7 @@ def fuzz(count: int, seed: int = 0, seconds: float = float("inf")) -> dict[str, 
                 if rng.random() < 0.5:
                     blob = refitted(rng, blob)
                 path.write_bytes(blob)
-                begin = time.perf_counter()
-                answer = outcome(lambda: read_update_file(path)[0])
+                work = partial(_read_file, path)
             else:
                 spec, blob = rng.choice(in_round)
                 blob = mutate(rng, blob, lambda: rng.choice(in_round)[1])
@@ -235,12 +288,14 @@ def fuzz(count: int, seed: int = 0, seconds: float = float("inf")) -> dict[str, 
                     blob = sealed(spec, blob)
                 if rng.random() < 0.05:
                     spec = rng.choice(specs)
-                begin = time.perf_counter()
-                answer = outcome(lambda s=spec, b=blob: decode_update(b, s))  # type: ignore[misc]
+                work = partial(decode_update, blob, spec)
+            begin = time.perf_counter()
+            answer = steps.watched(partial(outcome, work))
             slowest = max(slowest, time.perf_counter() - begin)
             found[answer[0]] += 1
-            if answer not in seen and len(in_round) + len(files) < MAX_CORPUS:
-                seen.add(answer)
+            fresh = answer not in seen or len(steps) > known
+            seen.add(answer)
+            if fresh and len(in_round) + len(files) < MAX_CORPUS:
                 if as_file:
                     files.append(blob)
                 else:
@@ -251,6 +306,8 @@ def fuzz(count: int, seed: int = 0, seconds: float = float("inf")) -> dict[str, 
     return {
         "mutants": sum(found.values()),
         "answers": len(seen),
+        "steps": len(steps),
+        "corpus": len(in_round) + len(files),
         "reasons": dict(found.most_common()),
         "slowest_ms": round(1e3 * slowest, 1),
         "memory_growth_mib": round(grown, 1),

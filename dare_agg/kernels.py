@@ -55,9 +55,7 @@ def choose_kernel(name: str) -> None:
     Raises `ConfigError` for an unknown name, and for ``numba`` where that is missing.
     """
     if name not in KERNELS:
-        raise ConfigError(
-            f"kernel {name!r} is unknown{did_you_mean(name, KERNELS)} ({VARIABLE} or --kernel)"
-        )
+        raise ConfigError(f"kernel {name!r} is unknown{did_you_mean(name, KERNELS)} ({VARIABLE})")
     if name == "numba":
         _load(needed=True)
     _state.choice = name
@@ -101,7 +99,8 @@ def _kept_on_disk() -> bool:
     if source is None or source.origin is None:
         return False
     folder = Path(importlib.util.cache_from_source(source.origin)).parent
-    return next(folder.glob("compiled.*.nbi"), None) is not None
+    newest = max((file.stat().st_mtime for file in folder.glob("compiled.*.nbi")), default=0.0)
+    return newest >= Path(source.origin).stat().st_mtime
 
 
 def _load(*, needed: bool) -> ModuleType | None:

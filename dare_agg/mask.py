@@ -32,7 +32,9 @@ Positions = NDArray[np.int64]
 
 MAX_STRIDE = 1 << 20
 MASK_KINDS = ("stratified", "bernoulli")
+# Strata drawn at a time by numpy, which goes over each several times, and by compiled loops.
 _CHUNK = 1 << 14
+_COMPILED_CHUNK = 1 << 16
 _COUNT_CHUNK = 1 << 16
 
 
@@ -193,7 +195,8 @@ class Mask:
         stop = self.survivors if last is None else min(last, self.survivors)
         stream = Keystream(self.key)
         if self.kind == "stratified":
-            room = min(_CHUNK, max(0, stop - first))
+            chunk = _CHUNK if compiled() is None else _COMPILED_CHUNK
+            room = min(chunk, max(0, stop - first))
             with borrowed(4 * room + 8, np.int64) as flat:
                 ramp = flat[2 * room : 3 * room]
                 if first < stop and self.drop_rate.numerator > 1:
@@ -205,7 +208,7 @@ class Mask:
                 )
                 while first < stop:
                     # Steps end at multiples, so none reaches over two groups of values.
-                    last = min(stop, (first // _CHUNK + 1) * _CHUNK)
+                    last = min(stop, (first // chunk + 1) * chunk)
                     yield self._strata(stream, first, last, scratch)
                     first = last
             return

@@ -14,6 +14,7 @@ import hashlib
 import io
 import struct
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from threading import local
 from typing import Protocol
@@ -239,17 +240,20 @@ def update_bytes(spec: UpdateSpec) -> int:
 
 
 def encode_update(
-    spec: UpdateSpec, delta: FloatVector | tuple[FloatVector, FloatVector] | DeltaSource
+    spec: UpdateSpec,
+    delta: FloatVector | tuple[FloatVector, FloatVector] | DeltaSource,
+    threads: int = 1,
 ) -> bytes:
     """Encode a delta, or a pair (base, tuned), as the update that ``spec`` describes.
 
-    Reads the survivors only; extra memory does not grow with the model. Raises
+    Reads the survivors only; extra memory does not grow with the model. The bits do not depend
+    on ``threads``, which share the groups of survivors of vectors in memory. Raises
     `NonFiniteError` for a survivor that is no number, `ConfigError` for another size.
     """
     # Its buffer becomes the result: the update is never there twice.
     stream = io.BytesIO(bytes(update_bytes(spec)))
     with stream.getbuffer() as buffer:
-        encode_update_into(spec, delta, buffer)
+        encode_update_into(spec, delta, buffer, threads)
     return stream.getvalue()
 
 
@@ -257,13 +261,32 @@ def encode_update_into(
     spec: UpdateSpec,
     delta: FloatVector | tuple[FloatVector, FloatVector] | DeltaSource,
     out: memoryview,
+    threads: int = 1,
 ) -> None:
     """As `encode_update`, into ``out`` of `update_bytes` bytes (for example a mapped file)."""
+    for vector in delta if isinstance(delta, tuple) else (delta,):
+        if vector.size != spec.size:
+            raise ConfigError(f"delta of {vector.size} elements; the update needs {spec.size}")
     mask = spec.draw_mask()
     survivors = mask.survivors
-    groups = _regrouped(_survivors(spec, mask, delta))
     payload = out[HEADER_BYTES:]
-    encode_values(spec.values, groups, survivors, spec.values_key, payload)
+
+    def encode(first: int, last: int) -> int:
+        pieces = _survivors(spec, mask, delta, first * GROUP, min(survivors, last * GROUP))
+        groups = _regrouped(pieces)
+        return encode_values(spec.values, groups, survivors, spec.values_key, payload, first)
+
+    count = -(-survivors // GROUP)
+    in_memory = isinstance(delta, tuple | np.ndarray)
+    threads = max(1, min(threads, count)) if in_memory else 1
+    if threads == 1:
+        written = encode(0, count)
+    else:
+        bounds = [count * part // threads for part in range(threads + 1)]
+        with ThreadPoolExecutor(threads) as pool:
+            written = sum(pool.map(encode, bounds[:-1], bounds[1:]))
+    if written != survivors:
+        raise ConfigError(f"{written} values came; the mask has {survivors} survivors")
     out[:HEADER_BYTES] = _header(spec, survivors, payload.nbytes)
     out[_CHECKSUM_AT : _CHECKSUM_AT + CHECKSUM_BYTES] = _checksum(spec, out)
 
@@ -304,17 +327,17 @@ def _survivors(
     spec: UpdateSpec,
     mask: Mask,
     delta: FloatVector | tuple[FloatVector, FloatVector] | DeltaSource,
+    first: int,
+    last: int,
 ) -> Iterator[FloatVector]:
-    """Yield the survivors' values in the order of their positions."""
-    vectors = delta if isinstance(delta, tuple) else (delta,)
-    for vector in vectors:
-        size = vector.size
-        if size != spec.size:
-            raise ConfigError(f"delta of {size} elements; the update needs {spec.size}")
+    """Yield the values of survivors number ``first`` to ``last``, in order.
+
+    A source that only reads tiles yields all of them.
+    """
     if isinstance(delta, tuple):
         base, tuned = delta
         plain = plain_float32(base) and plain_float32(tuned)
-        for positions, _ in mask.blocks():
+        for positions, _ in mask.blocks(first, last):
             loops = compiled()
             with borrowed(positions.size) as piece, borrowed(positions.size) as other:
                 if loops is not None and plain:
@@ -325,12 +348,12 @@ def _survivors(
                     piece -= other
                 yield piece
     elif isinstance(delta, np.ndarray):
-        for positions, _ in mask.blocks():
+        for positions, _ in mask.blocks(first, last):
             with borrowed(positions.size) as piece:
                 take(delta, positions, piece)
                 yield piece
     elif hasattr(delta, "take"):
-        for positions, _ in mask.blocks():
+        for positions, _ in mask.blocks(first, last):
             yield delta.take(positions)
     else:
         tile = np.empty(1 << 18, np.float32)

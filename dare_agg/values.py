@@ -346,12 +346,19 @@ def payload_bytes(name: str, survivors: int) -> int:
 
 
 def encode_values(
-    name: str, groups: Iterator[FloatVector], survivors: int, key: bytes, out: memoryview
-) -> None:
-    """Write a payload to ``out``, of `payload_bytes` bytes.
+    name: str,
+    groups: Iterator[FloatVector],
+    survivors: int,
+    key: bytes,
+    out: memoryview,
+    first_group: int = 0,
+) -> int:
+    """Write groups of a payload to ``out``, of `payload_bytes` bytes; return how many values.
 
-    ``groups`` yields the survivors' values in pieces of exactly `GROUP`, the last one
-    shorter. Raises `NonFiniteError` for a NaN, an infinity or a magnitude above 2**60.
+    ``groups`` yields the survivors' values from group ``first_group`` on, in pieces of exactly
+    `GROUP`, the last one shorter where it is the last of all. Groups may be written in any
+    order and by several threads. Raises `NonFiniteError` for a NaN, an infinity or a magnitude
+    above 2**60.
     """
     row = find_values(name)
     sections = payload_sections(name, survivors)
@@ -360,28 +367,30 @@ def encode_values(
         raise ConfigError(f"{target.size} bytes of room; {sections.total} are needed")
     stream = Keystream(key) if row.keystream_bytes(1) else None
     per_group = row.keystream_bytes(GROUP)
-    at, code_at, scale_at = 0, 0, sections.codes
-    rest_at = sections.codes + sections.scales
-    for number, values in enumerate(groups):
+    written = 0
+    for number, values in enumerate(groups, first_group):
+        at = number * GROUP
+        if values.size != min(GROUP, survivors - at):
+            raise ConfigError(
+                f"group {number} of {values.size} values; {survivors} survivors were announced"
+            )
         check_magnitude(values, at)
         keystream = (
             stream.read(number * per_group, row.keystream_bytes(values.size)) if stream else None
         )
         coded = values.size - (count_blocks(values.size)[1] if row.blocks else 0)
-        room = target[code_at : code_at + -(-coded * row.bits // 8)]
+        room = target[at * row.bits // 8 :][: -(-coded * row.bits // 8)]
         loops = compiled(values.size)
         encode = row.encode_group
         if loops is not None and values.size == GROUP:
             encode = loops.ENCODERS.get(name, encode)
         scales, rest = encode(values, keystream, room)
-        code_at += room.size
+        scale_at = sections.codes + 4 * (at // BLOCK)
         target[scale_at : scale_at + 4 * scales.size] = scales.view(np.uint8)
-        scale_at += 4 * scales.size
+        rest_at = sections.codes + sections.scales
         target[rest_at : rest_at + 4 * rest.size] = rest.view(np.uint8)
-        rest_at += 4 * rest.size
-        at += values.size
-    if at != survivors:
-        raise ConfigError(f"{at} values came, {survivors} survivors were announced")
+        written += values.size
+    return written
 
 
 def decode_values(

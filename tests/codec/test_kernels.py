@@ -81,6 +81,16 @@ def test_every_value_format_has_the_same_bits(numba, values, stride):
     assert plain == compiled
 
 
+@pytest.mark.parametrize("values", ["b1", "b2", "f16"])
+@pytest.mark.parametrize("mask", ["stratified", "bernoulli"])
+def test_threads_change_no_bit(values, mask):
+    delta = hard_values(500_000)
+    spec = spec_of(delta.size, Fraction(2), values, mask=mask)
+    alone = encode_update(spec, delta)
+    assert encode_update(spec, delta, threads=3) == alone
+    assert encode_update(spec, (np.zeros_like(delta), delta), threads=99) == alone
+
+
 @pytest.mark.parametrize("stride", STRIDES, ids=str)
 @pytest.mark.parametrize("rank", [0, 1, 6, 2**32 - 1])
 def test_masks_are_the_same(numba, stride, rank):
@@ -91,9 +101,11 @@ def test_masks_are_the_same(numba, stride, rank):
         mask = Mask(
             "stratified", size, DropRate(stride.numerator, stride.denominator), b"k" * 16, rank
         )
-        pieces = [(p.tobytes(), np.asarray(s).tobytes()) for p, s in mask.blocks()]
-        part = [(n, p.tobytes()) for n, p, _ in mask.within(size // 7, size // 2)]
-        return pieces, part, mask.gather(vector).tobytes(), mask.indices(9, size // 9).tobytes()
+        pieces = [(p.copy(), np.broadcast_to(s, p.shape)) for p, s in mask.blocks()]
+        part = [p.copy() for _, p, _ in mask.within(size // 7, size // 2)]
+        whole = [np.concatenate(arrays) for arrays in (*zip(*pieces, strict=True), part)]
+        whole += [mask.gather(vector), mask.indices(9, size // 9)]
+        return [array.tobytes() for array in whole]
 
     plain, compiled = both(work)
     assert plain == compiled

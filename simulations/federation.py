@@ -39,14 +39,15 @@ APP = Path(__file__).parents[1] / "tests" / "apps" / "edge"
 class Federation:
     """SuperLink and SuperNodes over TLS with registered keys, in one folder.
 
-    ``prefix(name)`` is put before a node's command, for example to run it elsewhere, and
-    ``node_config`` is added to each node's.
+    ``supernode`` begins a node's command and ``prefix(name)`` is put before it, for example to
+    run it elsewhere; ``node_config`` is added to each node's.
     """
 
     folder: Path
     names: Sequence[str]
     host: str = "127.0.0.1"
     isolation: str = "subprocess"
+    supernode: Sequence[str] = ("flower-supernode",)
     prefix: Callable[[str], list[str]] = lambda name: []
     environment: Mapping[str, str] = field(default_factory=dict)
     app: Path = APP
@@ -171,7 +172,7 @@ class Federation:
             name,
             [
                 *self.prefix(name),
-                "flower-supernode", "--superlink", f"{self.host}:{self.port}",
+                *self.supernode, "--superlink", f"{self.host}:{self.port}",
                 "--root-certificates", str(own / "ca.crt"),
                 "--auth-supernode-private-key", str(own / "node.key"),
                 "--host", "127.0.0.1", "--port", str(free_port()),

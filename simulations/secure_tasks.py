@@ -1,9 +1,9 @@
 """Four parties, four tasks, one encoder: secure sums beside plain merging.
 
-``python -m simulations.secure_tasks [--limit N]`` tunes each task once (kept in the cache),
-merges the encoders in one shot and over ten rounds, each party with its own local head, and
-appends to ``simulations/results/secure_tasks.jsonl``; rows that are there are skipped, so a
-run that was cut off goes on. ``--table`` prints the rows as Markdown.
+``python -m simulations.secure_tasks [--limit N] [--kind rounds]`` tunes each task once (kept
+in the cache), merges the encoders in one shot and over ten rounds, each party with its own
+local head, and appends to ``simulations/results/secure_tasks.jsonl``; rows that are there are
+skipped, so a run that was cut off goes on. ``--table`` prints the rows as Markdown.
 
 The secure rows go through the whole protocol, message by message. Beside each stands the
 plain merge of the same survivors in floating point, and the merge with masks of each
@@ -228,12 +228,16 @@ def rounds(row: dict[str, Any]) -> dict[str, Any]:
     return {"curve": curve, "lone_share": lone[-1] if lone and lone[-1] is not None else None}
 
 
-def run(seeds: Sequence[int], limit: int) -> int:
+def run(seeds: Sequence[int], kind: str, limit: int) -> int:
     from simulations.run import append_row, read_rows, versions
 
     names = ("kind", "method", "drop_rate", "masks", "seed")
     done = {tuple(r.get(n) for n in names) for r in read_rows(RESULTS)}
-    missing = [r for r in rows(seeds) if tuple(r.get(n) for n in names) not in done]
+    missing = [
+        r
+        for r in rows(seeds)
+        if kind in ("", r["kind"]) and tuple(r.get(n) for n in names) not in done
+    ]
     for row in missing[: limit or None]:
         began = time.process_time()
         measured = one_shot(row) if row["kind"] == "one-shot" else rounds(row)
@@ -288,13 +292,14 @@ def table() -> str:
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--seeds", type=int, nargs="*", default=[0])
+    parser.add_argument("--kind", choices=["one-shot", "rounds"], default="", help="these alone")
     parser.add_argument("--limit", type=int, default=0, help="rows at most (0: all)")
     parser.add_argument("--table", action="store_true", help="print the results, run nothing")
     options = parser.parse_args()
     if options.table:
         print(table())
         return 0
-    return run(options.seeds, options.limit)
+    return run(options.seeds, options.kind, options.limit)
 
 
 if __name__ == "__main__":

@@ -167,10 +167,16 @@ def _members(
         here = {party: node for party, node in parties.items() if node in online}
         if len(here) >= needed:
             return dict(sorted(here.items()))
-        if time.monotonic() > until:
+        refused = len(online) >= needed and all(node in problems for node in online)
+        if refused or time.monotonic() > until:
             why = f"; {next(iter(problems.values()))}" if problems else ""
             raise RunError(
-                f"{len(here)} of the {needed} parties needed are online after {timeout:g} s{why}",
+                f"{len(here)} of the {needed} parties needed are online"
+                + (
+                    f", {len(online)} nodes refused{why}"
+                    if refused
+                    else f" after {timeout:g} s{why}"
+                ),
                 reason="nodes",
             )
         time.sleep(0.5)

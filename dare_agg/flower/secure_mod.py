@@ -16,7 +16,7 @@ import logging
 from collections.abc import Callable
 
 import numpy as np
-from flwr.app import ArrayRecord, ConfigRecord, Context, Message, MetricRecord, RecordDict
+from flwr.app import ArrayRecord, ConfigRecord, Context, Error, Message, MetricRecord, RecordDict
 from flwr.clientapp import ClientApp
 from flwr.clientapp.typing import ClientAppCallable
 
@@ -29,8 +29,13 @@ from dare_agg.errors import (
     ProtocolError,
 )
 from dare_agg.flower.mod import LOCAL_KEY
-from dare_agg.flower.records import one_line, read_config
-from dare_agg.flower.secure_node import node_models, node_policy, secure_party
+from dare_agg.flower.records import ASK_HELLO, ORDER_KEY, one_line, read_config
+from dare_agg.flower.secure_node import (
+    check_in_clear,
+    node_models,
+    node_policy,
+    secure_party,
+)
 from dare_agg.flower.secure_records import (
     ADVERTISE,
     HELLO,
@@ -55,6 +60,8 @@ from dare_agg.secure.terms import SecureTerms
 
 LOG = logging.getLogger("flwr")
 MAX_MESSAGE = 1 << 31
+# Flower's code for an error of the ClientApp itself.
+_APP_ERROR = 2
 
 FindBase = Callable[[str], str]
 
@@ -155,12 +162,20 @@ def _check_target(context: Context) -> None:
 
 
 def secure_mod(msg: Message, ctxt: Context, call_next: ClientAppCallable) -> Message:
-    """Flower client mod for the training rounds of a `SecureStrategy`; others pass through.
+    """Flower client mod for the training rounds of a `SecureStrategy`.
 
-    The reply holds one-time keys and nothing of the training: no arrays, no metrics.
+    The reply holds one-time keys and nothing of the training: no arrays, no metrics. A node
+    with a ``secure-identity`` refuses to train in the clear and, without ``secure-evaluate``,
+    to evaluate; messages of other nodes pass through.
     """
     order = read_config(msg.content, SECURE_KEY)
     if order is None or order.get("stage") != TRAIN:
+        try:
+            if not _says_hello(msg.content):
+                check_in_clear(ctxt, msg.metadata.message_type)
+        except DareError as error:
+            LOG.warning("%s", error)
+            return Message(Error(_APP_ERROR, str(error)), reply_to=msg)
         return call_next(msg, ctxt)
     try:
         same_code(order, "server", "this client")
@@ -190,6 +205,12 @@ def secure_mod(msg: Message, ctxt: Context, call_next: ClientAppCallable) -> Mes
     except DareError as error:
         return Message(_refusal(order, error), reply_to=msg)
     return Message(secure_content(TRAIN, b"", advert), reply_to=msg)
+
+
+def _says_hello(content: RecordDict) -> bool:
+    """Whether `dare_mod` answers this message by itself, with the client's name."""
+    order = read_config(content, ORDER_KEY)
+    return order is not None and order.get("ask") == ASK_HELLO and not content.array_records
 
 
 def _for_app(content: RecordDict, key: str, base: Arrays, context: Context) -> RecordDict:

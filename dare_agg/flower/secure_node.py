@@ -5,7 +5,9 @@ Keys of the node config: ``secure-identity`` (private key file), ``secure-roster
 ``secure-passphrase-file``, ``secure-state`` (folder), ``secure-ledger`` (file), and what the
 party insists on: ``secure-min-parties``, ``secure-min-threshold`` (share of the cohort that
 must stay, more than half; two thirds by default), ``secure-max-clip``, ``secure-methods``. For
-merges ``model-path``, ``base-path`` and ``merged-path``.
+merges ``model-path``, ``base-path`` and ``merged-path``. A node with a ``secure-identity``
+takes part in nothing else, whatever the server asks for: ``secure-evaluate=true`` lets it
+report metrics, ``secure-only=false`` lets it train in the clear too.
 
 In a simulation on one machine ``DARE_AGG_SECURE_KEYS`` names a folder that has it all:
 ``party-0.key`` and so on by partition, ``roster.json``, ``coordinator.pub``, and for merges
@@ -19,7 +21,7 @@ from collections.abc import Mapping
 from functools import lru_cache
 from pathlib import Path
 
-from flwr.app import Context
+from flwr.app import Context, MessageType
 
 from dare_agg.errors import ConfigError
 from dare_agg.secure.client import SecurePolicy
@@ -69,6 +71,24 @@ def node_policy(context: Context, base: str, layout: str) -> SecurePolicy:
         aggregates=aggregates,
         max_clip=_number(node, "secure-max-clip", 1.0, 0.0),
     )
+
+
+def check_in_clear(context: Context, message_type: str) -> None:
+    """Raise `ConfigError` for a message whose answer would tell the server of one party alone."""
+    node = context.node_config
+    if "secure-identity" not in node or node.get("secure-only") is False:
+        return
+    kind = message_type.split(".")[0]
+    if kind == MessageType.TRAIN:
+        raise ConfigError(
+            "this node takes part in secure sums only and was asked to train in the clear: "
+            "refused (secure-only=false in its node config would let it)"
+        )
+    if kind == MessageType.EVALUATE and node.get("secure-evaluate") is not True:
+        raise ConfigError(
+            "this node takes part in secure sums only and was asked for its own metrics: "
+            "refused (secure-evaluate=true in its node config would let it)"
+        )
 
 
 def node_models(context: Context) -> tuple[Path, Path | None]:

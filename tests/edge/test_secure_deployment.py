@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
@@ -46,7 +47,10 @@ def prepare(folder: Path) -> tuple[dict[str, np.ndarray], dict[str, dict[str, np
 @pytest.mark.slow
 def test_secure_ties_completes_when_a_party_is_killed(federation, tmp_path: Path) -> None:
     base, tuned = prepare(tmp_path)
-    fed = federation(names=NAMES, app=APP)
+    # Each SuperNode runs this app alone, whatever the SuperLink sends.
+    fed = federation(
+        names=NAMES, app=APP, supernode=("dare-agg", "supernode", "--app", str(APP), "--")
+    )
     fed.start_superlink()
     with ThreadPoolExecutor(5) as pool:
         list(pool.map(fed.register, NAMES))
@@ -76,6 +80,11 @@ def test_secure_ties_completes_when_a_party_is_killed(federation, tmp_path: Path
     )
     # Flower reports the dead node within 60 s, which ends the stage; a busy machine needs the rest.
     settings["stage-seconds"] = 150.0
+    foreign = Path(shutil.copytree(APP, tmp_path / "foreign"))
+    with (foreign / "private" / "client_app.py").open("a") as code:
+        code.write("\nopen('/proc/self/environ').read()\n")
+    refused = run_app(foreign, fed.home, "dep", settings)
+    assert not refused.ok and "could not be verified" in refused.detail, refused
     status = run_app(APP, fed.home, "dep", settings, on_line=watch)
     assert status.ok, (status, lines[-30:])
     report = json.loads((tmp_path / "out" / "report.json").read_text())

@@ -12,7 +12,7 @@ from flwr.clientapp import ClientApp
 from safetensors.numpy import load_file, save_file
 
 from dare_agg.errors import ConfigError, ProtocolError, RunError
-from dare_agg.flower import dare_mod
+from dare_agg.flower import DareStrategy, dare_mod
 from dare_agg.flower.secure_merge import secure_merge
 from dare_agg.flower.secure_mod import secure_mod, secure_queries
 from dare_agg.flower.secure_strategy import SecureStrategy
@@ -286,6 +286,44 @@ def test_a_roster_signed_by_others_is_refused(memory_grid: Any, toys: Any, keys:
     strategy = strategy_for(folder)
     with pytest.raises(RunError, match="0 of 3 clients have proved"):
         strategy.start(memory_grid(secure_app(toys), 3), toys.record(toys.arrays()), num_rounds=1)
+
+
+def test_a_server_cannot_ask_for_the_same_in_the_clear(
+    memory_grid: Any, toys: Any, keys: Any, caplog: pytest.LogCaptureFixture
+) -> None:
+    """A node that has an identity for secure sums neither trains plainly nor shows metrics."""
+    folder = keys(3)
+
+    def node(partition: int) -> dict:
+        return {
+            "partition-id": partition,
+            "secure-identity": str(folder / f"party-{partition}.key"),
+            **more,
+        }
+
+    def replies(grid: Any, kind: str) -> list[Any]:
+        return [r for r in grid.received if r.metadata.message_type == kind]
+
+    more: dict[str, Any] = {}
+    grid = memory_grid(secure_app(toys), 3, node_config=node)
+    plain = DareStrategy(drop_rate="0.5", seed=1, fraction_evaluate=1.0, max_empty_rounds=0)
+    with pytest.raises(RunError, match="secure sums only"):
+        plain.start(grid, toys.record(toys.arrays()), num_rounds=1)
+    assert len([r for r in grid.received if r.has_error()]) == 3  # the others say who they are
+    assert not any(r.content.array_records for r in grid.received if not r.has_error())
+    for shown in (False, True):
+        more = {"secure-evaluate": shown}
+        for ledger in folder.glob("*.ledger"):
+            ledger.unlink()  # the toys' deltas are the same each time
+        grid = memory_grid(secure_app(toys), 3, node_config=node)
+        strategy = strategy_for(folder)
+        strategy.fraction_evaluate = 1.0
+        strategy.start(grid, toys.record(toys.arrays()), num_rounds=1)
+        assert [r.has_error() for r in replies(grid, "evaluate")] == [not shown] * 3
+    more = {"secure-only": False}
+    grid = memory_grid(secure_app(toys), 3, node_config=node)
+    plain.start(grid, toys.record(toys.arrays()), num_rounds=1)
+    assert not any(r.has_error() for r in replies(grid, "train"))
 
 
 @pytest.mark.parametrize(

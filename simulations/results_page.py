@@ -149,28 +149,30 @@ def engine() -> str:
 def scale() -> str:
     lines = [
         (
+            row["method"],
             f"{row['clients']:,}",
             f"{row['parameters']:,}",
             row["drop_rate"],
             f"{row['survivors']:,}",
-            tables.human_bytes(row["all_update_bytes"]),
+            tables.human_bytes(row["update_bytes"]),
             f"{row['server_cpu_seconds']:.2f}",
+            f"{1e9 * row['server_cpu_seconds'] / row['survivors']:.0f}",
             f"{row['peak_mib']:,}",
-            f"{row['before_mib']:,}",
             f"{row['model_mib']:,}",
         )
         for row in _rows("scale")
     ]
     columns = (
+        "Method",
         "Clients",
         "Parameters",
         "Drop rate",
         "Survivors, all",
-        "All updates",
+        "One update",
         "Server, CPU s",
-        "Peak, MiB",
-        "Before, MiB",
-        "The model itself, MiB",
+        "ns a survivor",
+        "Memory, MiB",
+        "A model, MiB",
     )
     return tables.markdown(columns, lines)
 

@@ -119,12 +119,12 @@ def one_run(
         if len(rows) < kills:
             # None to two rounds on, and then somewhere within a round.
             goal = finished_rounds(output) + rng.randrange(3)
-            wait(output, 90, goal)
+            wait(fed, output, 90, goal)
             if finished_rounds(output) < goal and read_report(output) is None:
                 if not fed.any_run_under_way():
                     fed.submit(output, **CONFIG)
                 continue
-            wait(output, rng.uniform(0, 8))
+            wait(fed, output, rng.uniform(0, 8))
         if (report := read_report(output)) is not None:
             return str(report["version"])
         if len(rows) < kills:
@@ -134,21 +134,22 @@ def one_run(
             kill(fed, target)
             died = target != "superlink"
         else:
-            wait(output, 60)
+            wait(fed, output, 60)
             died = read_report(output) is None and not fed.any_run_under_way()
         if died:
             # As dare-agg run --resume does, at once: Flower takes a minute to see the death.
             fed.submit(output, **CONFIG)
 
 
-def wait(output: Path, seconds: float, rounds: int = ROUNDS) -> None:
-    """Wait so long, or until so many rounds or the run are finished."""
+def wait(fed: Federation, output: Path, seconds: float, rounds: int = ROUNDS) -> None:
+    """Wait so long, or until so many rounds or the run are finished; nodes are kept running."""
     until = time.monotonic() + seconds
     while (
         time.monotonic() < until
         and read_report(output) is None
         and (rounds == ROUNDS or finished_rounds(output) < rounds)
     ):
+        fed.revive()
         time.sleep(0.2)
 
 

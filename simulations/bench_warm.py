@@ -4,6 +4,9 @@
 the encoder of the headline for a few rounds, first with Flower's process a message, then with
 ``warm=true`` in the node config; in the middle of the warm run both trainers are killed with
 -9. Writes ``results/warm.jsonl``. The results of both runs must be the same bits.
+
+Besides the seconds on the clock it counts the CPU seconds of all the federation's processes:
+those are the same on a busy machine.
 """
 
 from __future__ import annotations
@@ -19,6 +22,7 @@ import sys
 import tempfile
 import threading
 import time
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -42,16 +46,48 @@ def main() -> None:
     """Entry point."""
     parser = argparse.ArgumentParser(prog="python -m simulations.bench_warm", description=__doc__)
     parser.add_argument("--rounds", type=int, default=5)
+    parser.add_argument("--only", choices=("cold", "warm"), help="this one, the other is kept")
     parser.add_argument("--out", type=Path, default=RESULTS / "warm.jsonl")
     options = parser.parse_args()
+    kept = options.out.read_text().splitlines() if options.only and options.out.exists() else []
+    rows = {row["warm"]: row for row in map(json.loads, kept)}
     with tempfile.TemporaryDirectory(prefix="dare-base-") as name:
         initial = Path(name) / "base.safetensors"
         keys = [f"{key}={value}" for key, value in CONFIG.items() if key.endswith("-rows")]
         make = [sys.executable, "-m", "client.base", "-o", str(initial), *keys]
         subprocess.run(make, check=True)
-        rows = [measure(warm, options.rounds, initial) for warm in (False, True)]
-    assert rows[0]["fingerprint"] == rows[1]["fingerprint"], "warm and cold differ"
-    options.out.write_text("".join(json.dumps({**row, **versions()}) + "\n" for row in rows))
+        for warm in (False, True):
+            if options.only in (None, "warm" if warm else "cold"):
+                rows[warm] = {**measure(warm, options.rounds, initial), **versions()}
+                options.out.write_text("".join(json.dumps(row) + "\n" for row in rows.values()))
+    if len({row["fingerprint"] for row in rows.values()}) != 1:
+        raise SystemExit(f"warm and cold differ: {rows}")
+
+
+class CpuSeconds(threading.Thread):
+    """Adds up the CPU time of every process whose environment names ``home``."""
+
+    def __init__(self, home: Path) -> None:
+        super().__init__(daemon=True)
+        self.mark = f"FLWR_HOME={home}\0".encode()
+        self.seen: dict[tuple[int, str], float] = {}
+        self.running = True
+
+    def run(self) -> None:
+        while self.running:
+            self.total()
+            time.sleep(0.3)
+
+    def total(self) -> float:
+        """CPU seconds so far, of processes that ended too."""
+        ticks = os.sysconf("SC_CLK_TCK")
+        for entry in Path("/proc").glob("[0-9]*"):
+            with contextlib.suppress(OSError):
+                if self.mark in (entry / "environ").read_bytes():
+                    fields = (entry / "stat").read_text().rpartition(")")[2].split()
+                    used = (int(fields[11]) + int(fields[12])) / ticks
+                    self.seen[int(entry.name), fields[19]] = used
+        return sum(self.seen.values())
 
 
 def measure(warm: bool, rounds: int, initial: Path) -> dict[str, Any]:
@@ -68,10 +104,14 @@ def measure(warm: bool, rounds: int, initial: Path) -> dict[str, Any]:
         )
         out = folder / "out"
         killer = threading.Thread(target=kill_trainers, args=(folder, out, rounds // 2))
+        cpu = CpuSeconds(fed.home)
+        used: list[float] = []
         try:
             fed.start_all()
+            cpu.start()
             if warm:
                 killer.start()
+            threading.Thread(target=note_rounds, args=(out, cpu, used), daemon=True).start()
             status = fed.run(out, **{**CONFIG, "num-rounds": rounds, "initial": str(initial)})
             if not status.ok:
                 raise SystemExit(f"the run failed: {status}")
@@ -80,6 +120,7 @@ def measure(warm: bool, rounds: int, initial: Path) -> dict[str, Any]:
                 print(f"--- {name}\n{fed.log(name)[-3000:]}", file=sys.stderr)
             raise
         finally:
+            cpu.running = False
             fed.stop_all()
         if warm:
             killer.join()
@@ -91,12 +132,24 @@ def measure(warm: bool, rounds: int, initial: Path) -> dict[str, Any]:
         "warm": warm,
         "clients": 2,
         "seconds_a_round": each,
-        "median_seconds_a_round": statistics.median(each[1:]),
+        "median_seconds_a_round": round(statistics.median(each[1:]), 1),
+        "cpu_seconds_a_round": (each_cpu := [round(b - a, 1) for a, b in pairwise(used)]),
+        "median_cpu_seconds_a_round": round(statistics.median(each_cpu), 1),
         "trainers_killed_after_round": rounds // 2 if warm else None,
         "fingerprint": next(iter(state["fingerprints"].values())),
     }
     print(json.dumps(row), flush=True)
     return row
+
+
+def note_rounds(output: Path, cpu: CpuSeconds, used: list[float]) -> None:
+    """Note the CPU seconds used at the end of each round."""
+    metrics = output / "metrics.jsonl"
+    while cpu.running:
+        done = len(metrics.read_text().splitlines()) if metrics.is_file() else 0
+        while len(used) < done:
+            used.append(cpu.total())
+        time.sleep(0.1)
 
 
 def kill_trainers(folder: Path, output: Path, after: int) -> None:

@@ -149,6 +149,12 @@ class Federation:
         _kill_9(apps)
         return len(apps)
 
+    def kill_9_node(self, name: str) -> None:
+        """kill -9 of a SuperNode and of what it is running."""
+        tasks = descendants([self.processes[name].pid])
+        self.kill_9(name)
+        _kill_9(tasks)
+
     def kill_9_everything(self) -> None:
         tasks = self._tasks()
         for name in list(self.processes):
@@ -180,6 +186,18 @@ class Federation:
             ],
         )  # fmt: skip
 
+    def revive(self) -> None:
+        """Start SuperNodes that ended again, as systemd does.
+
+        Flower refuses a node that was killed until it has noticed the death, up to a minute
+        after its last heartbeat; the SuperNode then ends with status 305.
+        """
+        for name in self.names:
+            process = self.processes.get(name)
+            if process is not None and process.poll() is not None:
+                time.sleep(1)
+                self.start_node(name)
+
     def register(self, name: str) -> None:
         public = self.certs / "nodes" / name / "node.pub"
         done = self.flwr("supernode", "register", str(public), "dep", "--name", name)
@@ -206,6 +224,7 @@ class Federation:
     def wait_for(self, condition: Callable[[], bool], seconds: float) -> None:
         until = time.monotonic() + seconds
         while not condition():
+            self.revive()
             for name, process in self.processes.items():
                 if process.poll() is not None:
                     raise AssertionError(f"{name} ended: {self.log(name)[-2000:]}")

@@ -140,17 +140,47 @@ def encode_payload(name: str, values: FloatVector, key: bytes) -> bytes:
     return bytes(out)
 
 
+class PayloadReader:
+    """Decodes ``count`` values piece by piece, holding no more than a piece and a group.
+
+    Raises `UpdateError` for a payload that cannot be right.
+    """
+
+    def __init__(self, name: str, payload: bytes, count: int, key: bytes) -> None:
+        if len(payload) != payload_bytes(name, count):
+            raise UpdateError(
+                f"step payload of {len(payload)} bytes, {payload_bytes(name, count)} are due",
+                reason="truncated",
+            )
+        self._data = np.frombuffer(payload, np.uint8)
+        check_payload(name, self._data, count)
+        self._name, self._count, self._key = name, count, key
+        self._group, self._rest = 0, np.empty(0, np.float32)
+        self.left = count
+
+    def take(self, count: int) -> FloatVector:
+        """Return the next ``count`` values, shape (count,)."""
+        if count > self.left:
+            raise UpdateError("step holds fewer values than its masks keep", reason="mask")
+        self.left -= count
+        taken = np.empty(count, np.float32)
+        at = 0
+        while at < count:
+            if not self._rest.size:
+                self._rest = decode_values(
+                    self._name, self._data, self._count, self._key, self._group
+                )
+                self._group += 1
+            piece = self._rest[: count - at]
+            taken[at : at + piece.size] = piece
+            self._rest = self._rest[piece.size :]
+            at += piece.size
+        return taken
+
+
 def decode_payload(name: str, payload: bytes, count: int, key: bytes) -> FloatVector:
-    """Decode ``count`` values; raises `UpdateError` for a payload that cannot be right."""
-    if len(payload) != payload_bytes(name, count):
-        raise UpdateError(
-            f"step payload of {len(payload)} bytes, {payload_bytes(name, count)} are due",
-            reason="truncated",
-        )
-    data = np.frombuffer(payload, np.uint8)
-    check_payload(name, data, count)
-    parts = [decode_values(name, data, count, key, g) for g in range(-(-count // GROUP))]
-    return np.concatenate(parts) if parts else np.empty(0, np.float32)
+    """Decode all values of a payload at once; see `PayloadReader`."""
+    return PayloadReader(name, payload, count, key).take(count)
 
 
 def write_step(head: StepHead, payload: bytes, dense: bytes) -> Step:
@@ -295,15 +325,11 @@ def apply_step(
         raise UpdateError(
             f"step of {head.survivors} values for {grid.size} parameters", reason="shape"
         )
-    values = decode_payload(head.values, payload_of(step), head.survivors, head.key)
-    at = 0
+    values = PayloadReader(head.values, payload_of(step), head.survivors, head.key)
     for positions, scale in positions_of(head, grid.size):
-        piece = values[at : at + positions.size]
-        if piece.size != positions.size:
-            raise UpdateError("step holds fewer values than its masks keep", reason="mask")
+        piece = values.take(positions.size)
         add_steps(counts, positions, grid.round_at(positions, piece * scale))
-        at += positions.size
-    if at != values.size:
+    if values.left:
         raise UpdateError("step holds more values than its masks keep", reason="mask")
     if dense_grid.size and step.dense:
         moved = decode_payload(head.dense_values, step.dense, dense_grid.size, dense_key(head.key))

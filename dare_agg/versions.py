@@ -28,6 +28,7 @@ from dare_agg.values import find_values
 from dare_agg.version_grid import Counts, VersionGrid, add_steps, grid_of
 from dare_agg.version_steps import (
     Family,
+    PayloadReader,
     Step,
     StepHead,
     apply_step,
@@ -331,14 +332,12 @@ class VersionDownlink:
         head = StepHead(**{**vars(head), "survivors": values.size})
         payload = encode_payload(head.values, values, head.key)
         del values  # of a large model these are a good part of the server's memory
-        decoded = decode_payload(head.values, payload, head.survivors, head.key)
-        at = 0
+        decoded = PayloadReader(head.values, payload, head.survivors, head.key)
         for positions, scale in positions_of(head, step.size):
-            steps = group.grid.round_at(positions, decoded[at : at + positions.size] * scale)
+            steps = group.grid.round_at(positions, decoded.take(positions.size) * scale)
             add_steps(group.counts, positions, steps)
             if feedback:
                 group.rest[positions] -= group.grid.value_at(positions, steps)
-            at += positions.size
         return head, payload
 
     def _move_dense(self, group: _Group, head: StepHead, step: FloatVector) -> bytes:

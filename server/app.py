@@ -122,7 +122,7 @@ def run_method(
     kept = StateFolder(recorder.folder / "state" / name)
 
     def record(outcome: RoundOutcome) -> None:
-        row = _row(name, outcome, time.monotonic() - began)
+        row = _row(name, outcome, time.monotonic() - began, config.downlink != "full")
         for key in totals:
             totals[key] += row[key]
         recorder.row(row)
@@ -261,7 +261,7 @@ def _secure_facts(measured: Mapping[str, Any]) -> dict[str, Any]:
     return {f"secure_{name}": found[name] for name in names if name in found}
 
 
-def _row(method: str, outcome: RoundOutcome, seconds: float) -> dict[str, Any]:
+def _row(method: str, outcome: RoundOutcome, seconds: float, stepwise: bool) -> dict[str, Any]:
     """One row of metrics.jsonl; byte counts are those of the encoded payloads."""
     measured: Mapping[str, Any] = outcome.measurements
     count = max(1, len(measured["update_bytes"]))
@@ -270,6 +270,10 @@ def _row(method: str, outcome: RoundOutcome, seconds: float) -> dict[str, Any]:
     client: dict[str, Any] = dict(outcome.client_metrics or {})
     if "perplexity" in client:  # the mean of the clients' is not that of all their tokens
         client["perplexity"] = math.exp(min(client["loss"], 700.0))
+    down, evaluated = sum(measured["download_bytes"]), measured.get("evaluate_download_bytes", 0)
+    if stepwise:
+        # A step reaches its clients with whatever is asked first, mostly the evaluation.
+        down += evaluated
     return {
         "method": method,
         "round": outcome.round,
@@ -282,12 +286,11 @@ def _row(method: str, outcome: RoundOutcome, seconds: float) -> dict[str, Any]:
         "update_bytes_per_client": updates // count,
         "dense_bytes_per_client": dense // count,
         "upload_bytes_per_client": (updates + dense) // count,
-        "download_bytes_per_client": sum(measured["download_bytes"])
-        // max(1, len(measured["download_bytes"])),
+        "download_bytes_per_client": down // max(1, len(measured["download_bytes"])),
         "upload_bytes": updates + dense,
-        "download_bytes": sum(measured["download_bytes"]),
+        "download_bytes": down,
         "message_upload_bytes": sum(measured["upload_bytes"]),
-        "evaluate_download_bytes": measured.get("evaluate_download_bytes", 0),
+        "evaluate_download_bytes": evaluated,
         "survivors_per_element": measured.get("survivors_per_element"),
         "sign_conflict": merge.get("sign_conflict"),
         "touched": merge.get("touched"),

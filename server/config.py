@@ -42,6 +42,15 @@ def _split(value: Any) -> Any:
 Words = Annotated[tuple[str, ...], BeforeValidator(_split)]
 
 
+def _as_typed(value: Any) -> Any:
+    # -c drop-rate=0.99 and -c 'drop-rate="0.99"' are the same: a float's repr is what was typed.
+    number = isinstance(value, int | float) and not isinstance(value, bool)
+    return repr(value) if number else value
+
+
+NumberText = Annotated[str, BeforeValidator(_as_typed)]
+
+
 def _kebab(name: str) -> str:
     return name.replace("_", "-")
 
@@ -57,9 +66,9 @@ class RunConfig(BaseModel):
 
     num_rounds: int = Field(5, ge=1, le=100_000)
     methods: Words = DEFAULT_METHODS
-    drop_rate: str = "0.9"
+    drop_rate: NumberText = "0.9"
     values: str = "b1"
-    upload_budget: str = ""
+    upload_budget: NumberText = ""
     upload_seconds: float = Field(0.0, ge=0)
     mask: Literal["stratified", "bernoulli"] = "stratified"
     scaling: float = Field(1.0, gt=0)

@@ -18,6 +18,11 @@ def test_the_apps_defaults_are_the_models_defaults():
     assert set(defaults()) == {name.replace("_", "-") for name in RunConfig.model_fields}
 
 
+def test_a_number_may_be_typed_as_one():
+    config = read_config({**defaults(), "drop-rate": 0.995, "upload-budget": 300_000})
+    assert (config.drop_rate, config.upload_budget) == ("0.995", "300000")
+
+
 @pytest.mark.parametrize(
     ("bad", "message"),
     [

@@ -92,6 +92,21 @@ def test_methods_run_one_after_another_on_the_same_start(run):
 
 
 @pytest.mark.slow
+def test_with_the_version_downlink_only_steps_travel_both_ways(run, tmp_path):
+    _, rows, state = run(
+        downlink="auto", drop_rate="0.9", node_config=lambda n: {
+            "partition-id": n, "num-partitions": 3, "cache": str(tmp_path / "cache"),
+        },
+    )  # fmt: skip
+    assert [row["accepted"] for row in rows] == [3, 3, 3] and state["status"] == "completed"
+    for row in rows:
+        # Clients make the base themselves; what they are sent, the evaluation's step included,
+        # is some bits on the union of the masks, not 32 a parameter.
+        assert 0 < row["download_bytes_per_client"] < 4 * row["parameters"] / 10
+        assert row["download_bytes"] > row["evaluate_download_bytes"] > 0
+
+
+@pytest.mark.slow
 def test_same_seed_same_final_fingerprint(run):
     first, again, other = (
         run(num_rounds=2, seed=seed, save_model=False, into=name)[2]["fingerprints"]

@@ -38,7 +38,7 @@ def main() -> None:
     """Entry point."""
     parser = argparse.ArgumentParser(prog="python -m simulations.bench_engine", description=__doc__)
     parser.add_argument("--clients", type=int, default=1000)
-    parser.add_argument("--rounds", type=int, default=5)
+    parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--method", default="dare-task-arithmetic", help="or fedavg")
     parser.add_argument("--out", type=Path, default=RESULTS / "engine.jsonl")
     options = parser.parse_args()

@@ -178,11 +178,14 @@ def scale() -> str:
 
 
 def cost() -> str:
-    """CPU hours and versions of everything above."""
+    """CPU hours and versions of everything above; a run that two tables share counts once."""
     lines = []
+    counted: set[str] = set()
     for path in sorted(RESULTS.glob("*.jsonl")):
         rows = read_rows(path)
-        hours = sum(row.get("cpu_seconds", row.get("codec_cpu_seconds", 0)) for row in rows) / 3600
+        own = [row for row in rows if row.get("key") not in counted]
+        counted |= {row["key"] for row in rows if "key" in row}
+        hours = sum(row.get("cpu_seconds", row.get("codec_cpu_seconds", 0)) for row in own) / 3600
         stamps = {
             ", ".join(f"{k} {v}" for k, v in row["versions"].items())
             for row in rows

@@ -95,9 +95,10 @@ def federated_table(rows: Rows, number: int) -> str:
 
 
 def traffic_table(rows: Rows) -> str:
-    """Bytes of a whole run in both directions, everything counted."""
+    """Bytes of a whole run, and of the way to FedAvg minus a point, in both directions."""
     cells = by_cell(rows)
-    dense = {r["seed"]: r for r in cells.get("FedAvg", [])}
+    dense = {r["seed"]: r for r in cells["FedAvg"]}
+    targets = targets_of(cells["FedAvg"])
     lines = []
     for cell, own in cells.items():
         total = own[0]["upload_bytes"] + own[0]["download_bytes"]
@@ -113,6 +114,7 @@ def traffic_table(rows: Rows) -> str:
                 human_bytes(own[0]["download_bytes"]),
                 human_bytes(own[0]["head_upload_bytes"] + own[0]["head_download_bytes"]),
                 f"{ratio:,.0f}×",
+                _reached(own, cells["FedAvg"], targets, "upload_bytes", "download_bytes"),
                 str(len(own)),
             )
         )
@@ -124,6 +126,7 @@ def traffic_table(rows: Rows) -> str:
         "Down, whole run",
         "of both: head",
         "Smaller by",
+        "Both ways to FedAvg − 1 point",
         "Seeds",
     )
     return markdown(columns, lines)

@@ -8,6 +8,7 @@ encoding makes and checks every length against the terms before anything is stor
 from __future__ import annotations
 
 import hashlib
+import struct
 from dataclasses import dataclass
 from itertools import pairwise
 
@@ -25,7 +26,9 @@ KEYS, DELIVERY, ALIVE_LIST, SIGNATURES = 0x82, 0x83, 0x84, 0x85
 _MAGIC = b"DS" + u8(PROTOCOL_VERSION)
 KEY_BYTES = NONCE_BYTES = 32
 SEALED_BYTES = 2 * SHARE_BYTES + 16
-ADVERT_BYTES = 4 + 32 + 4 + 4 * 32 + SIGNATURE_BYTES
+# Header, party, two keys, two commitments, signature.
+_ADVERT = struct.Struct(f"<36xI32s32s32s32s{SIGNATURE_BYTES}x")
+ADVERT_BYTES = _ADVERT.size
 
 
 def header(kind: int, session: bytes) -> bytes:
@@ -110,20 +113,14 @@ def decode_advert(data: bytes, terms: SecureTerms, roster: Roster) -> Advert:
 
 def split_advert(data: bytes) -> Advert:
     """Cut an advert into its fields, without a check of who signed it."""
-    read = Reader(data, "advert")
-    read.take(4 + DIGEST_BYTES)
-    party = read.u32()
-    advert = Advert(
-        party,
-        read.take(KEY_BYTES),
-        read.take(KEY_BYTES),
-        read.take(DIGEST_BYTES),
-        read.take(DIGEST_BYTES),
-        data,
-    )
-    read.take(SIGNATURE_BYTES)
-    read.done()
-    return advert
+    if len(data) != ADVERT_BYTES:
+        raise ProtocolError(
+            f"advert of {len(data)} bytes; {ADVERT_BYTES} are due: run the same dare-agg at every "
+            "party",
+            reason="malformed",
+        )
+    party, sealing_key, masking_key, nonce, own = _ADVERT.unpack(data)
+    return Advert(party, sealing_key, masking_key, nonce, own, data)
 
 
 def encode_keys(session: bytes, adverts: list[Advert]) -> bytes:

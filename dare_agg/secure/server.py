@@ -9,6 +9,8 @@ O(words + parties²).
 
 from __future__ import annotations
 
+import contextlib
+import logging
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 
@@ -30,7 +32,7 @@ from dare_agg.secure.keys import (
 )
 from dare_agg.secure.packing import Sums, unpack_sums
 from dare_agg.secure.roster import Roster
-from dare_agg.secure.shamir import recover
+from dare_agg.secure.shamir import correct, recover
 from dare_agg.secure.stream import (
     Words,
     add_mask,
@@ -41,6 +43,7 @@ from dare_agg.secure.stream import (
 )
 from dare_agg.secure.terms import SecureTerms
 
+LOG = logging.getLogger(__name__)
 SERVER_STAGES = ("adverts", "shares", "vectors", "signatures", "reveals", "finished")
 
 
@@ -288,7 +291,7 @@ class SecureServer:
         return masking_secret(self._recover(party, fits), self.terms.session, party)
 
     def _recover(self, party: int, fits: Callable[[bytes], bool]) -> bytes:
-        """Recover a party's seed; a wrong share is stepped round while spare ones last."""
+        """Recover a party's seed; spare shares correct half as many wrong ones."""
         need = self.terms.share_threshold
         holders = [h for h in self._holders[party] if h in self._reveals]
         if len(holders) < need:
@@ -297,16 +300,14 @@ class SecureServer:
                 "the sum stays masked",
                 reason="threshold",
             )
-        place = {h: self.terms.cohort.index(h) + 1 for h in holders}
-        for turn in range(len(holders) if len(holders) > need else 1):
-            chosen = sorted((holders[turn:] + holders[:turn])[:need])
-            try:
-                seed = recover(
-                    [place[h] for h in chosen], [self._reveals[h][party] for h in chosen]
-                )
-            except ProtocolError:
-                continue
-            if fits(seed):
+        points = [self.terms.cohort.index(h) + 1 for h in holders]
+        shares = [self._reveals[h][party] for h in holders]
+        with contextlib.suppress(ProtocolError):
+            if fits(seed := recover(points[:need], shares[:need])):
+                return seed
+        with contextlib.suppress(ProtocolError):
+            if fits(seed := correct(points, shares, need)):
+                LOG.warning("some shares of party %d were wrong and have been corrected", party)
                 return seed
         raise ProtocolError(
             f"the shares of party {party} do not recover its secret; it dealt or others "

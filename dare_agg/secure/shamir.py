@@ -3,7 +3,9 @@
 A secret of 31 bytes is the constant term of a random polynomial of degree t − 1; party x
 holds its value at x. Any t shares give the secret back, fewer say nothing about it
 (Shamir 1979). Many secrets shared among the same parties are recovered with one set of
-Lagrange coefficients.
+Lagrange coefficients. Where some shares are wrong, spare ones correct them: shares are a
+Reed-Solomon code word, decoded as in Gao 2003, "A new algorithm for decoding Reed-Solomon
+codes".
 """
 
 from __future__ import annotations
@@ -108,3 +110,94 @@ def share_value(share: bytes) -> int:
             reason="shares",
         )
     return value
+
+
+def correct(points: Sequence[int], shares: Sequence[bytes], threshold: int) -> bytes:
+    """Recover the secret although up to ``(len(points) - threshold) // 2`` shares are wrong.
+
+    Raises `ProtocolError` (reason "shares") where more are.
+    """
+    count = len(points)
+    if len(set(points)) != count or count != len(shares) or count < threshold:
+        raise ProtocolError("shares and points do not pair up", reason="shares")
+    values = [share_value(share) for share in shares]
+    whole = [1]
+    for x in points:
+        whole = _product(whole, [-x % PRIME, 1])
+    last, rest = whole, _through(whole, points, values)
+    last_factor: list[int] = []
+    factor = [1]
+    # The extended Euclidean algorithm up to half way: the factor locates the errors.
+    while 2 * (len(rest) - 1) >= count + threshold:
+        quotient, remainder = _divide(last, rest)
+        last, rest = rest, remainder
+        last_factor, factor = factor, _minus(last_factor, _product(quotient, factor))
+    found, left = _divide(rest, factor)
+    wrong = sum(_at(found, x) != y for x, y in zip(points, values, strict=True))
+    secret = found[0] if found else 0
+    if (
+        left
+        or len(found) > threshold
+        or 2 * wrong > count - threshold
+        or secret >> (8 * SECRET_BYTES)
+    ):
+        raise ProtocolError(
+            f"{count} shares do not make up a secret of {threshold}; more than "
+            f"{(count - threshold) // 2} of them are wrong",
+            reason="shares",
+        )
+    return secret.to_bytes(SECRET_BYTES, "little")
+
+
+# Polynomials are lists of coefficients, lowest first, without zeros at the end.
+
+
+def _trim(poly: list[int]) -> list[int]:
+    while poly and not poly[-1]:
+        poly.pop()
+    return poly
+
+
+def _product(one: list[int], other: list[int]) -> list[int]:
+    out = [0] * max(0, len(one) + len(other) - 1)
+    for i, a in enumerate(one):
+        for j, b in enumerate(other):
+            out[i + j] += a * b
+    return _trim([value % PRIME for value in out])
+
+
+def _minus(one: list[int], other: list[int]) -> list[int]:
+    size = max(len(one), len(other))
+    longer = (poly + [0] * (size - len(poly)) for poly in (one, other))
+    return _trim([(a - b) % PRIME for a, b in zip(*longer, strict=True)])
+
+
+def _divide(over: list[int], under: list[int]) -> tuple[list[int], list[int]]:
+    left, quotient = list(over), [0] * max(0, len(over) - len(under) + 1)
+    inverse = pow(under[-1], -1, PRIME)
+    for at in reversed(range(len(quotient))):
+        quotient[at] = left[at + len(under) - 1] * inverse % PRIME
+        for j, b in enumerate(under):
+            left[at + j] = (left[at + j] - quotient[at] * b) % PRIME
+    return _trim(quotient), _trim(left)
+
+
+def _at(poly: list[int], x: int) -> int:
+    value = 0
+    for coefficient in reversed(poly):
+        value = (value * x + coefficient) % PRIME
+    return value
+
+
+def _through(whole: list[int], points: Sequence[int], values: Sequence[int]) -> list[int]:
+    """The polynomial of the lowest degree through the points; ``whole`` is 0 at each."""
+    out = [0] * len(points)
+    slope = [place * a % PRIME for place, a in enumerate(whole)][1:]
+    for x, y in zip(points, values, strict=True):
+        weight = y * pow(_at(slope, x), -1, PRIME) % PRIME
+        # whole / (X - x), by Horner's scheme.
+        carry = 0
+        for at in reversed(range(len(points))):
+            carry = (carry * x + whole[at + 1]) % PRIME
+            out[at] += weight * carry
+    return _trim([value % PRIME for value in out])

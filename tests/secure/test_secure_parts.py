@@ -11,7 +11,7 @@ from parties import seeded
 from dare_agg.errors import ConfigError, NonFiniteError, ProtocolError
 from dare_agg.secure.graph import degree_for, draw_neighbours
 from dare_agg.secure.packing import Quantiser, merge_sums, pack_party, quantise, unpack_sums
-from dare_agg.secure.shamir import PRIME, lagrange, recover, split
+from dare_agg.secure.shamir import PRIME, correct, lagrange, recover, split
 from dare_agg.secure.stream import add_mask, cut_words, pack_words, unpack_words, word_type
 
 
@@ -45,6 +45,33 @@ def test_any_threshold_of_shares_recovers(data: st.DataObject) -> None:
     shares = split(secret, points, threshold)
     chosen = data.draw(st.permutations(range(n)))[:threshold]
     assert recover([points[i] for i in chosen], [shares[i] for i in chosen]) == secret
+
+
+@settings(max_examples=40, deadline=None)
+@given(st.data())
+def test_spare_shares_correct_half_as_many_wrong_ones(data: st.DataObject) -> None:
+    threshold = data.draw(st.integers(1, 8))
+    spare = data.draw(st.integers(0, 6))
+    n = threshold + spare
+    secret = data.draw(st.binary(min_size=31, max_size=31))
+    points = data.draw(st.lists(st.integers(1, 200), min_size=n, max_size=n, unique=True))
+    shares = split(secret, points, threshold)
+    wrong = data.draw(st.sets(st.integers(0, n - 1), max_size=spare // 2))
+    for at in wrong:
+        other = (int.from_bytes(shares[at], "little") + data.draw(st.integers(1, 2**250))) % PRIME
+        shares[at] = other.to_bytes(32, "little")
+    assert correct(points, shares, threshold) == secret
+
+
+def test_more_wrong_shares_than_spare_ones_allow_are_noticed() -> None:
+    shares = split(bytes(range(31)), range(1, 8), 3)
+    for count in (3, 4, 7):
+        bad = [hashlib.sha256(bytes([i])).digest()[:31] + b"\0" for i in range(count)]
+        bad += shares[count:]
+        with pytest.raises(ProtocolError, match="more than 2 of them are wrong"):
+            correct(range(1, 8), bad, 3)
+    with pytest.raises(ProtocolError, match="pair up"):
+        correct([1, 1, 2], shares[:3], 3)
 
 
 def test_fewer_shares_say_nothing() -> None:

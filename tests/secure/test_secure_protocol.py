@@ -157,19 +157,19 @@ def test_beyond_a_hundred_parties_the_graph_is_sparse() -> None:
     run_and_compare(group, {"vectors": set(range(1, 8)), "shares": {20}, "reveals": {30, 31}}, 3)
 
 
-def test_one_wrong_share_is_stepped_round() -> None:
-    """With a share to spare, a party that reveals nonsense does not stop the others."""
-    run = session(consortium(5), "signatures")
+def test_wrong_shares_are_corrected_wherever_they_are() -> None:
+    """Two of nine parties reveal nonsense: with five needed the sum comes out all the same."""
+    run = session(consortium(9, threshold=5), "signatures")
     requests = run.server.close()
     for p in run.group.terms.cohort:
         state = run.states[p]
-        if p == 3:
-            wrong = tuple((o, bytes(32), bytes(32)) for o, _, _ in state.held)
+        if p in (1, 6):
+            wrong = tuple((o, bytes([p]) * 31 + b"\0", bytes([p]) * 32) for o, _, _ in state.held)
             state = party.replace(state, held=wrong)
         _, answer = party.reveal(run.group.identities[p], run.group.roster, state, requests[p])
         run.server.take(answer)
     sums = run.server.finish()
-    assert sums.parties == 5
+    assert sums.parties == 9
 
 
 def test_a_dealer_of_wrong_shares_ends_the_round_with_the_sum_masked() -> None:

@@ -15,7 +15,7 @@ from typing import Protocol
 from dare_agg.errors import BaseMismatchError
 from dare_agg.groups import Arrays, GlobalModel
 from dare_agg.layout import FloatVector
-from dare_agg.plan import RoundPlan
+from dare_agg.mask import DropRate
 
 
 @dataclass(frozen=True)
@@ -24,6 +24,32 @@ class Broadcast:
 
     full: bool = True
     payloads: Mapping[str, bytes] = field(default_factory=dict)
+
+
+class DrawnMask(Protocol):
+    """The mask of a round's update, to be drawn again; a `RoundPlan` is one."""
+
+    @property
+    def round(self) -> int: ...
+    @property
+    def mask(self) -> str: ...
+    @property
+    def drop_rate(self) -> DropRate: ...
+    @property
+    def mask_key(self) -> bytes: ...
+    @property
+    def rank(self) -> int: ...
+
+
+@dataclass(frozen=True)
+class SharedMask:
+    """The one mask of a round in which all share it."""
+
+    round: int
+    drop_rate: DropRate
+    mask_key: bytes
+    mask: str = "stratified"
+    rank: int = 0
 
 
 class Downlink(Protocol):
@@ -40,9 +66,9 @@ class Downlink(Protocol):
         model: GlobalModel,
         step: FloatVector,
         dense_step: FloatVector | None,
-        plans: Sequence[RoundPlan],
+        plans: Sequence[DrawnMask],
     ) -> GlobalModel:
-        """Return the model after a round; ``plans`` are those of the accepted updates."""
+        """Return the model after a round; ``plans`` hold the masks of the accepted updates."""
 
     def broadcast(self, model: GlobalModel, have: str) -> Broadcast:
         """Return what brings a client from version ``have`` ("" for none) to ``model``."""
@@ -76,7 +102,7 @@ class FullDownlink:
         model: GlobalModel,
         step: FloatVector,
         dense_step: FloatVector | None,
-        plans: Sequence[RoundPlan],
+        plans: Sequence[DrawnMask],
     ) -> GlobalModel:
         return model.moved(step, dense_step)
 

@@ -19,7 +19,7 @@ from typing import Any
 
 import numpy as np
 
-from dare_agg.downlink import Downlink, FullDownlink
+from dare_agg.downlink import Downlink, DrawnMask, FullDownlink
 from dare_agg.errors import (
     BaseMismatchError,
     ConfigError,
@@ -408,7 +408,7 @@ def advance(
     merged: MergedRound,
     settings: FederatedSettings,
     downlink: Downlink | None = None,
-    plans: Sequence[RoundPlan] = (),
+    plans: Sequence[DrawnMask] = (),
 ) -> tuple[GlobalModel, StepState]:
     """Apply the server step to the delta group and the mean to the dense group.
 

@@ -26,10 +26,10 @@ from dataclasses import dataclass
 
 import numpy as np
 
+from dare_agg.downlink import DrawnMask
 from dare_agg.errors import ConfigError, UpdateError
 from dare_agg.layout import FloatVector
 from dare_agg.mask import MASK_KINDS, DropRate, Mask
-from dare_agg.plan import RoundPlan
 from dare_agg.rotation import GROUP
 from dare_agg.values import (
     VALUE_FORMATS,
@@ -94,7 +94,7 @@ class Step:
         return len(self.body) + len(self.dense)
 
 
-def families_of(plans: Sequence[RoundPlan]) -> tuple[Family, ...]:
+def families_of(plans: Sequence[DrawnMask]) -> tuple[Family, ...]:
     """Return the masks of the plans, consecutive ranks of one key as one family."""
     groups: dict[tuple[str, DropRate, bytes], set[int]] = {}
     for plan in plans:

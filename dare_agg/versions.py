@@ -18,12 +18,11 @@ import numpy as np
 from numpy.typing import NDArray
 
 from dare_agg.derive import derive_key
-from dare_agg.downlink import Broadcast
+from dare_agg.downlink import Broadcast, DrawnMask
 from dare_agg.errors import ConfigError, StateError, did_you_mean
 from dare_agg.groups import Arrays, GlobalModel
 from dare_agg.layout import FloatVector
 from dare_agg.mask import parse_drop_rate
-from dare_agg.plan import RoundPlan
 from dare_agg.values import find_values
 from dare_agg.version_grid import Counts, VersionGrid, add_steps, grid_of
 from dare_agg.version_steps import (
@@ -141,7 +140,7 @@ class VersionDownlink:
         model: GlobalModel,
         step: FloatVector,
         dense_step: FloatVector | None,
-        plans: Sequence[RoundPlan],
+        plans: Sequence[DrawnMask],
     ) -> GlobalModel:
         """Round the change to the grid, store it as a step and return the new version."""
         delta, dense = self._groups()

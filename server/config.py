@@ -203,8 +203,8 @@ def _check_secure(config: RunConfig) -> None:
          f"{did_you_mean(config.secure, SECURE_METHODS)}"),
         (config.methods != DEFAULT_METHODS, "methods beside secure; secure names the method"),
         (config.mask != "stratified", f"mask = {config.mask!r} with secure; stratified is summed"),
-        (config.downlink != "full", f"downlink = {config.downlink!r} with secure; only the full "
-         "model is sent down: leave it out"),
+        (config.secure_merge and config.downlink != "full",
+         f"downlink = {config.downlink!r} in a one-shot merge, which sends no model: leave it out"),
         (config.budget() is not None, "an upload budget with secure; all parties share one mask: "
          "set drop-rate"),
         (config.resume and config.secure_merge, "resume of a one-shot merge; start it anew"),

@@ -15,6 +15,7 @@ from dare_agg.layout import compile_patterns
 from dare_agg.mask import parse_drop_rate
 from dare_agg.secure.roster import Roster, read_roster
 from dare_agg.server_step import ServerStep
+from dare_agg.versions import make_version_downlink
 from server.config import RunConfig
 from server.export import base_folder
 from server.recorder import Recorder, write_json
@@ -41,6 +42,7 @@ def secure_strategy(config: RunConfig, step: ServerStep, record: Any) -> SecureS
         dense=() if config.train == "head" else config.dense,
         exclude=config.exclude,
         server_step=step,
+        downlink=None if config.downlink == "full" else make_version_downlink(config.downlink),
         seed=config.seed,
         run=str(config.seed),
         deadline=config.deadline or None,

@@ -75,7 +75,7 @@ def run_settings(
         return {**resumed_config(resume.absolute()), **given, "resume": True}
     if deployed:
         # Over a real network the model travels once, then only small steps.
-        given.setdefault("downlink", "full" if given.get("secure") else "auto")
+        given.setdefault("downlink", "full" if given.get("secure-merge") else "auto")
     return given
 
 

@@ -110,7 +110,7 @@ def dare_mod(msg: Message, ctxt: Context, call_next: ClientAppCallable) -> Messa
             raise UpdateError(f"order {one_line(ask)!r} is unknown", reason="version")
         _check_same_code(order)
         plan = plan_from_record(order) if ask == ASK_TRAIN else None
-        base = _receive(msg.content, order, ctxt)
+        base = receive_base(msg.content, order, ctxt)
         msg.content = _content_for_app(msg.content, order, base, ctxt)
     except DareError as error:
         return _refuse(msg, error, order, ctxt)
@@ -122,7 +122,9 @@ def dare_mod(msg: Message, ctxt: Context, call_next: ClientAppCallable) -> Messa
         if plan is not None:
             reply.content = _content_for_server(reply.content, order, plan, held, ctxt)
         else:
-            reply.content[REPLY_KEY] = ConfigRecord({"have": _receiver(order, ctxt).have() or "-"})
+            reply.content[REPLY_KEY] = ConfigRecord(
+                {"have": receiver_of(order, ctxt).have() or "-"}
+            )
     except DareError as error:
         return _refuse(msg, error, order, ctxt)
     return reply
@@ -131,7 +133,7 @@ def dare_mod(msg: Message, ctxt: Context, call_next: ClientAppCallable) -> Messa
 def _look_for_base(msg: Message, order: ConfigRecord, context: Context) -> None:
     """Spare the way of the base where this client has it or can make it."""
     _check_same_code(order)
-    receiver = _receiver(order, context)
+    receiver = receiver_of(order, context)
     if not isinstance(receiver, VersionReceiver) or receiver.have():
         return
     for offer in _OFFERS:
@@ -152,7 +154,7 @@ def _hello(order: ConfigRecord, context: Context) -> ConfigRecord:
     uplink = context.node_config.get("uplink-kbit-s")
     if uplink is not None:
         hello["uplink-kbit-s"] = float(uplink)
-    have = _receiver(order, context).have()
+    have = receiver_of(order, context).have()
     if have:
         hello["have"] = have
     return hello
@@ -162,7 +164,8 @@ def _check_same_code(order: ConfigRecord) -> None:
     check_same_code(order.get("codec"), order.get("package"), "server", "this client")
 
 
-def _receiver(order: ConfigRecord, context: Context) -> Receiver:
+def receiver_of(order: ConfigRecord, context: Context) -> Receiver:
+    """The receiver of the downlink that the order names."""
     name = str(order.get("downlink", "full"))
     if name not in RECEIVERS:
         raise ConfigError(
@@ -172,11 +175,11 @@ def _receiver(order: ConfigRecord, context: Context) -> Receiver:
     return RECEIVERS[name](context, order)
 
 
-def _receive(content: RecordDict, order: ConfigRecord, context: Context) -> dict[str, Array]:
+def receive_base(content: RecordDict, order: ConfigRecord, context: Context) -> dict[str, Array]:
     """Return the asked version's full arrays, still serialised where they came so."""
     key = str(order.get("arrays-key", "arrays"))
     record = content.get(key)
-    receiver = _receiver(order, context)
+    receiver = receiver_of(order, context)
     if isinstance(receiver, FullReceiver) and isinstance(record, ArrayRecord):
         return dict(record.items())
     arrays = receiver.receive(
@@ -245,7 +248,7 @@ def _content_for_server(
     records[UPDATE_KEY] = pack(update.blob)
     if update.dense_blob is not None:
         records[DENSE_KEY] = pack(update.dense_blob)
-    receipt = _receipt(plan, update, _receiver(order, context).have())
+    receipt = _receipt(plan, update, receiver_of(order, context).have())
     statistics = b""
     if update.statistics is not None:
         statistics = update.statistics.blob
@@ -296,5 +299,5 @@ def _keep_local(
 def _refuse(msg: Message, error: DareError, order: ConfigRecord, context: Context) -> Message:
     refusal = ConfigRecord({"refused": error.reason, "detail": one_line(error)})
     if error.reason == BaseMismatchError.reason and "base-version" in order:
-        refusal["have"] = _receiver(order, context).have() or "-"
+        refusal["have"] = receiver_of(order, context).have() or "-"
     return Message(RecordDict({REPLY_KEY: refusal}), reply_to=msg)

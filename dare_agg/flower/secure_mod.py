@@ -28,8 +28,14 @@ from dare_agg.errors import (
     LayoutError,
     ProtocolError,
 )
-from dare_agg.flower.mod import LOCAL_KEY
-from dare_agg.flower.records import ASK_HELLO, ORDER_KEY, one_line, read_config
+from dare_agg.flower.mod import LOCAL_KEY, receive_base, receiver_of
+from dare_agg.flower.records import (
+    ASK_HELLO,
+    DOWN_PREFIX,
+    ORDER_KEY,
+    one_line,
+    read_config,
+)
 from dare_agg.flower.secure_node import (
     check_in_clear,
     node_models,
@@ -84,10 +90,10 @@ def secure_queries(app: ClientApp, find_base: FindBase = str) -> None:
         return Message(content, reply_to=msg)
 
 
-def _refusal(order: ConfigRecord, error: DareError) -> RecordDict:
+def _refusal(order: ConfigRecord, error: DareError, **more: str) -> RecordDict:
     LOG.warning("secure sum, stage %s: %s", one_line(order.get("stage"), 32), error)
     return secure_content(
-        one_line(order.get("stage"), 32), refused=error.reason, detail=one_line(error)
+        one_line(order.get("stage"), 32), refused=error.reason, detail=one_line(error), **more
     )
 
 
@@ -182,15 +188,16 @@ def secure_mod(msg: Message, ctxt: Context, call_next: ClientAppCallable) -> Mes
         terms = read_bytes(order, "terms")
         party = secure_party(ctxt)
         key = str(order.get("arrays-key", "arrays"))
-        record = msg.content.get(key)
-        if not isinstance(record, ArrayRecord):
-            raise LayoutError(f"the training message holds no ArrayRecord {key!r}")
-        base = to_numpy(record)
+        down = read_config(msg.content, ORDER_KEY) or ConfigRecord()
+        base = {n: a.numpy() for n, a in receive_base(msg.content, down, ctxt).items()}
         dense, exclude = read_words(order, "dense"), read_words(order, "exclude")
         model = global_model(base, dense=dense, exclude=exclude)
         policy = node_policy(ctxt, *names_of(model.ref))
         party.check(terms, policy)
         msg.content = _for_app(msg.content, key, base, ctxt)
+    except BaseMismatchError as error:
+        have = receiver_of(down, ctxt).have()
+        return Message(_refusal(order, error, have=have or "-"), reply_to=msg)
     except DareError as error:
         return Message(_refusal(order, error), reply_to=msg)
     reply = call_next(msg, ctxt)
@@ -219,7 +226,11 @@ def _for_app(content: RecordDict, key: str, base: Arrays, context: Context) -> R
     kept = context.state.get(LOCAL_KEY)
     if isinstance(kept, ArrayRecord):
         arrays = ArrayRecord({**dict(arrays.items()), **dict(kept.items())})
-    others = {name: r for name, r in content.items() if name not in (SECURE_KEY, key)}
+    others = {
+        name: r
+        for name, r in content.items()
+        if name not in (SECURE_KEY, ORDER_KEY, key) and not name.startswith(DOWN_PREFIX)
+    }
     return RecordDict({key: arrays, **others})
 
 

@@ -106,12 +106,14 @@ def run_session(
     stage_seconds: float = STAGE_SECONDS,
     context: Mapping[str, object] | None = None,
     begin_with: int = 0,
+    again: Callable[[int, Message], Message | None] = lambda party, reply: None,
 ) -> Sums:
     """Run the stages among ``nodes`` (party → node) and return the sums.
 
     ``first(party)`` makes the message that the adverts answer; ``context`` goes with every
     later request. With fewer adverts than ``begin_with`` the session ends there, before anyone
-    has put data in. Raises `ProtocolError` as `SecureServer` does; ``log`` is filled anyhow.
+    has put data in. ``again(party, answer)`` may answer a first answer with another first
+    message, once. Raises `ProtocolError` as `SecureServer` does; ``log`` is filled anyhow.
     """
     session = server.terms.session
     messages = {party: first(nodes[party]) for party in sorted(nodes)}
@@ -119,7 +121,8 @@ def run_session(
     for stage in ("advertise", *REQUESTS):
         began = time.monotonic()
         seconds = first_seconds if stage == "advertise" else stage_seconds
-        taken = _take_stage(grid, server, messages, stage, seconds, limit, log)
+        retry = again if stage == "advertise" else None
+        taken = _take_stage(grid, server, messages, stage, seconds, limit, log, retry)
         if stage == "advertise" and taken < begin_with:
             why = "; ".join(f"{server.roster[r.client].name}: {r.detail}" for r in log.rejections)
             raise ProtocolError(
@@ -156,17 +159,22 @@ def _take_stage(
     seconds: float,
     limit: int,
     log: SessionLog,
+    again: Callable[[int, Message], Message | None] | None = None,
 ) -> int:
     """Exchange one stage's messages; returns how many answers were taken."""
     parties = list(messages)
     for party in parties:
         size = message_bytes(messages[party].content)
         log.download[party] = log.download.get(party, 0) + size
+    until = time.monotonic() + seconds
     silent = set(parties)
-    taken = 0
+    taken, retried = 0, {}
     for index, reply in exchange(grid, list(messages.values()), seconds):
         party = parties[index]
         silent.discard(party)
+        if again is not None and (message := again(party, reply)) is not None:
+            retried[party] = message
+            continue
         try:
             record = _record(reply)
             same_code(record, "the client", "this server")
@@ -187,6 +195,9 @@ def _take_stage(
     LOG.info("secure sum: stage %s: %d of %d parties answered", stage, taken, len(parties))
     for party in sorted(silent):
         log.reject(party, "late", f"stage {stage}: no answer within {seconds:g} s")
+    if retried:
+        left = max(0.0, until - time.monotonic())
+        taken += _take_stage(grid, server, retried, stage, left, limit, log)
     return taken
 
 
@@ -194,8 +205,10 @@ def _record(reply: Message):  # type: ignore[no-untyped-def]
     """The record of an answer; raises `ProtocolError` for a failure or a refusal."""
     if reply.has_error():
         lines = (reply.error.reason or "no text").strip().splitlines()
+        # Flower's INVALID_FAB, of a SuperNode that is pinned to an app (dare-agg supernode).
+        hint = " Its SuperNode runs another copy of the app" if reply.error.code == 7 else ""
         raise ProtocolError(
-            f"Flower error code {reply.error.code}: {one_line(lines[-1] if lines else '')}",
+            f"Flower error code {reply.error.code}: {one_line(lines[-1] if lines else '')}{hint}",
             reason="client-error",
         )
     record = read_config(reply.content, SECURE_KEY)

@@ -17,10 +17,11 @@ import numpy as np
 from flwr.app import ArrayRecord, ConfigRecord, Message, MessageType, MetricRecord
 from flwr.serverapp import Grid
 
-from dare_agg.downlink import FullDownlink
+from dare_agg.downlink import SharedMask
 from dare_agg.errors import ConfigError, ProtocolError, RunError
 from dare_agg.flower.clients import Client
-from dare_agg.flower.secure_records import TRAIN, names_of, secure_content
+from dare_agg.flower.records import ASK_TRAIN, read_config, read_have, read_refusal
+from dare_agg.flower.secure_records import SECURE_KEY, TRAIN, names_of, secure_content
 from dare_agg.flower.secure_session import STAGE_SECONDS, SessionLog, meet_parties, run_session
 from dare_agg.flower.strategy import DareStrategy, RoundOutcome
 from dare_agg.rounds import MergedRound, advance
@@ -30,6 +31,7 @@ from dare_agg.secure.roster import Roster
 from dare_agg.secure.server import SecureServer
 from dare_agg.secure.settings import SecureSettings
 from dare_agg.secure.terms import SecureTerms
+from dare_agg.versions import VersionDownlink
 
 LOG = logging.getLogger("flwr")
 
@@ -72,11 +74,6 @@ class SecureStrategy(DareStrategy):
             min_train_nodes=max(secure.min_parties, words.pop("min_train_nodes", 2)),
             **words,
         )
-        if not isinstance(self.downlink, FullDownlink):
-            raise ConfigError(
-                f"downlink {self.downlink.name!r} with secure sums; only the full model is sent "
-                "down: leave downlink out"
-            )
         self.secure = secure
         self.roster = roster
         self.stage_seconds = stage_seconds
@@ -119,9 +116,14 @@ class SecureStrategy(DareStrategy):
         try:
             terms = self._secure_terms(number, sorted(nodes))
             server = SecureServer(terms, self.roster)
+            clients = {client.node: client for client in chosen}
 
             def first(node: int) -> Message:
-                return self._first(node, terms, config, limit)
+                return self._first(clients[node], terms, config, limit)
+
+            def again(party: int, reply: Message) -> Message | None:
+                node = nodes[party]
+                return first(node) if self._lost_its_base(node, reply) else None
 
             sums = run_session(
                 grid,
@@ -131,16 +133,25 @@ class SecureStrategy(DareStrategy):
                 log,
                 first_seconds=limit,
                 stage_seconds=self.stage_seconds,
+                again=again,
             )
         except ProtocolError as error:
             return self._no_sum(number, error, log, began, arrays)
+        finally:
+            for party in log.upload:
+                self._have[nodes[party]] = self._model.ref.version
         self._empty_rounds = 0
         delta, dense, measured = merged_parts(
             sums, terms, server.mask, self.secure.rule, self.secure.scaling
         )
         merged = MergedRound(delta, dense, (), {})
         moved, self._step_state = advance(
-            self._model, self._step_state, merged, self.settings, self.downlink
+            self._model,
+            self._step_state,
+            merged,
+            self.settings,
+            self.downlink,
+            [SharedMask(number, terms.drop_rate, server.mask.key)],
         )
         self._model, self._arrays = moved, None
         facts = self._facts(number, log, began, server.alive, terms, measured)
@@ -194,11 +205,24 @@ class SecureStrategy(DareStrategy):
             dense=ref.dense_size,
         )
 
+    def _lost_its_base(self, node: int, reply: Message) -> bool:
+        """Whether a client cannot make the version from what it was sent, and holds less."""
+        record = None if reply.has_error() else read_config(reply.content, SECURE_KEY)
+        refusal = read_refusal(record) if record is not None else None
+        held = isinstance(self.downlink, VersionDownlink) and self._have.get(node)
+        if record is None or refusal is None or "have" not in record or not held:
+            return False
+        have = read_have(record)
+        # Named again, it cannot be what the client lacks.
+        self._have[node] = "" if have == self._have[node] else have
+        return True
+
     def _first(
-        self, node: int, terms: SecureTerms, config: ConfigRecord, seconds: float
+        self, client: Client, terms: SecureTerms, config: ConfigRecord, seconds: float
     ) -> Message:
         """The training message: the model, the app's config and the terms."""
-        content = secure_content(
+        content = self._content(client, ConfigRecord(self._order(ASK_TRAIN)), config)
+        secure = secure_content(
             TRAIN,
             terms=terms.encode(),
             dense=list(self.settings.dense),
@@ -210,9 +234,8 @@ class SecureStrategy(DareStrategy):
                 ),
             },
         )
-        content[self.configrecord_key] = config
-        content[self.arrayrecord_key] = self._current_arrays()
-        return Message(content, node, MessageType.TRAIN, ttl=seconds + 60)
+        content[SECURE_KEY] = secure[SECURE_KEY]
+        return Message(content, client.node, MessageType.TRAIN, ttl=seconds + 60)
 
     def _no_sum(
         self, number: int, error: ProtocolError, log: SessionLog, began: float, arrays: ArrayRecord

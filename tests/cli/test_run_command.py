@@ -41,7 +41,8 @@ def test_a_resumed_run_keeps_its_downlink_and_a_new_deployment_takes_auto(tmp_pa
     assert resumed == {"downlink": "union-b1", "num-rounds": 4, "resume": True}
     assert run_settings([], deployed=True, resume=None) == {"downlink": "auto"}
     assert run_settings(["downlink=full"], deployed=True, resume=None) == {"downlink": "full"}
-    assert run_settings(["secure=sum"], deployed=True, resume=None)["downlink"] == "full"
+    merge = ["secure=ties", "secure-merge=true"]
+    assert run_settings(merge, deployed=True, resume=None)["downlink"] == "full"
     assert run_settings([], deployed=False, resume=None) == {}
 
 

@@ -22,6 +22,7 @@ from dare_agg.secure import identity as identities
 from dare_agg.secure.identity import new_identity, write_identity, write_public
 from dare_agg.secure.roster import Roster, make_roster, read_roster, sign_roster, write_roster
 from dare_agg.secure.settings import SecureSettings
+from dare_agg.versions import make_version_downlink
 
 PASSPHRASE = "a passphrase"
 
@@ -123,6 +124,43 @@ def test_a_round_is_the_merge_of_all(
     for reply in grid.received:
         assert not list(reply.content.metric_records.values())
         assert all("encoder" not in key for r in reply.content.array_records.values() for key in r)
+
+
+def test_only_small_steps_travel_down_too(
+    memory_grid: Any, toys: Any, keys: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """With a version downlink parties get steps on the mask they all know; who has lost its
+    copy is sent the base again, and all hold the very same version throughout."""
+    monkeypatch.setenv("DARE_AGG_CACHE", str(tmp_path / "cache"))
+    folder = keys(3)
+    outcomes: list[Any] = []
+
+    def disturb(outcome: Any) -> None:
+        outcomes.append(outcome)
+        if outcome.round == 3:
+            for kept in (tmp_path / "cache" / "versions" / "bases").iterdir():
+                kept.write_bytes(b"nothing")
+            next((tmp_path / "cache" / "versions" / "heads").iterdir()).write_bytes(b"nothing")
+
+    grid = memory_grid(secure_app(toys), 3)
+    strategy = strategy_for(
+        folder,
+        secure={"drop_rate": "0.9"},
+        dense=[r"^head"],
+        downlink=make_version_downlink("auto"),
+        round_hook=disturb,
+    )
+    result = strategy.start(grid, toys.record(toys.arrays()), num_rounds=5)
+    assert [o.measurements["accepted"] for o in outcomes] == [3] * 5
+    assert all(not o.measurements["rejected"] for o in outcomes)
+    down = [np.mean(o.measurements["download_bytes"]) for o in outcomes]
+    steps = [step.head.form for step in strategy.downlink.steps]
+    assert steps == ["union"] * 5
+    full = sum(array.nbytes for array in toys.arrays().values())
+    assert down[0] > full < down[3]
+    assert max(down[1], down[2], down[4]) < down[0] - 0.9 * full  # the rest is the protocol's
+    model = global_model(to_numpy(result.arrays), dense=[r"^head"])
+    assert model.ref.version == strategy.downlink.version == outcomes[-1].model.ref.version
 
 
 def test_secrets_are_nowhere_in_the_clear(

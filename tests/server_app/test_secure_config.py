@@ -17,7 +17,7 @@ from server.config import read_config
         ({"secure": "", "secure-merge": True}, "secure-merge without secure"),
         ({"methods": "fedavg"}, "secure names the method"),
         ({"mask": "bernoulli"}, "stratified is summed"),
-        ({"downlink": "auto"}, "downlink"),
+        ({"downlink": "auto", "secure-merge": True}, "downlink"),
         ({"upload-budget": "10 kB"}, "one mask"),
         ({"secure-roster": ""}, "secure-roster"),
         ({"secure-min-parties": 2}, "at least 3"),

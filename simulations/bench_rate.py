@@ -18,26 +18,50 @@ from typing import Any
 
 import numpy as np
 
+from dare_agg.layout import FloatVector, Layout
 from simulations.baselines import COMPRESSORS, Sent, library, stc
 
 TASKS = ("Reuters R8", "election author")
 OURS = ("f32", "f16", "bf16", "i8", "b4", "b2", "b1")
 OUR_RATES = ("0", "0.9", "0.99", "0.999")
+BETWEEN = ("0.995", "0.998")
 KEEPS = (0.1, 0.01)
 
 
-def methods() -> Iterator[tuple[str, str, Any]]:
+def one_dimensional_apart(
+    vector: FloatVector, rng: np.random.Generator, *, apart: np.ndarray, drop_rate: str, values: str
+) -> Sent:
+    """1-D tensors (biases, norms) whole in ``values``, the rest by DARE b1."""
+    restored = np.empty_like(vector)
+    nbytes = 0
+    for part, rate, kind in ((~apart, drop_rate, "b1"), (apart, "0", values)):
+        restored[part], size = library(vector[part], rng, drop_rate=rate, values=kind)
+        nbytes += size
+    return restored, nbytes
+
+
+def methods(layout: Layout) -> Iterator[tuple[str, str, Any]]:
     """Yield (family, setting, compressor)."""
     for values in OURS:
         for rate in OUR_RATES:
             if values == "b1" and rate == "0":
                 continue  # that is dense EDEN, listed below
             yield f"DARE {values}", f"p={rate}", partial(library, drop_rate=rate, values=values)
+    for rate in BETWEEN:
+        yield "DARE b1", f"p={rate}", partial(library, drop_rate=rate, values="b1")
+    apart = np.concatenate([np.full(e.size, len(e.shape) == 1) for e in layout.entries])
+    for rate in ("0.99", "0.999"):
+        for values in ("b1", "f16"):
+            yield (
+                f"DARE b1, 1-D dense {values}",
+                f"p={rate}",
+                partial(one_dimensional_apart, apart=apart, drop_rate=rate, values=values),
+            )
     yield "QSGD / FedPAQ", "8 bit", COMPRESSORS["fedpaq8"]
     yield "QSGD / FedPAQ", "4 bit", COMPRESSORS["fedpaq4"]
     yield "signSGD", "", COMPRESSORS["signsgd"]
     yield "dense EDEN 1-bit", "", COMPRESSORS["eden1"]
-    for keep in (*KEEPS, 0.001):
+    for keep in (*KEEPS, 0.001, 0.0001):
         yield "top-k f16 + Golomb", f"{keep:g}", partial(COMPRESSORS["topk"], keep=keep)
         yield "STC as published", f"{keep:g}", partial(stc, keep=keep)
         yield "STC corrected", f"{keep:g}", partial(stc, keep=keep, corrected=True)
@@ -80,7 +104,7 @@ def run(out: Path, accuracy: bool, tasks: tuple[str, ...] = TASKS) -> list[dict[
         start = layout.flatten(base)
         delta = layout.flatten(tuned) - start
         heads = {n: a for n, a in tuned.items() if n not in layout}
-        for family, setting, compress in methods():
+        for family, setting, compress in methods(layout):
             if (name, family, setting) in done:
                 continue
             began = time.process_time()

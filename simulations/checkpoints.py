@@ -49,12 +49,19 @@ def llama_config(shapes: dict[str, tuple[int, ...]], dtype: str) -> dict[str, ob
     }  # fmt: skip
 
 
+def _shard(number: int, shards: int) -> str:
+    if shards == 1:
+        return TensorPlan.shard
+    return f"model-{number + 1:05d}-of-{shards:05d}.safetensors"
+
+
 def make_checkpoints(
     folder: Path,
     tuned: int,
     dtype: str,
     shapes: dict[str, tuple[int, ...]] | None = None,
     spread: float = 0.001,
+    shards: int = 1,
 ) -> list[Path]:
     """Make ``base`` and ``tuned0…`` under ``folder`` (kept if there); returns their paths.
 
@@ -62,7 +69,10 @@ def make_checkpoints(
     """
     shapes = llama_shapes() if shapes is None else shapes
     paths = [folder / "base", *(folder / f"tuned{i}" for i in range(tuned))]
-    plans = {name: TensorPlan(WORDS[dtype], shape) for name, shape in shapes.items()}
+    plans = {
+        name: TensorPlan(WORDS[dtype], shape, _shard(index * shards // len(shapes), shards))
+        for index, (name, shape) in enumerate(shapes.items())
+    }
     for number, path in enumerate(paths):
         if path.exists():
             continue

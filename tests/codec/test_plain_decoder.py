@@ -13,6 +13,7 @@ import pytest
 from cryptography.hazmat.primitives.ciphers import Cipher, algorithms, modes
 
 from dare_agg.derive import derive_key, seed_secret
+from dare_agg.identity import reply_digest
 from dare_agg.layout import fingerprint, layout_of
 from dare_agg.mask import parse_drop_rate
 from dare_agg.update import UpdateSpec
@@ -239,6 +240,19 @@ def test_both_decoders_agree_on_golden_files(case):
     plain = np.array(decode_file(golden_path(case).read_bytes()), np.float32)
     assert plain.tobytes() == dense.tobytes()
     assert np.count_nonzero(dense) > 400
+
+
+def test_what_is_signed_is_what_the_specification_says():
+    def sha(data):
+        return hashlib.sha256(data).digest()
+
+    plan, numbers = sha(b"a plan"), {"metrics": {"loss": 0.5, "num-examples": 3}}
+    text = json.dumps(numbers, sort_keys=True, separators=(",", ":")).encode()
+    for dense, statistics in ((b"", b""), (b"dense", b"more")):
+        message = b"dare-agg reply 1\0" + plan + sha(b"update") + sha(dense) + sha(text)
+        message += sha(statistics) if statistics else b""
+        found = reply_digest(plan, b"update", dense or None, numbers, statistics)
+        assert found == sha(message)
 
 
 @pytest.mark.slow

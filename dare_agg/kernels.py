@@ -29,10 +29,10 @@ KERNELS = ("auto", "numpy", "numba")
 VARIABLE = "DARE_AGG_KERNEL"
 _MODULE = "dare_agg.compiled"
 
-# Survivors that numpy codes in the time of loading: half a CPU second from numba's files on
-# disk, eight where they have to be compiled first (once a machine).
-_WORTH_LOADING = 50_000_000
-_WORTH_COMPILING = 800_000_000
+# Loading takes half a CPU second and 115 MB from numba's files on disk, eight seconds where
+# they have to be compiled first (once a machine): what numpy codes in 2 and in 20 seconds.
+_WORTH_LOADING = 200_000_000
+_WORTH_COMPILING = 2_000_000_000
 
 
 class _State:

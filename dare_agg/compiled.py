@@ -130,17 +130,17 @@ def take_difference(positions, tuned, base, out):  # type: ignore[no-untyped-def
             out[i] = tuned[positions[i]] - base[positions[i]]
 
 
-@_compiled(_read(_I64), _I64, _read(_F32), _F32, _write(_F32))
-def add_at(positions, lo, values, weight, out):  # type: ignore[no-untyped-def]
-    """``out[positions − lo] += values·weight`` for distinct positions."""
+@_compiled(_read(_I64), _I64, _read(_F32), _F32, _F32, _write(_F32))
+def add_at(positions, lo, values, scale, weight, out):  # type: ignore[no-untyped-def]
+    """``out[positions − lo] += (values·scale)·weight`` for distinct positions."""
     last = positions.size - 1
     if last > 0 and positions[last] - positions[0] > _FAR * last:
         for i in range(positions.size):
             _fetch(out, positions[min(i + _AHEAD, last)] - lo)
-            out[positions[i] - lo] += values[i] * weight
+            out[positions[i] - lo] += (values[i] * scale) * weight
     else:
         for i in range(positions.size):
-            out[positions[i] - lo] += values[i] * weight
+            out[positions[i] - lo] += (values[i] * scale) * weight
 
 
 @_compiled(_read(_I64), _I64, _read(_F32), _write(_F32))

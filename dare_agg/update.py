@@ -186,19 +186,24 @@ class Update:
 
         The arrays may be reused by the next step: do not keep them.
         """
-        if self.mask.survivors != self.survivors:
-            raise UpdateError(
-                f"update of {self.survivors} survivors; its mask has {self.mask.survivors}",
-                reason="shape",
-            )
-        for first, positions, scale in self.mask.within(lo, hi):
-            values = self.values(first, first + positions.size)
+        for positions, values, scale in self._unscaled(lo, hi):
             if not self.spec.rescale:
                 yield positions, values
                 continue
             with borrowed(values.size) as rescaled:
                 np.multiply(values, scale, out=rescaled)
                 yield positions, rescaled
+
+    def _unscaled(
+        self, lo: int, hi: int
+    ) -> Iterator[tuple[NDArray[np.int64], FloatVector, FloatVector | np.float32]]:
+        if self.mask.survivors != self.survivors:
+            raise UpdateError(
+                f"update of {self.survivors} survivors; its mask has {self.mask.survivors}",
+                reason="shape",
+            )
+        for first, positions, scale in self.mask.within(lo, hi):
+            yield positions, self.values(first, first + positions.size), scale
 
     def read(self, lo: int, hi: int, out: FloatVector) -> None:
         """Overwrite ``out`` with the delta's elements ``lo`` to ``hi``."""
@@ -214,11 +219,17 @@ class Update:
     def add(self, lo: int, hi: int, out: FloatVector, weight: float = 1.0) -> None:
         """Add ``weight`` times the delta's elements ``lo`` to ``hi`` to ``out``."""
         factor = np.float32(weight)
+        loops = compiled()
+        if loops is not None and plain_float32(out):
+            for positions, values, scale in self._unscaled(lo, hi):
+                if not self.spec.rescale:
+                    loops.add_at(positions, lo, values, np.float32(1), factor, out)
+                elif isinstance(scale, np.ndarray):
+                    loops.add_at(positions, lo, values * scale, np.float32(1), factor, out)
+                else:
+                    loops.add_at(positions, lo, values, scale, factor, out)
+            return
         for positions, values in self.sparse(lo, hi):
-            loops = compiled()
-            if loops is not None and plain_float32(out):
-                loops.add_at(positions, lo, values, factor, out)
-                continue
             positions -= lo
             with borrowed(values.size) as sums, borrowed(values.size) as weighted:
                 out.take(positions, out=sums, mode="clip")

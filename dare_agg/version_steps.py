@@ -21,7 +21,7 @@ from __future__ import annotations
 import hashlib
 import struct
 import zlib
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -128,15 +128,27 @@ def positions_of(head: StepHead, size: int) -> Iterator[tuple[Positions, FloatVe
             yield np.flatnonzero(kept) + lo, one
 
 
-def _regrouped(values: FloatVector) -> Iterator[FloatVector]:
-    for lo in range(0, values.size, GROUP):
-        yield values[lo : lo + GROUP]
+def _regrouped(pieces: Iterable[FloatVector]) -> Iterator[FloatVector]:
+    """Cut pieces of any size into groups of `GROUP`, the last one smaller."""
+    group, filled = np.empty(GROUP, np.float32), 0
+    for piece in pieces:
+        at = 0
+        while at < piece.size:
+            taken = piece[at : at + GROUP - filled]
+            group[filled : filled + taken.size] = taken
+            filled += taken.size
+            at += taken.size
+            if filled == GROUP:
+                yield group
+                group, filled = np.empty(GROUP, np.float32), 0
+    if filled:
+        yield group[:filled]
 
 
-def encode_payload(name: str, values: FloatVector, key: bytes) -> bytes:
-    """Encode values in a format of the codec."""
-    out = bytearray(payload_bytes(name, values.size))
-    encode_values(name, _regrouped(values), values.size, key, memoryview(out))
+def encode_payload(name: str, pieces: Iterable[FloatVector], count: int, key: bytes) -> bytes:
+    """Encode ``count`` values, which come in pieces of any size, in a format of the codec."""
+    out = bytearray(payload_bytes(name, count))
+    encode_values(name, _regrouped(pieces), count, key, memoryview(out))
     return bytes(out)
 
 

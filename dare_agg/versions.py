@@ -327,10 +327,12 @@ class VersionDownlink:
             add_steps(group.counts, everything, steps)
             group.rest -= group.grid.value_at(everything, steps)
             return head, encode_lossless(group.counts - before)
-        values = gather(target, head)
-        head = StepHead(**{**vars(head), "survivors": values.size})
-        payload = encode_payload(head.values, values, head.key)
-        del values  # of a large model these are a good part of the server's memory
+        # Twice over the masks, tile by tile: the values of a union of many clients, held at
+        # once, would be a good part of the server's memory.
+        survivors = sum(positions.size for positions, _ in positions_of(head, step.size))
+        head = StepHead(**{**vars(head), "survivors": survivors})
+        pieces = (target[positions] for positions, _ in positions_of(head, step.size))
+        payload = encode_payload(head.values, pieces, survivors, head.key)
         decoded = PayloadReader(head.values, payload, head.survivors, head.key)
         for positions, scale in positions_of(head, step.size):
             steps = group.grid.round_at(positions, decoded.take(positions.size) * scale)
@@ -349,7 +351,7 @@ class VersionDownlink:
             group.rest -= group.grid.value_at(places, steps)
             return encode_lossless(group.counts - before)
         key = dense_key(head.key)
-        payload = encode_payload(self.dense_values, group.rest, key)
+        payload = encode_payload(self.dense_values, [group.rest], step.size, key)
         decoded = decode_payload(self.dense_values, payload, step.size, key)
         steps = group.grid.round_at(places, decoded)
         add_steps(group.counts, places, steps)
@@ -366,16 +368,6 @@ class VersionDownlink:
         if not self._base_payload:
             self._base_payload = write_base(self.base_arrays())
         return self._base_payload
-
-
-def gather(vector: FloatVector, head: StepHead) -> FloatVector:
-    """The values of a vector at a step's positions, ascending."""
-    values = np.empty(vector.size, np.float32)
-    at = 0
-    for positions, _ in positions_of(head, vector.size):
-        values[at : at + positions.size] = vector[positions]
-        at += positions.size
-    return values[:at]
 
 
 def write_base(arrays: Arrays) -> bytes:

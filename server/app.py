@@ -15,7 +15,7 @@ from flwr.serverapp import Grid, ServerApp
 
 from dare_agg.errors import DareError, RunError, StateError
 from dare_agg.flower import DareStrategy, RoundOutcome
-from dare_agg.flower.exchange import exchange, online_nodes
+from dare_agg.flower.exchange import exchange, online_nodes, went_away
 from dare_agg.flower.resume import keep_base, resume, save
 from dare_agg.flower.transport import to_numpy, to_record
 from dare_agg.identity import read_identities
@@ -61,22 +61,34 @@ def main(grid: Grid, context: Context) -> None:
 def ask(grid: Grid, nodes: list[int], what: str, config: ConfigRecord, timeout: float) -> list:
     """Send a query to nodes and return the replies' contents, in the order of the nodes.
 
-    Raises `RunError` naming the first node that failed or stayed silent.
+    A node that is lost is asked again when it is back. Raises `RunError` naming the first node
+    that failed or stayed silent.
     """
-    messages = [
-        Message(RecordDict({"config": config}), node, f"query.{what}", ttl=timeout + 60)
-        for node in nodes
-    ]
+    until = time.monotonic() + timeout
     contents: dict[int, RecordDict] = {}
-    for index, reply in exchange(grid, messages, timeout):
-        if reply.has_error():
-            lines = (reply.error.reason or "no text").strip().splitlines()
-            raise RunError(f"node {nodes[index]} could not {what}: {lines[-1] if lines else ''}")
-        contents[index] = reply.content
-    for index, node in enumerate(nodes):
-        if index not in contents:
+    while len(contents) < len(nodes) and (left := until - time.monotonic()) > 0:
+        online = set(online_nodes(grid))
+        asked = [node for node in nodes if node not in contents and node in online]
+        if not asked:
+            time.sleep(0.5)
+            continue
+        messages = [
+            Message(RecordDict({"config": config}), node, f"query.{what}", ttl=left + 60)
+            for node in asked
+        ]
+        for index, reply in exchange(grid, messages, left):
+            if went_away(reply):
+                continue
+            if reply.has_error():
+                lines = (reply.error.reason or "no text").strip().splitlines()
+                raise RunError(
+                    f"node {asked[index]} could not {what}: {lines[-1] if lines else ''}"
+                )
+            contents[asked[index]] = reply.content
+    for node in nodes:
+        if node not in contents:
             raise RunError(f"node {node} did not {what} within {timeout:g} s; check its log")
-    return [contents[index] for index in range(len(nodes))]
+    return [contents[node] for node in nodes]
 
 
 def wait_for_nodes(grid: Grid, config: RunConfig) -> list[int]:

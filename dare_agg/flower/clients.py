@@ -18,7 +18,7 @@ from flwr.serverapp import Grid
 
 from dare_agg.derive import derive_key
 from dare_agg.errors import RunError
-from dare_agg.flower.exchange import exchange, online_nodes
+from dare_agg.flower.exchange import exchange, online_nodes, went_away
 from dare_agg.flower.records import (
     ASK_HELLO,
     ORDER_KEY,
@@ -46,7 +46,7 @@ class Client:
 
 @dataclass
 class Clients:
-    """The nodes met so far; those refused are asked no second time.
+    """The nodes met so far; those refused are asked no second time, those lost meanwhile are.
 
     ``facts`` and ``config`` go with the question who they are: the base of the run, and the
     app's own config, from which a client may make the base itself. With ``identities`` (name
@@ -114,6 +114,9 @@ class Clients:
         ]
         for index, reply in exchange(grid, messages, timeout):
             node = nodes[index]
+            if went_away(reply):
+                LOG.info("node %d went away when asked who it is", node)
+                continue
             problem = self._read(node, reply)
             if problem:
                 self.refused[node] = problem

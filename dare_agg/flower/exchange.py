@@ -21,6 +21,8 @@ from dare_agg.flower.patience import be_patient, named
 
 LOG = logging.getLogger("flwr")
 PULLERS = 8
+# Flower's ErrorCode: the message, its reply or the node itself is gone.
+_LOST = (3, 4, 5)
 POLL_SECONDS = 0.05
 POLL_SECONDS_MOST = 1.0
 
@@ -34,6 +36,15 @@ def online_nodes(grid: Grid) -> list[int]:
         if (told := named(error)) is error:
             raise
         raise told from error
+
+
+def went_away(reply: Message) -> bool:
+    """Whether a reply is Flower's word that the node was lost, not the app's own failure.
+
+    A node that was killed counts as online for up to a minute, may be asked in that time, and
+    may be back a moment after Flower noticed.
+    """
+    return reply.has_error() and reply.error.code in _LOST
 
 
 def exchange(

@@ -433,6 +433,21 @@ def test_error_replies_from_the_superlink_count_for_their_node(memory_grid, toys
     assert rejection.reason == "client-error" and "code 5" in rejection.detail
 
 
+def test_a_node_lost_when_asked_who_it_is_takes_part_once_it_is_back(memory_grid, toys):
+    """Killed with its SuperLink and started again, a node counts as online for a while."""
+    lost = []
+
+    def tamper(partition, reply):
+        if partition != 1 or lost:
+            return reply
+        lost.append(reply)
+        return Message(Error(code=5, reason="Node unavailable"), reply_to=as_instruction(reply))
+
+    grid = memory_grid(toys.app(), 3, tamper=tamper)
+    _, outcomes = run(grid, toys, 1, min_available_nodes=3, node_timeout=30)
+    assert outcomes[0].measurements["clients"] == ["0", "1", "2"] and len(lost) == 1
+
+
 def as_instruction(reply: Message) -> Message:
     instruction = Message(
         RecordDict(), dst_node_id=reply.metadata.src_node_id, message_type="train"

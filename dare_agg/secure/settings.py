@@ -22,6 +22,8 @@ SECURE_METHODS: Mapping[str, tuple[str, str]] = {
 # Below these, rounding drowns what small deltas say (TIES also counts signs).
 LEAST_BITS = {"mean": 6, "ties": 8}
 DEFAULT_BITS = 16
+# A weight of few examples beside max_weight shrinks its party's values: bits to make up for it.
+WEIGHTED_BITS = MAX_BITS
 
 
 @dataclass(frozen=True)
@@ -32,7 +34,7 @@ class SecureSettings:
     ----------
     method: a row of `SECURE_METHODS`: Σwx/Σw, λΣx, or TIES.
     drop_rate: of the one mask all parties share.
-    bits: of a value; 0 takes 16, or what fits the word.
+    bits: of a value; 0 takes 16 (24 where values are weighed), or what fits the word.
     clip: largest magnitude of a value; more is cut off, and the share reported.
     min_parties: fewest parties a sum is made of, at least 3.
     threshold: parties that must stay to the end; 0 takes two thirds and one more.
@@ -105,7 +107,7 @@ class SecureSettings:
             return Quantiser(self.aggregate, self.bits, self.clip, parties).bits
         carry = parties.bit_length()
         room = MAX_WORD_BITS // 2 - 2 * carry if self.aggregate == "ties" else 63 - carry
-        bits = min(DEFAULT_BITS, room)
+        bits = min(WEIGHTED_BITS if self.weighting == "examples" else DEFAULT_BITS, room)
         least = LEAST_BITS[self.aggregate]
         if bits < least:
             raise ConfigError(

@@ -295,6 +295,7 @@ def test_bits_follow_from_the_parties() -> None:
     ties, mean = SecureSettings("ties"), SecureSettings("mean")
     assert [ties.bits_for(n) for n in (3, 100, 200, 1000, 4095)] == [16, 16, 16, 12, 8]
     assert mean.bits_for(10_000) == 16
+    assert SecureSettings("mean", weighting="examples").bits_for(100) == 24
     with pytest.raises(ConfigError, match="smaller cohorts"):
         ties.bits_for(5000)
     group = consortium(4)

@@ -16,6 +16,7 @@ from dare_agg.secure import LocalSum, secure_sum
 from dare_agg.secure import client as party
 from dare_agg.secure.local import DROP_STAGES
 from dare_agg.secure.packing import quantise
+from dare_agg.secure.settings import SecureSettings
 
 
 def run_and_compare(
@@ -118,6 +119,26 @@ def test_weights_by_examples_stay_hidden_in_the_sum() -> None:
     result = run_and_compare(group, {}, 1, examples)
     top = group.terms.quantiser.top
     assert result.sums.weight == 2 * top + round(0.5 * top) + round(0.1 * top)
+
+
+def test_a_mean_weighed_by_few_examples_is_as_exact() -> None:
+    """Weights far below the largest one allowed shrink the values; the bits make up for it."""
+    settings = SecureSettings("mean", drop_rate="0", weighting="examples", clip=0.02)
+    group = consortium(4, size=2000)
+    group.terms = settings.terms(
+        run="run", round_number=1, roster=group.roster, cohort=group.terms.cohort,
+        base=group.terms.base, layout=group.terms.layout, size=2000,
+    )  # fmt: skip
+    rng = np.random.default_rng(0)
+    deltas = {p: rng.normal(0, 4e-4, 2000).astype(np.float32) for p in group.terms.cohort}
+    examples = dict(zip(group.terms.cohort, (16.0, 50.0, 160.0, 70.0), strict=True))
+    result = secure_sum(
+        group.terms, group.roster, group.identities, lambda p, mask: mask.gather(deltas[p]),
+        examples=examples,
+    )  # fmt: skip
+    merged, _ = result.merged("mean")
+    plain = sum(examples[p] * deltas[p].astype(np.float64) for p in deltas) / 296
+    assert np.linalg.norm(merged - plain) / np.linalg.norm(plain) < 0.01
 
 
 def test_merged_delta_equals_the_plain_mean_within_the_quantiser() -> None:

@@ -28,6 +28,7 @@ from dare_agg.errors import ConfigError, UpdateError
 from dare_agg.kernels import compiled, plain_float32
 from dare_agg.layout import FloatVector
 from dare_agg.mask import MASK_KINDS, DropRate, Mask, take
+from dare_agg.pages import Pages
 from dare_agg.rotation import GROUP
 from dare_agg.scratch import borrowed
 from dare_agg.values import (
@@ -44,6 +45,7 @@ HEADER = struct.Struct("<4sHBBB3xIIIQQQ8s8s8s32s16s")
 HEADER_BYTES = HEADER.size
 CHECKSUM_BYTES = 16
 _CHECKSUM_AT = HEADER_BYTES - CHECKSUM_BYTES
+_CHECKSUM_PIECE = 1 << 24
 MAX_CONTEXT_BYTES = 32
 _SURVIVORS_FIELD = 9
 _FLAG_RESCALE = 1
@@ -143,6 +145,8 @@ class Update:
     payload: NDArray[np.uint8] = field(repr=False)
     nbytes: int
     survivors: int
+    # Of the payload, where it is mapped.
+    pages: Pages | None = field(default=None, repr=False, compare=False)
     # The last group decoded, for each thread.
     _last: local = field(default_factory=local, init=False, repr=False, compare=False, hash=False)
 
@@ -179,6 +183,8 @@ class Update:
                 last.values,
             )
             last.group = group
+            if self.pages is not None:
+                self.pages.passed(payload_bytes(self.spec.values, GROUP))
         return last.values
 
     def sparse(self, lo: int, hi: int) -> Iterator[tuple[NDArray[np.int64], FloatVector]]:
@@ -273,8 +279,12 @@ def encode_update_into(
     delta: FloatVector | tuple[FloatVector, FloatVector] | DeltaSource,
     out: memoryview,
     threads: int = 1,
+    pages: Pages | None = None,
 ) -> None:
-    """As `encode_update`, into ``out`` of `update_bytes` bytes (for example a mapped file)."""
+    """As `encode_update`, into ``out`` of `update_bytes` bytes (for example a mapped file).
+
+    ``pages`` are those of ``out``, where it is mapped.
+    """
     for vector in delta if isinstance(delta, tuple) else (delta,):
         if vector.size != spec.size:
             raise ConfigError(f"delta of {vector.size} elements; the update needs {spec.size}")
@@ -285,6 +295,8 @@ def encode_update_into(
     def encode(first: int, last: int) -> int:
         pieces = _survivors(spec, mask, delta, first * GROUP, min(survivors, last * GROUP))
         groups = _regrouped(pieces)
+        if pages is not None:
+            groups = _passing(groups, pages, payload_bytes(spec.values, GROUP))
         return encode_values(spec.values, groups, survivors, spec.values_key, payload, first)
 
     count = -(-survivors // GROUP)
@@ -299,7 +311,13 @@ def encode_update_into(
     if written != survivors:
         raise ConfigError(f"{written} values came; the mask has {survivors} survivors")
     out[:HEADER_BYTES] = _header(spec, survivors, payload.nbytes)
-    out[_CHECKSUM_AT : _CHECKSUM_AT + CHECKSUM_BYTES] = _checksum(spec, out)
+    out[_CHECKSUM_AT : _CHECKSUM_AT + CHECKSUM_BYTES] = _checksum(spec, out, pages)
+
+
+def _passing(groups: Iterator[FloatVector], pages: Pages, nbytes: int) -> Iterator[FloatVector]:
+    for group in groups:
+        yield group
+        pages.passed(nbytes)
 
 
 def _header(spec: UpdateSpec, survivors: int, payload: int) -> bytes:
@@ -323,14 +341,18 @@ def _header(spec: UpdateSpec, survivors: int, payload: int) -> bytes:
     )
 
 
-def _checksum(spec: UpdateSpec, blob: memoryview) -> bytes:
+def _checksum(spec: UpdateSpec, blob: memoryview, pages: Pages | None = None) -> bytes:
     """Poly1305 over the update with its checksum field left out, under a key of its own.
 
     Twenty times as fast as SHA-256. Inside a round, who does not have the plan cannot forge it.
     """
     digest = Poly1305(derive_key(spec.values_key, "update checksum", length=32))
     digest.update(blob[:_CHECKSUM_AT])
-    digest.update(blob[_CHECKSUM_AT + CHECKSUM_BYTES :])
+    for at in range(HEADER_BYTES, blob.nbytes, _CHECKSUM_PIECE):
+        piece = blob[at : at + _CHECKSUM_PIECE]
+        digest.update(piece)
+        if pages is not None:
+            pages.passed(piece.nbytes)
     return digest.finalize()
 
 
@@ -405,19 +427,23 @@ def decode_update(blob: bytes | memoryview, spec: UpdateSpec) -> Update:
     return _decode(memoryview(blob), spec, spec.draw_mask().survivors)
 
 
-def decode_described(blob: memoryview, spec: UpdateSpec) -> Update:
+def decode_described(blob: memoryview, spec: UpdateSpec, pages: Pages | None = None) -> Update:
     """As `decode_update`, for a spec that came with the update and is not trusted either.
+
+    ``pages`` are those of ``blob``, where it is mapped.
 
     Counting the survivors of a Bernoulli mask takes time in proportion to the size that the
     spec claims, so the header's count is compared only when survivors are first read.
     """
     if spec.mask != "bernoulli" or blob.nbytes < HEADER_BYTES:
-        return decode_update(blob, spec)
+        return _decode(blob, spec, spec.draw_mask().survivors, pages)
     claimed = HEADER.unpack(blob[:HEADER_BYTES])[_SURVIVORS_FIELD]
-    return _decode(blob, spec, min(claimed, spec.size))
+    return _decode(blob, spec, min(claimed, spec.size), pages)
 
 
-def _decode(view: memoryview, spec: UpdateSpec, survivors: int) -> Update:
+def _decode(
+    view: memoryview, spec: UpdateSpec, survivors: int, pages: Pages | None = None
+) -> Update:
     expected = HEADER_BYTES + payload_bytes(spec.values, survivors)
     if view.nbytes < HEADER_BYTES:
         raise UpdateError(
@@ -442,11 +468,11 @@ def _decode(view: memoryview, spec: UpdateSpec, survivors: int) -> Update:
             f"update of {view.nbytes} bytes; its plan says {expected}: send it again",
             reason="truncated" if view.nbytes < expected else "trailing",
         )
-    if checksum != _checksum(spec, view):
+    if checksum != _checksum(spec, view, pages):
         raise UpdateError("the checksum does not fit the bytes: send it again", reason="checksum")
     payload_view = np.frombuffer(view, np.uint8, offset=HEADER_BYTES)
-    check_payload(spec.values, payload_view, survivors)
-    return Update(spec, spec.draw_mask(), payload_view, view.nbytes, survivors)
+    check_payload(spec.values, payload_view, survivors, pages)
+    return Update(spec, spec.draw_mask(), payload_view, view.nbytes, survivors, pages)
 
 
 def _refuse_header(spec: UpdateSpec, fields: tuple, known: tuple) -> None:

@@ -20,8 +20,6 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-import numpy as np
-
 from dare_agg.errors import CheckpointError, ConfigError, UpdateError
 from dare_agg.layout import (
     MAX_DIMENSIONS,
@@ -33,6 +31,7 @@ from dare_agg.layout import (
     layout_of,
 )
 from dare_agg.mask import DropRate
+from dare_agg.pages import Pages
 from dare_agg.update import (
     DeltaSource,
     Update,
@@ -169,7 +168,8 @@ def write_update_file(
             # Never closed by hand: after an error its traceback still refers to the map.
             mapped = mmap.mmap(stream.fileno(), total)
             mapped[: len(head)] = head
-            encode_update_into(full, source, memoryview(mapped)[len(head) :])
+            room = memoryview(mapped)[len(head) :]
+            encode_update_into(full, source, room, pages=Pages(mapped))
             mapped.flush()
             os.fsync(stream.fileno())
         os.replace(temporary, out)
@@ -213,9 +213,14 @@ def read_update_file(path: str | os.PathLike[str]) -> tuple[Update, FileHeader]:
                 raise UpdateError(
                     f"{size} bytes, all of them header; the update is missing", reason="truncated"
                 )
-            body = np.memmap(stream, np.uint8, "r", offset=0)[start:]
-        spec = _checked_spec(header)
-        return decode_described(body.data, spec), header
+            try:
+                mapped = mmap.mmap(stream.fileno(), size, access=mmap.ACCESS_READ)
+            except ValueError as error:
+                raise UpdateError(
+                    "the file became shorter while it was read", reason="truncated"
+                ) from error
+        body = memoryview(mapped)[start:]
+        return decode_described(body, _checked_spec(header), Pages(mapped)), header
     except UpdateError as error:
         raise type(error)(f"{where}: {error}", reason=error.reason) from error
 

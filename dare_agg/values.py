@@ -31,6 +31,7 @@ from dare_agg.derive import Keystream
 from dare_agg.errors import ConfigError, NonFiniteError, UpdateError, did_you_mean
 from dare_agg.kernels import compiled
 from dare_agg.layout import FloatVector
+from dare_agg.pages import Pages
 from dare_agg.rotation import (
     BLOCK,
     GROUP,
@@ -432,7 +433,7 @@ def decode_values(
     return values
 
 
-def check_payload(name: str, payload: Bytes, survivors: int) -> None:
+def check_payload(name: str, payload: Bytes, survivors: int, pages: Pages | None = None) -> None:
     """Refuse a payload of the right size whose contents are out of bounds.
 
     Raises `NonFiniteError` for values that are NaN, infinite or above 2**60, `UpdateError`
@@ -450,6 +451,8 @@ def check_payload(name: str, payload: Bytes, survivors: int) -> None:
                 values = np.empty(piece.size * 8 // row.bits, np.float32)
                 row.decode_group(piece, _NOTHING, _NOTHING, values, None)
                 check_magnitude(values, first)
+            if pages is not None:
+                pages.passed(piece.size)
         return
     numbers = payload[sections.codes :].copy().view("<f4")
     scales = numbers[: sections.scales // 4]
@@ -463,8 +466,12 @@ def check_payload(name: str, payload: Bytes, survivors: int) -> None:
             reason="malformed",
         )
     codes = payload[: sections.codes]
-    if name == "i8" and sections.codes and int(codes.view(np.int8).min()) == -128:
-        raise UpdateError("i8 code -128; codes run from -127 to 127", reason="malformed")
+    for at in range(0, codes.size if name == "i8" else 0, GROUP):
+        piece = codes[at : at + GROUP]
+        if int(piece.view(np.int8).min()) == -128:
+            raise UpdateError("i8 code -128; codes run from -127 to 127", reason="malformed")
+        if pages is not None:
+            pages.passed(piece.size)
     used = (survivors - sections.rest // 4) * row.bits % 8
     if used and int(codes[-1]) >> used:
         raise UpdateError("padding bits of the last code byte are not 0", reason="malformed")

@@ -457,7 +457,7 @@ def check_payload(name: str, payload: Bytes, survivors: int, pages: Pages | None
     numbers = payload[sections.codes :].copy().view("<f4")
     scales = numbers[: sections.scales // 4]
     # A code stands for at most 1024 (rotated) or 127 (i8) scales.
-    with np.errstate(over="ignore"):
+    with np.errstate(over="ignore", invalid="ignore"):
         check_magnitude(scales * np.float32(BLOCK), 0, what="scale")
     check_magnitude(numbers[scales.size :], survivors - sections.rest // 4)
     if np.signbit(scales).any():

@@ -149,26 +149,40 @@ def single_plot(rows: Rows, path: Path) -> Path:
 
 
 def rate_plot(rows: Rows, path: Path) -> Path:
-    """NMSE against bits a parameter with the Gaussian limits, first task."""
+    """NMSE with the Gaussian limits, and one-shot accuracy, by bits a parameter; first task."""
+    from matplotlib.figure import Figure
+
     task = rows[0]["task"]
-    families: dict[str, list[tuple[float, float]]] = defaultdict(list)
+    families: dict[str, list[dict[str, Any]]] = defaultdict(list)
     for row in rows:
-        if row["task"] == task and row["nmse"] > 0:
-            families[row["method"]].append((row["bits_per_parameter"], row["nmse"]))
-    figure, axes = make_axes(7.2, 4.6)
-    for index, (family, points) in enumerate(families.items()):
-        points.sort()
-        axes.plot([x for x, _ in points], [y for _, y in points],
-                  "-" if len(points) > 1 else "", marker="osD^vP*Xdh<>"[index % 12], markersize=5,
-                  linewidth=2.2 if family == "DARE b1" else 1.1,
-                  color=COLOURS[index % len(COLOURS)], label=family)  # fmt: skip
+        if row["task"] == task and "1-D" not in row["method"]:
+            families[row["method"]].append(row)
+    figure = Figure(figsize=(9.6, 4.6))
+    error, accuracy = figure.subplots(1, 2)
     bits = np.geomspace(5e-4, 16, 200)
-    axes.plot(bits, 1 / (4.0**bits - 1), "k--", linewidth=1.1, label="limit, unbiased (Gaussian)")
-    axes.plot(bits, 4.0**-bits, "k:", linewidth=1.1, label="Shannon limit, biased (Gaussian)")
-    axes.set_xscale("log")
-    axes.set_yscale("log")
-    axes.set_ylim(1e-6, 3e4)
-    axes.set_xlabel("bits a parameter")
-    axes.set_ylabel(f"NMSE of one delta ({task})")
-    axes.legend(frameon=False, fontsize=7.5, ncol=2)
+    error.plot(bits, 1 / (4.0**bits - 1), "k--", linewidth=1.1, label="limit, unbiased (Gaussian)")
+    error.plot(bits, 4.0**-bits, "k:", linewidth=1.1, label="Shannon limit, biased (Gaussian)")
+    for index, (family, points) in enumerate(families.items()):
+        points.sort(key=lambda row: row["bits_per_parameter"])
+        for axes, key, factor in ((error, "nmse", 1), (accuracy, "accuracy", 100)):
+            shown = [row for row in points if row.get(key, 0) > 0]
+            axes.plot([row["bits_per_parameter"] for row in shown],
+                      [factor * row[key] for row in shown],
+                      "-" if len(shown) > 1 else "", marker="osD^vP*Xdh<>p"[index % 13],
+                      markersize=5, linewidth=2.2 if family == "DARE b1" else 1.1,
+                      color=COLOURS[index % len(COLOURS)], label=family)  # fmt: skip
+    for axes in (error, accuracy):
+        axes.set_xscale("log")
+        axes.set_xlabel("bits a parameter")
+        axes.grid(True, color="#e6eaf2", linewidth=0.8)
+        axes.set_axisbelow(True)
+        axes.tick_params(labelsize=9)
+        for side in ("top", "right"):
+            axes.spines[side].set_visible(False)
+    error.set_yscale("log")
+    error.set_ylim(1e-6, 3e4)
+    error.set_ylabel(f"NMSE of one delta ({task})")
+    accuracy.set_ylabel("test accuracy of base + what arrived, %")
+    handles, names = error.get_legend_handles_labels()
+    accuracy.legend(handles, names, frameon=False, fontsize=7, ncol=2, loc="lower right")
     return save(figure, path)

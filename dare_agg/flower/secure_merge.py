@@ -30,6 +30,7 @@ from dare_agg.flower.secure_session import (
     meet_parties,
     query,
     run_session,
+    warn_of_clipping,
 )
 from dare_agg.flower.transport import message_bytes
 from dare_agg.layout import FloatVector, Layout, fingerprint
@@ -106,6 +107,7 @@ def secure_merge(
         begin_with=needed,
     )
     values, measured = merge_sums(sums, terms.quantiser, settings.rule)
+    warn_of_clipping(measured, settings.clip)
     values *= np.float32(settings.scaling)
     merged = public.vector(layout)
     merged += server.mask.scatter(values)

@@ -32,7 +32,7 @@ from dare_agg.flower.secure_records import (
 from dare_agg.flower.transport import message_bytes
 from dare_agg.rounds import Rejection
 from dare_agg.secure.identity import verify
-from dare_agg.secure.packing import Sums
+from dare_agg.secure.packing import SecureMeasurements, Sums
 from dare_agg.secure.party import REQUESTS
 from dare_agg.secure.roster import Roster
 from dare_agg.secure.server import SecureServer
@@ -40,6 +40,7 @@ from dare_agg.secure.stream import packed_bytes
 
 LOG = logging.getLogger("flwr")
 STAGE_SECONDS = 300.0
+MOST_CLIPPED = 1e-3
 
 
 @dataclass
@@ -201,6 +202,17 @@ def _take_stage(
     return taken
 
 
+def warn_of_clipping(measured: SecureMeasurements, clip: float) -> None:
+    """Warn where so many values were cut off that the result is another one."""
+    if measured.clipped_share > MOST_CLIPPED:
+        LOG.warning(
+            "secure sum: %.2g of the values were beyond clip %g and cut off; a larger secure-clip "
+            "loses less (nodes allow up to their secure-max-clip)",
+            measured.clipped_share,
+            clip,
+        )
+
+
 def _record(reply: Message):  # type: ignore[no-untyped-def]
     """The record of an answer; raises `ProtocolError` for a failure or a refusal."""
     if reply.has_error():
@@ -231,4 +243,4 @@ def _most_bytes(server: SecureServer) -> int:
     return max(vector, 128 * len(terms.cohort)) + 4096
 
 
-__all__ = ["SessionLog", "meet_parties", "query", "run_session"]
+__all__ = ["SessionLog", "meet_parties", "query", "run_session", "warn_of_clipping"]

@@ -22,7 +22,13 @@ from dare_agg.errors import ConfigError, ProtocolError, RunError
 from dare_agg.flower.clients import Client
 from dare_agg.flower.records import ASK_TRAIN, read_config, read_have, read_refusal
 from dare_agg.flower.secure_records import SECURE_KEY, TRAIN, names_of, secure_content
-from dare_agg.flower.secure_session import STAGE_SECONDS, SessionLog, meet_parties, run_session
+from dare_agg.flower.secure_session import (
+    STAGE_SECONDS,
+    SessionLog,
+    meet_parties,
+    run_session,
+    warn_of_clipping,
+)
 from dare_agg.flower.strategy import DareStrategy, RoundOutcome
 from dare_agg.rounds import MergedRound, advance
 from dare_agg.secure.local import merged_parts
@@ -144,6 +150,7 @@ class SecureStrategy(DareStrategy):
         delta, dense, measured = merged_parts(
             sums, terms, server.mask, self.secure.rule, self.secure.scaling
         )
+        warn_of_clipping(measured, terms.clip)
         merged = MergedRound(delta, dense, (), {})
         moved, self._step_state = advance(
             self._model,

@@ -246,6 +246,18 @@ def test_a_party_may_vanish_at_any_stage(
     assert np.abs(step - plain)[:-1][step[:-1] != 0].max() < 1e-4
 
 
+def test_values_cut_off_are_said(
+    memory_grid: Any, toys: Any, keys: Any, caplog: pytest.LogCaptureFixture
+) -> None:
+    folder = keys(3)
+    grid = memory_grid(secure_app(toys), 3)
+    strategy = strategy_for(folder, secure={"clip": 1e-3})
+    with caplog.at_level("WARNING", "flwr"):
+        strategy.start(grid, toys.record(toys.arrays()), num_rounds=1)
+    share = strategy.outcome.measurements["secure"]["clipped_share"]
+    assert share > 0.1 and "beyond clip 0.001" in caplog.text
+
+
 def test_too_few_left_end_the_run_and_say_why(memory_grid: Any, toys: Any, keys: Any) -> None:
     folder = keys(4)
 

@@ -184,7 +184,7 @@ class Checkpoint:
                 bad = ~np.isfinite(stored)
                 first = int(np.argmax(bad)) if bad.any() else -1
             else:
-                first = _first_nonfinite(stored, _EXPONENT[info.dtype])
+                first = first_nonfinite(stored, _EXPONENT[info.dtype])
             if first >= 0:
                 index = tuple(int(i) for i in np.unravel_index(first, info.shape or (1,)))
                 value = np.empty(1, np.float32)
@@ -195,7 +195,7 @@ class Checkpoint:
                 )
 
 
-def _first_nonfinite(stored: NDArray, exponent: int) -> int:
+def first_nonfinite(stored: NDArray, exponent: int) -> int:
     """Index of the first element with all ``exponent`` bits set, -1 for none."""
     bits = stored.view(f"<u{stored.dtype.itemsize}")
     signed = stored.view(f"<i{stored.dtype.itemsize}")

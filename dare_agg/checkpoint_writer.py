@@ -21,6 +21,7 @@ from dare_agg.checkpoint_reader import (
     INDEX_NAME,
     WEIGHTS_NAME,
     Checkpoint,
+    first_nonfinite,
     narrow,
 )
 from dare_agg.errors import CheckpointError, NonFiniteError
@@ -104,9 +105,8 @@ class CheckpointWriter:
         dtype = self.plans[name].dtype
         rounded = np.ascontiguousarray(narrow(values, dtype))
         if dtype in ("F16", "BF16"):
-            bits = rounded.view(np.uint16) & np.uint16(_EXPONENT[dtype])
-            if bits.size and bits.max() == _EXPONENT[dtype]:
-                at = int(np.argmax(bits))
+            at = first_nonfinite(rounded, _EXPONENT[dtype])
+            if at >= 0:
                 raise NonFiniteError(
                     f"merged value {values[at]:g} in tensor {name!r} at flat index {first + at} "
                     f"does not fit {dtype}; write with --dtype float32"

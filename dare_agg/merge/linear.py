@@ -88,12 +88,12 @@ def _sparse_sum(
         for span, a, b in cut(spans, starts, lo, hi):
             for i, (source, factor) in enumerate(zip(task.sources, factors[:, span], strict=True)):
                 for positions, values in listed(source, a, b):
-                    at = positions - lo
+                    at = positions - lo if lo else positions
                     values = values * factor
-                    # Positions are unique within a source, so plain indexing adds each once;
-                    # before the first source there is nothing to add to.
+                    # Before the first source there is nothing to add to.
                     if i:
-                        values += out.take(at)
-                    out[at] = values
+                        np.add.at(out, at, values)
+                    else:
+                        out[at] = values
 
     return kernel

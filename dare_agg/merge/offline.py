@@ -55,7 +55,7 @@ from dare_agg.merge.sources import (
 from dare_agg.merge.task import FIXED_BLOCK, Scratch, is_sparse
 from dare_agg.merge.thresholds import kth_smallest
 
-TILE = 1 << 16
+TILE = 1 << 17
 # The label of mask keys that follow from a seed and a delta's contents.
 UPDATE_MASK = "update file mask"
 # Listing survivors has a cost for each tile, so sparse merges take larger ones.

@@ -289,16 +289,24 @@ class _DellaSource:
     def _rows(self, lo: int, hi: int, width: int) -> FloatVector:
         values = np.empty(hi - lo, np.float32)
         self._source.read(lo, hi, values)
-        table = np.abs(values).reshape(-1, width)
-        ranks = np.empty(table.shape, np.int64)
-        order = np.argsort(table, axis=1, kind="stable")
-        np.put_along_axis(ranks, order, np.arange(width)[None, :], axis=1)
-        keep = self._density - self._epsilon + 2 * self._epsilon * ranks / max(1, width - 1)
-        threshold = (keep * 2.0**32).astype(np.uint64).reshape(-1)
-        kept = Keystream(self._key).words(lo, hi - lo) < threshold
-        values *= kept
+        # Magnitude, then place: equal ones keep their order, and whole numbers sort fast.
+        keys = np.abs(values).view(np.uint32).astype(np.uint64)
+        keys <<= np.uint64(32)
+        keys |= np.arange(hi - lo, dtype=np.uint64)
+        order = np.sort(keys.reshape(-1, width), axis=1).reshape(-1)
+        order &= np.uint64(0xFFFFFFFF)
+        places = order.view(np.int64)
+        count = (hi - lo) // width
+        keep = (
+            self._density - self._epsilon + 2 * self._epsilon * np.arange(width) / max(1, width - 1)
+        )
+        threshold = np.empty(hi - lo, np.uint64)
+        threshold[places] = np.tile((keep * 2.0**32).astype(np.uint64), count)
+        values *= Keystream(self._key).words(lo, hi - lo) < threshold
         if self._rescale == "keep":
-            values /= keep.reshape(-1).astype(np.float32)
+            shares = np.empty(hi - lo, np.float32)
+            shares[places] = np.tile(keep.astype(np.float32), count)
+            values /= shares
         return values
 
 

@@ -1,28 +1,33 @@
 """Exact order statistics of \\|x\\| over a source, in bounded memory.
 
 A sample brackets the answer; one pass counts what lies below the bracket and collects what
-lies inside, which holds the exact k-th smallest. Where a bracket misses, or too many equal
-values crowd it, a radix selection over the bits of \\|x\\| decides: non-negative float32
-numbers sort like their bit patterns, so two passes over 16 bits each are exact.
+lies inside, which holds the exact k-th smallest. What is too much to keep is counted:
+non-negative float32 numbers sort like their bit patterns, so a bracket of up to 2^20 patterns
+needs no more than that many counters. A bracket that is wider becomes one of its parts, one
+that missed becomes the whole range, and another pass decides.
 """
 
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, field
 
 import numpy as np
 from numpy.typing import NDArray
 
+from dare_agg.errors import MergeError
 from dare_agg.layout import FloatVector
 from dare_agg.merge.sources import DeltaSource, take
 
 _MAGNITUDE_BITS = np.uint32(0x7FFFFFFF)
-_HALF = 1 << 16
 _SMALL = 1 << 16
-_SAMPLE_BLOCKS = 512
+_SAMPLE_BLOCKS = (32, 512, 4096)
 _SAMPLE_BLOCK = 128
-_MAX_INSIDE = 1 << 22
+# What a bracket keeps: values, then counts of runs of neighbouring bit patterns.
+_HELD = 1 << 20
+_BINS = 1 << 20
+_INFINITY = 0x7F800000
+# Sources that share a pass, so that brackets take the same room for any number of them.
+_TOGETHER = 8
 
 
 def kth_smallest(
@@ -43,68 +48,114 @@ def kth_smallest_of_each(
 ) -> NDArray[np.float32]:
     """As `kth_smallest` for (sources, spans); sources over one base share its tiles."""
     result = np.empty((len(sources), len(spans)), np.float32)
-    step = max(tile, 1)
-    for i, (lo, hi) in enumerate(spans):
-        brackets: list[tuple[int, _Bracket]] = []
-        for number, source in enumerate(sources):
-            rank = ranks[number][i]
-            if rank <= 0:
-                result[number, i] = -1
-            elif hi - lo <= _SMALL:
-                whole = np.empty(hi - lo, np.float32)
-                source.read(lo, hi, whole)
-                result[number, i] = np.partition(np.abs(whole, out=whole), rank - 1)[rank - 1]
-            else:
-                brackets.append((number, _bracket(source, lo, hi, rank)))
-        if brackets:
-            chosen = [sources[number] for number, _ in brackets]
-            for index, values in _magnitudes(chosen, lo, hi, step):
-                brackets[index][1].add(values)
-        for number, bracket in brackets:
-            found = bracket.found()
-            result[number, i] = (
-                _radix(sources[number], lo, hi, bracket.rank, step) if found is None else found
-            )
+    for first in range(0, len(sources), _TOGETHER):
+        some = range(first, min(len(sources), first + _TOGETHER))
+        for i, (lo, hi) in enumerate(spans):
+            brackets: dict[int, _Bracket] = {}
+            for number in some:
+                rank = ranks[number][i]
+                if rank <= 0:
+                    result[number, i] = -1
+                elif hi - lo <= _SMALL:
+                    whole = np.empty(hi - lo, np.float32)
+                    sources[number].read(lo, hi, whole)
+                    result[number, i] = _select(np.abs(whole, out=whole), rank - 1)
+                else:
+                    brackets[number] = _bracket(sources[number], lo, hi, rank)
+            while brackets:
+                chosen = list(brackets)
+                parts = _magnitudes([sources[n] for n in chosen], lo, hi, max(tile, 1))
+                for index, values in parts:
+                    brackets[chosen[index]].add(values)
+                for number in chosen:
+                    found = brackets[number].found()
+                    if found is not None:
+                        result[number, i] = found
+                        del brackets[number]
     return result
 
 
-@dataclass
+def _select(values: FloatVector, at: int) -> float:
+    """The element number ``at`` (from 0) in ascending order of non-negative values.
+
+    Counts runs of bit patterns: partitioning is slow where many values are equal.
+    """
+    while True:
+        bits = values.view(np.uint32)
+        low = bits.min()
+        shift = np.uint32(max(0, int(bits.max() - low).bit_length() - 12))
+        runs = (bits - low) >> shift
+        reached = np.cumsum(np.bincount(runs))
+        run = int(np.searchsorted(reached, at, side="right"))
+        if not shift:
+            return float(np.array([low + np.uint32(run)], np.uint32).view(np.float32)[0])
+        at -= int(reached[run - 1]) if run else 0
+        values = values[runs == run]
+
+
 class _Bracket:
     """Bounds around the ``rank``-th smallest \\|x\\|, and what a pass finds inside them."""
 
-    rank: int
-    low: np.float32
-    high: np.float32
-    below: int = 0
-    count: int = 0
-    parts: list[FloatVector] = field(default_factory=list)
+    def __init__(self, rank: int, low: float, high: float) -> None:
+        self.rank = rank
+        bits = np.array([low, high], np.float32).view(np.uint32)
+        self._begin(int(bits[0]), int(bits[1]))
+
+    def _begin(self, low: int, high: int) -> None:
+        self._bits = low, high
+        self._low, self._high = np.array([low, high], np.uint32).view(np.float32)
+        self._below = self._inside = self._held = 0
+        self._parts: list[FloatVector] = []
+        self._shift = np.uint32(max(0, (high - low).bit_length() - _BINS.bit_length() + 1))
+        self._counts: NDArray[np.uint32] | None = None
 
     def add(self, values: FloatVector) -> None:
-        if self.count > _MAX_INSIDE and self.low != self.high:
-            return
-        least = values >= self.low
-        self.below += values.size - int(np.count_nonzero(least))
-        least &= values <= self.high
+        least = values >= self._low
+        self._below += values.size - int(np.count_nonzero(least))
+        least &= values <= self._high
         inside = np.flatnonzero(least)
-        self.count += inside.size
-        if self.low != self.high:
-            self.parts.append(values.take(inside))
+        self._inside += inside.size
+        if self._low == self._high:
+            return
+        self._parts.append(values.take(inside))
+        self._held += inside.size
+        if self._held > _HELD:
+            self._count()
+
+    def _count(self) -> None:
+        low, high = self._bits
+        runs = (np.concatenate(self._parts).view(np.uint32) - np.uint32(low)) >> self._shift
+        bins = ((high - low) >> int(self._shift)) + 1
+        counts = np.bincount(runs, minlength=bins).astype(np.uint32)
+        self._counts = counts if self._counts is None else self._counts + counts
+        self._parts, self._held = [], 0
 
     def found(self) -> float | None:
-        """The order statistic, None where the bracket missed it or holds too many."""
-        if self.low != self.high and self.count > _MAX_INSIDE:
+        """The order statistic, or None after having changed the bracket for another pass."""
+        low, high = self._bits
+        at = self.rank - self._below - 1
+        if not 0 <= at < self._inside:
+            if (low, high) == (0, _INFINITY):
+                raise MergeError("a delta is not finite; it has no order to trim by")
+            self._begin(0, _INFINITY)
             return None
-        if not self.below < self.rank <= self.below + self.count:
-            return None
-        if self.low == self.high:
-            return float(self.low)
-        at = self.rank - self.below - 1
-        return float(np.partition(np.concatenate(self.parts), at)[at])
+        if low == high:
+            return float(self._low)
+        if self._counts is None:
+            return _select(np.concatenate(self._parts), at)
+        if self._held:
+            self._count()
+        run = int(np.searchsorted(np.cumsum(self._counts, dtype=np.int64), at, side="right"))
+        first = low + (run << int(self._shift))
+        self._begin(first, min(high, first + (1 << int(self._shift)) - 1))
+        return float(self._low) if self._bits[0] == self._bits[1] else None
 
 
 def _bracket(source: DeltaSource, lo: int, hi: int, rank: int) -> _Bracket:
     """Bounds from a sample of runs of neighbours; a larger tensor affords a larger one."""
-    blocks = min(_SAMPLE_BLOCKS, max(32, (hi - lo) // (64 * _SAMPLE_BLOCK)))
+    least, usual, most = _SAMPLE_BLOCKS
+    blocks = max(min(usual, (hi - lo) // (64 * _SAMPLE_BLOCK)), (hi - lo) // (512 * _SAMPLE_BLOCK))
+    blocks = min(most, max(least, blocks))
     starts = lo + (hi - lo - _SAMPLE_BLOCK) * np.arange(blocks, dtype=np.int64) // (blocks - 1)
     if hasattr(source, "take"):
         sample = take(source, (starts[:, None] + np.arange(_SAMPLE_BLOCK)).reshape(-1))
@@ -122,25 +173,7 @@ def _bracket(source: DeltaSource, lo: int, hi: int, rank: int) -> _Bracket:
     ordered = np.partition(sample, ends) if ends else sample
     low = ordered[first] if first > 0 else np.float32(0)
     high = ordered[last] if last < sample.size else np.float32(np.inf)
-    return _Bracket(rank, low, high)
-
-
-def _radix(source: DeltaSource, lo: int, hi: int, rank: int, step: int) -> float:
-    upper_counts = np.zeros(_HALF, np.int64)
-    for _, values in _magnitudes([source], lo, hi, step):
-        bits = values.view(np.uint32)
-        upper_counts += np.bincount(bits >> np.uint32(16), minlength=_HALF)
-    cumulative = np.cumsum(upper_counts)
-    upper = int(np.searchsorted(cumulative, rank))
-    left = rank - (int(cumulative[upper - 1]) if upper else 0)
-    lower_counts = np.zeros(_HALF, np.int64)
-    for _, values in _magnitudes([source], lo, hi, step):
-        bits = values.view(np.uint32)
-        inside = bits[(bits >> np.uint32(16)) == upper] & np.uint32(0xFFFF)
-        if inside.size:
-            lower_counts += np.bincount(inside, minlength=_HALF)
-    lower = int(np.searchsorted(np.cumsum(lower_counts), left))
-    return float(np.array([upper << 16 | lower], np.uint32).view(np.float32)[0])
+    return _Bracket(rank, float(low), float(high))
 
 
 def _magnitudes(

@@ -281,9 +281,13 @@ def _sparse_consensus(
         counts[:] = 0
         for span, a, b in cut(spans, starts, lo, hi):
             lists = _survivors(task, factors[:, span], a, b, lo)
-            for at, values, _ in lists:
-                sums[at] += values
-            for at, values, weight in lists:
+            for model, at, values in lists:
+                # Before the first model there is nothing to add to.
+                if model:
+                    np.add.at(sums, at, values)
+                else:
+                    sums[at] = values
+            for model, at, values in lists:
                 elected = sums.take(at)
                 agree = (values > 0) == (elected >= 0)
                 if majority is not None and not elected.all():
@@ -297,11 +301,15 @@ def _sparse_consensus(
                         agree & (np.abs(values) > np.abs(out.take(at))), values, out.take(at)
                     )
                     continue
-                # Zeros add nothing and count nothing.
-                agree &= values != 0
-                out[at] += values * agree
                 if normalize == "agreeing":
-                    counts[at] += agree * np.float32(weight)
+                    # Zeros add nothing and count nothing.
+                    np.add.at(counts, at, (agree & (values != 0)) * factors[model, span])
+                values *= agree
+                if model:
+                    np.add.at(out, at, values)
+                else:
+                    values += 0  # no negative zero
+                    out[at] = values
             factor = scaling[span]
             if normalize == "expected":
                 factor /= expected[span] or 1.0
@@ -316,16 +324,13 @@ def _sparse_consensus(
 
 def _survivors(
     task: MergeTask, factors: NDArray[np.float32], a: int, b: int, lo: int
-) -> list[tuple[NDArray[np.int64], FloatVector, float]]:
-    lists = []
-    for source, factor in zip(task.sources, factors, strict=True):
-        parts = [(p - lo, v * factor) for p, v in listed(source, a, b)]
-        if len(parts) == 1:
-            lists.append((*parts[0], float(factor)))
-        elif parts:
-            at = np.concatenate([p for p, _ in parts])
-            lists.append((at, np.concatenate([v for _, v in parts]), float(factor)))
-    return lists
+) -> list[tuple[int, NDArray[np.int64], FloatVector]]:
+    """List (model, positions from ``lo`` on, weighted values) of the survivors in [a, b)."""
+    return [
+        (model, positions - lo, values * factor)
+        for model, (source, factor) in enumerate(zip(task.sources, factors, strict=True))
+        for positions, values in listed(source, a, b)
+    ]
 
 
 class _SparseMajority:
@@ -351,8 +356,8 @@ class _SparseMajority:
                     sums = scratch.get("sums", hi - lo)
                     sums[:] = 0
                     for span, a, b in cut(spans, starts, lo, hi):
-                        for at, values, _ in _survivors(task, factors[:, span], a, b, lo):
-                            sums[at] += values
+                        for _, at, values in _survivors(task, factors[:, span], a, b, lo):
+                            np.add.at(sums, at, values)
                     balance += int(np.count_nonzero(sums > 0)) - int(np.count_nonzero(sums < 0))
                 self._sign = (balance > 0) - (balance < 0)
             return self._sign

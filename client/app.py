@@ -20,7 +20,7 @@ from client.models import LANGUAGE, model_path
 from client.partition import partition
 from client.rows import Indices
 from client.tasks import KINDS, FineTuning, build_task
-from dare_agg.flower import dare_mod, offer_base
+from dare_agg.flower import STATISTICS_KEY, dare_mod, offer_base
 from dare_agg.flower.secure_mod import secure_mod, secure_queries
 from dare_agg.flower.transport import to_record
 from dare_agg.flower.warm import warm_trainer
@@ -93,7 +93,13 @@ def train(msg: Message, context: Context) -> Message:
     seed: Sequence[int] = (task.config.seed, int(config["server-round"]), number, *start)  # type: ignore[arg-type]
     state, examples, metrics = task.train(_state(msg, task), rows, seed=seed)
     measured = MetricRecord({"num-examples": examples, **metrics})
-    return Message(RecordDict({"arrays": to_record(state), "metrics": measured}), reply_to=msg)
+    reply = RecordDict({"arrays": to_record(state), "metrics": measured})
+    if "statistics" in config:
+        found = task.statistics(
+            str(config["statistics"]), state, rows, examples=int(str(run["statistics-examples"]))
+        )
+        reply[STATISTICS_KEY] = to_record(found)
+    return Message(reply, reply_to=msg)
 
 
 @app.evaluate()

@@ -52,13 +52,14 @@ class Kind:
     """A row of the table of tasks: how its data, model, inputs and targets are made.
 
     ``scores`` gives the model's logits (…, classes) for a reader's inputs, ``targets`` the
-    classes (…) from inputs and labels; `IGNORED` ones do not count. ``evaluate_rows`` is how
-    many rows are scored at once.
+    classes (…) from inputs and labels; `IGNORED` ones do not count. ``inputs`` names a reader's
+    inputs. ``evaluate_rows`` is how many rows are scored at once.
     """
 
     load: Callable[[TaskConfig], Data]
     model: Callable[[TaskConfig, int], Any]
     reader: Callable[[TaskConfig, Rows], Reader]
+    inputs: tuple[str, ...]
     scores: Callable[[Any, tuple[Any, ...]], Any] = _class_scores
     targets: Callable[[tuple[Any, ...], Any], Any] = _labels
     evaluate_rows: int = 100
@@ -86,10 +87,12 @@ def _load_images(config: TaskConfig) -> Data:
 
 
 KINDS: Mapping[str, Kind] = {
-    TEXT: Kind(_load_text, text_model, text_reader),
-    IMAGES: Kind(_load_images, image_model, image_reader),
+    TEXT: Kind(_load_text, text_model, text_reader, ("input_ids", "attention_mask")),
+    IMAGES: Kind(_load_images, image_model, image_reader, ("pixel_values",)),
     # Logits over a whole vocabulary are large: few rows at once.
-    LANGUAGE: Kind(load_blocks, language_model, block_reader, token_scores, next_tokens, 8),
+    LANGUAGE: Kind(
+        load_blocks, language_model, block_reader, ("input_ids",), token_scores, next_tokens, 8
+    ),
 }
 
 
@@ -121,6 +124,11 @@ class Task(Protocol):
         self, state: Mapping[str, NDArray], rows: Indices, *, seed: Sequence[int]
     ) -> tuple[State, int, dict[str, float]]:
         """Train on these rows; return (state, rows seen for weighting, measurements)."""
+
+    def statistics(
+        self, kind: str, state: Mapping[str, NDArray], rows: Indices, *, examples: int
+    ) -> State:
+        """Return Fisher values ("fisher") or Gram matrices ("gram") of a state, by name."""
 
     def evaluate(
         self, state: Mapping[str, NDArray], rows: Indices | None = None
@@ -292,6 +300,42 @@ class FineTuning:
         model.zero_grad(set_to_none=True)
         trained = {name: p.detach().numpy().copy() for name, p in named.items()}
         return trained, len(rows), {"train-loss": float(np.mean(losses))}
+
+    def statistics(
+        self, kind: str, state: Mapping[str, NDArray], rows: Indices, *, examples: int
+    ) -> State:
+        """Return Fisher values ("fisher") or Gram matrices ("gram") of a state, by name.
+
+        They are those of the first ``examples`` of these training rows, which are partitioned
+        at random. Tensors the state does not train have none.
+        """
+        import torch
+
+        from dare_agg.statistics import collect_fisher, collect_grams
+
+        if kind == "fisher" and self.kind is KINDS[LANGUAGE]:
+            raise ConfigError(
+                "Fisher values of a language model need a pass for every word of the vocabulary; "
+                "merge by regmean or by a method that needs no statistics"
+            )
+        torch.set_num_threads(1)
+        named = self._place(state)
+        model = self._load()
+        model.eval()
+        for name, parameter in model.named_parameters():
+            parameter.requires_grad_(name in named)
+        chosen = rows[:examples]
+        batches = (
+            dict(zip(self.kind.inputs, self._batch("train", chosen[lo : lo + 16])[0], strict=True))
+            for lo in range(0, len(chosen), 16)
+        )
+
+        def forward(network: Any, batch: Mapping[str, Any]) -> Any:
+            return self.kind.scores(network, tuple(batch.values())).float()
+
+        collect = collect_fisher if kind == "fisher" else collect_grams
+        found = collect(model, batches, forward=forward)
+        return {name: array for name, array in found.items() if name in named}
 
     def evaluate(
         self, state: Mapping[str, NDArray], rows: Indices | None = None

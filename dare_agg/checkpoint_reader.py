@@ -21,6 +21,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from dare_agg.errors import CheckpointError, LayoutError, NonFiniteError
+from dare_agg.fingerprints import recall, remember
 from dare_agg.layout import FingerprintStream, FloatVector, Layout, layout_of
 
 WEIGHTS_NAME = "model.safetensors"
@@ -69,6 +70,10 @@ class Checkpoint:
     tensors: Mapping[str, TensorInfo]
     metadata: Mapping[str, str] = field(default_factory=dict)
     _maps: dict[Path, NDArray[np.uint8]] = field(
+        default_factory=dict, init=False, repr=False, compare=False, hash=False
+    )
+    # By the layout's: hashing takes longer than a sparse merge.
+    _fingerprints: dict[str, str] = field(
         default_factory=dict, init=False, repr=False, compare=False, hash=False
     )
 
@@ -166,15 +171,24 @@ class Checkpoint:
                 )
 
     def fingerprint(self, layout: Layout | None = None) -> str:
-        """SHA-256 (hex) of the parameters, as `dare_agg.layout.fingerprint`."""
+        """SHA-256 (hex) of the parameters, as `dare_agg.layout.fingerprint`.
+
+        Remembered on this machine while the files do not change.
+        """
         chosen = self.layout() if layout is None else layout
+        known = self._fingerprints.get(chosen.fingerprint)
+        known = known or recall(self.files, chosen.fingerprint)
+        if known is not None:
+            return self._fingerprints.setdefault(chosen.fingerprint, known)
         stream, reader = FingerprintStream(chosen), self.reader(chosen)
         tile = np.empty(1 << 18, np.float32)
         for lo in range(0, chosen.size, tile.size):
             piece = tile[: min(chosen.size, lo + tile.size) - lo]
             reader.read(lo, lo + piece.size, piece)
             stream.update(piece)
-        return stream.hexdigest()
+        found = stream.hexdigest()
+        remember(self.files, chosen.fingerprint, found)
+        return self._fingerprints.setdefault(chosen.fingerprint, found)
 
     def check_finite(self, layout: Layout) -> None:
         """Raise `NonFiniteError` naming the first tensor and index that is NaN or infinite."""

@@ -24,6 +24,7 @@ from dare_agg.checkpoint import (
 )
 from dare_agg.derive import derive_key, seed_secret
 from dare_agg.errors import BaseMismatchError, LayoutError
+from dare_agg.fingerprints import remember
 from dare_agg.layout import FingerprintStream, FloatVector, Layout
 from dare_agg.mask import DropRate, parse_drop_rate
 from dare_agg.merge.identity import sketch
@@ -144,7 +145,9 @@ def checked_fingerprint(model: Checkpoint, layout: Layout) -> str:
     stream = FingerprintStream(layout)
     for piece in _finite_tiles(model, layout):
         stream.update(piece)
-    return stream.hexdigest()
+    found = stream.hexdigest()
+    remember(model.files, layout.fingerprint, found)
+    return found
 
 
 def _finite_tiles(model: Checkpoint, layout: Layout) -> Iterator[FloatVector]:

@@ -278,6 +278,8 @@ def _row(method: str, outcome: RoundOutcome, seconds: float, stepwise: bool) -> 
     measured: Mapping[str, Any] = outcome.measurements
     count = max(1, len(measured["update_bytes"]))
     updates, dense = sum(measured["update_bytes"]), sum(measured["dense_bytes"])
+    statistics = sum(measured.get("statistics_bytes", ()))
+    uploaded = updates + dense + statistics
     merge = measured.get("merge", {})
     client: dict[str, Any] = dict(outcome.client_metrics or {})
     if "perplexity" in client:  # the mean of the clients' is not that of all their tokens
@@ -297,9 +299,10 @@ def _row(method: str, outcome: RoundOutcome, seconds: float, stepwise: bool) -> 
         "parameters": outcome.model.delta.size,
         "update_bytes_per_client": updates // count,
         "dense_bytes_per_client": dense // count,
-        "upload_bytes_per_client": (updates + dense) // count,
+        "statistics_bytes_per_client": statistics // count,
+        "upload_bytes_per_client": uploaded // count,
         "download_bytes_per_client": down // max(1, len(measured["download_bytes"])),
-        "upload_bytes": updates + dense,
+        "upload_bytes": uploaded,
         "download_bytes": down,
         "message_upload_bytes": sum(measured["upload_bytes"]),
         "evaluate_download_bytes": evaluated,

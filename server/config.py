@@ -26,6 +26,8 @@ METHODS: Mapping[str, Mapping[str, Any]] = {
     "dare-task-arithmetic": {"method": "task-arithmetic"},
     "dare-ties": {"method": "ties"},
     "dare-average": {"method": "average"},
+    "dare-fisher": {"method": "fisher"},
+    "dare-regmean": {"method": "regmean"},
     "head-only": {"method": "task-arithmetic", "drop_rate": "0", "values": "f32"},
 }
 
@@ -75,6 +77,7 @@ class RunConfig(BaseModel):
     dense: Words = (r"^head\.",)
     dense_values: str = "f16"
     exclude: Words = ()
+    statistics_examples: int = Field(32, ge=1)
     weighting: Literal["examples", "equal"] = "examples"
     server_step: Literal["plain", "momentum", "adam"] = "plain"
     server_learning_rate: float = Field(0.0, ge=0)
@@ -184,6 +187,11 @@ def read_config(raw: Mapping[str, Any]) -> RunConfig:
         raise ConfigError(
             "a causal-lm has no head of its own to train alone; leave out head-only, or set train "
             'to "lora"'
+        )
+    if config.task == "causal-lm" and "dare-fisher" in config.methods:
+        raise ConfigError(
+            "Fisher values of a causal-lm need a pass for every word of the vocabulary; take "
+            "dare-regmean or a method that needs no statistics"
         )
     if config.partition == "column" and not config.partition_by:
         raise ConfigError('partition = "column" needs partition-by, the name of a column')

@@ -48,6 +48,7 @@ from dare_agg.merge.sources import (
     DifferenceSource,
     MaskedSource,
     ScaledSource,
+    SparseSource,
     TrimmedSource,
     array_source,
     take,
@@ -59,7 +60,7 @@ TILE = 1 << 17
 # The label of mask keys that follow from a seed and a delta's contents.
 UPDATE_MASK = "update file mask"
 # Listing survivors has a cost for each tile, so sparse merges take larger ones.
-SPARSE_TILE = 1 << 18
+_SPARSE_TILE, _SPARSEST_TILE = 1 << 18, 1 << 20
 # Elements looked at for the range check, in runs of neighbours.
 _CHECKED, _RUN = 1 << 16, 256
 
@@ -129,7 +130,7 @@ def merge_offline(
         )
         ordered = [ordered[i] for i in order]
         weights, scaling = tensor_weights(recipe, ordered, layout)
-        used = tile or (SPARSE_TILE if all(is_sparse(m.source) for m in ordered) else TILE)
+        used = tile or _tile([m.source for m in ordered])
         kernel, task = prepare_merge(
             layout,
             [m.source for m in ordered],
@@ -170,6 +171,13 @@ def merge_offline(
     )  # fmt: skip
 
 
+def _tile(sources: list[DeltaSource]) -> int:
+    if not all(is_sparse(source) for source in sources):
+        return TILE
+    share = max(s.survivors / s.size for s in sources if isinstance(s, SparseSource))
+    return _SPARSE_TILE if share > 0.03 else _SPARSEST_TILE
+
+
 def open_model(
     given: ModelInput,
     base: Checkpoint,
@@ -180,7 +188,7 @@ def open_model(
     """Open a checkpoint, an adapter folder or an update file as a delta over the base."""
     path = given.path
     if path.suffix == ".dare":
-        return _Opened(given, _open_update(path, cached, layout), "update")
+        return _Opened(given, _open_update(path, base, layout), "update")
     if is_adapter(path):
         named = adapter_base(path)
         own = base.path.name.removesuffix(".safetensors")
@@ -227,8 +235,7 @@ def _with_names_of(checkpoint: Checkpoint, layout: Layout) -> Checkpoint:
     return checkpoint
 
 
-def _open_update(path: Path, base: CachedSource, layout: Layout) -> DeltaSource:
-    from dare_agg.layout import FingerprintStream
+def _open_update(path: Path, base: Checkpoint, layout: Layout) -> DeltaSource:
     from dare_agg.update_file import read_update_file
 
     update, header = read_update_file(path)
@@ -237,12 +244,10 @@ def _open_update(path: Path, base: CachedSource, layout: Layout) -> DeltaSource:
             f"{path} covers other tensors ({header.layout.size} parameters) than BASE without "
             f"its excluded ones ({layout.size}); use the patterns the update was made with"
         )
-    stream = FingerprintStream(layout)
-    for lo in range(0, layout.size, SPARSE_TILE):
-        stream.update(base.tile(lo, min(layout.size, lo + SPARSE_TILE)))
-    if stream.hexdigest() != header.base:
+    found = base.fingerprint(layout)
+    if found != header.base:
         raise BaseMismatchError(
-            f"{path} was made from base {header.base[:16]}, BASE is {stream.hexdigest()[:16]}; "
+            f"{path} was made from base {header.base[:16]}, BASE is {found[:16]}; "
             "give the base it was made from"
         )
     return update
@@ -392,8 +397,12 @@ def _statistics(path: Path) -> Mapping[str, NDArray[Any]]:
 def range_warnings(opened: list[_Opened], recipe: Recipe) -> list[str]:
     """The paper's check of the deltas' range, on an even sample of 2^16 elements.
 
-    Raises `NonFiniteError` where the sample is not finite (updates, adapters).
+    Updates are left out: they hold what survived, rescaled, and were checked when opened.
+    Raises `NonFiniteError` where the sample is not finite (adapters).
     """
+    dense = [m for m in opened if m.kind != "update"]
+    if not dense:
+        return []
     size = opened[0].source.size
     count = min(size, _CHECKED)
     starts = (
@@ -404,18 +413,13 @@ def range_warnings(opened: list[_Opened], recipe: Recipe) -> list[str]:
     # In a small model the runs overlap; positions must ascend.
     blocks = np.unique(starts[:, None] + np.arange(min(_RUN, size)))
     samples = []
-    for model in opened:
+    for model in dense:
         picked = take(model.source, blocks)
         if not np.isfinite(picked).all():
             raise NonFiniteError(f"{model.given.path}: its delta is not finite; train it again")
         samples.append(array_source(picked))
-    dense = [i for i, m in enumerate(opened) if m.kind != "update"]
-    if not dense:
-        return []
-    names = [str(opened[i].given.path) for i in dense]
-    found = diagnose_deltas(
-        layout_of({"sample": (blocks.size,)}), [samples[i] for i in dense], names=names
-    )
+    names = [str(model.given.path) for model in dense]
+    found = diagnose_deltas(layout_of({"sample": (blocks.size,)}), samples, names=names)
     if recipe.drop_rate is None:
         return [w for w in found.warnings if "unsafe" not in w]
     return list(found.warnings)

@@ -102,6 +102,8 @@ TITLES: Mapping[str, str] = {
     "dare-task-arithmetic": "DARE task-arithmetic",
     "dare-ties": "DARE TIES",
     "dare-average": "DARE average",
+    "dare-fisher": "DARE Fisher",
+    "dare-regmean": "DARE RegMean",
     "head-only": "head only",
 }
 

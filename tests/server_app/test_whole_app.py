@@ -227,3 +227,20 @@ def test_a_run_in_which_nobody_can_train_fails_loudly(run, tmp_path):
         run(text_column="text")
     status = json.loads((tmp_path / "run" / "run.json").read_text())
     assert status["status"] == "failed" and "no column" in status["error"]
+
+
+@pytest.mark.slow
+def test_clients_send_fisher_values_or_gram_matrices(run):
+    words = {"num_rounds": 2, "clients": 2, "statistics_examples": 8}
+    _, rows, status = run(methods="dare-average,dare-fisher,dare-regmean", **words)
+    assert status["status"] == "completed"
+    sent = {
+        m: last(rows, m)["statistics_bytes_per_client"]
+        for m in ("dare-average", "dare-fisher", "dare-regmean")
+    }
+    assert sent["dare-average"] == 0
+    # Fisher values of the survivors alone: two bytes each, half of all parameters.
+    parameters = last(rows, "dare-fisher")["parameters"]
+    assert parameters < sent["dare-fisher"] < parameters * 1.01 + 300
+    assert sent["dare-regmean"] > 0
+    assert len({status["fingerprints"][m] for m in sent}) == 3

@@ -77,7 +77,8 @@ class Federation:
         self._start(
             "superlink",
             [
-                "flower-superlink", "--host", self.host, "--port", str(self.port),
+                sys.executable, "-m", "dare_agg.flower.superlink",
+                "--host", self.host, "--port", str(self.port),
                 "--ssl-certfile", str(server / "server.pem"),
                 "--ssl-keyfile", str(server / "server.key"),
                 "--ssl-ca-certfile", str(server / "ca.crt"),

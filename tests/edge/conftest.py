@@ -21,4 +21,4 @@ def federation(tmp_path) -> Iterator[Callable[..., Federation]]:
 
     yield make
     for one in made:
-        one.stop_all()
+        one.kill_9_everything()

@@ -14,7 +14,7 @@ import yaml
 
 from dare_agg.cli.run import execute
 from dare_agg.errors import ConfigError
-from dare_agg.flower.launch import flower_environment, free_port, stop_group
+from dare_agg.flower.launch import flower_environment, free_port
 from simulations.federation import APP, calm_report, descendants, finished_rounds, read_report
 
 DOCS = Path(__file__).parents[2] / "docs"
@@ -125,8 +125,7 @@ def keys(settings: dict[str, object]) -> str:
 def documented(tmp_path):
     made = Documented(tmp_path / "deployment")
     yield made
-    for process in made.processes.values():
-        stop_group(process, 10)
+    made.kill_9(*made.processes)
 
 
 @pytest.mark.slow
@@ -213,7 +212,7 @@ def test_compose_says_what_the_text_says():
 
 def words(command: str) -> set[str]:
     """The program and its options, without their values."""
-    return set(re.findall(r"(?:^|\s)(flower-[a-z]+|--[a-z-]+)", command))
+    return set(re.findall(r"(?:^|\s)(flower-[a-z]+|dare_agg\.flower\.[a-z]+|--[a-z-]+)", command))
 
 
 def test_plain_text_is_for_loopback_only(tmp_path):

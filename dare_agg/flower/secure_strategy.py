@@ -80,6 +80,11 @@ class SecureStrategy(DareStrategy):
             min_train_nodes=max(secure.min_parties, words.pop("min_train_nodes", 2)),
             **words,
         )
+        if secure.min_parties > len(roster.members):
+            raise ConfigError(
+                f"secure-min-parties = {secure.min_parties}; roster {roster.name!r} has "
+                f"{len(roster.members)} members"
+            )
         self.secure = secure
         self.roster = roster
         self.stage_seconds = stage_seconds

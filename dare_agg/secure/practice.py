@@ -14,6 +14,7 @@ from dare_agg.errors import ConfigError
 from dare_agg.secure.identity import new_identity, write_identity, write_public
 from dare_agg.secure.passphrase import VARIABLE
 from dare_agg.secure.roster import make_roster, sign_roster, write_roster
+from dare_agg.secure.terms import MIN_PARTIES
 
 KEYS_VARIABLE = "DARE_AGG_SECURE_KEYS"
 
@@ -22,8 +23,13 @@ def practice_consortium(folder: Path, parties: int, models: Sequence[str] = ()) 
     """Write keys, roster and links to models into ``folder``, party i for partition i.
 
     Returns the environment that the simulation's processes need. Raises `ConfigError` when
-    there are models for other than all parties.
+    there are too few parties or models for other than all of them.
     """
+    if parties < MIN_PARTIES:
+        raise ConfigError(
+            f"{parties} clients; a secure sum needs at least {MIN_PARTIES}: of two each learns "
+            "the other's delta"
+        )
     if models and len(models) != parties:
         raise ConfigError(f"{len(models)} secure-models for {parties} clients; one each is needed")
     folder.mkdir(mode=0o700, parents=True)

@@ -382,6 +382,7 @@ def test_a_server_cannot_ask_for_the_same_in_the_clear(
         ({"method": "ties"}, "no place"),
         ({"options": {"trim": 0.2}}, "magnitude trim"),
         ({"secure": {"min_parties": 2}}, "at least 3"),
+        ({"secure": {"min_parties": 4}}, "has 3 members"),
     ],
 )
 def test_unsafe_strategies_are_refused(keys: Any, words: dict, match: str) -> None:

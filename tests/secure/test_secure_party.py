@@ -20,6 +20,7 @@ from dare_agg.secure.client_state import decode_state, encode_state
 from dare_agg.secure.ledger import FileLedger
 from dare_agg.secure.local import merged_parts
 from dare_agg.secure.party import REQUESTS, Contribution, Party
+from dare_agg.secure.practice import practice_consortium
 from dare_agg.secure.settings import SecureSettings
 from dare_agg.secure.vault import Vault, default_folder
 
@@ -310,3 +311,11 @@ def test_bits_follow_from_the_parties() -> None:
             size=100,
         )  # fmt: skip
     assert replace(ties, min_parties=5).min_parties == 5
+
+
+def test_a_consortium_for_practice_has_three_at_least(tmp_path: Path) -> None:
+    with pytest.raises(ConfigError, match="2 clients; a secure sum needs at least 3"):
+        practice_consortium(tmp_path / "keys", 2)
+    with pytest.raises(ConfigError, match="1 secure-models for 3 clients"):
+        practice_consortium(tmp_path / "keys", 3, ["a"])
+    assert not (tmp_path / "keys").exists()

@@ -42,7 +42,7 @@ from dare_agg.rounds import FederatedSettings, Rejection, advance, check_weight,
 from dare_agg.server_step import ServerStep, StepState, server_step
 from dare_agg.update import CODEC_VERSION, HEADER_BYTES
 from dare_agg.values import payload_bytes
-from dare_agg.versions import VersionDownlink
+from dare_agg.versions import BASE, VersionDownlink
 
 LOG = logging.getLogger("flwr")
 
@@ -602,6 +602,9 @@ class DareStrategy(Strategy):
         content = RecordDict({self.configrecord_key: config, ORDER_KEY: order})
         if broadcast.full:
             content[self.arrayrecord_key] = self._current_arrays()
+        if BASE in broadcast.payloads:
+            # Whoever does not get it says so; who is only late, or rejected, is not sent it twice.
+            self._have[client.node] = str(self._clients.facts["base-version"])
         for name, payload in broadcast.payloads.items():
             # The same bytes for several clients are packed once.
             if self._packed.get(name, (b"", None))[0] is not payload:

@@ -1,5 +1,7 @@
 """The version downlink through strategy and mod: small both ways, hidden from the training."""
 
+import shutil
+
 import numpy as np
 import pytest
 from flwr.app import RecordDict
@@ -49,6 +51,30 @@ def test_after_the_base_only_small_steps_travel(memory_grid, toys, cache):
     assert all(o.measurements["accepted"] == 3 for o in outcomes)
     # The evaluation brought every client to the newest version.
     assert set(strategy._have.values()) == {strategy.downlink.version}
+
+
+@pytest.mark.parametrize("got_it", [True, False])
+def test_a_late_client_is_not_sent_the_base_twice_unless_it_lacks_it(
+    memory_grid, toys, cache, got_it
+):
+    late = []
+
+    def tamper(partition, reply):
+        if partition != 1 or "num-examples" not in str(reply.content) or late:
+            return reply
+        late.append(reply)
+        if not got_it:
+            shutil.rmtree(cache / "1")
+        return None
+
+    def node(number):
+        return {"partition-id": number, "num-partitions": 3, "cache": str(cache / str(number))}
+
+    grid = memory_grid(toys.app(), 3, tamper=tamper, node_config=node)
+    _, outcomes, _ = federate(grid, toys, 3, fraction_evaluate=0.0, deadline=2.0)
+    assert [o.measurements["accepted"] for o in outcomes] == [2, 3, 3]
+    down = [max(o.measurements["download_bytes"]) for o in outcomes]
+    assert down[0] > 4000 and (down[1] > 4000) == (not got_it) and down[2] < 2000
 
 
 def test_lost_contexts_and_broken_files_change_nothing(memory_grid, toys, cache):

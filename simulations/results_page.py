@@ -62,6 +62,10 @@ def _frontier(name: str) -> str:
     return tables.frontier_table(rows) + "\n\n" + _image(path, "accuracy by megabytes moved")
 
 
+def frontier_choices() -> str:
+    return tables.frontier_table(_rows("frontier-choices"))
+
+
 def frontier_mixtures() -> str:
     rows = _rows("frontier-mixtures")
     return tables.mixtures_table(rows) + "\n\n" + tables.mixtures_bytes_table(rows)
@@ -203,6 +207,7 @@ SECTIONS: Mapping[str, Callable[[], str]] = {
         headline,
         traffic,
         frontier_images,
+        frontier_choices,
         frontier_mixtures,
         frontier_text,
         engine,

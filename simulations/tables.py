@@ -225,9 +225,10 @@ def rate_table(rows: Rows) -> str:
 SETTLED = 3
 
 
-def settled(row: Mapping[str, Any]) -> float:
-    """Mean accuracy of the last `SETTLED` measured rounds: one round alone is noisy."""
-    points = row["curve"][-SETTLED:]
+def settled(row: Mapping[str, Any], number: int | None = None) -> float:
+    """Mean accuracy of the last `SETTLED` measured rounds (up to ``number``): one is noisy."""
+    curve = row["curve"]
+    points = [p for p in curve if number is None or p["round"] <= number][-SETTLED:]
     return math.fsum(p["accuracy"] for p in points) / len(points)
 
 
@@ -259,23 +260,27 @@ def frontier_table(rows: Rows, baseline: str = "FedAvg") -> str:
     cells = by_cell(rows)
     dense = {row["seed"]: row for row in cells[baseline]}
     targets = targets_of(cells[baseline])
+    number = cells[baseline][0]["rounds"]
     lines = []
     for cell, own in cells.items():
         own = [row for row in own if row["seed"] in dense]
         if not own:
             continue
         first = own[0]
-        gaps = [settled(row) - settled(dense[row["seed"]]) for row in own]
+        ends = next(p for p in first["curve"] if p["round"] == number)
+        scores = [settled(row, number) for row in own]
+        gaps = [score - settled(dense[row["seed"]]) for score, row in zip(scores, own, strict=True)]
         rivals = [dense[row["seed"]] for row in own]
         upload = first["upload_bytes_per_client_round"]
         lines.append(
             (
                 cell,
-                shown([settled(row) for row in own]),
+                shown(scores),
                 "–" if cell == baseline else shown(gaps, signed=True),
                 f"{8 * upload / first['parameters']:.3g}" if first["parameters"] else "–",
-                human_bytes(first["upload_bytes"]),
-                human_bytes(first["download_bytes"]),
+                human_bytes(ends["upload_bytes"]),
+                human_bytes(ends["download_bytes"]),
+                _rounds(own, targets),
                 _reached(own, rivals, targets, "upload_bytes"),
                 _reached(own, rivals, targets, "upload_bytes", "download_bytes"),
                 str(len(own)),
@@ -286,13 +291,20 @@ def frontier_table(rows: Rows, baseline: str = "FedAvg") -> str:
         "Accuracy, %",
         f"minus {baseline}, points",
         "Bits a parameter, up",
-        "Up, whole run",
-        "Down, whole run",
-        f"Up to {baseline} − 1 point",
+        f"Up, {number} rounds",
+        f"Down, {number} rounds",
+        f"Rounds to {baseline} − 1 point",
+        "Up to it",
         "Both ways to it",
         "Seeds",
     )
     return markdown(columns, lines)
+
+
+def _rounds(own: Rows, targets: Mapping[int, float]) -> str:
+    """Median round in which the target was reached, or how far it was looked for."""
+    found = [p["round"] for row in own if (p := point_at(row, targets[row["seed"]])) is not None]
+    return f"{statistics.median(found):g}" if found else f"> {own[0]['rounds']}"
 
 
 def _reached(own: Rows, rivals: Rows, targets: Mapping[int, float], *directions: str) -> str:

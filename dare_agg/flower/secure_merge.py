@@ -31,6 +31,7 @@ from dare_agg.flower.secure_session import (
     query,
     run_session,
     warn_of_clipping,
+    waves,
 )
 from dare_agg.flower.transport import message_bytes
 from dare_agg.layout import FloatVector, Layout, fingerprint
@@ -195,19 +196,20 @@ def _tell(
 ) -> dict[int, str]:
     """Send the merged survivors to who took part; party → fingerprint of what it then holds."""
     parties = list(nodes)
-    content = {p: secure_content(RESULT, session, message, **context) for p in parties}
-    messages = [query(content[p], nodes[p], seconds) for p in parties]
-    for party in parties:
-        log.download[party] += message_bytes(content[party])
     told: dict[int, str] = {}
-    for index, reply in exchange(grid, messages, seconds):
-        party = parties[index]
-        record = None if reply.has_error() else read_config(reply.content, SECURE_KEY)
-        refusal = read_refusal(record) if record is not None else ("client-error", "no answer")
-        if record is None or refusal is not None:
-            log.reject(party, *(refusal or ("client-error", "no answer")))
-            continue
-        told[party] = str(record.get("merged", ""))
+    for some in waves(parties, len(message)):
+        content = {p: secure_content(RESULT, session, message, **context) for p in some}
+        messages = [query(content[p], nodes[p], seconds) for p in some]
+        for party in some:
+            log.download[party] += message_bytes(content[party])
+        for index, reply in exchange(grid, messages, seconds):
+            party = some[index]
+            record = None if reply.has_error() else read_config(reply.content, SECURE_KEY)
+            refusal = read_refusal(record) if record is not None else ("client-error", "no answer")
+            if record is None or refusal is not None:
+                log.reject(party, *(refusal or ("client-error", "no answer")))
+                continue
+            told[party] = str(record.get("merged", ""))
     for party in parties:
         if party not in told and party not in {r.client for r in log.rejections}:
             log.reject(party, "late", "it did not take the result in time")

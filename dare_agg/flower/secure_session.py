@@ -41,6 +41,7 @@ from dare_agg.secure.stream import packed_bytes
 LOG = logging.getLogger("flwr")
 STAGE_SECONDS = 300.0
 MOST_CLIPPED = 1e-3
+IN_FLIGHT_BYTES = 1 << 26
 
 
 @dataclass
@@ -96,6 +97,16 @@ def meet_parties(
     return dict(sorted(parties.items())), problems
 
 
+def waves(parties: Sequence[int], size: int) -> list[Sequence[int]]:
+    """Cut parties into groups whose messages of ``size`` bytes may travel at once.
+
+    A SuperLink's database (SQLite) takes one writer at a time: four uploads of 60 MB together
+    ended in "database is locked" on a busy machine, and Flower gave the answers up.
+    """
+    count = max(1, IN_FLIGHT_BYTES // size) if size else len(parties)
+    return [parties[at : at + count] for at in range(0, len(parties), max(1, count))]
+
+
 def run_session(
     grid: Grid,
     server: SecureServer,
@@ -116,34 +127,32 @@ def run_session(
     has put data in. ``again(party, answer)`` may answer a first answer with another first
     message, once. Raises `ProtocolError` as `SecureServer` does; ``log`` is filled anyhow.
     """
-    session = server.terms.session
-    messages = {party: first(nodes[party]) for party in sorted(nodes)}
     limit = _most_bytes(server)
-    for stage in ("advertise", *REQUESTS):
-        began = time.monotonic()
-        seconds = first_seconds if stage == "advertise" else stage_seconds
-        retry = again if stage == "advertise" else None
-        taken = _take_stage(grid, server, messages, stage, seconds, limit, log, retry)
-        if stage == "advertise" and taken < begin_with:
-            why = "; ".join(f"{server.roster[r.client].name}: {r.detail}" for r in log.rejections)
-            raise ProtocolError(
-                f"{taken} of the {begin_with} parties waited for can take part, no data was put "
-                f"in: mend what stops the others, or wait for fewer (min-clients): {why}",
-                reason="parties",
-            )
-        log.seconds[stage] = time.monotonic() - began
-        if stage == REQUESTS[-1]:
-            break
+    messages = {party: first(nodes[party]) for party in sorted(nodes)}
+    began = time.monotonic()
+    taken = _take_stage(grid, server, messages, "advertise", first_seconds, limit, log, again)
+    log.seconds["advertise"] = time.monotonic() - began
+    if taken < begin_with:
+        why = "; ".join(f"{server.roster[r.client].name}: {r.detail}" for r in log.rejections)
+        raise ProtocolError(
+            f"{taken} of the {begin_with} parties waited for can take part, no data was put in: "
+            f"mend what stops the others, or wait for fewer (min-clients): {why}",
+            reason="parties",
+        )
+    for stage in REQUESTS:
         requests = server.close()
-        following = REQUESTS[0 if stage == "advertise" else REQUESTS.index(stage) + 1]
-        messages = {
-            party: query(
-                secure_content(following, session, request, **(context or {})),
-                nodes[party],
-                stage_seconds,
-            )
-            for party, request in requests.items()
-        }
+        began = time.monotonic()
+        for some in waves(list(requests), limit if stage == "contribute" else 0):
+            messages = {
+                party: query(
+                    secure_content(stage, server.terms.session, requests[party], **(context or {})),
+                    nodes[party],
+                    stage_seconds,
+                )
+                for party in some
+            }
+            _take_stage(grid, server, messages, stage, stage_seconds, limit, log)
+        log.seconds[stage] = time.monotonic() - began
     began = time.monotonic()
     sums = server.finish()
     log.seconds["unmask"] = time.monotonic() - began
@@ -243,4 +252,4 @@ def _most_bytes(server: SecureServer) -> int:
     return max(vector, 128 * len(terms.cohort)) + 4096
 
 
-__all__ = ["SessionLog", "meet_parties", "query", "run_session", "warn_of_clipping"]
+__all__ = ["SessionLog", "meet_parties", "query", "run_session", "warn_of_clipping", "waves"]

@@ -12,7 +12,7 @@ from flwr.clientapp import ClientApp
 from safetensors.numpy import load_file, save_file
 
 from dare_agg.errors import ConfigError, ProtocolError, RunError
-from dare_agg.flower import DareStrategy, dare_mod
+from dare_agg.flower import DareStrategy, dare_mod, secure_session
 from dare_agg.flower.secure_merge import secure_merge
 from dare_agg.flower.secure_mod import secure_mod, secure_queries
 from dare_agg.flower.secure_strategy import SecureStrategy
@@ -244,6 +244,30 @@ def test_a_party_may_vanish_at_any_stage(
     step = after.delta - before.delta
     plain = 2 * expected(toys, strategy, inside, "mean")
     assert np.abs(step - plain)[:-1][step[:-1] != 0].max() < 1e-4
+
+
+def test_large_vectors_travel_a_few_at_a_time(
+    memory_grid: Any, toys: Any, keys: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """SuperLink's database chokes on many large uploads at once: the next party is asked when
+    the ones before have answered."""
+    monkeypatch.setattr(secure_session, "IN_FLIGHT_BYTES", 1)
+    folder = keys(4)
+    asked: list[int] = []
+
+    def count(partition: int, reply: Any) -> Any:
+        if not reply.has_error() and stage_of(reply) == "contribute":
+            asked.append(sum(stage_of(message) == "contribute" for message in grid.sent))
+        return reply
+
+    grid = memory_grid(secure_app(toys), 4, tamper=count)
+    strategy = strategy_for(folder)
+    strategy.start(grid, toys.record(toys.arrays()), num_rounds=1)
+    assert asked == [1, 2, 3, 4]
+    assert strategy.outcome.measurements["accepted"] == 4
+    monkeypatch.undo()
+    assert secure_session.waves(range(5), 1 << 25) == [range(2), range(2, 4), range(4, 5)]
+    assert secure_session.waves([1, 2], 0) == [[1, 2]] and secure_session.waves([], 9) == []
 
 
 def test_values_cut_off_are_said(

@@ -177,7 +177,7 @@ def delta_table(rows: Rows) -> str:
 
 
 def merging_table(rows: Rows) -> str:
-    """Mean accuracy over the merged tasks, by method, with and without DARE."""
+    """Mean accuracy over the merged tasks by method, and what adding DARE changes (paired)."""
     scores: dict[str, dict[tuple[str, str], list[float]]] = defaultdict(lambda: defaultdict(list))
     ends: dict[str, dict[tuple[str, str], list[float]]] = defaultdict(lambda: defaultdict(list))
     for row in rows:
@@ -193,11 +193,20 @@ def merging_table(rows: Rows) -> str:
                 ends[f"*{found}*"][" + ".join(tasks), "0"].append(mean)
     found = {column for own in scores.values() for column in own}
     columns = sorted(found, key=lambda c: (c[0].count("+"), c[0], float(c[1])))
+
+    def cell(own: Mapping[tuple[str, str], list[float]], column: tuple[str, str]) -> str:
+        if column not in own:
+            return "–"
+        if column[1] == "0":
+            return shown(own[column])
+        pairs = zip(own[column], own[column[0], "0"], strict=True)
+        return shown([after - before for after, before in pairs], signed=True)
+
     lines = [
-        (words, *(shown(own[column]) if column in own else "–" for column in columns))
+        (words, *(cell(own, column) for column in columns))
         for words, own in (*scores.items(), *ends.items())
     ]
-    heads = [f"{tasks}{'' if rate == '0' else f', DARE p={rate}'}" for tasks, rate in columns]
+    heads = [tasks if rate == "0" else f"DARE p={rate} changes it by" for tasks, rate in columns]
     return markdown(("Method", *heads), lines)
 
 

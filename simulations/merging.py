@@ -60,8 +60,11 @@ def run_row(row: Any) -> dict[str, Any]:
     points = []
     for rate in settings["drop_rates"]:
         deltas = {name: dropped(delta, rate, row.seed, name) for name, delta in whole.items()}
+        kinds = {find_method(spec["method"]).statistics for spec in settings["methods"]} - {None}
         statistics = {
             name: collect(models[name][0], layout, start + delta, heads[name], settings)
+            if kinds
+            else {}
             for name, delta in deltas.items()
         }
         for subset in settings["sets"]:
@@ -78,6 +81,7 @@ def run_row(row: Any) -> dict[str, Any]:
                         "tasks": list(subset),
                         "method": spec["method"],
                         "scaling": spec.get("scaling", 1.0),
+                        "options": spec.get("options", {}),
                         "drop_rate": rate,
                         "accuracies": scores,
                         "accuracy": round(mean(scores.values()), 4),

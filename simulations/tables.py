@@ -185,12 +185,15 @@ def merging_table(rows: Rows) -> str:
             words = point["method"]
             if point["scaling"] != 1 or words == "task-arithmetic":
                 words += f", λ {point['scaling']:g}"
+            if words == "ties" and "normalize" in point.get("options", {}):
+                words += " by the expected count, untrimmed"
             column = (" + ".join(point["tasks"]), point["drop_rate"])
             scores[words][column].append(point["accuracy"])
         for tasks in dict.fromkeys(tuple(p["tasks"]) for p in row["points"]):
             for words, found in (("single", "each task's own model"), ("base", "base, own heads")):
                 mean = math.fsum(row[words][name] for name in tasks) / len(tasks)
-                ends[f"*{found}*"][" + ".join(tasks), "0"].append(mean)
+                if row["cell"] == rows[0]["cell"]:
+                    ends[f"*{found}*"][" + ".join(tasks), "0"].append(mean)
     found = {column for own in scores.values() for column in own}
     columns = sorted(found, key=lambda c: (c[0].count("+"), c[0], float(c[1])))
 

@@ -141,7 +141,9 @@ class Compressor:
         self._feedback = bool(settings["feedback"]) or name == "stc"
         self._both_links = name == "stc"
         self._memory: dict[int, FloatVector] = {}
-        self.down_bytes: int | None = None
+        # What a client gets in a round; None: the whole model. Like the version downlink, STC
+        # starts from a base that the clients hold.
+        self.down_bytes: int | None = 0 if self._both_links else None
 
     def _rng(self, number: int, client: int) -> Rng:
         return np.random.default_rng(np.random.SeedSequence([self._seed, 50, number, client]))

@@ -92,7 +92,7 @@ def frontier_plot(rows: Rows, path: Path) -> Path:
         axes = figure.add_subplot(1, 3, place, sharey=shared)
         shared = shared or axes
         for index, (cell, own) in enumerate(cells.items()):
-            x = [sum(p[k] for k in keys) / 1e6 for p in own[0]["curve"]]
+            x = [sum(p[k] for k in keys) / 1e6 or math.nan for p in own[0]["curve"]]
             y = np.mean([[100 * p["accuracy"] for p in row["curve"]] for row in own], axis=0)
             dense = cell == "FedAvg"
             axes.plot(x, y, color=COLOURS[index % len(COLOURS)], marker="osD^vP*X"[index % 8],

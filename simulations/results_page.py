@@ -13,9 +13,11 @@ from pathlib import Path
 
 from simulations import language_page, plots, tables
 from simulations.run import RESULTS, read_rows
+from simulations.scenario import read_scenario
 
 PAGE = Path(__file__).parents[1] / "docs" / "RESULTS.md"
 PLOTS = PAGE.parent / "plots"
+SCENARIOS = Path(__file__).parent / "scenarios"
 COMPACT = "DARE p=.995, union down"
 
 
@@ -24,6 +26,16 @@ def _rows(name: str) -> list[dict]:
     if not rows:
         raise KeyError(name)
     return rows
+
+
+def _of_scenario(name: str) -> list[dict]:
+    """The rows that the scenario asks for now, in its order; those of older settings stay out."""
+    rows = {row["key"]: row for row in _rows(name)}
+    wanted = sorted(read_scenario(SCENARIOS / f"{name}.toml").rows(), key=lambda row: row.seed)
+    found = [rows[row.key] for row in wanted if row.key in rows]
+    if not found:
+        raise KeyError(name)
+    return found
 
 
 def _image(path: Path, text: str) -> str:
@@ -57,17 +69,17 @@ def frontier_text() -> str:
 
 
 def _frontier(name: str) -> str:
-    rows = _rows(name)
+    rows = _of_scenario(name)
     path = plots.frontier_plot(rows, PLOTS / f"{name}.svg")
     return tables.frontier_table(rows) + "\n\n" + _image(path, "accuracy by megabytes moved")
 
 
 def frontier_choices() -> str:
-    return tables.frontier_table(_rows("frontier-choices"))
+    return tables.frontier_table(_of_scenario("frontier-choices"))
 
 
 def frontier_mixtures() -> str:
-    rows = _rows("frontier-mixtures")
+    rows = _of_scenario("frontier-mixtures")
     return tables.mixtures_table(rows) + "\n\n" + tables.mixtures_bytes_table(rows)
 
 

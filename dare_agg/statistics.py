@@ -50,7 +50,8 @@ def collect_fisher(
     """Return the Fisher diagonal of every parameter that takes part, by name.
 
     ``rule`` is one of `FISHER_RULES`. One output column is a regression: the Fisher value is
-    the squared derivative of the output. Collection stops after ``examples`` examples; the
+    the squared derivative of the output; the reference rule takes that of the batch's mean
+    squared error where the batch has ``labels``. Collection stops after ``examples`` examples; the
     reference rule counts a last, smaller batch as a whole one, as the paper's code does.
     Parameters the output does not depend on are left out.
     """
@@ -94,7 +95,10 @@ def collect_fisher(
         full = max(full, size)
         if rule == "reference":
             logits = forward(model, batch)
-            if logits.shape[-1] == 1:
+            if logits.shape[-1] == 1 and "labels" in batch:
+                gap = logits.reshape(-1) - batch["labels"].reshape(-1).to(logits.dtype)
+                add_square(gap.square().mean(), 1.0)
+            elif logits.shape[-1] == 1:
                 add_square(logits.sum(), 1.0)
             else:
                 logs = torch.log_softmax(logits, -1)

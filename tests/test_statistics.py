@@ -10,6 +10,7 @@ from dare_agg.errors import ConfigError
 from dare_agg.layout import layout_of
 from dare_agg.merge.engine import merge_deltas
 from dare_agg.merge.sources import pair_source
+from dare_agg.sparsify import dare_given
 from dare_agg.statistics import collect_fisher, collect_grams, read_texts, write_statistics
 
 torch = pytest.importorskip("torch")
@@ -77,6 +78,67 @@ def test_fisher_end_to_end(examples: int, norm: int) -> None:
         statistics.append({name: found[name] for name in expected})
     got, wanted = merged(expected, "fisher", statistics, normalize=bool(norm))
     np.testing.assert_allclose(got, wanted, rtol=0, atol=1e-6)
+
+
+@pytest.mark.parametrize("method", ["fisher", "regmean"])
+def test_statistics_of_dropped_models(method: str) -> None:
+    arrays = under(load("dare_regmean_fisher"), f"{method}_merging")
+    ids = load("dare_regmean_fisher")
+    expected = {k: v for k, v in arrays.items() if not k.startswith("drop_mask/")}
+    layout = layout_of({name: array.shape for name, array in expected.items()})
+    models = load("models_A")
+    base = under(models, "base")
+    sources, statistics = [], []
+    for i in range(2):
+        weights = under(models, f"m{i}")
+        for name, drop in under(arrays, f"drop_mask/m{i}").items():
+            delta = (weights[name] - base[name]).reshape(-1)
+            kept = dare_given(delta, drop.reshape(-1) != 0, "0.5").reshape(drop.shape)
+            weights[name] = base[name] + kept
+        weights.pop("param_order", None)
+        sources.append(pair_source(layout.flatten(base), layout.flatten(weights)))
+        if method == "fisher":
+            found = collect_fisher(Tiny(weights), batches(ids, i), rule="reference", examples=16)
+        else:
+            found = collect_grams(Tiny(weights), batches(ids, i), examples=16)
+        statistics.append({k: v for k, v in found.items() if k in expected})
+    options = {"normalize": True} if method == "fisher" else {"off-diagonal": 0.9, "ridge": 0}
+    delta, _ = merge_deltas(layout, sources, method, statistics=statistics, options=options)
+    np.testing.assert_allclose(
+        layout.flatten(base) + delta, layout.flatten(expected), rtol=0,
+        atol=1e-6 if method == "fisher" else 2e-4,
+    )  # fmt: skip
+
+
+@pytest.mark.parametrize("norm", [0, 1])
+@pytest.mark.parametrize("weights", [None, [0.3, 0.9]])
+def test_fisher_of_a_regression(norm: int, weights: list[float] | None) -> None:
+    arrays = load("fisher_regression")
+    models, statistics = [], []
+    for i in range(2):
+        named = {k: arrays[f"m{i}/{k}"] for k in ("l.weight", "l.bias")}
+        network = torch.nn.Module()
+        network.l = torch.nn.Linear(3, 1)
+        network.load_state_dict({k: torch.tensor(v) for k, v in named.items()})
+        rows = [
+            {key: torch.tensor(arrays[f"m{i}/batch{b}/{key}"]) for key in ("x", "y")}
+            for b in range(2)
+        ]
+        rows = [{"x": row["x"], "labels": row["y"]} for row in rows]
+        statistics.append(
+            collect_fisher(network, rows, rule="reference", forward=lambda m, b: m.l(b["x"]))
+        )
+        models.append(named)
+    layout = layout_of({k: v.shape for k, v in models[0].items()})
+    zero = np.zeros(layout.size, np.float32)
+    sources = [pair_source(zero, layout.flatten(m)) for m in models]
+    got, _ = merge_deltas(
+        layout, sources, "fisher", statistics=statistics, weights=weights,
+        options={"normalize": bool(norm)},
+    )  # fmt: skip
+    named = "none" if weights is None else "0.3_0.9"
+    expected = layout.flatten(under(arrays, f"norm{norm}/coef_{named}"))
+    np.testing.assert_allclose(got, expected, rtol=0, atol=1e-6)
 
 
 @pytest.mark.parametrize("examples", [16, 8, 6])

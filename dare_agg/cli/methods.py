@@ -30,7 +30,9 @@ def methods(
                         "statistics": row.statistics,
                         "options": {
                             key: {
-                                "default": option.default,
+                                "default": option.usual
+                                if option.default is None
+                                else option.default,
                                 "help": option.help,
                                 "choices": list(option.choices),
                                 "per_model": option.per_model,
@@ -50,7 +52,8 @@ def methods(
         console.print(f"  weights {'1/n' if row.mean else '1'} by default{needs}", highlight=False)
         for key, option in row.options.items():
             words = f" ({' | '.join(option.choices)})" if option.choices else ""
-            default = "" if option.default is None else f" \\[{option.default}]"
+            usual = option.usual if option.default is None else option.default
+            default = "" if usual is None else f" \\[{usual}]"
             each = ", or one a model" if option.per_model else ""
             console.print(f"  {key}{default}: {option.help}{words}{each}", highlight=False)
         console.print(f"  {row.reference}", highlight=False, style="dim")

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 from dare_agg.errors import ConfigError, did_you_mean
@@ -22,7 +22,8 @@ class Option:
     """One option of a method: its default, what is allowed, and what it does.
 
     ``per_model`` options also take a list, one number for each model. A ``None`` default
-    means "not given".
+    means "not given": what then happens is ``usual``. ``also`` maps other words, in lower
+    case, to choices.
     """
 
     default: Any
@@ -31,6 +32,8 @@ class Option:
     low: float = -math.inf
     high: float = math.inf
     per_model: bool = False
+    also: Mapping[str, str] = field(default_factory=dict)
+    usual: Any = None
 
     def check(self, name: str, value: Any) -> Any:
         """Return the value in the default's type; raises `ConfigError` out of bounds."""
@@ -39,6 +42,7 @@ class Option:
         if self.per_model and isinstance(value, list | tuple):
             return tuple(self.check(name, one) for one in value)
         if self.choices:
+            value = self.also.get(str(value).lower(), value)
             if value not in self.choices:
                 raise ConfigError(f"{name} = {value!r}{did_you_mean(str(value), self.choices)}")
             return value
@@ -96,11 +100,14 @@ _SIGN_TIE = Option(
     "majority-or-negative), or counts as +",
     ("majority", "majority-or-negative", "positive"),
 )
+# mergekit's true and false.
+_AGREEING_OR_NOT = {"true": "agreeing", "false": "none"}
 _NORMALIZE = Option(
     "agreeing",
     "divide by the weights that agree, by the expected weights n(1-p) before the rescale, or "
     "not; max takes the largest",
     ("agreeing", "expected", "none", "max"),
+    also=_AGREEING_OR_NOT,
 )
 _OFTEN_PLUS = Option("positive", _SIGN_TIE.help, _SIGN_TIE.choices)
 
@@ -130,10 +137,11 @@ METHODS: dict[str, Method] = {
             {
                 "trim": Option(
                     None,
-                    "share of each delta removed, smallest first (0.8 where density is not given)",
+                    "share of each delta removed, smallest first",
                     low=0,
                     high=1,
                     per_model=True,
+                    usual=0.8,
                 ),
                 "density": Option(
                     None,
@@ -147,7 +155,15 @@ METHODS: dict[str, Method] = {
                 ),
                 "normalize": _NORMALIZE,
                 "sign-tie": _SIGN_TIE,
-                "rescale": Option(False, "restore each delta's L1 norm after trimming (mergekit)"),
+                "rescale": Option(
+                    "none",
+                    "restore this norm of each delta after trimming (mergekit; true is l1)",
+                    ("none", "l1", "l2", "linf"),
+                    also={"true": "l1", "false": "none"},
+                ),
+                "elect": Option(
+                    "sum", "signs by the sum of the entries or by their count", ("sum", "count")
+                ),
             },
         ),
         Method(
@@ -225,7 +241,9 @@ METHODS: dict[str, Method] = {
                 "density": _DENSITY,
                 "gamma": Option(0.01, "share of the largest entries removed", low=0, high=1),
                 "sign-consensus": Option(False, _SIGNS.help),
-                "normalize": Option("none", _NORMALIZE.help, _NORMALIZE.choices),
+                "normalize": Option(
+                    "none", _NORMALIZE.help, _NORMALIZE.choices, also=_AGREEING_OR_NOT
+                ),
                 "sign-tie": _OFTEN_PLUS,
             },
         ),
@@ -243,7 +261,9 @@ METHODS: dict[str, Method] = {
                     ("keep", "l1", "none"),
                 ),
                 "sign-consensus": _SIGNS,
-                "normalize": Option("expected", _NORMALIZE.help, _NORMALIZE.choices),
+                "normalize": Option(
+                    "expected", _NORMALIZE.help, _NORMALIZE.choices, also=_AGREEING_OR_NOT
+                ),
                 "sign-tie": _OFTEN_PLUS,
                 "seed": Option(0, "seed of the drops", low=0, high=2**53),
             },

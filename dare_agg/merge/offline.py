@@ -287,7 +287,7 @@ def sparsified(opened: list[_Opened], recipe: Recipe, layout: Layout) -> list[_O
     ]
     if recipe.sparsifier == "mergekit-dare":
         masked = [
-            replace(m, source=ScaledSource(m.source, spans, _l1_ratios(o.source, m.source, spans)))
+            replace(m, source=ScaledSource(m.source, spans, l1_ratios(o.source, m.source, spans)))
             for o, m in zip(opened, masked, strict=True)
         ]
     return masked
@@ -319,7 +319,7 @@ def mask_keys(opened: list[_Opened], seed: int) -> list[bytes]:
     return keys
 
 
-def _l1_ratios(
+def l1_ratios(
     whole: DeltaSource, dropped: DeltaSource, spans: list[tuple[int, int]]
 ) -> FloatVector:
     """‖δ‖₁ / ‖dropped δ‖₁ for each tensor: mergekit's rescale, for parity."""

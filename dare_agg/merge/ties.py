@@ -3,9 +3,8 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from threading import Lock
-from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
@@ -36,8 +35,8 @@ def ties(task: MergeTask) -> Kernel:
         kept = [[_reference_kept(hi - lo, r) for lo, hi in scope] for r in rates]
     bounds = _trim_bounds(task, scope, kept)
     factors = None
-    if options["rescale"] and bounds is not None:
-        factors = l1_factors(task, scope, bounds)
+    if options["rescale"] != "none" and bounds is not None:
+        factors = norm_factors(task, scope, bounds, options["rescale"])
     if len(spans) > len(scope) and bounds is not None:
         # One threshold a model for spans that differ in weight only.
         bounds = tuple(np.repeat(b, len(spans), axis=1) for b in bounds)  # type: ignore[assignment]
@@ -87,7 +86,8 @@ def consensus(
     shares = task.values_at(task.weights, spans) if weights is None else weights
     scaling = task.values_at(task.scaling, spans)
     used = shares if factors is None else shares * factors
-    if bounds is None and factors is None and task.is_sparse:
+    by_count = task.options.get("elect") == "count"
+    if bounds is None and factors is None and task.is_sparse and not by_count:
         return _sparse_consensus(task, spans, starts, shares, scaling)
     multipliers, counts = used.astype(np.float32), shares.astype(np.float32)
     normalize, tie = task.options["normalize"], task.options["sign-tie"]
@@ -106,6 +106,8 @@ def consensus(
             alike = bool(equal[span]) and multipliers[0, span] > 0 and task.count < 256
             own = None if alike else multipliers[:, span]
             _trim_and_sum(part, _at(bounds, span), own, total, scratch)
+            if by_count:
+                total[:] = np.sign(part).sum(axis=0)
             _elected(part, total, counts[:, span], normalize, alike, tie, majority, scratch)
             factor = scaling[span]
             if normalize == "expected":
@@ -363,37 +365,36 @@ class _SparseMajority:
             return self._sign
 
 
-def l1_factors(task: MergeTask, spans: Sequence[Span], bounds: Bounds) -> NDArray[np.float32]:
-    """‖δ‖₁ / ‖trimmed δ‖₁ for each model and span (mergekit's rescale)."""
-    return norm_factors(
-        task,
-        spans,
-        lambda row, model, span: (
-            row
-            * ((np.abs(row) >= bounds[0][model, span]) & (np.abs(row) <= bounds[1][model, span]))
-        ),
-    )
-
-
 def norm_factors(
-    task: MergeTask,
-    spans: Sequence[Span],
-    sparsify: Callable[[FloatVector, int, int], NDArray[Any]],
+    task: MergeTask, spans: Sequence[Span], bounds: Bounds, norm: str
 ) -> NDArray[np.float32]:
-    """Ratio of the L1 norms before and after ``sparsify(tile, model, span)``."""
+    """‖δ‖ / ‖trimmed δ‖ for each model and span, in the norm l1, l2 or linf (mergekit)."""
     factors = np.ones((task.count, len(spans)), np.float32)
     buffer = np.empty(FIXED_BLOCK, np.float32)
     for model, source in enumerate(task.sources):
         for span, (start, stop) in enumerate(spans):
-            before, after = [], []
+            parts = []
             for lo in range(start, stop, FIXED_BLOCK):
-                hi = min(stop, lo + FIXED_BLOCK)
-                row = buffer[: hi - lo]
-                source.read(lo, hi, row)
-                before.append(float(np.abs(row).sum(dtype=np.float64)))
-                kept = sparsify(row, model, span)
-                after.append(float(np.abs(kept).sum(dtype=np.float64)))
-            whole, left = math.fsum(before), math.fsum(after)
+                row = buffer[: min(stop, lo + FIXED_BLOCK) - lo]
+                source.read(lo, lo + row.size, row)
+                np.abs(row, out=row)
+                kept = row * ((row >= bounds[0][model, span]) & (row <= bounds[1][model, span]))
+                parts.append((_power(row, norm), _power(kept, norm)))
+            if norm == "linf":
+                whole, left = (max(column) for column in zip(*parts, strict=True))
+            else:
+                whole, left = (math.fsum(column) for column in zip(*parts, strict=True))
+            if norm == "l2":
+                whole, left = math.sqrt(whole), math.sqrt(left)
             if whole >= 1e-7 and left >= 1e-7:
                 factors[model, span] = whole / left
     return factors
+
+
+def _power(sizes: FloatVector, norm: str) -> float:
+    """The part of a block in a norm: its sum, its sum of squares or its maximum."""
+    if norm == "linf":
+        return float(sizes.max())
+    if norm == "l2":
+        return float((sizes.astype(np.float64) ** 2).sum())
+    return float(sizes.sum(dtype=np.float64))

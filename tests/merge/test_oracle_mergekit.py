@@ -9,6 +9,7 @@ import pytest
 
 from dare_agg.layout import Layout, layout_of
 from dare_agg.merge.engine import merge_deltas
+from dare_agg.merge.offline import l1_ratios
 from dare_agg.merge.sources import ScaledSource, array_source
 from dare_agg.sparsify import dare_given
 
@@ -79,27 +80,29 @@ def test_magnitude_and_outliers() -> None:
         if kind == "outliers":
             method = "breadcrumbs"
             options = {"density": float(density[1:]), "gamma": float(last[1:])}
-        elif last in ("None", "l1"):
-            options |= {"rescale": last == "l1", "normalize": "none"}
         else:
-            continue
+            options |= {"rescale": last.lower(), "normalize": "none"}
         result, _ = merge_deltas(layout, [array_source(delta.ravel())], method, options=options)
         np.testing.assert_allclose(
             result, load("sparsify")[key].ravel(), rtol=0, atol=2e-6, err_msg=key
         )
         seen.add((kind, last))
-    assert len(seen) >= 4
+    assert seen >= {("magnitude", norm) for norm in ("None", "l1", "l2", "linf")}
 
 
 def test_sign_consensus() -> None:
     layout, base, models = problem()
     deltas = [array_source(m - base) for m in models]
-    for key, weights in (("sum", [1.0] * 4), ("sum_weighted", [0.5, 1, 0.25, -0.5])):
+    for key in ("sum", "count", "sum_weighted", "count_weighted"):
+        weights = [0.5, 1, 0.25, -0.5] if "weighted" in key else [1.0] * 4
         keep = tensors("sign_consensus", key)
         rows = [{n: mask[i] for n, mask in keep.items()} for i in range(4)]
         merged, _ = merge_deltas(
             layout, deltas, "ties", weights=weights,
-            options={"trim": 0, "normalize": "none", "sign-tie": "positive"},
+            options={
+                "trim": 0, "normalize": "none", "sign-tie": "positive",
+                "elect": key.partition("_")[0],
+            },
         )  # fmt: skip
         expected = sum(
             w * (m - base) * layout.flatten({n: a.astype(np.float32) for n, a in row.items()})
@@ -120,11 +123,26 @@ def test_dare_with_given_masks(rule: str) -> None:
     dropped = [array_source(dare_given(d, ~k, "0.7")) for d, k in zip(deltas, kept, strict=True)]
     if rule == "mergekit":
         spans = [(e.offset, e.stop) for e in layout.entries]
-        factors = l1_factors_of(layout, deltas, kept)
         dropped = [
-            ScaledSource(array_source(d * k), spans, f)
-            for d, k, f in zip(deltas, kept, factors, strict=True)
+            ScaledSource(
+                array_source(d * k), spans, l1_ratios(array_source(d), array_source(d * k), spans)
+            )
+            for d, k in zip(deltas, kept, strict=True)
         ]
+    spans = [(e.offset, e.stop) for e in layout.entries]
+    masked = {norm: tensors("dare_given_masks", f"masked_{norm}") for norm in ("None", "l1")}
+    paper = tensors("dare_given_masks", "paper_rescale")
+    for i, (delta, keep) in enumerate(zip(deltas, kept, strict=True)):
+        whole, left = array_source(delta), array_source(delta * keep)
+        ratios = l1_ratios(whole, left, spans)
+        for source, wanted in (
+            (left, masked["None"]), (ScaledSource(left, spans, ratios), masked["l1"]),
+            (array_source(dare_given(delta, ~keep, "0.7")), paper),
+        ):  # fmt: skip
+            found = np.empty(layout.size, np.float32)
+            source.read(0, layout.size, found)
+            expected = layout.flatten({n: a[i] for n, a in wanted.items()})
+            np.testing.assert_allclose(found, expected, rtol=0, atol=2e-6)
     ties = {"trim": 0, "normalize": "none", "sign-tie": "positive"}
     for name, method, options in (
         ("dare_linear", "task-arithmetic", {}),
@@ -135,19 +153,3 @@ def test_dare_with_given_masks(rule: str) -> None:
         expected = layout.flatten(tensors("dare_given_masks", f"{name}_{rule}"))
         # The files hold the whole model for some rows and the delta for none.
         np.testing.assert_allclose(base + delta, expected, rtol=0, atol=2e-6, err_msg=name)
-
-
-def l1_factors_of(
-    layout: Layout, deltas: list[np.ndarray], kept: list[np.ndarray]
-) -> list[np.ndarray]:
-    factors = []
-    for delta, keep in zip(deltas, kept, strict=True):
-        sums = [
-            (
-                np.abs(delta[e.offset : e.stop]).sum(),
-                np.abs((delta * keep)[e.offset : e.stop]).sum(),
-            )
-            for e in layout.entries
-        ]
-        factors.append(np.array([a / b for a, b in sums], np.float32))
-    return factors

@@ -8,7 +8,8 @@ import pytest
 
 from dare_agg.layout import Layout, layout_of
 from dare_agg.merge.engine import merge_deltas
-from dare_agg.merge.sources import array_source, pair_source
+from dare_agg.merge.sources import ArraySource, array_source, pair_source
+from dare_agg.sparsify import dare_given
 
 DATA = Path(__file__).resolve().parent.parent / "data" / "mergelm"
 TOLERANCE = 1e-6
@@ -123,6 +124,59 @@ def test_ties_stages(official: bool) -> None:
             np.testing.assert_allclose(
                 merged, arrays[f"{case}/{rate}/{key}"], rtol=0, atol=TOLERANCE, err_msg=case
             )
+
+
+def dropped_model(kind: str, number: int, rate: str, layout: Layout) -> ArraySource:
+    """DARE of a model with the reference's mask of it."""
+    masks = under(load("dare_models"), f"drop_mask_p{rate}/m{number}")
+    base, tuned = (layout.flatten(model(kind, w)) for w in ("base", f"m{number}"))
+    return array_source(dare_given(tuned - base, layout.flatten(masks) != 0, rate))
+
+
+@pytest.mark.parametrize("rate", ["0.5", "0.9"])
+@pytest.mark.parametrize("kind", ["A", "B"])
+def test_dare_of_whole_models(kind: str, rate: str) -> None:
+    arrays = load("dare_models")
+    for form in ("delta_weight", "finetuned_weight"):
+        for rescale in (0, 1):
+            expected = under(arrays, f"mask_model/{kind}/p{rate}/{form}/rescale{rescale}")
+            layout = layout_like(expected)
+            masks = under(arrays, f"drop_mask_p{rate}/m0")
+            drop = layout.flatten(masks) != 0
+            base, tuned = (layout.flatten(model(kind, w)) for w in ("base", "m0"))
+            # The paper's code can also mask the weights themselves.
+            start = base if form == "delta_weight" else np.zeros_like(base)
+            got = dare_given(tuned - start, drop, rate) if rescale else (tuned - start) * ~drop
+            np.testing.assert_allclose(
+                start + got, layout.flatten(expected), rtol=0, atol=2e-6, err_msg=f"{form}{rescale}"
+            )
+
+
+def test_dare_then_merge() -> None:
+    seen = set()
+    for case in cases("dare_models"):
+        if not case.startswith("mask_merging/"):
+            continue
+        _, kind, rate, words, count = case.split("/")
+        expected = under(load("dare_models"), case)
+        layout = layout_like(expected)
+        name, _, settings = words.partition("_scali")
+        scaling, _, trim = settings.partition("_param")
+        method = {
+            "average_merging": "average", "task_arithmetic": "task-arithmetic",
+            "ties_merging": "ties",
+        }[name]  # fmt: skip
+        sources = [dropped_model(kind, i, rate[1:], layout) for i in range(int(count[1:]))]
+        delta, _ = merge_deltas(
+            layout, sources, method, scaling=float(scaling or 1), tile=19,
+            options={"trim": float(trim)} if trim else {},
+        )  # fmt: skip
+        base = layout.flatten(model(kind, "base"))
+        np.testing.assert_allclose(
+            base + delta, layout.flatten(expected), rtol=0, atol=TOLERANCE, err_msg=case
+        )
+        seen.add((method, rate, kind))
+    assert len(seen) == 12
 
 
 def test_fisher_given() -> None:

@@ -19,15 +19,20 @@ def diagnose(
     layers: Annotated[
         int, typer.Option("--layers", min=0, help="Show this many tensors, largest first.")
     ] = 8,
+    report: Annotated[
+        Path | None, typer.Option("--report", help="Write an HTML page with plots, too.")
+    ] = None,
     json_: Annotated[bool, typer.Option("--json", help="Print one JSON object.")] = False,
 ) -> None:
     """Measure the deltas of models from BASE and say which drop rate looks safe."""
+    from dataclasses import replace
+
     from rich.table import Table
 
     from dare_agg.checkpoint import open_checkpoint
     from dare_agg.cli.output import print_json, stderr_console, stdout_console
     from dare_agg.diagnose import QUANTILES, diagnose_deltas
-    from dare_agg.merge.offline import open_model
+    from dare_agg.merge.offline import bases_named_by, open_model
     from dare_agg.merge.recipe import ModelInput
     from dare_agg.merge.sources import CachedSource
 
@@ -41,7 +46,17 @@ def diagnose(
         if model.checkpoint is not None:
             model.checkpoint.check_finite(layout)
         sources.append(model.source)
-    found = diagnose_deltas(layout, sources, names=[path.stem for path in models])
+    found = diagnose_deltas(layout, sources, names=_labels(models))
+    hint = (
+        bases_named_by(models) if any("nearer to each other" in w for w in found.warnings) else ""
+    )
+    if hint:
+        found = replace(found, warnings=(*found.warnings, hint))
+    if report is not None:
+        from dare_agg.report import write_diagnosis
+
+        words = " ".join(str(path) for path in (base, *models))
+        write_diagnosis(report, found, base=base.name, command=f"dare-agg diagnose {words}")
     if json_:
         print_json(found.as_dict())
         return
@@ -86,3 +101,13 @@ def diagnose(
     for warning in found.warnings:
         stderr_console().print(f"warning: {warning}", style="yellow", highlight=False)
     console.print(f"safe drop rate: {found.safe_drop_rate:g} ({found.why})", highlight=False)
+
+
+def _labels(paths: list[Path]) -> list[str]:
+    """File names without endings; with their folder where two are equal."""
+    stems = [path.stem if path.is_file() else path.name for path in paths]
+    if len(set(stems)) == len(stems):
+        return stems
+    return [
+        f"{path.absolute().parent.name}/{stem}" for path, stem in zip(paths, stems, strict=True)
+    ]

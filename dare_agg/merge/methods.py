@@ -279,12 +279,25 @@ METHODS: dict[str, Method] = {
 }
 
 
+# What mergekit calls methods of its own are rows with options here.
+_MERGEKIT_NAMES = {
+    "dare-linear": "task-arithmetic --drop-rate P",
+    "dare-ties": "ties --option trim=0 --drop-rate P",
+    "della-linear": "della --option sign-consensus=false",
+    "breadcrumbs-ties": "breadcrumbs --option sign-consensus=true",
+}
+
+
 def find_method(name: str) -> Method:
     """Return the row of a merge method; an unknown name raises `ConfigError`.
 
     Underscores count as dashes, so mergekit's spelling is understood.
     """
     plain = name.replace("_", "-")
+    if plain in _MERGEKIT_NAMES:
+        raise ConfigError(
+            f"merge method {name!r} is mergekit's; here it is --method {_MERGEKIT_NAMES[plain]}"
+        )
     if plain not in METHODS:
         raise ConfigError(f"merge method {name!r} is unknown{did_you_mean(plain, METHODS)}")
     return METHODS[plain]

@@ -7,13 +7,16 @@ which they were named changes nothing; weights, seeds and statistics travel with
 
 from __future__ import annotations
 
+import contextlib
+import json
 import re
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+import yaml
 from numpy.typing import NDArray
 
 from dare_agg.card import model_card
@@ -37,7 +40,7 @@ from dare_agg.errors import (
 )
 from dare_agg.layout import FloatVector, Layout, compile_patterns, layout_of, matches
 from dare_agg.mask import Mask, parse_drop_rate
-from dare_agg.merge.adapter import adapter_base, adapter_source, is_adapter
+from dare_agg.merge.adapter import CONFIG_NAME, adapter_base, adapter_source, is_adapter
 from dare_agg.merge.engine import prepare_merge, run_tiles
 from dare_agg.merge.identity import content_order, sketch
 from dare_agg.merge.methods import find_method
@@ -420,9 +423,42 @@ def range_warnings(opened: list[_Opened], recipe: Recipe) -> list[str]:
         samples.append(array_source(picked))
     names = [str(model.given.path) for model in dense]
     found = diagnose_deltas(layout_of({"sample": (blocks.size,)}), samples, names=names)
+    warnings = list(found.warnings)
+    if any("nearer to each other" in warning for warning in warnings):
+        warnings += filter(None, [bases_named_by([model.given.path for model in dense])])
     if recipe.drop_rate is None:
-        return [w for w in found.warnings if "unsafe" not in w]
-    return list(found.warnings)
+        return [w for w in warnings if "unsafe" not in w]
+    return warnings
+
+
+def bases_named_by(paths: Sequence[Path]) -> str:
+    """Say which bases the models' own files name; empty where they name none."""
+    named: dict[str, list[str]] = {}
+    for path in paths:
+        for base in _named_bases(path):
+            named.setdefault(base, []).append(path.name)
+    told = [f"{base!r} ({', '.join(models)})" for base, models in sorted(named.items())]
+    return f"the models' own files name as base: {'; '.join(told)}" if told else ""
+
+
+def _named_bases(path: Path) -> set[str]:
+    found: set[str] = set()
+    for file, keys in (
+        (CONFIG_NAME, ("base_model_name_or_path",)),
+        ("config.json", ("base_model", "_name_or_path")),
+    ):
+        with contextlib.suppress(OSError, ValueError):
+            values = json.loads((path / file).read_text(encoding="utf-8"))
+            found |= {
+                str(values[key]) for key in keys if isinstance(values, dict) and values.get(key)
+            }
+    with contextlib.suppress(OSError, ValueError, yaml.YAMLError):
+        # The YAML head of a model card.
+        _, head, _ = (path / "README.md").read_text(encoding="utf-8").split("---", 2)
+        card = yaml.safe_load(head)
+        bases = card.get("base_model") if isinstance(card, dict) else None
+        found |= {str(base) for base in ([bases] if isinstance(bases, str) else bases or ())}
+    return {base for base in found if base not in (str(path), path.name)}
 
 
 def _described(model: _Opened, name: bytes) -> dict[str, Any]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 import tomllib
 from collections.abc import Mapping
 from pathlib import Path
@@ -120,6 +121,12 @@ def make_recipe(values: Mapping[str, Any]) -> Recipe:
             key = str(first["loc"][-1])
             raise ConfigError(
                 f"recipe key {where!r} is unknown{did_you_mean(key, known)}"
+            ) from error
+        if first["type"] == "literal_error":
+            # In pydantic's words: 'dare', 'drop-only' or 'magnitude'
+            known = re.findall(r"'([^']*)'", first["ctx"]["expected"])
+            raise ConfigError(
+                f"{where} {first['input']!r} is unknown{did_you_mean(str(first['input']), known)}"
             ) from error
         raise ConfigError(
             f"recipe {where or 'as a whole'}: {first['msg']} (got {str(first['input'])[:60]!r})"

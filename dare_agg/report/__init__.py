@@ -1,5 +1,6 @@
 """The HTML report of runs: `read_run` reads a run's folder, `write_report` writes the page."""
 
+from dare_agg.report.diagnosis import write_diagnosis
 from dare_agg.report.page import COLUMNS, table_row, write_report
 from dare_agg.report.records import (
     METRICS_FILE,
@@ -21,5 +22,6 @@ __all__ = [
     "read_metrics",
     "read_run",
     "table_row",
+    "write_diagnosis",
     "write_report",
 ]

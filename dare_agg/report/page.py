@@ -79,9 +79,6 @@ def write_report(
     path: Path, runs: Sequence[RunRecord], *, title: str, lead: str, command: str = ""
 ) -> Path:
     """Write the page to ``path`` and return it; figures without data are left out."""
-    from jinja2 import Environment, FileSystemLoader
-    from markupsafe import Markup
-
     figures = [
         [
             _shown("Accuracy by round", "Equal rounds, data and seeds.", accuracy_by_round(runs)),
@@ -107,25 +104,41 @@ def write_report(
         )
     if second:
         figures.append(second)
-    for group in figures:
-        for figure in group:
-            figure["svg"] = Markup(figure["svg"])
-    page = Environment(
-        loader=FileSystemLoader(Path(__file__).parent), autoescape=True
-    ).get_template("page.html.j2")
-    text = page.render(
+    return render_page(
+        path,
         title=title,
         lead=lead,
         cards=_cards(runs),
         columns=COLUMNS,
-        table=[
-            {"name": run.name, "colour": colour_of(index), "cells": table_row(run)}
-            for index, run in enumerate(runs)
-        ],
+        cells=[(run.name, table_row(run)) for run in runs],
         table_note=TABLE_NOTE,
         figures=figures,
         provenance=_provenance(runs),
         footer=f"dare-agg {__version__}" + (f" · made by: {command}" if command else ""),
+    )
+
+
+def render_page(
+    path: Path,
+    *,
+    cells: Sequence[tuple[str, Sequence[str]]],
+    figures: Sequence[Sequence[dict[str, Any]]],
+    **words: Any,
+) -> Path:
+    """Fill the template and write it; ``cells`` are the table's rows: a name and its cells."""
+    from jinja2 import Environment, FileSystemLoader
+    from markupsafe import Markup
+
+    page = Environment(
+        loader=FileSystemLoader(Path(__file__).parent), autoescape=True
+    ).get_template("page.html.j2")
+    text = page.render(
+        table=[
+            {"name": name, "colour": colour_of(index), "cells": row}
+            for index, (name, row) in enumerate(cells)
+        ],
+        figures=[[{**figure, "svg": Markup(figure["svg"])} for figure in g] for g in figures],
+        **words,
     )
     path.parent.mkdir(parents=True, exist_ok=True)
     path.write_text(text, encoding="utf-8")

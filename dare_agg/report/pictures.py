@@ -127,3 +127,47 @@ def sign_conflict(runs: Sequence[RunRecord]) -> str:
     axes.xaxis.get_major_locator().set_params(integer=True, min_n_ticks=1)
     axes.legend(frameon=False, fontsize=9, loc="lower right")
     return _svg(figure)
+
+
+def quantiles_by_layer(
+    layers: Sequence[tuple[str, Sequence[float]]], shares: Sequence[float], limit: float
+) -> str:
+    """Quantiles of |delta| of every tensor, in order, as SVG; ``limit`` is a dashed line."""
+    figure, axes = _figure(height=4.2)
+    places = range(len(layers))
+    for index, share in enumerate(shares):
+        # A tensor that did not move lies on the floor of the picture.
+        values = [max(quantiles[index], 1e-8) for _, quantiles in layers]
+        axes.plot(places, values, marker="o", markersize=2.5, linewidth=1.2,
+                  color=colour_of(index + 1), label=f"q{share:g}")  # fmt: skip
+    axes.axhline(limit, color="#be123c", linewidth=1.2, linestyle="--")
+    axes.set_yscale("log")
+    step = max(1, len(layers) // 12)
+    axes.set_xticks(list(places)[::step])
+    axes.set_xticklabels(
+        [name if len(name) < 31 else "…" + name[-30:] for name, _ in layers][::step],
+        rotation=60, ha="right", fontsize=7,
+    )  # fmt: skip
+    _label(axes, "", "|delta| (log scale)")
+    axes.legend(frameon=False, fontsize=9, loc="best", ncols=2)
+    return _svg(figure)
+
+
+def agreement_grid(
+    names: Sequence[str], cosine: Sequence[Sequence[float]], conflict: Sequence[Sequence[float]]
+) -> str:
+    """Cosines of all pairs as a coloured grid, with their sign conflict, as SVG."""
+    figure, axes = _figure(height=4.2)
+    axes.grid(False)
+    axes.imshow(cosine, vmin=-1, vmax=1, cmap="PuOr")
+    axes.set_xticks(range(len(names)), names, rotation=60, ha="right", fontsize=8)
+    axes.set_yticks(range(len(names)), names, fontsize=8)
+    if len(names) <= 8:
+        for i in range(len(names)):
+            for j in range(len(names)):
+                text = f"{cosine[i][j]:.2f}"
+                text += f"\n({100 * conflict[i][j]:.0f} %)" if i != j else ""
+                dark = abs(cosine[i][j]) > 0.6
+                axes.text(j, i, text, ha="center", va="center", fontsize=8,
+                          color="white" if dark else "#14213d")  # fmt: skip
+    return _svg(figure)

@@ -1,0 +1,60 @@
+"""The HTML page of a diagnosis: how far each layer moved, and how the models agree."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+from dare_agg import __version__
+from dare_agg.diagnose import QUANTILES, SMALL, Diagnosis
+from dare_agg.report.page import render_page
+from dare_agg.report.pictures import agreement_grid, quantiles_by_layer
+
+COLUMNS = ("Model", *(f"q{q:g}" for q in QUANTILES), "Largest", "> 0.005", "Zeros", "Norm")
+NOTE = (
+    "Quantiles of |delta| = |tuned − base|. DARE is safe while almost all of them stay below "
+    "0.005; where 0.01 is common, even a drop rate of 0.1 is known to destroy a model."
+)
+
+
+def write_diagnosis(path: Path, found: Diagnosis, *, base: str, command: str = "") -> Path:
+    """Write the page of a diagnosis against ``base`` (its name) to ``path`` and return it."""
+    shown = [t for t in found.tensors if t.size]
+    figures = [
+        {
+            "title": "How far each layer moved",
+            "note": f"|delta| by tensor in the model's order, the worst model. Dashed: {SMALL}.",
+            "svg": quantiles_by_layer([(t.name, t.quantiles) for t in shown], QUANTILES, SMALL),
+        }
+    ]
+    names = [model.name for model in found.models]
+    if len(names) > 1:
+        figures.append(
+            {
+                "title": "How the models agree",
+                "note": "Cosine of two deltas; in brackets the share of opposite signs.",
+                "svg": agreement_grid(names, found.cosine, found.conflict),
+            }
+        )
+    warnings = "".join(f" Warning: {warning}." for warning in found.warnings)
+    return render_page(
+        path,
+        title=f"Deltas from {base}",
+        lead=f"{len(names)} models, {found.parameters:,} parameters. {found.why}.{warnings}",
+        cards=[{"figure": f"{found.safe_drop_rate:g}", "text": "drop rate that looks safe"}],
+        columns=COLUMNS,
+        cells=[
+            (
+                model.name,
+                [
+                    *(f"{q:.2g}" for q in model.quantiles), f"{model.largest:.2g}",
+                    f"{model.above_small:.2%}", f"{model.zeros:.1%}", f"{model.norm:.3g}",
+                ],
+            )
+            for model in found.models
+        ],
+        table_note=NOTE,
+        figures=[figures],
+        provenance=json.dumps(found.as_dict(), indent=2),
+        footer=f"dare-agg {__version__}" + (f" · made by: {command}" if command else ""),
+    )  # fmt: skip

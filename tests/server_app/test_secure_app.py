@@ -42,6 +42,7 @@ def run(tiny_model: Path, review_files: Any, tmp_path: Path, monkeypatch: Any) -
     TaskIdentity.task_id = TaskIdentity.run_id = TaskIdentity.node_id = 1
     monkeypatch.setattr(identities, "_SCRYPT_N", 1 << 4)
     monkeypatch.setenv("XDG_RUNTIME_DIR", str(tmp_path))
+    monkeypatch.setenv("DARE_AGG_CACHE", str(tmp_path))
 
     def go(models: list[str], **changes: Any) -> tuple[Path, list[dict], dict]:
         for key, value in practice_consortium(tmp_path / "run" / "keys", 4, models).items():
@@ -72,15 +73,19 @@ def run(tiny_model: Path, review_files: Any, tmp_path: Path, monkeypatch: Any) -
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("method", ["mean", "ties"])
-def test_secure_training_learns(run: Any, method: str) -> None:
+@pytest.mark.parametrize(("method", "downlink"), [("mean", "auto"), ("ties", "full")])
+def test_secure_training_learns(run: Any, method: str, downlink: str) -> None:
     changes = {"secure": method, "drop-rate": "0.5", "num-rounds": 4, "secure-clip": 0.2}
+    changes["downlink"] = downlink
     folder, rows, status = run([], **changes)
     assert status["status"] == "completed"
     assert [row["accepted"] for row in rows] == [4] * 4
     assert all(row["method"] == f"secure-{method}" and not row["rejected"] for row in rows)
     assert rows[-1]["accuracy"] > 0.8
     assert (rows[-1].get("secure_lone_share") is None) == (method == "mean")
+    down = [row["download_bytes_per_client"] for row in rows]
+    # Parties make the public base themselves: no model travels, only steps.
+    assert (max(down) < rows[0]["parameters"]) == (downlink == "auto")
     assert (folder / f"model-secure-{method}" / "model.safetensors").is_file()
 
 

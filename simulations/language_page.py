@@ -84,7 +84,7 @@ def loss_plot(rows: Rows, path: Path) -> Path:
                   color=COLOURS[(index + 2) % len(COLOURS)], label=name)  # fmt: skip
     for name, style in (("tuned", "--"), ("base", ":")):
         axes.axhline(bounds[name], color="#6b7280", linestyle=style, linewidth=1.1)
-        axes.text(3.03, bounds[name], name, va="center", fontsize=8.5, color="#6b7280")
+        axes.text(3.03, bounds[name], name, va="bottom", fontsize=8.5, color="#6b7280")
     axes.set_ylim(bounds["tuned"] - 0.1 * (top - bounds["tuned"]), top)
     axes.set_xlim(0, 3.2)
     ticks = (0.1, 0.3, 0.5, 0.7, 0.8, 0.9, 0.99, 0.999)
@@ -92,7 +92,7 @@ def loss_plot(rows: Rows, path: Path) -> Path:
     axes.set_xticklabels([f"{p:g}".removeprefix("0") for p in ticks])
     axes.set_xlabel("drop rate")
     axes.set_ylabel("test loss, nats a token")
-    axes.legend(frameon=False, fontsize=8.5, loc="center left")
+    axes.legend(frameon=False, fontsize=8.5, loc="upper left")
     return save(figure, path)
 
 

@@ -23,6 +23,7 @@ import shutil
 import statistics
 import subprocess
 import sys
+import tempfile
 import threading
 import time
 from pathlib import Path
@@ -185,10 +186,12 @@ def compare(ours: Path, theirs: Path, dtype: str) -> dict[str, float]:
     }
 
 
-def speed(arguments: argparse.Namespace, work: Path, command: Path | None) -> list[dict[str, Any]]:
+def speed(
+    arguments: argparse.Namespace, work: Path, outputs: Path, command: Path | None
+) -> list[dict[str, Any]]:
     """One row a method and dtype."""
     rows = []
-    ours_out, theirs_out = work / "ours", work / "theirs"
+    ours_out, theirs_out = outputs / "ours", outputs / "theirs"
     for dtype in arguments.dtypes:
         shapes = llama_shapes(arguments.layers)
         paths = make_checkpoints(work / f"{dtype}-{arguments.layers}", 4, dtype, shapes)
@@ -217,7 +220,7 @@ def speed(arguments: argparse.Namespace, work: Path, command: Path | None) -> li
     return rows
 
 
-def updates(arguments: argparse.Namespace, work: Path) -> list[dict[str, Any]]:
+def updates(arguments: argparse.Namespace, work: Path, outputs: Path) -> list[dict[str, Any]]:
     """Ten updates of p = .99 against the ten checkpoints they come from, same bits out."""
     rows, rate, count = [], "0.99", 10
     for dtype in arguments.dtypes:
@@ -225,7 +228,7 @@ def updates(arguments: argparse.Namespace, work: Path) -> list[dict[str, Any]]:
         base, *tuned = make_checkpoints(work / f"{dtype}-{arguments.layers}", count, dtype, shapes)
         files = []
         for number, path in enumerate(tuned):
-            files.append(work / f"{dtype}-{arguments.layers}" / f"{number}.dare")
+            files.append(outputs / f"{dtype}-{number}.dare")
             words = [sys.executable, "-m", "dare_agg.cli.main", "diff", str(base), str(path)]
             words += ["-o", str(files[-1]), "--force", "--drop-rate", rate, "--values", "f32"]
             timed([*words, "--seed", "1"], one_thread())
@@ -240,7 +243,7 @@ def updates(arguments: argparse.Namespace, work: Path) -> list[dict[str, Any]]:
             row: dict[str, Any] = {"method": method, "dtype": dtype, "models": count}
             outs = {}
             for name, (models, extra) in jobs.items():
-                outs[name] = work / f"out-{name}"
+                outs[name] = outputs / name
                 runs = [
                     run_ours(extra, [base, *models], outs[name], weighted=False)
                     for _ in range(arguments.repeats + 1)
@@ -264,7 +267,7 @@ def updates(arguments: argparse.Namespace, work: Path) -> list[dict[str, Any]]:
     return rows
 
 
-def memory(arguments: argparse.Namespace, work: Path) -> list[dict[str, Any]]:
+def memory(arguments: argparse.Namespace, work: Path, outputs: Path) -> list[dict[str, Any]]:
     """Peak anonymous memory by number of models (59 M parameters), then by their size."""
     dare = ["--drop-rate", "0.9", "--seed", "1"]
     jobs = {
@@ -282,12 +285,12 @@ def memory(arguments: argparse.Namespace, work: Path) -> list[dict[str, Any]]:
     rows = []
     for shapes, made, counts in cells:
         size = sum(int(np.prod(shape)) for shape in shapes.values())
-        folder = work / f"memory-{size}"
-        paths = make_checkpoints(folder, made, "bfloat16", shapes)
+        folder = outputs / f"memory-{size}"
+        paths = make_checkpoints(folder, made, "bfloat16", shapes, repeated=True)
         for count in counts:
             row: dict[str, Any] = {"models": count, "gigabytes": round(2 * size / 1e9, 2)}
             for name, words in jobs.items():
-                used = run_ours(words, paths[: count + 1], work / "ours", weighted=False)
+                used = run_ours(words, paths[: count + 1], outputs / "ours", weighted=False)
                 row[f"{name}_peak_anonymous_mib"] = round(used[2])
                 row[f"{name}_cpu_seconds"] = round(used[0], 2)
             rows.append(row)
@@ -321,21 +324,24 @@ def main() -> None:
     work = arguments.cache / "bench-merge"
     try:
         work.mkdir(parents=True, exist_ok=True)
+        # Outputs of its own: another run may be under way.
+        outputs = Path(tempfile.mkdtemp(prefix="out-", dir=work))
     except OSError as error:
         raise SystemExit(f"error: {work} cannot be made ({error}); give --cache FOLDER") from error
-    if arguments.updates:
-        found = {"updates": updates(arguments, work)}
-    elif arguments.memory:
-        found = {"memory": memory(arguments, work)}
-    else:
-        command = arguments.mergekit
-        if command is None and not arguments.ours_only:
-            command = mergekit_command(arguments.cache)
-        elif command is not None and not works(command):
-            raise SystemExit(f"error: {command} does not run; name a working mergekit-yaml")
-        found = {"rows": speed(arguments, work, command)}
-    for leftover in ("ours", "theirs"):
-        shutil.rmtree(work / leftover, ignore_errors=True)
+    try:
+        if arguments.updates:
+            found = {"updates": updates(arguments, work, outputs)}
+        elif arguments.memory:
+            found = {"memory": memory(arguments, work, outputs)}
+        else:
+            command = arguments.mergekit
+            if command is None and not arguments.ours_only:
+                command = mergekit_command(arguments.cache)
+            elif command is not None and not works(command):
+                raise SystemExit(f"error: {command} does not run; name a working mergekit-yaml")
+            found = {"rows": speed(arguments, work, outputs, command)}
+    finally:
+        shutil.rmtree(outputs, ignore_errors=True)
     if arguments.json:
         print(json.dumps(found))
 

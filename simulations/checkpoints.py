@@ -62,10 +62,12 @@ def make_checkpoints(
     shapes: dict[str, tuple[int, ...]] | None = None,
     spread: float = 0.001,
     shards: int = 1,
+    repeated: bool = False,
 ) -> list[Path]:
     """Make ``base`` and ``tuned0…`` under ``folder`` (kept if there); returns their paths.
 
-    The base is N(0, 0.02²), a tuned model the base plus N(0, ``spread``²), both rounded.
+    The base is N(0, 0.02²), a tuned model the base plus N(0, ``spread``²), both rounded. With
+    ``repeated`` one tile of each serves all of its tensors: quick, for measuring memory.
     """
     shapes = llama_shapes() if shapes is None else shapes
     paths = [folder / "base", *(folder / f"tuned{i}" for i in range(tuned))]
@@ -77,18 +79,32 @@ def make_checkpoints(
         if path.exists():
             continue
         with CheckpointWriter(path, plans, {"format": "pt"}, durable=False) as writer:
+            tile = None
+            if repeated:
+                common, own = np.random.default_rng([1]), np.random.default_rng([2, number])
+                tile = _tile(common, own, number, spread, _TILE)
             for index, (name, shape) in enumerate(sorted(shapes.items())):
                 size = int(np.prod(shape))
                 base = np.random.default_rng([1, index])
                 noise = np.random.default_rng([2, index, number])
                 for lo in range(0, size, _TILE):
-                    values = base.standard_normal(min(_TILE, size - lo), np.float32)
-                    values *= np.float32(0.02)
-                    if number:
-                        change = noise.standard_normal(values.size, np.float32)
-                        change *= np.float32(spread)
-                        values += change
+                    count = min(_TILE, size - lo)
+                    values = tile[:count] if tile is not None else None
+                    if values is None:
+                        values = _tile(base, noise, number, spread, count)
                     writer.write(name, lo, values)
             config = json.dumps(llama_config(shapes, dtype), indent=1)
             (writer.folder / "config.json").write_text(config)
     return paths
+
+
+def _tile(
+    base: np.random.Generator, noise: np.random.Generator, number: int, spread: float, count: int
+) -> np.ndarray:
+    values = base.standard_normal(count, np.float32)
+    values *= np.float32(0.02)
+    if number:
+        change = noise.standard_normal(count, np.float32)
+        change *= np.float32(spread)
+        values += change
+    return values

@@ -4,7 +4,8 @@
 
 Starts from good updates of every value format and mask, in-round and as files. Guided by
 coverage: a mutant that takes a step between two lines of the decoder not taken before, or
-leads to an answer not seen before (an error of other words), joins the ones to mutate further.
+leads to an answer not seen before (an error of other words), joins the ones to mutate further
+(steps are watched in one mutant of eight: it triples the time).
 Half of the mutants get a checksum, and files a context, that fit again, so that the checks
 behind them are reached. What is accepted is read to its end.
 """
@@ -56,6 +57,7 @@ from dare_agg.values import VALUE_FORMATS
 
 FILE_SHARE = 0.2
 MAX_CORPUS = 4000
+WATCHED = 8
 MAX_ACCEPTED_SIZE = 1 << 22
 HANG_SECONDS = 20
 MEMORY_LIMIT_MIB = 256
@@ -290,7 +292,7 @@ def fuzz(count: int, seed: int = 0, seconds: float = float("inf")) -> dict[str, 
                     spec = rng.choice(specs)
                 work = partial(decode_update, blob, spec)
             begin = time.perf_counter()
-            answer = steps.watched(partial(outcome, work))
+            answer = outcome(work) if number % WATCHED else steps.watched(partial(outcome, work))
             slowest = max(slowest, time.perf_counter() - begin)
             found[answer[0]] += 1
             fresh = answer not in seen or len(steps) > known

@@ -54,10 +54,12 @@ from dare_agg.update_file import (
     write_update_file,
 )
 from dare_agg.values import VALUE_FORMATS
+from simulations.run import append_row, read_rows
 
 FILE_SHARE = 0.2
 MAX_CORPUS = 4000
 WATCHED = 8
+PIECE = 50_000
 MAX_ACCEPTED_SIZE = 1 << 22
 HANG_SECONDS = 20
 MEMORY_LIMIT_MIB = 256
@@ -261,9 +263,9 @@ def fuzz(count: int, seed: int = 0, seconds: float = float("inf")) -> dict[str, 
     slowest, started = 0.0, time.perf_counter()
 
     def stuck(_: int, __: FrameType | None) -> None:
-        raise TimeoutError(f"64 mutants took longer than {HANG_SECONDS} s")
+        raise TimeoutError(f"64 mutants took longer than {HANG_SECONDS} CPU s")
 
-    signal.signal(signal.SIGALRM, stuck)
+    signal.signal(signal.SIGPROF, stuck)
     with tempfile.TemporaryDirectory(dir=_FAST_FOLDER) as name:
         folder = Path(name)
         in_round, files = seeds(folder)
@@ -273,7 +275,8 @@ def fuzz(count: int, seed: int = 0, seconds: float = float("inf")) -> dict[str, 
         for number in range(count):
             known = len(steps)
             if number % 64 == 0:
-                signal.alarm(HANG_SECONDS)
+                # Of CPU time: a machine that is busy or asleep is no hang.
+                signal.setitimer(signal.ITIMER_PROF, HANG_SECONDS)
                 if time.perf_counter() - started > seconds:
                     break
             as_file = rng.random() < FILE_SHARE
@@ -302,7 +305,7 @@ def fuzz(count: int, seed: int = 0, seconds: float = float("inf")) -> dict[str, 
                     files.append(blob)
                 else:
                     in_round.append((spec, blob))
-        signal.alarm(0)
+        signal.setitimer(signal.ITIMER_PROF, 0)
         grown = (resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before) / 1024
     assert grown < MEMORY_LIMIT_MIB, f"memory grew by {grown:.0f} MiB"
     return {
@@ -317,13 +320,41 @@ def fuzz(count: int, seed: int = 0, seconds: float = float("inf")) -> dict[str, 
     }
 
 
+def joined(rows: list[dict[str, Any]]) -> dict[str, Any]:
+    """The figures of several pieces as one: sums, or the largest."""
+    reasons: Counter[str] = Counter()
+    for row in rows:
+        reasons.update(row["reasons"])
+    return {
+        "mutants": sum(row["mutants"] for row in rows),
+        "reasons": dict(reasons.most_common()),
+        **{
+            name: max(row[name] for row in rows)
+            for name in ("answers", "steps", "corpus", "slowest_ms", "memory_growth_mib")
+        },
+        "seconds": round(sum(row["seconds"] for row in rows), 1),
+    }
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
     parser.add_argument("--count", type=int, default=1_000_000)
-    parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--seconds", type=float, default=float("inf"), help="stop after these")
+    parser.add_argument(
+        "--seed", type=int, default=0, help="of the first piece; the next is one up"
+    )
+    parser.add_argument("--seconds", type=float, default=float("inf"), help="stop a piece after")
+    parser.add_argument("--out", type=Path, help="append each piece to this file, skip those there")
     words = parser.parse_args()
-    print(json.dumps(fuzz(words.count, words.seed, words.seconds)))
+    rows = read_rows(words.out) if words.out else []
+    done = {row["seed"] for row in rows}
+    for number, start in enumerate(range(0, words.count, PIECE), words.seed):
+        if number in done:
+            continue
+        row = {"seed": number, **fuzz(min(PIECE, words.count - start), number, words.seconds)}
+        rows.append(row)
+        if words.out:
+            append_row(words.out, row)
+    print(json.dumps(joined(rows)))
 
 
 if __name__ == "__main__":

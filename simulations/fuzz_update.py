@@ -346,9 +346,10 @@ def main() -> None:
     parser.add_argument("--out", type=Path, help="append each piece to this file, skip those there")
     words = parser.parse_args()
     rows = read_rows(words.out) if words.out else []
-    done = {row["seed"] for row in rows}
     for number, start in enumerate(range(0, words.count, PIECE), words.seed):
-        if number in done:
+        # Several processes may share the file, from different seeds on.
+        rows = read_rows(words.out) if words.out else rows
+        if number in {row["seed"] for row in rows}:
             continue
         row = {"seed": number, **fuzz(min(PIECE, words.count - start), number, words.seconds)}
         rows.append(row)

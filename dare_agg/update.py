@@ -46,6 +46,8 @@ HEADER_BYTES = HEADER.size
 CHECKSUM_BYTES = 16
 _CHECKSUM_AT = HEADER_BYTES - CHECKSUM_BYTES
 _CHECKSUM_PIECE = 1 << 24
+# Fewer groups of survivors are encoded sooner than a thread starts.
+GROUPS_A_THREAD = 4
 MAX_CONTEXT_BYTES = 32
 _SURVIVORS_FIELD = 9
 _FLAG_RESCALE = 1
@@ -264,7 +266,8 @@ def encode_update(
     """Encode a delta, or a pair (base, tuned), as the update that ``spec`` describes.
 
     Reads the survivors only; extra memory does not grow with the model. The bits do not depend
-    on ``threads``, which share the groups of survivors of vectors in memory. Raises
+    on ``threads``, which share the groups of survivors of vectors in memory; as many start as
+    get `GROUPS_A_THREAD` each. Raises
     `NonFiniteError` for a survivor that is no number, `ConfigError` for another size.
     """
     # Its buffer becomes the result: the update is never there twice.
@@ -301,7 +304,7 @@ def encode_update_into(
 
     count = -(-survivors // GROUP)
     in_memory = isinstance(delta, tuple | np.ndarray)
-    threads = max(1, min(threads, count)) if in_memory else 1
+    threads = max(1, min(threads, count // GROUPS_A_THREAD)) if in_memory else 1
     if threads == 1:
         written = encode(0, count)
     else:

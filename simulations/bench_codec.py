@@ -29,7 +29,9 @@ from dare_agg.errors import ConfigError
 from dare_agg.kernels import KERNELS, choose_kernel, kernel_in_use
 from dare_agg.layout import FloatVector
 from dare_agg.mask import parse_drop_rate
+from dare_agg.rotation import GROUP
 from dare_agg.update import (
+    GROUPS_A_THREAD,
     HEADER_BYTES,
     UpdateSpec,
     decode_update,
@@ -114,6 +116,7 @@ class Codec:
 
     def decode(self, out: FloatVector, threads: int = 1) -> None:
         update = decode_update(self.blob, self.spec)
+        threads = max(1, min(threads, update.survivors // (GROUPS_A_THREAD * GROUP)))
         bounds = [out.size * part // threads for part in range(threads + 1)]
 
         def add(lo: int, hi: int) -> None:

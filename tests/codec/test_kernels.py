@@ -87,7 +87,8 @@ def test_every_value_format_has_the_same_bits(numba, values, stride, rescale):
 
 @pytest.mark.parametrize("values", ["b1", "b2", "f16"])
 @pytest.mark.parametrize("mask", ["stratified", "bernoulli"])
-def test_threads_change_no_bit(values, mask):
+def test_threads_change_no_bit(values, mask, monkeypatch):
+    monkeypatch.setattr("dare_agg.update.GROUPS_A_THREAD", 1)
     delta = hard_values(500_000)
     spec = spec_of(delta.size, Fraction(2), values, mask=mask)
     alone = encode_update(spec, delta)

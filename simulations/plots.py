@@ -143,9 +143,9 @@ def single_plot(rows: Rows, path: Path) -> Path:
         axes.grid(True, color="#e6eaf2", linewidth=0.8)
         if (place - 1) % across == 0:
             axes.set_ylabel("test accuracy, %", fontsize=9)
-        if place == 1:
-            axes.legend(frameon=False, fontsize=7.5, loc="lower left")
-    return save(figure, path)
+    handles, names = figure.axes[0].get_legend_handles_labels()
+    figure.legend(handles, names, loc="upper center", ncol=len(names), frameon=False, fontsize=8.5)
+    return save(figure, path, top=1 - 0.3 / figure.get_figheight())
 
 
 def rate_plot(rows: Rows, path: Path) -> Path:

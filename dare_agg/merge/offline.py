@@ -62,8 +62,9 @@ from dare_agg.merge.thresholds import kth_smallest
 TILE = 1 << 17
 # The label of mask keys that follow from a seed and a delta's contents.
 UPDATE_MASK = "update file mask"
-# Listing survivors has a cost for each tile, so sparse merges take larger ones.
-_SPARSE_TILE, _SPARSEST_TILE = 1 << 18, 1 << 20
+# Listing survivors has a cost for each tile, so sparse merges take larger ones: so many survivors
+# of each model, which are two whole steps of its mask, in a tile that stays in a cache.
+_LISTED, _LARGEST_TILE = 1 << 15, 1 << 19
 # Elements looked at for the range check, in runs of neighbours.
 _CHECKED, _RUN = 1 << 16, 256
 
@@ -177,8 +178,8 @@ def merge_offline(
 def _tile(sources: list[DeltaSource]) -> int:
     if not all(is_sparse(source) for source in sources):
         return TILE
-    share = max(s.survivors / s.size for s in sources if isinstance(s, SparseSource))
-    return _SPARSE_TILE if share > 0.03 else _SPARSEST_TILE
+    most = max(s.survivors for s in sources if isinstance(s, SparseSource))
+    return max(TILE, min(_LARGEST_TILE, _LISTED * sources[0].size // max(1, most)))
 
 
 def open_model(

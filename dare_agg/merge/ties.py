@@ -18,6 +18,8 @@ from dare_agg.merge.thresholds import kth_smallest_of_each
 # Bounds for |x| per (model, span): what lies in [low, high] stays. None keeps all.
 Bounds = tuple[NDArray[np.float32], NDArray[np.float32]]
 
+_SIGN = np.uint32(1 << 31)
+
 
 def ties(task: MergeTask) -> Kernel:
     """λ·(elected sum of the trimmed, weighted deltas) / what ``normalize`` says."""
@@ -277,62 +279,69 @@ def _sparse_consensus(
 
     def kernel(lo: int, hi: int, out: FloatVector, scratch: Scratch) -> None:
         size = hi - lo
-        sums, counts = scratch.get("sums", size), scratch.get("counts", size)
+        sums = scratch.get("sums", size)
         out[:] = 0
         sums[:] = 0
-        counts[:] = 0
         for span, a, b in cut(spans, starts, lo, hi):
-            lists = _survivors(task, factors[:, span], a, b, lo)
-            for model, at, values in lists:
-                # Before the first model there is nothing to add to.
-                if model:
-                    np.add.at(sums, at, values)
-                else:
-                    sums[at] = values
-            for model, at, values in lists:
-                elected = sums.take(at)
-                agree = (values > 0) == (elected >= 0)
-                if majority is not None and not elected.all():
-                    tied = elected == 0
+            at, values, lengths = _survivors(task, factors[:, span], a, b, lo)
+            np.add.at(sums, at, values)
+            elected = sums.take(at)
+            if majority is not None:
+                tied = elected == 0
+                tied &= values != 0
+                if tied.any():
                     sign = majority.sign()
-                    agree[tied] = (values[tied] > 0) == (sign > 0)
+                    elected[tied] = 1 if sign > 0 else -1
                     if sign == 0 and (tie == "majority" or normalize == "max"):
-                        agree[tied] = False
-                if normalize == "max":
-                    out[at] = np.where(
-                        agree & (np.abs(values) > np.abs(out.take(at))), values, out.take(at)
-                    )
-                    continue
-                if normalize == "agreeing":
-                    # Zeros add nothing and count nothing.
-                    np.add.at(counts, at, (agree & (values != 0)) * factors[model, span])
-                values *= agree
-                if model:
-                    np.add.at(out, at, values)
-                else:
-                    values += 0  # no negative zero
-                    out[at] = values
+                        values[tied] = 0
+            # Flipped by the elected sign, what agrees is positive; zeros add and count nothing.
+            flips, bits = elected.view(np.uint32), values.view(np.uint32)
+            flips &= _SIGN
+            bits ^= flips
+            np.maximum(values, 0, out=values)
+            if normalize == "agreeing":
+                counts = scratch.get("counts", size)
+                counts[at] = 0
+                np.add.at(counts, at, (values > 0) * np.repeat(factors[:, span], lengths))
+            if normalize == "max":
+                np.maximum.at(out, at, values)
+                out.view(np.uint32)[at] |= flips
+                out[a - lo : b - lo] += 0  # no negative zero
+            else:
+                bits ^= flips
+                np.add.at(out, at, values)
+            if normalize == "agreeing":
+                shares = counts.take(at)
+                shares[np.abs(shares) < 1e-8] = 1
+                out[at] = out.take(at) / shares
             factor = scaling[span]
             if normalize == "expected":
                 factor /= expected[span] or 1.0
             if factor != 1:
                 out[a - lo : b - lo] *= np.float32(factor)
-        if normalize == "agreeing":
-            counts[np.abs(counts) < 1e-8] = 1
-            out /= counts
 
     return kernel
 
 
 def _survivors(
     task: MergeTask, factors: NDArray[np.float32], a: int, b: int, lo: int
-) -> list[tuple[int, NDArray[np.int64], FloatVector]]:
-    """List (model, positions from ``lo`` on, weighted values) of the survivors in [a, b)."""
-    return [
-        (model, positions - lo, values * factor)
-        for model, (source, factor) in enumerate(zip(task.sources, factors, strict=True))
-        for positions, values in listed(source, a, b)
-    ]
+) -> tuple[NDArray[np.int64], FloatVector, list[int]]:
+    """All models' survivors in [a, b), one model after the other.
+
+    Returns their positions from ``lo`` on, their weighted values, and how many each model has.
+    """
+    positions: list[NDArray[np.int64]] = []
+    values: list[FloatVector] = []
+    lengths: list[int] = []
+    for source, factor in zip(task.sources, factors, strict=True):
+        before = len(values)
+        for found, piece in listed(source, a, b):
+            positions.append(found - lo)
+            values.append(piece * factor)
+        lengths.append(sum(part.size for part in values[before:]))
+    if not values:
+        return np.empty(0, np.int64), np.empty(0, np.float32), lengths
+    return np.concatenate(positions), np.concatenate(values), lengths
 
 
 class _SparseMajority:
@@ -358,8 +367,8 @@ class _SparseMajority:
                     sums = scratch.get("sums", hi - lo)
                     sums[:] = 0
                     for span, a, b in cut(spans, starts, lo, hi):
-                        for _, at, values in _survivors(task, factors[:, span], a, b, lo):
-                            np.add.at(sums, at, values)
+                        at, values, _ = _survivors(task, factors[:, span], a, b, lo)
+                        np.add.at(sums, at, values)
                     balance += int(np.count_nonzero(sums > 0)) - int(np.count_nonzero(sums < 0))
                 self._sign = (balance > 0) - (balance < 0)
             return self._sign

@@ -22,7 +22,8 @@ SMALL = 0.005
 LARGE = 0.01
 QUANTILES = (0.5, 0.9, 0.99, 0.999)
 DROP_RATES = (0.5, 0.7, 0.9, 0.95, 0.99, 0.995, 0.999)
-_BLOCK = 1 << 16
+# Elements of a tile, and at most of all models' tiles together.
+_BLOCK, _IN_ALL, _SMALLEST_BLOCK = 1 << 16, 1 << 18, 1 << 12
 _SAMPLE = 1 << 16
 
 
@@ -95,13 +96,14 @@ def diagnose_deltas(
     sources: Sequence[DeltaSource],
     *,
     names: Sequence[str] | None = None,
-    tile: int = _BLOCK,
+    tile: int | None = None,
 ) -> Diagnosis:
     """Measure deltas over a layout, one pass in bounded memory.
 
     ``names`` label the models in messages. Sums are taken tensor by tensor in float64.
     """
     count = len(sources)
+    tile = tile or max(_SMALLEST_BLOCK, min(_BLOCK, _IN_ALL // max(1, count)))
     labels = tuple(names) if names is not None else tuple(f"model {i}" for i in range(count))
     gram = np.zeros((count, count))
     both = np.zeros((count, count), np.int64)

@@ -59,14 +59,15 @@ from dare_agg.merge.sources import (
 from dare_agg.merge.task import FIXED_BLOCK, Scratch, is_sparse
 from dare_agg.merge.thresholds import kth_smallest
 
-TILE = 1 << 17
+# Elements of a tile, and at most of all models' tiles together: memory does not grow with them.
+TILE, _IN_ALL, _SMALLEST_TILE = 1 << 17, 1 << 20, 1 << 14
 # The label of mask keys that follow from a seed and a delta's contents.
 UPDATE_MASK = "update file mask"
 # Listing survivors has a cost for each tile, so sparse merges take larger ones: so many survivors
 # of each model, which are two whole steps of its mask, in a tile that stays in a cache.
-_LISTED, _LARGEST_TILE = 1 << 15, 1 << 19
-# Elements looked at for the range check, in runs of neighbours.
-_CHECKED, _RUN = 1 << 16, 256
+_LISTED, _LISTED_IN_ALL, _LARGEST_TILE = 1 << 15, 1 << 19, 1 << 19
+# Elements of a model, and of all of them, looked at for the range check, in runs of neighbours.
+_CHECKED, _CHECKED_IN_ALL, _RUN = 1 << 16, 1 << 19, 256
 
 
 @dataclass(frozen=True)
@@ -177,9 +178,10 @@ def merge_offline(
 
 def _tile(sources: list[DeltaSource]) -> int:
     if not all(is_sparse(source) for source in sources):
-        return TILE
-    most = max(s.survivors for s in sources if isinstance(s, SparseSource))
-    return max(TILE, min(_LARGEST_TILE, _LISTED * sources[0].size // max(1, most)))
+        return max(_SMALLEST_TILE, min(TILE, _IN_ALL // len(sources)))
+    share = max(s.survivors / s.size for s in sources if isinstance(s, SparseSource))
+    listed = min(_LISTED, _LISTED_IN_ALL // len(sources))
+    return max(TILE, min(_LARGEST_TILE, round(listed / share)))
 
 
 def open_model(
@@ -399,7 +401,7 @@ def _statistics(path: Path) -> Mapping[str, NDArray[Any]]:
 
 
 def range_warnings(opened: list[_Opened], recipe: Recipe) -> list[str]:
-    """The paper's check of the deltas' range, on an even sample of 2^16 elements.
+    """The paper's check of the deltas' range, on an even sample of up to 2^16 elements.
 
     Updates are left out: they hold what survived, rescaled, and were checked when opened.
     Raises `NonFiniteError` where the sample is not finite (adapters).
@@ -408,7 +410,7 @@ def range_warnings(opened: list[_Opened], recipe: Recipe) -> list[str]:
     if not dense:
         return []
     size = opened[0].source.size
-    count = min(size, _CHECKED)
+    count = min(size, _CHECKED, max(_RUN, _CHECKED_IN_ALL // len(dense)))
     starts = (
         np.arange(-(-count // _RUN), dtype=np.int64)
         * (size - min(_RUN, size))

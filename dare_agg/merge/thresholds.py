@@ -27,7 +27,7 @@ _HELD = 1 << 20
 _BINS = 1 << 20
 _INFINITY = 0x7F800000
 # Sources that share a pass, so that brackets take the same room for any number of them.
-_TOGETHER = 8
+_TOGETHER = 4
 
 
 def kth_smallest(

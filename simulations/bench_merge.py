@@ -164,7 +164,8 @@ def run_ours(
 ) -> tuple[float, float, float]:
     weights = ["--weights", ",".join([str(WEIGHT)] * (len(paths) - 1))] if weighted else []
     command = [sys.executable, "-m", "dare_agg.cli.main", "merge", *map(str, paths)]
-    return timed([*command, "-o", str(out), "--force", *weights, *words], one_thread())
+    shutil.rmtree(out, ignore_errors=True)
+    return timed([*command, "-o", str(out), *weights, *words], one_thread())
 
 
 def compare(ours: Path, theirs: Path, dtype: str) -> dict[str, float]:

@@ -283,9 +283,9 @@ def _sparse_consensus(
         out[:] = 0
         sums[:] = 0
         for span, a, b in cut(spans, starts, lo, hi):
-            at, values, lengths = _survivors(task, factors[:, span], a, b, lo)
+            at, values, lengths = _survivors(task, factors[:, span], a, b, lo, scratch)
             np.add.at(sums, at, values)
-            elected = sums.take(at)
+            elected = sums.take(at, out=scratch.get("elected", at.size), mode="clip")
             if majority is not None:
                 tied = elected == 0
                 tied &= values != 0
@@ -324,24 +324,25 @@ def _sparse_consensus(
 
 
 def _survivors(
-    task: MergeTask, factors: NDArray[np.float32], a: int, b: int, lo: int
+    task: MergeTask, factors: NDArray[np.float32], a: int, b: int, lo: int, scratch: Scratch
 ) -> tuple[NDArray[np.int64], FloatVector, list[int]]:
-    """All models' survivors in [a, b), one model after the other.
+    """All models' survivors in [a, b), one model after the other, in ``scratch``.
 
     Returns their positions from ``lo`` on, their weighted values, and how many each model has.
     """
-    positions: list[NDArray[np.int64]] = []
-    values: list[FloatVector] = []
-    lengths: list[int] = []
+    # Room for everything, of which only what is used becomes memory.
+    at = scratch.get("at", task.count * (b - a), np.int64)
+    values = scratch.get("values", task.count * (b - a))
+    used, lengths = 0, []
     for source, factor in zip(task.sources, factors, strict=True):
-        before = len(values)
-        for found, piece in listed(source, a, b):
-            positions.append(found - lo)
-            values.append(piece * factor)
-        lengths.append(sum(part.size for part in values[before:]))
-    if not values:
-        return np.empty(0, np.int64), np.empty(0, np.float32), lengths
-    return np.concatenate(positions), np.concatenate(values), lengths
+        before = used
+        for positions, piece in listed(source, a, b):
+            stop = used + positions.size
+            np.subtract(positions, lo, out=at[used:stop])
+            np.multiply(piece, factor, out=values[used:stop])
+            used = stop
+        lengths.append(used - before)
+    return at[:used], values[:used], lengths
 
 
 class _SparseMajority:
@@ -367,7 +368,7 @@ class _SparseMajority:
                     sums = scratch.get("sums", hi - lo)
                     sums[:] = 0
                     for span, a, b in cut(spans, starts, lo, hi):
-                        at, values, _ = _survivors(task, factors[:, span], a, b, lo)
+                        at, values, _ = _survivors(task, factors[:, span], a, b, lo, scratch)
                         np.add.at(sums, at, values)
                     balance += int(np.count_nonzero(sums > 0)) - int(np.count_nonzero(sums < 0))
                 self._sign = (balance > 0) - (balance < 0)

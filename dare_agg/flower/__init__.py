@@ -8,6 +8,7 @@ Two lines turn a FedAvg app into a DARE one::
 
 from dare_agg.flower.mod import dare_mod, offer_base
 from dare_agg.flower.records import STATISTICS_KEY
-from dare_agg.flower.strategy import DareStrategy, RoundOutcome
+from dare_agg.flower.round_outcome import RoundOutcome
+from dare_agg.flower.strategy import DareStrategy
 
 __all__ = ["STATISTICS_KEY", "DareStrategy", "RoundOutcome", "dare_mod", "offer_base"]

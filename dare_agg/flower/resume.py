@@ -21,7 +21,8 @@ from typing import Any
 from flwr.app import ArrayRecord
 
 from dare_agg.errors import StateError
-from dare_agg.flower.strategy import DareStrategy, RoundOutcome
+from dare_agg.flower.round_outcome import RoundOutcome
+from dare_agg.flower.strategy import DareStrategy
 from dare_agg.flower.transport import to_numpy, to_record
 from dare_agg.groups import GlobalModel, global_model
 from dare_agg.server_step import StepState

@@ -21,6 +21,7 @@ from dare_agg.downlink import SharedMask
 from dare_agg.errors import ConfigError, ProtocolError, RunError
 from dare_agg.flower.clients import Client
 from dare_agg.flower.records import ASK_TRAIN, read_config, read_have, read_refusal
+from dare_agg.flower.round_outcome import RoundOutcome
 from dare_agg.flower.secure_records import SECURE_KEY, TRAIN, names_of, secure_content
 from dare_agg.flower.secure_session import (
     STAGE_SECONDS,
@@ -29,7 +30,7 @@ from dare_agg.flower.secure_session import (
     run_session,
     warn_of_clipping,
 )
-from dare_agg.flower.strategy import DareStrategy, RoundOutcome
+from dare_agg.flower.strategy import DareStrategy
 from dare_agg.rounds import MergedRound, advance
 from dare_agg.secure.local import merged_parts
 from dare_agg.secure.packing import SecureMeasurements

@@ -3,12 +3,10 @@
 from __future__ import annotations
 
 import logging
-import os
 import time
 from collections import Counter
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import asdict, dataclass, field, replace
-from functools import cached_property
+from dataclasses import replace
 from typing import Any
 
 from flwr.app import ArrayRecord, ConfigRecord, Message, MessageType, MetricRecord, RecordDict
@@ -19,6 +17,7 @@ from dare_agg.budget import UploadBudget
 from dare_agg.derive import derive_key
 from dare_agg.downlink import Downlink, FullDownlink
 from dare_agg.errors import ConfigError, DareError, RunError
+from dare_agg.flower import arguments
 from dare_agg.flower.clients import Client, Clients, sample
 from dare_agg.flower.exchange import exchange
 from dare_agg.flower.records import (
@@ -33,50 +32,19 @@ from dare_agg.flower.records import (
     read_refusal,
 )
 from dare_agg.flower.replies import Inbox, MetricsFn, TrainReply, weighted_metrics
+from dare_agg.flower.round_outcome import OpenRound, RoundOutcome, round_measurements
 from dare_agg.flower.transport import message_bytes, pack, to_numpy, to_record
 from dare_agg.groups import GlobalModel, global_model
 from dare_agg.identity import check_identities
 from dare_agg.mask import DropRate
-from dare_agg.plan import ClientTerms, RoundPlan, make_plans, package_fingerprint
+from dare_agg.plan import ClientTerms, make_plans, package_fingerprint
 from dare_agg.rounds import FederatedSettings, Rejection, advance, check_weight, merge_round
-from dare_agg.server_step import ServerStep, StepState, server_step
+from dare_agg.server_step import ServerStep, StepState
 from dare_agg.update import CODEC_VERSION, HEADER_BYTES
 from dare_agg.values import payload_bytes
 from dare_agg.versions import BASE, VersionDownlink
 
 LOG = logging.getLogger("flwr")
-
-
-@dataclass(frozen=True)
-class RoundOutcome:
-    """Everything about a finished round: for checkpoints, measurements, early stopping."""
-
-    round: int
-    model: GlobalModel
-    step_state: StepState
-    measurements: dict[str, Any]
-    rejections: Sequence[Rejection]
-    plans: Sequence[RoundPlan]
-    train_metrics: MetricRecord | None = None
-    client_metrics: MetricRecord | None = None
-    server_metrics: MetricRecord | None = None
-
-    @cached_property
-    def arrays(self) -> ArrayRecord:
-        """The global model after the round."""
-        return to_record(self.model.arrays())
-
-
-@dataclass
-class _OpenRound:
-    """A train exchange under way: who got which plan and what that cost."""
-
-    number: int
-    clients: list[Client]
-    plans: dict[int, RoundPlan]
-    inbox: Inbox
-    download: dict[int, int] = field(default_factory=dict)
-    started: float = field(default_factory=time.monotonic)
 
 
 class DareStrategy(Strategy):
@@ -146,11 +114,11 @@ class DareStrategy(Strategy):
         downlink: Downlink | None = None,
         round_hook: Callable[[RoundOutcome], bool | None] | None = None,
     ) -> None:
-        self.fraction_train = _fraction("fraction_train", fraction_train)
-        self.fraction_evaluate = _fraction("fraction_evaluate", fraction_evaluate)
-        self.min_train_nodes = _count("min_train_nodes", min_train_nodes)
-        self.min_evaluate_nodes = _count("min_evaluate_nodes", min_evaluate_nodes)
-        self.min_available_nodes = _count("min_available_nodes", min_available_nodes)
+        self.fraction_train = arguments.fraction("fraction_train", fraction_train)
+        self.fraction_evaluate = arguments.fraction("fraction_evaluate", fraction_evaluate)
+        self.min_train_nodes = arguments.count("min_train_nodes", min_train_nodes)
+        self.min_evaluate_nodes = arguments.count("min_evaluate_nodes", min_evaluate_nodes)
+        self.min_available_nodes = arguments.count("min_available_nodes", min_available_nodes)
         self.weighted_by_key = weighted_by_key
         self.arrayrecord_key = arrayrecord_key
         self.configrecord_key = configrecord_key
@@ -166,23 +134,23 @@ class DareStrategy(Strategy):
             exclude=exclude,  # type: ignore[arg-type]
             dense_values=dense_values,
             weighting=weighting,
-            step=_as_step(server_step),
+            step=arguments.as_step(server_step),
             options=dict(options or {}),
             max_weight=max_weight,
             threads=threads,
         )
         self.run = run
-        self.deadline = _seconds("deadline", deadline)
-        self.node_timeout = _seconds("node_timeout", node_timeout) or 0.0
-        self.min_replies = _count("min_replies", min_replies, least=1)
-        self.max_empty_rounds = _count("max_empty_rounds", max_empty_rounds)
+        self.deadline = arguments.seconds("deadline", deadline)
+        self.node_timeout = arguments.seconds("node_timeout", node_timeout) or 0.0
+        self.min_replies = arguments.count("min_replies", min_replies, least=1)
+        self.max_empty_rounds = arguments.count("max_empty_rounds", max_empty_rounds)
         self.client_terms = client_terms
         self.upload_budget = upload_budget
         if client_terms is not None and upload_budget is not None:
             raise ConfigError("client_terms and upload_budget both choose; give one of them")
         self.downlink = downlink if downlink is not None else FullDownlink()
         self.round_hook = round_hook
-        self.secret = _run_secret(seed)
+        self.secret = arguments.run_secret(seed)
         self.outcome: RoundOutcome | None = None
         self.identities = check_identities(identities) if identities is not None else {}
         self._clients = Clients(self.downlink.name, identities=self.identities)
@@ -191,7 +159,7 @@ class DareStrategy(Strategy):
         self._model: GlobalModel | None = None
         self._arrays: ArrayRecord | None = None
         self._step_state = StepState()
-        self._open: _OpenRound | None = None
+        self._open: OpenRound | None = None
         self._empty_rounds = 0
         self._evaluate_bytes = 0
 
@@ -300,7 +268,7 @@ class DareStrategy(Strategy):
         self,
         grid: Grid,
         messages: Sequence[Message],
-        opened: _OpenRound,
+        opened: OpenRound,
         config: ConfigRecord,
         limit: float,
     ) -> None:
@@ -369,7 +337,7 @@ class DareStrategy(Strategy):
             signers=signers,
             layout=self._model.groups.layout,
         )
-        opened = _OpenRound(server_round, chosen, by_node, inbox)
+        opened = OpenRound(server_round, chosen, by_node, inbox)
         self._open = opened
         config["server-round"] = server_round
         if self.settings.statistics:
@@ -386,7 +354,7 @@ class DareStrategy(Strategy):
         )
         return self.upload_budget.terms(ref.size, dense, hello.uplink_kbit_s, mask=settings.mask)
 
-    def _train_message(self, opened: _OpenRound, client: Client, config: ConfigRecord) -> Message:
+    def _train_message(self, opened: OpenRound, client: Client, config: ConfigRecord) -> Message:
         order = ConfigRecord({**opened.plans[client.node].to_record(), **self._order(ASK_TRAIN)})
         content = self._content(client, order, config)
         opened.download[client.node] = opened.download.get(client.node, 0) + message_bytes(content)
@@ -422,7 +390,7 @@ class DareStrategy(Strategy):
         self._model, self._arrays = moved, None
         for reply in replies:
             self._have[reply.node] = "" if reply.have == "-" else reply.have
-        measurements = _measurements(opened, replies, rejections, merged.measurements)
+        measurements = round_measurements(opened, replies, rejections, merged.measurements)
         metrics = self._train_metrics(replies, merged.weights)
         self.outcome = RoundOutcome(
             opened.number, moved, self._step_state, measurements, rejections, plans, metrics
@@ -437,7 +405,7 @@ class DareStrategy(Strategy):
         )
         return self._current_arrays(), metrics
 
-    def _count_empty_round(self, opened: _OpenRound, rejections: Sequence[Rejection]) -> None:
+    def _count_empty_round(self, opened: OpenRound, rejections: Sequence[Rejection]) -> None:
         self._empty_rounds += 1
         counts = Counter(rejection.reason for rejection in rejections)
         reasons = ", ".join(f"{reason} ×{count}" for reason, count in sorted(counts.items()))
@@ -454,7 +422,7 @@ class DareStrategy(Strategy):
             opened.number,
             self._model,
             self._step_state,
-            _measurements(opened, [], rejections, {}),
+            round_measurements(opened, [], rejections, {}),
             rejections,
             [],
         )
@@ -630,73 +598,6 @@ class DareStrategy(Strategy):
             server_metrics=server_metrics,
         )
         return bool(self.round_hook(self.outcome)) if self.round_hook else False
-
-
-def _measurements(
-    opened: _OpenRound,
-    replies: Sequence[TrainReply],
-    rejections: Sequence[Rejection],
-    merged: Mapping[str, Any],
-) -> dict[str, Any]:
-    """What a round measured, as plain values; lists follow the accepted clients' order.
-
-    ``update_bytes`` and ``dense_bytes`` are the encoded payloads, ``upload_bytes`` and
-    ``download_bytes`` the whole messages around them.
-    """
-    names = {client.node: client.hello.name for client in opened.clients}
-    by_number = {opened.plans[node].client: name for node, name in names.items()}
-    return {
-        "round": opened.number,
-        "seconds": time.monotonic() - opened.started,
-        "sampled": len(opened.plans),
-        "accepted": len(replies),
-        "clients": [names[reply.node] for reply in replies],
-        "update_bytes": [reply.update_bytes for reply in replies],
-        "dense_bytes": [reply.dense_bytes for reply in replies],
-        "statistics_bytes": [reply.statistics_bytes for reply in replies],
-        "upload_bytes": [reply.message_bytes for reply in replies],
-        "download_bytes": [opened.download[client.node] for client in opened.clients],
-        "examples": [reply.accepted.weight for reply in replies],
-        "drop_rates": [reply.accepted.plan.drop_rate.p for reply in replies],
-        "delta_norms": [reply.delta_norm for reply in replies],
-        "delta_max": [reply.delta_max for reply in replies],
-        "share_above": [reply.share_above for reply in replies],
-        "duplicates": opened.inbox.duplicates,
-        "rejected": [{**asdict(r), "name": by_number.get(r.client, "")} for r in rejections],
-        **merged,
-    }
-
-
-def _run_secret(seed: int | None) -> bytes:
-    if seed is None:
-        return os.urandom(32)
-    if isinstance(seed, bool) or not isinstance(seed, int) or not 0 <= seed < 1 << 63:
-        raise ConfigError(f"seed = {seed!r}; an integer from 0 to 2^63 - 1 is needed, or None")
-    return derive_key(seed.to_bytes(8, "little"), "run", length=32)
-
-
-def _as_step(step: str | ServerStep) -> ServerStep:
-    return step if isinstance(step, ServerStep) else server_step(step)
-
-
-def _fraction(name: str, value: float) -> float:
-    if isinstance(value, bool) or not isinstance(value, int | float) or not 0 <= value <= 1:
-        raise ConfigError(f"{name} = {value!r}; a number from 0 to 1 is needed")
-    return float(value)
-
-
-def _count(name: str, value: int, least: int = 0) -> int:
-    if isinstance(value, bool) or not isinstance(value, int) or value < least:
-        raise ConfigError(f"{name} = {value!r}; an integer of at least {least} is needed")
-    return value
-
-
-def _seconds(name: str, value: float | None) -> float | None:
-    if value is None:
-        return None
-    if isinstance(value, bool) or not isinstance(value, int | float) or not 0 < value < 1e9:
-        raise ConfigError(f"{name} = {value!r}; a number of seconds above 0 is needed")
-    return float(value)
 
 
 def _mean(values: Sequence[int]) -> int:

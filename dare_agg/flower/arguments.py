@@ -1,0 +1,41 @@
+"""Checks of the arguments that a strategy is made with; each returns what it was given."""
+
+from __future__ import annotations
+
+import os
+
+from dare_agg.derive import derive_key
+from dare_agg.errors import ConfigError
+from dare_agg.server_step import ServerStep, server_step
+
+
+def run_secret(seed: int | None) -> bytes:
+    if seed is None:
+        return os.urandom(32)
+    if isinstance(seed, bool) or not isinstance(seed, int) or not 0 <= seed < 1 << 63:
+        raise ConfigError(f"seed = {seed!r}; an integer from 0 to 2^63 - 1 is needed, or None")
+    return derive_key(seed.to_bytes(8, "little"), "run", length=32)
+
+
+def as_step(step: str | ServerStep) -> ServerStep:
+    return step if isinstance(step, ServerStep) else server_step(step)
+
+
+def fraction(name: str, value: float) -> float:
+    if isinstance(value, bool) or not isinstance(value, int | float) or not 0 <= value <= 1:
+        raise ConfigError(f"{name} = {value!r}; a number from 0 to 1 is needed")
+    return float(value)
+
+
+def count(name: str, value: int, least: int = 0) -> int:
+    if isinstance(value, bool) or not isinstance(value, int) or value < least:
+        raise ConfigError(f"{name} = {value!r}; an integer of at least {least} is needed")
+    return value
+
+
+def seconds(name: str, value: float | None) -> float | None:
+    if value is None:
+        return None
+    if isinstance(value, bool) or not isinstance(value, int | float) or not 0 < value < 1e9:
+        raise ConfigError(f"{name} = {value!r}; a number of seconds above 0 is needed")
+    return float(value)

@@ -1,0 +1,86 @@
+"""What a round of a Flower strategy is while it runs, and what it leaves behind."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass, field
+from functools import cached_property
+from typing import Any
+
+from flwr.app import ArrayRecord, MetricRecord
+
+from dare_agg.flower.clients import Client
+from dare_agg.flower.replies import Inbox, TrainReply
+from dare_agg.flower.transport import to_record
+from dare_agg.groups import GlobalModel
+from dare_agg.plan import RoundPlan
+from dare_agg.rounds import Rejection
+from dare_agg.server_step import StepState
+
+
+@dataclass(frozen=True)
+class RoundOutcome:
+    """Everything about a finished round: for checkpoints, measurements, early stopping."""
+
+    round: int
+    model: GlobalModel
+    step_state: StepState
+    measurements: dict[str, Any]
+    rejections: Sequence[Rejection]
+    plans: Sequence[RoundPlan]
+    train_metrics: MetricRecord | None = None
+    client_metrics: MetricRecord | None = None
+    server_metrics: MetricRecord | None = None
+
+    @cached_property
+    def arrays(self) -> ArrayRecord:
+        """The global model after the round."""
+        return to_record(self.model.arrays())
+
+
+@dataclass
+class OpenRound:
+    """A train exchange under way: who got which plan and what that cost."""
+
+    number: int
+    clients: list[Client]
+    plans: dict[int, RoundPlan]
+    inbox: Inbox
+    download: dict[int, int] = field(default_factory=dict)
+    started: float = field(default_factory=time.monotonic)
+
+
+def round_measurements(
+    opened: OpenRound,
+    replies: Sequence[TrainReply],
+    rejections: Sequence[Rejection],
+    merged: Mapping[str, Any],
+) -> dict[str, Any]:
+    """What a round measured, as plain values; lists follow the accepted clients' order.
+
+    ``update_bytes`` and ``dense_bytes`` are the encoded payloads, ``upload_bytes`` and
+    ``download_bytes`` the whole messages around them.
+    """
+    names = {client.node: client.hello.name for client in opened.clients}
+    by_number = {opened.plans[node].client: name for node, name in names.items()}
+    return {
+        "round": opened.number,
+        "seconds": time.monotonic() - opened.started,
+        "sampled": len(opened.plans),
+        "accepted": len(replies),
+        "clients": [names[reply.node] for reply in replies],
+        "update_bytes": [reply.update_bytes for reply in replies],
+        "dense_bytes": [reply.dense_bytes for reply in replies],
+        "statistics_bytes": [reply.statistics_bytes for reply in replies],
+        "upload_bytes": [reply.message_bytes for reply in replies],
+        "download_bytes": [opened.download[client.node] for client in opened.clients],
+        "examples": [reply.accepted.weight for reply in replies],
+        "drop_rates": [reply.accepted.plan.drop_rate.p for reply in replies],
+        "delta_norms": [reply.delta_norm for reply in replies],
+        "delta_max": [reply.delta_max for reply in replies],
+        "share_above": [reply.share_above for reply in replies],
+        "duplicates": opened.inbox.duplicates,
+        "rejected": [{**asdict(r), "name": by_number.get(r.client, "")} for r in rejections],
+        **merged,
+    }

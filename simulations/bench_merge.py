@@ -221,25 +221,35 @@ def speed(
     return rows
 
 
+def make_update(base: Path, tuned: Path, out: Path, drop_rate: str) -> Path:
+    words = [sys.executable, "-m", "dare_agg.cli.main", "diff", str(base), str(tuned), "--force"]
+    words += ["-o", str(out), "--drop-rate", drop_rate, "--values", "f32", "--seed", "1"]
+    timed(words, one_thread())
+    return out
+
+
 def updates(arguments: argparse.Namespace, work: Path, outputs: Path) -> list[dict[str, Any]]:
-    """Ten updates of p = .99 against the ten checkpoints they come from, same bits out."""
+    """Ten updates of p = .99 against the ten checkpoints they come from, same bits out.
+
+    ``floor`` merges one update of next to nothing: what reading the base, writing the result and
+    starting cost whatever is merged.
+    """
     rows, rate, count = [], "0.99", 10
     for dtype in arguments.dtypes:
         shapes = llama_shapes(arguments.layers)
         base, *tuned = make_checkpoints(work / f"{dtype}-{arguments.layers}", count, dtype, shapes)
-        files = []
-        for number, path in enumerate(tuned):
-            files.append(outputs / f"{dtype}-{number}.dare")
-            words = [sys.executable, "-m", "dare_agg.cli.main", "diff", str(base), str(path)]
-            words += ["-o", str(files[-1]), "--force", "--drop-rate", rate, "--values", "f32"]
-            timed([*words, "--seed", "1"], one_thread())
+        files = [
+            make_update(base, path, outputs / f"{dtype}-{number}.dare", rate)
+            for number, path in enumerate(tuned)
+        ]
+        least = make_update(base, tuned[0], outputs / f"{dtype}-least.dare", "0.9999")
         ties = ["--method", "ties", "--option", "trim=0"]
         for method, words in (("task-arithmetic", ["--method", "task-arithmetic"]), ("ties", ties)):
             dare = ["--drop-rate", rate, "--seed", "1"]
             dense = words[:2] if method == "ties" else words
             jobs = {
                 "updates": (files, words), "checkpoints": (tuned, [*words, *dare]),
-                "checkpoints_whole": (tuned, dense),
+                "checkpoints_whole": (tuned, dense), "floor": ([least], words),
             }  # fmt: skip
             row: dict[str, Any] = {"method": method, "dtype": dtype, "models": count}
             outs = {}

@@ -79,7 +79,15 @@ def frontier_choices() -> str:
 
 
 def frontier_mixtures() -> str:
-    rows = _of_scenario("frontier-mixtures")
+    return _mixtures("frontier-mixtures")
+
+
+def frontier_text_mixtures() -> str:
+    return _mixtures("frontier-text-mixtures")
+
+
+def _mixtures(name: str) -> str:
+    rows = _of_scenario(name)
     return tables.mixtures_table(rows) + "\n\n" + tables.mixtures_bytes_table(rows)
 
 
@@ -201,7 +209,10 @@ def cost() -> str:
         rows = read_rows(path)
         own = [row for row in rows if row.get("key") not in counted]
         counted |= {row["key"] for row in rows if "key" in row}
-        hours = sum(row.get("cpu_seconds", row.get("codec_cpu_seconds", 0)) for row in own) / 3600
+        spent = [
+            row[name] for row in own for name in ("cpu_seconds", "codec_cpu_seconds") if name in row
+        ]
+        hours = f"{sum(spent) / 3600:.2f}" if spent or not own else "not recorded"
         stamps = {
             ", ".join(f"{k} {v}" for k, v in row["versions"].items())
             for row in rows
@@ -209,7 +220,7 @@ def cost() -> str:
         }
         seeds = sorted({row["seed"] for row in rows if "seed" in row})
         shown = ", ".join(map(str, seeds)) or "–"
-        lines.append((path.stem, str(len(rows)), shown, f"{hours:.2f}", "; ".join(sorted(stamps))))
+        lines.append((path.stem, str(len(rows)), shown, hours, "; ".join(sorted(stamps))))
     return tables.markdown(("Results", "Rows", "Seeds", "CPU hours", "Versions"), lines)
 
 
@@ -222,6 +233,7 @@ SECTIONS: Mapping[str, Callable[[], str]] = {
         frontier_choices,
         frontier_mixtures,
         frontier_text,
+        frontier_text_mixtures,
         engine,
         single,
         merging,

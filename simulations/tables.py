@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 import statistics
 from collections import defaultdict
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any
 
 from dare_agg.cli.output import human_bytes
@@ -316,7 +316,10 @@ def frontier_table(rows: Rows, baseline: str = "FedAvg") -> str:
 def _rounds(own: Rows, targets: Mapping[int, float]) -> str:
     """Median round in which the target was reached, or how far it was looked for."""
     found = [p["round"] for row in own if (p := point_at(row, targets[row["seed"]])) is not None]
-    return f"{statistics.median(found):g}" if found else f"> {own[0]['rounds']}"
+    if not found:
+        return f"> {own[0]['rounds']}"
+    text = f"{statistics.median(found):g}"
+    return text if len(found) == len(own) else f"{text}, {len(found)} of {len(own)}"
 
 
 def _reached(own: Rows, rivals: Rows, targets: Mapping[int, float], *directions: str) -> str:
@@ -329,29 +332,28 @@ def _reached(own: Rows, rivals: Rows, targets: Mapping[int, float], *directions:
 
 
 def mixtures_table(rows: Rows) -> str:
-    """Accuracy by method and division of the data; cells are named ``division: method``."""
-    cells = by_cell(rows)
-    divisions = list(dict.fromkeys(cell.split(": ")[0] for cell in cells))
-    methods = list(dict.fromkeys(cell.split(": ")[1] for cell in cells))
-    lines = []
-    for method in methods:
-        line = [method]
-        for division in divisions:
-            own = cells.get(f"{division}: {method}", [])
-            dense = {row["seed"]: row for row in cells.get(f"{division}: FedAvg", [])}
-            pairs = [(row, dense[row["seed"]]) for row in own if row["seed"] in dense]
-            if not pairs:
-                line.append("–")
-            elif method == "FedAvg":
-                line.append(shown([settled(row) for row, _ in pairs]))
-            else:
-                line.append(shown([settled(row) - settled(d) for row, d in pairs], signed=True))
-        lines.append(line)
-    return markdown(("Method", *divisions), lines)
+    """Accuracy by method and division of the data, after FedAvg's as differences to it."""
+
+    def cell(method: str, own: Rows, dense: Rows) -> str:
+        if method == "FedAvg":
+            return shown([settled(row) for row in own])
+        by_seed = {row["seed"]: settled(row) for row in dense}
+        return shown([settled(row) - by_seed[row["seed"]] for row in own], signed=True)
+
+    return _by_division(rows, cell)
 
 
 def mixtures_bytes_table(rows: Rows) -> str:
     """Bytes both ways until FedAvg's accuracy minus a point, by method and division."""
+
+    def cell(_: str, own: Rows, dense: Rows) -> str:
+        return _reached(own, dense, targets_of(dense), "upload_bytes", "download_bytes")
+
+    return _by_division(rows, cell)
+
+
+def _by_division(rows: Rows, make: Callable[[str, Rows, Rows], str]) -> str:
+    """A table of cells named ``division: method``; ``make`` gets a cell and its FedAvg."""
     cells = by_cell(rows)
     divisions = list(dict.fromkeys(cell.split(": ")[0] for cell in cells))
     methods = list(dict.fromkeys(cell.split(": ")[1] for cell in cells))
@@ -359,12 +361,9 @@ def mixtures_bytes_table(rows: Rows) -> str:
     for method in methods:
         line = [method]
         for division in divisions:
-            dense = cells.get(f"{division}: FedAvg", [])
-            targets = targets_of(dense)
-            own = [r for r in cells.get(f"{division}: {method}", []) if r["seed"] in targets]
-            rivals = [r for r in dense if r["seed"] in {row["seed"] for row in own}]
-            ways = ("upload_bytes", "download_bytes")
-            line.append(_reached(own, rivals, targets, *ways) if own else "–")
+            dense = {row["seed"]: row for row in cells.get(f"{division}: FedAvg", [])}
+            own = [r for r in cells.get(f"{division}: {method}", []) if r["seed"] in dense]
+            line.append(make(method, own, [dense[r["seed"]] for r in own]) if own else "–")
         lines.append(line)
     return markdown(("Method", *divisions), lines)
 

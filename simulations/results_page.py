@@ -57,7 +57,9 @@ def headline() -> str:
 
 
 def traffic() -> str:
-    return tables.traffic_table(_rows("traffic"))
+    rows = _rows("traffic")
+    path = plots.federated_plot(rows, PLOTS / "traffic-bytes.svg", by_bytes=True)
+    return tables.traffic_table(rows) + "\n\n" + _image(path, "accuracy by megabytes moved")
 
 
 def frontier_images() -> str:

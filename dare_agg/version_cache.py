@@ -33,12 +33,6 @@ KEEP_BYTES = 8 << 30
 _VERSION = re.compile(r"[0-9a-f]{64}")
 
 
-def cache_folder() -> Path:
-    """Where clients keep versions: ``$DARE_AGG_CACHE/versions``, by default in the home."""
-    root = os.environ.get("DARE_AGG_CACHE") or Path.home() / ".cache" / "dare-agg"
-    return Path(root) / "versions"
-
-
 class VersionReceiver:
     """The client's half of the version downlink (`dare_agg.downlink.Receiver`).
 

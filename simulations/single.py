@@ -12,12 +12,12 @@ import hashlib
 import json
 import os
 from collections.abc import Mapping
-from pathlib import Path
 from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
+from dare_agg.cache import cache_folder
 from dare_agg.derive import derive_key, seed_secret
 from dare_agg.errors import ConfigError, did_you_mean
 from dare_agg.layout import FloatVector, Layout, layout_of
@@ -28,11 +28,6 @@ from simulations.federated import build
 
 State = Mapping[str, NDArray[Any]]
 SWEEPS = ("dare", "dare-bernoulli", "drop-only", "magnitude", "magnitude-rescaled", "weights")
-
-
-def cache_folder() -> Path:
-    """Where tuned checkpoints are kept between runs."""
-    return Path(os.environ.get("DARE_AGG_CACHE", "~/.cache/dare-agg")).expanduser()
 
 
 def tuned_state(settings: Mapping[str, Any], seed: int = 0) -> tuple[Any, State, State]:

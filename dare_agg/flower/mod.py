@@ -16,6 +16,7 @@ from flwr.app import Array, ArrayRecord, ConfigRecord, Context, Message, RecordD
 from flwr.clientapp.typing import ClientAppCallable
 from numpy.typing import NDArray
 
+from dare_agg.cache import cache_folder
 from dare_agg.downlink import FullReceiver, Receiver
 from dare_agg.errors import (
     BaseMismatchError,
@@ -46,7 +47,7 @@ from dare_agg.layout import compile_patterns, matches
 from dare_agg.plan import RoundPlan, check_same_code, package_fingerprint, plan_from_record
 from dare_agg.rounds import ClientUpdate, make_client_update
 from dare_agg.update import CODEC_VERSION
-from dare_agg.version_cache import VersionReceiver, cache_folder
+from dare_agg.version_cache import VersionReceiver
 from dare_agg.versions import DOWNLINK_NAME
 
 LOG = logging.getLogger("flwr")
@@ -74,7 +75,7 @@ def _version_receiver(context: Context, order: ConfigRecord) -> Receiver:
         for key in ("dense", "exclude")
         if isinstance(value := order.get(key), list)
     }
-    folder = Path(str(node["cache"])) if "cache" in node else cache_folder()
+    folder = Path(str(node["cache"])) if "cache" in node else cache_folder("versions")
     return VersionReceiver(
         folder,
         str(name),

@@ -20,6 +20,7 @@ from pathlib import Path
 from cryptography.exceptions import InvalidTag
 from cryptography.hazmat.primitives.ciphers.aead import ChaCha20Poly1305
 
+from dare_agg.cache import cache_folder
 from dare_agg.derive import derive_key
 from dare_agg.errors import ProtocolError, StateError
 from dare_agg.secure.encoding import blob, u64
@@ -37,7 +38,7 @@ def default_folder() -> Path:
     runtime = os.environ.get("XDG_RUNTIME_DIR")
     if runtime and Path(runtime).is_dir():
         return Path(runtime) / "dare-agg"
-    return Path(os.environ.get("DARE_AGG_CACHE", "~/.cache/dare-agg")).expanduser() / "secure"
+    return cache_folder("secure")
 
 
 @dataclass(frozen=True)

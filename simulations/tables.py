@@ -136,19 +136,24 @@ SINGLE_RATES = ("0.1", "0.3", "0.5", "0.7", "0.9", "0.99", "0.999")
 
 
 def single_table(rows: Rows) -> str:
-    """Accuracy by sweep and drop rate, mean over the seeds, one block a task."""
+    """Change of accuracy by sweep and drop rate, paired by seed, one block a task."""
     lines = []
     for cell, own in by_cell(rows).items():
-        scores: dict[str, dict[str, list[float]]] = defaultdict(lambda: defaultdict(list))
+        ends: dict[str, list[float]] = defaultdict(list)
+        gaps: dict[str, dict[str, list[float]]] = defaultdict(lambda: defaultdict(list))
         for row in own:
-            for point in row["points"]:
-                scores[point["sweep"]][point["drop_rate"]].append(point["accuracy"])
-        tuned, base = (shown(scores.pop(end)[p]) for end, p in (("tuned", "0"), ("base", "1")))
-        lines.append((f"**{cell}**: tuned {tuned}, base {base}", *("" for _ in SINGLE_RATES)))
-        for sweep, points in scores.items():
-            cells = (shown(points[rate]) if rate in points else "–" for rate in SINGLE_RATES)
+            tuned, base, *points = row["points"]
+            ends["tuned"].append(tuned["accuracy"])
+            ends["base"].append(base["accuracy"])
+            for point in points:
+                gap = point["accuracy"] - tuned["accuracy"]
+                gaps[point["sweep"]][point["drop_rate"]].append(gap)
+        head = ", ".join(f"{name} {shown(values)}" for name, values in ends.items())
+        lines.append((f"**{cell}**: {head}", *("" for _ in SINGLE_RATES)))
+        for sweep, found in gaps.items():
+            cells = (shown(found[r], signed=True) if r in found else "–" for r in SINGLE_RATES)
             lines.append((sweep, *cells))
-    return markdown(("", *(f"p = {rate}" for rate in SINGLE_RATES)), lines)
+    return markdown(("points from tuned", *(f"p = {rate}" for rate in SINGLE_RATES)), lines)
 
 
 def delta_table(rows: Rows) -> str:

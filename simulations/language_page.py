@@ -15,7 +15,6 @@ from simulations.plots import COLOURS, make_axes, save
 from simulations.tables import Rows, by_cell, markdown, mean_and_interval, shown
 
 REFERENCE = "FedAvg"
-ENDS = ("tuned", "base")
 
 
 def number(values: Sequence[float], *, signed: bool = False, digits: int = 3) -> str:
@@ -25,73 +24,74 @@ def number(values: Sequence[float], *, signed: bool = False, digits: int = 3) ->
     return text if half is None else f"{text} ± {half:.{digits}f}"
 
 
-def sweeps(rows: Rows) -> dict[str, dict[str, list[Mapping[str, Any]]]]:
-    """Points of all cells by sweep and drop rate, each with its row's ends."""
-    found: dict[str, dict[str, list[Mapping[str, Any]]]] = defaultdict(lambda: defaultdict(list))
+# By way of dropping and drop rate: each seed's rise of the loss (None: not finite) over its tuned
+# model's, and its change of the next-token accuracy.
+Rises = Mapping[str, Mapping[str, Sequence[tuple[float | None, float]]]]
+
+
+def rises(rows: Rows) -> tuple[Rises, list[tuple[float | None, float]]]:
+    """What dropping changed, paired by seed, and what taking the base instead changes."""
+    found: dict[str, dict[str, list[tuple[float | None, float]]]] = defaultdict(
+        lambda: defaultdict(list)
+    )
+    base = {}
     for row in rows:
-        tuned, base = row["points"][:2]
-        for point in row["points"][2:]:
-            kept = None
-            if point["loss"] is not None:
-                kept = (base["loss"] - point["loss"]) / (base["loss"] - tuned["loss"])
-            found[point["sweep"]][point["drop_rate"]].append({**point, "kept": kept})
-    return found
+        tuned, untouched, *points = row["points"]
+        for point in points:
+            found[point["sweep"]][point["drop_rate"]].append(_rise(point, tuned))
+        base[row["seed"]] = _rise(untouched, tuned)
+    return found, list(base.values())
 
 
-def ends(rows: Rows) -> dict[str, list[Mapping[str, Any]]]:
-    """The tuned and the base model's points, one a seed."""
-    one = {row["seed"]: row for row in rows}
-    return {name: [row["points"][i] for row in one.values()] for i, name in enumerate(ENDS)}
+def _rise(point: Mapping[str, Any], tuned: Mapping[str, Any]) -> tuple[float | None, float]:
+    loss = None if point["loss"] is None else point["loss"] - tuned["loss"]
+    return loss, point["accuracy"] - tuned["accuracy"]
 
 
 def loss_table(rows: Rows) -> str:
-    """Loss and next-token accuracy by drop rate and way of dropping."""
-    found, bounds = sweeps(rows), ends(rows)
-    names = list(found)
+    """Rise of the loss by drop rate and way of dropping; in brackets points of accuracy."""
+    found, base = rises(rows)
     rates = sorted({rate for own in found.values() for rate in own}, key=float)
-    lines = [_both("0 (tuned)", [bounds["tuned"]] * len(names))]
-    lines += [_both(rate, [found[name].get(rate, []) for name in names]) for rate in rates]
-    lines.append(_both("1 (base)", [bounds["base"]] * len(names)))
-    return markdown(("Drop rate", *names), lines)
+    lines = [(rate, *(_change(own.get(rate, [])) for own in found.values())) for rate in rates]
+    lines.append(("1 (base)", *(_change(base) for _ in found)))
+    return markdown(("Drop rate", *found), lines)
 
 
-def _both(head: str, cells: Sequence[Sequence[Mapping[str, Any]]]) -> tuple[str, ...]:
-    def cell(points: Sequence[Mapping[str, Any]]) -> str:
-        if not points:
-            return "–"
-        if any(point["loss"] is None for point in points):
-            return "not finite"
-        loss = number([point["loss"] for point in points])
-        return f"{loss} ({100 * np.mean([p['accuracy'] for p in points]):.1f})"
-
-    return (head, *(cell(points) for points in cells))
+def _change(points: Sequence[tuple[float | None, float]]) -> str:
+    losses = [loss for loss, _ in points if loss is not None]
+    if not points:
+        return "–"
+    if len(losses) < len(points):
+        return "not finite"
+    gained = 100 * float(np.mean([gain for _, gain in points]))
+    return f"{number(losses, signed=True)} ({gained:+.1f})"
 
 
 def loss_plot(rows: Rows, path: Path) -> Path:
-    """Loss by drop rate; what lies far above the base is cut off."""
+    """Rise of the loss by drop rate; what lies far above the base is cut off."""
     figure, axes = make_axes(6.8, 4.2)
-    bounds = {name: np.mean([p["loss"] for p in points]) for name, points in ends(rows).items()}
-    top = bounds["base"] + 1.2 * (bounds["base"] - bounds["tuned"])
-    for index, (name, own) in enumerate(sweeps(rows).items()):
+    found, base = rises(rows)
+    height = float(np.mean([loss for loss, _ in base if loss is not None]))
+    top = 2.2 * height
+    for index, (name, own) in enumerate(found.items()):
         points = {rate: own[rate] for rate in sorted(own, key=float)}
         x = [-math.log10(1 - float(rate)) for rate in points]
         y = [
-            np.mean([p["loss"] if p["loss"] is not None else math.inf for p in found])
-            for found in points.values()
+            min(top, float(np.mean([math.inf if loss is None else loss for loss, _ in losses])))
+            for losses in points.values()
         ]
-        shown_y = [min(value, top) for value in y]
-        axes.plot(x, shown_y, marker="osD^vP"[index % 6], markersize=4.5, linewidth=1.8,
+        axes.plot(x, y, marker="osD^vP"[index % 6], markersize=4.5, linewidth=1.8,
                   color=COLOURS[(index + 2) % len(COLOURS)], label=name)  # fmt: skip
-    for name, style in (("tuned", "--"), ("base", ":")):
-        axes.axhline(bounds[name], color="#6b7280", linestyle=style, linewidth=1.1)
-        axes.text(3.03, bounds[name], name, va="bottom", fontsize=8.5, color="#6b7280")
-    axes.set_ylim(bounds["tuned"] - 0.1 * (top - bounds["tuned"]), top)
+    for name, level, style in (("tuned", 0.0, "--"), ("base", height, ":")):
+        axes.axhline(level, color="#6b7280", linestyle=style, linewidth=1.1)
+        axes.text(3.03, level, name, va="bottom", fontsize=8.5, color="#6b7280")
+    axes.set_ylim(-0.1 * top, top)
     axes.set_xlim(0, 3.2)
     ticks = (0.1, 0.3, 0.5, 0.7, 0.8, 0.9, 0.99, 0.999)
     axes.set_xticks([-math.log10(1 - p) for p in ticks])
     axes.set_xticklabels([f"{p:g}".removeprefix("0") for p in ticks])
     axes.set_xlabel("drop rate")
-    axes.set_ylabel("test loss, nats a token")
+    axes.set_ylabel("rise of the test loss, nats a token")
     axes.legend(frameon=False, fontsize=8.5, loc="upper left")
     return save(figure, path)
 

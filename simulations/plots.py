@@ -13,7 +13,7 @@ from simulations.tables import Rows, by_cell
 
 COLOURS = (
     "#6b7280", "#9d4edd", "#0b7a75", "#2563eb", "#e07a1f", "#be123c", "#4d7c0f", "#b45309",
-    "#0891b2", "#111827",
+    "#0891b2", "#111827", "#d97706", "#16a34a",
 )  # fmt: skip
 
 

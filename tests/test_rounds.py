@@ -274,7 +274,7 @@ def test_another_base_or_layout_is_named():
         ({"values": "b3"}, "value format"),
         ({"mask": "random"}, "mask"),
         ({"weighting": "example"}, "did you mean 'examples'"),
-        ({"drop_rate": 1.0}, ""),
+        ({"drop_rate": 1.0}, r"drop rate 1\.0 is outside \[0, 1\)"),
         ({"scaling": 0}, "above 0"),
         ({"scaling": float("nan")}, "finite"),
         ({"max_weight": True}, "number"),

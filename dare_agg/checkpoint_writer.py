@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import json
 import math
 import os
@@ -63,6 +64,13 @@ class CheckpointWriter:
 
     def __enter__(self) -> CheckpointWriter:
         check_target(self.out, self.plans, overwrite=self.overwrite)
+        try:
+            return self._begin()
+        except OSError as error:
+            self._discard()
+            raise _unwritable(self.out, error) from error
+
+    def _begin(self) -> CheckpointWriter:
         parent = self.out.absolute().parent
         parent.mkdir(parents=True, exist_ok=True)
         self._temporary = parent / f".{self.out.name}.partial-{os.getpid()}"
@@ -89,6 +97,8 @@ class CheckpointWriter:
         try:
             if kind is None:
                 self._publish()
+        except OSError as failed:
+            raise _unwritable(self.out, failed) from failed
         finally:
             self._discard()
 
@@ -119,7 +129,10 @@ class CheckpointWriter:
         view = memoryview(np.ascontiguousarray(stored).reshape(-1).view(np.uint8).data)
         at = self._starts[name] + offset
         while view:
-            written = os.pwrite(file, view, at)
+            try:
+                written = os.pwrite(file, view, at)
+            except OSError as error:
+                raise _unwritable(self.out, error) from error
             view, at = view[written:], at + written
 
     def _create(self, shard: str) -> None:
@@ -179,10 +192,23 @@ class CheckpointWriter:
         for file in self._files.values():
             os.close(file)
         self._files.clear()
-        if self._temporary.is_dir() and self._temporary != Path():
+        if self._temporary == Path():
+            return
+        if self._temporary.is_dir():
             shutil.rmtree(self._temporary)
-        else:
-            self._temporary.unlink(missing_ok=True) if self._temporary != Path() else None
+        elif self._temporary.exists():  # a read-only place refuses to remove even what is not there
+            self._temporary.unlink()
+
+
+def _unwritable(out: Path, error: OSError) -> CheckpointError:
+    """Say what keeps ``out`` from being written, and what helps."""
+    remedies = {
+        errno.ENOSPC: "make room", errno.EDQUOT: "make room", errno.EROFS: "choose another place",
+        errno.EEXIST: "a file stands where a folder is needed",
+        errno.ENOTDIR: "a file stands where a folder is needed",
+    }  # fmt: skip
+    remedy = remedies.get(error.errno or 0, "choose a place that can be written to")
+    return CheckpointError(f"{out} cannot be written: {error.strerror or error}; {remedy}")
 
 
 def check_target(out: Path, plans: Mapping[str, TensorPlan], *, overwrite: bool) -> None:

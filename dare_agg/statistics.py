@@ -6,6 +6,7 @@ make the least-squares problem of `regmean`. Needs torch, which is imported when
 
 from __future__ import annotations
 
+import contextlib
 import csv
 import json
 from collections.abc import Callable, Iterable, Iterator, Mapping
@@ -15,7 +16,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 from numpy.typing import NDArray
 
-from dare_agg.checkpoint import write_checkpoint
+from dare_agg.checkpoint import open_checkpoint, write_checkpoint
 from dare_agg.errors import ConfigError, did_you_mean
 
 if TYPE_CHECKING:
@@ -30,6 +31,8 @@ FISHER_RULES = {
     "reference": "the paper's code: (∂ Σ_batch Σ_c √p_c·log p_c)² summed over batches / examples",
 }
 KINDS = ("fisher", "gram")
+# Where `dare-agg run` puts a head, and how it names the two parts.
+_HEAD_FILE, _HEAD, _ENCODER = "head.safetensors", "head.", "encoder."
 
 
 def model_logits(model: torch.nn.Module, batch: Batch) -> torch.Tensor:
@@ -206,16 +209,7 @@ def statistics_of_folder(
     texts = list(_limited(read_texts(data, text_column), examples))
     if not texts:
         raise ConfigError(f"{data} has no row; statistics need data")
-    try:
-        from transformers import AutoModelForSequenceClassification, AutoTokenizer
-    except ImportError as error:
-        raise ConfigError(
-            "statistics need torch and transformers; install dare-agg[train]"
-        ) from error
-    tokenizer = AutoTokenizer.from_pretrained(model, local_files_only=True)
-    network = AutoModelForSequenceClassification.from_pretrained(
-        model, local_files_only=True, use_safetensors=True
-    )
+    tokenizer, network, forward = _classifier(model)
 
     def batches() -> Iterator[Batch]:
         for start in range(0, len(texts), batch_size):
@@ -227,8 +221,94 @@ def statistics_of_folder(
             )  # fmt: skip
 
     if kind == "gram":
-        return collect_grams(network, batches(), include_padding=include_padding)
-    return collect_fisher(network, batches(), rule=rule)
+        arrays = collect_grams(network, batches(), include_padding=include_padding, forward=forward)
+    else:
+        arrays = collect_fisher(network, batches(), rule=rule, forward=forward)
+    # As the folder names them: a head kept in a file of its own is no tensor of the model.
+    return {
+        name.removeprefix(_ENCODER): array
+        for name, array in arrays.items()
+        if not name.startswith(_HEAD)
+    }
+
+
+def _classifier(folder: Path) -> tuple[Any, torch.nn.Module, Forward]:
+    """Load a text classifier with its tokenizer; its head may lie in a file beside the encoder.
+
+    Raises `ConfigError` where the head is missing: one drawn at random would make statistics
+    of nothing.
+    """
+    if not (folder / "config.json").is_file():
+        raise ConfigError(
+            f"{folder} has no config.json; give the Hugging Face folder of a fine-tuned text "
+            "classifier"
+        )
+    try:
+        from transformers import AutoModelForSequenceClassification, AutoTokenizer
+        from transformers.utils import logging
+    except ImportError as error:
+        raise ConfigError(
+            "statistics need torch and transformers; install dare-agg[train]"
+        ) from error
+    logging.disable_progress_bar()
+    level = logging.get_verbosity()
+    # Its report of missing tensors is an error here.
+    logging.set_verbosity_error()
+    try:
+        tokenizer = AutoTokenizer.from_pretrained(folder, local_files_only=True)
+        if (folder / _HEAD_FILE).is_file():
+            return tokenizer, _encoder_with_head(folder), model_logits
+        network, loading = AutoModelForSequenceClassification.from_pretrained(
+            folder, local_files_only=True, use_safetensors=True, output_loading_info=True
+        )
+    except (OSError, ValueError, KeyError) as error:
+        raise ConfigError(
+            f"{folder} cannot be loaded as a text classifier: {' '.join(str(error).split())[:200]}"
+        ) from error
+    finally:
+        logging.set_verbosity(level)
+    missing = sorted(loading["missing_keys"])
+    if missing:
+        raise ConfigError(
+            f"{folder} lacks {missing[0]!r} ({len(missing)} tensors in all), which would be drawn "
+            f"at random; give the folder with its trained head, in the model or in {_HEAD_FILE}"
+        )
+    return tokenizer, network, model_logits
+
+
+def _encoder_with_head(folder: Path) -> torch.nn.Module:
+    """An encoder under the linear head of `head.safetensors`, as `dare-agg run` writes them."""
+    import torch
+    from transformers import AutoModel
+
+    saved = open_checkpoint(folder / _HEAD_FILE)
+    wanted = [f"{_HEAD}weight", f"{_HEAD}bias"]
+    if sorted(saved.names) != sorted(wanted):
+        raise ConfigError(
+            f"{folder / _HEAD_FILE} holds {', '.join(saved.names)}; not a linear head"
+        )
+    weight, bias = (torch.from_numpy(saved.array(name)) for name in wanted)
+    pooling = "mean"
+    with contextlib.suppress(OSError, ValueError, AttributeError):
+        provenance = json.loads((folder / "provenance.json").read_text(encoding="utf-8"))
+        pooling = provenance.get("config", {}).get("pooling", pooling)
+    loaded = AutoModel.from_pretrained(folder, local_files_only=True, use_safetensors=True)
+
+    class EncoderWithHead(torch.nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.encoder = loaded
+            self.head = torch.nn.Linear(weight.shape[1], weight.shape[0])
+            self.head.load_state_dict({"weight": weight, "bias": bias})
+
+        def forward(self, **inputs: torch.Tensor) -> torch.Tensor:
+            states = self.encoder(**inputs).last_hidden_state
+            if pooling == "cls":
+                return self.head(states[:, 0])
+            mask = inputs["attention_mask"].unsqueeze(-1).to(states.dtype)
+            return self.head((states * mask).sum(1) / mask.sum(1).clamp(min=1))
+
+    return EncoderWithHead()
 
 
 def read_texts(path: Path, column: str) -> Iterator[str]:

@@ -145,7 +145,11 @@ def merge_offline(
             options=_options(recipe, ordered),
             tile=used,
             base=cached,
-            statistics=[_statistics(m.given.statistics) for m in ordered if m.given.statistics],
+            statistics=[
+                _statistics(m.given.statistics, find_method(recipe.method).statistics, layout)
+                for m in ordered
+                if m.given.statistics
+            ],
         )
 
         def work(lo: int, hi: int, scratch: Scratch) -> None:
@@ -391,13 +395,39 @@ def _options(recipe: Recipe, ordered: list[_Opened]) -> dict[str, Any]:
     return options
 
 
-def _statistics(path: Path) -> Mapping[str, NDArray[Any]]:
+def _statistics(path: Path, kind: str | None, layout: Layout) -> Mapping[str, NDArray[Any]]:
+    """Open a statistics file under the base's names, whatever prefix its own have."""
     checkpoint = open_checkpoint(path)
+    found = checkpoint.metadata.get("kind", kind)
+    if found != kind:
+        raise MergeError(
+            f"{path} holds {found} statistics, {kind} is needed; make it with dare-agg statistics "
+            f"--kind {kind}"
+        )
+    names = {entry.name for entry in layout.entries}
+    checkpoint = replace(checkpoint, tensors=_renamed(checkpoint.tensors, names))
     arrays = {}
     for name, info in checkpoint.tensors.items():
         stored = checkpoint.raw(name)
         arrays[name] = stored.reshape(info.shape) if info.dtype == "F32" else checkpoint.array(name)
     return arrays
+
+
+def _renamed(given: Mapping[str, Any], names: set[str]) -> dict[str, Any]:
+    """Strip or add the one prefix that gives most of ``given`` a name among ``names``."""
+    best, most = dict(given), len(names & set(given))
+    prefixes = {
+        (long[: -len(short)], strip)
+        for ours, strip in ((sorted(given), True), (sorted(names), False))
+        for long in ours
+        for short in [long.partition(".")[2]]
+        if short
+    }
+    for prefix, strip in sorted(prefixes):
+        changed = {n.removeprefix(prefix) if strip else prefix + n: v for n, v in given.items()}
+        if len(changed) == len(given) and len(names & set(changed)) > most:
+            best, most = changed, len(names & set(changed))
+    return best
 
 
 def range_warnings(opened: list[_Opened], recipe: Recipe) -> list[str]:

@@ -16,13 +16,13 @@ import struct
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
-from threading import local
 from typing import Protocol
 
 import numpy as np
 from cryptography.hazmat.primitives.poly1305 import Poly1305
 from numpy.typing import NDArray
 
+from dare_agg.decoded import DECODED
 from dare_agg.derive import derive_key
 from dare_agg.errors import ConfigError, UpdateError
 from dare_agg.kernels import compiled, plain_float32
@@ -149,8 +149,10 @@ class Update:
     survivors: int
     # Of the payload, where it is mapped.
     pages: Pages | None = field(default=None, repr=False, compare=False)
-    # The last group decoded, for each thread.
-    _last: local = field(default_factory=local, init=False, repr=False, compare=False, hash=False)
+    # Stands for this update among `DecodedGroups`.
+    _token: object = field(
+        default_factory=object, init=False, repr=False, compare=False, hash=False
+    )
 
     @property
     def size(self) -> int:
@@ -161,33 +163,27 @@ class Update:
         parts: list[FloatVector] = []
         while first < last:
             group = first // GROUP
-            decoded = self._group(group)
-            stop = min(last, (group + 1) * GROUP)
-            part = decoded[first - group * GROUP : stop - group * GROUP]
-            parts.append(part if stop == last and not parts else part.copy())
+            end = min((group + 1) * GROUP, self.survivors)
+            stop = min(last, end)
+            parts.append(self._group(group)[first - group * GROUP : stop - group * GROUP])
+            if stop == end:
+                DECODED.let_go(self._token, group)
             first = stop
         if not parts:
             return np.empty(0, np.float32)
         return parts[0] if len(parts) == 1 else np.concatenate(parts)
 
     def _group(self, group: int) -> FloatVector:
-        last = self._last
-        if getattr(last, "group", None) != group:
-            if not hasattr(last, "values"):
-                last.values = np.empty(min(GROUP, self.survivors), np.float32)
-            last.group = None
-            decode_values(
-                self.spec.values,
-                self.payload,
-                self.survivors,
-                self.spec.values_key,
-                group,
-                last.values,
-            )
-            last.group = group
-            if self.pages is not None:
-                self.pages.passed(payload_bytes(self.spec.values, GROUP))
-        return last.values
+        kept = DECODED.find(self._token, group)
+        if kept is not None:
+            return kept
+        values = decode_values(
+            self.spec.values, self.payload, self.survivors, self.spec.values_key, group
+        )
+        DECODED.keep(self._token, group, values)
+        if self.pages is not None:
+            self.pages.passed(payload_bytes(self.spec.values, GROUP))
+        return values
 
     def sparse(self, lo: int, hi: int) -> Iterator[tuple[NDArray[np.int64], FloatVector]]:
         """Yield ``(positions, rescaled values)`` of the survivors in ``[lo, hi)``, in order.

@@ -400,17 +400,13 @@ def decode_values(
     survivors: int,
     key: bytes,
     group: int,
-    out: FloatVector | None = None,
 ) -> FloatVector:
-    """Return group number ``group`` (of `GROUP` survivors) of a checked payload.
-
-    The values lie in ``out`` where that is given (it may be larger).
-    """
+    """Return group number ``group`` (of `GROUP` survivors) of a checked payload."""
     row = find_values(name)
     sections = payload_sections(name, survivors)
     first = group * GROUP
     count = min(GROUP, survivors - first)
-    values = np.empty(count, np.float32) if out is None else out[:count]
+    values = np.empty(count, np.float32)
     keystream = None
     if need := row.keystream_bytes(count):
         keystream = Keystream(key).read(group * row.keystream_bytes(GROUP), need)

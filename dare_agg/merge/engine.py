@@ -2,10 +2,11 @@
 
 A method's row prepares a kernel (methods that need a global figure, such as TIES its
 thresholds, read the sources once for it), then the kernel writes the merged delta tile by
-tile. Memory is O(tile × models). Models are added in their given order, element by element,
-and sums over tensors are taken in fixed blocks, so neither tile size nor threads change a
-bit; give the models in an order of their own (`dare_agg.merge.offline` sorts them by
-content) and neither does the order in which they came.
+tile. Where deltas list few survivors, memory is O(tile) whatever the number of models; TIES and
+methods of its kind on whole rows take O(tile × models). Models are added in their given order,
+element by element, and sums over tensors are taken in fixed blocks, so neither tile size nor
+threads change a bit; give the models in an order of their own (`dare_agg.merge.offline` sorts
+them by content) and neither does the order in which they came.
 """
 
 from __future__ import annotations
@@ -20,15 +21,17 @@ from numpy.typing import NDArray
 
 from dare_agg.errors import MergeError
 from dare_agg.layout import FloatVector, Layout
+from dare_agg.merge.agreement import Agreement
 from dare_agg.merge.methods import find_method
-from dare_agg.merge.sources import DeltaSource, RememberedSource, SparseSource, listed
+from dare_agg.merge.sources import DeltaSource, SparseSource
 from dare_agg.merge.task import Kernel, MergeTask, Scratch, Span, Statistics, is_sparse
+from dare_agg.rotation import GROUP
 
 TILE = 1 << 16
-# Where sources list survivors, a tile holds about so many of each and of all together: more
-# calls would cost more than the arithmetic, longer lists would not stay in the cache.
-_LISTED, _LISTED_IN_ALL = 1 << 13, 1 << 21
-_LARGEST_TILE = 1 << 21
+# Elements that all threads' tiles have together, at most, where sources list few survivors.
+_LARGEST_TILES = 1 << 21
+# Fewer tiles than this for each thread are cut so that all threads get as much.
+_UNEVEN = 8
 
 
 @dataclass(frozen=True)
@@ -76,19 +79,22 @@ def merge_deltas(
     """
     if threads < 1:
         raise MergeError(f"threads = {threads}; at least 1 is needed")
-    looked_at = [RememberedSource(source) for source in sources] if measure else sources
+    agreement = Agreement(sources) if measure else None
     tile = _grown(tile, sources, threads)
     kernel, task = prepare_merge(
-        layout, looked_at, method, weights=weights, scaling=scaling, options=options, tile=tile,
-        base=base, statistics=statistics,
+        layout, agreement.observed if agreement else sources, method, weights=weights,
+        scaling=scaling, options=options, tile=tile, base=base, statistics=statistics,
     )  # fmt: skip
     merged = np.empty(layout.size, np.float32) if out is None else out
     counts = np.zeros((-(-layout.size // tile), 3), np.int64)
 
     def work(lo: int, hi: int, scratch: Scratch) -> None:
+        if agreement is None:
+            kernel(lo, hi, merged[lo:hi], scratch)
+            return
+        agreement.begin(lo, hi, scratch)
         kernel(lo, hi, merged[lo:hi], scratch)
-        if measure:
-            counts[lo // tile] = _agreement(task, lo, hi, scratch)
+        counts[lo // tile] = agreement.finish()
 
     run_tiles(task, work, threads)
     touched, lone, conflict = (int(c) for c in counts.sum(axis=0))
@@ -159,17 +165,23 @@ def prepare_merge(
 
 
 def _grown(tile: int, sources: Sequence[DeltaSource], threads: int) -> int:
-    """The tile, or a multiple of it where all sources list few survivors."""
+    """The tile, or a larger one where all sources list few survivors.
+
+    Every list has its cost, and a group of values is decoded again where a tile ends inside it
+    and it is not kept: tiles are whole groups of the densest source, or quarters (the steps in
+    which masks are drawn), as far as there is room.
+    """
     if tile < 1 or not sources or not all(map(is_sparse, sources)):
         return tile
-    share = max(source.survivors / source.size for source in cast(Sequence[SparseSource], sources))
-    wanted = min(
-        _LISTED / share,
-        _LISTED_IN_ALL / (share * len(sources)),
-        _LARGEST_TILE,
-        sources[0].size / (4 * threads),
-    )
-    return max(tile, int(wanted) // tile * tile)
+    size = sources[0].size
+    share = max(cast(SparseSource, source).survivors / size for source in sources)
+    widest = _LARGEST_TILES // threads
+    fitting = [round(n / share) for n in (GROUP, GROUP // 4) if share and n <= widest * share]
+    grown = max(tile, fitting[0] if fitting else widest)
+    if threads > 1 and size < _UNEVEN * threads * grown:
+        rows = -(-size // (threads * grown))
+        grown = max(tile, -(-size // (threads * rows)))
+    return grown
 
 
 def run_tiles(task: MergeTask, work: Callable[[int, int, Scratch], None], threads: int = 1) -> None:
@@ -193,32 +205,3 @@ def run_tiles(task: MergeTask, work: Callable[[int, int, Scratch], None], thread
 def with_sources(task: MergeTask, sources: Sequence[DeltaSource]) -> MergeTask:
     """Return the task over other sources."""
     return replace(task, sources=tuple(sources))
-
-
-def _agreement(task: MergeTask, lo: int, hi: int, scratch: Scratch) -> tuple[int, int, int]:
-    """Count elements with any entry, with exactly one, and with both signs."""
-    row = scratch.get("row", hi - lo)
-    flag = scratch.get("flag", hi - lo, np.bool_)
-    present = scratch.get("present", hi - lo, np.uint16)
-    signs = scratch.get("signs", 2 * (hi - lo), np.bool_).reshape(2, -1)
-    present[:] = 0
-    signs[:] = False
-    sparse = task.is_sparse
-    for source in task.sources:
-        if sparse:
-            for positions, values in listed(source, lo, hi):
-                at = positions - lo
-                present[at] += values != 0
-                signs[0][at] |= values > 0
-                signs[1][at] |= values < 0
-            continue
-        source.read(lo, hi, row)
-        for sign, compare in zip(signs, (np.greater, np.less), strict=True):
-            compare(row, 0, out=flag)
-            present += flag
-            np.logical_or(sign, flag, out=sign)
-    return (
-        int(np.count_nonzero(present)),
-        int(np.count_nonzero(present == 1)),
-        int(np.count_nonzero(np.logical_and(signs[0], signs[1], out=flag))),
-    )

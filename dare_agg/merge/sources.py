@@ -202,40 +202,6 @@ class ScaledSource:
 
 
 @dataclass(frozen=True)
-class RememberedSource:
-    """A source whose last tile is kept for each thread, so a second look costs no decoding."""
-
-    source: DeltaSource
-    _last: local = field(default_factory=local, init=False, repr=False, compare=False)
-
-    @property
-    def size(self) -> int:
-        return self.source.size
-
-    @property
-    def survivors(self) -> int:
-        return getattr(self.source, "survivors", self.source.size)
-
-    def read(self, lo: int, hi: int, out: FloatVector) -> None:
-        last = self._last
-        if getattr(last, "read", None) != (lo, hi):
-            if getattr(last, "buffer", np.empty(0)).size < hi - lo:
-                last.buffer = np.empty(hi - lo, np.float32)
-            last.read = None
-            self.source.read(lo, hi, last.buffer[: hi - lo])
-            last.read = (lo, hi)
-        out[:] = last.buffer[: hi - lo]
-
-    def sparse(self, lo: int, hi: int) -> Iterator[tuple[Positions, FloatVector]]:
-        last = self._last
-        if getattr(last, "listed", None) != (lo, hi):
-            last.listed = None
-            last.parts = [(p.copy(), v.copy()) for p, v in listed(self.source, lo, hi)]
-            last.listed = (lo, hi)
-        yield from last.parts
-
-
-@dataclass(frozen=True)
 class NamedSource:
     """Named arrays over a layout; absent names read as 0 (Fisher values)."""
 

@@ -11,14 +11,12 @@ from numpy.typing import NDArray
 
 from dare_agg.errors import ConfigError
 from dare_agg.layout import FloatVector
-from dare_agg.merge.sources import listed
 from dare_agg.merge.task import FIXED_BLOCK, Kernel, MergeTask, Scratch, Span, cut, span_starts
 from dare_agg.merge.thresholds import kth_smallest_of_each
+from dare_agg.merge.ties_listed import listed_consensus
 
 # Bounds for |x| per (model, span): what lies in [low, high] stays. None keeps all.
 Bounds = tuple[NDArray[np.float32], NDArray[np.float32]]
-
-_SIGN = np.uint32(1 << 31)
 
 
 def ties(task: MergeTask) -> Kernel:
@@ -90,7 +88,7 @@ def consensus(
     used = shares if factors is None else shares * factors
     by_count = task.options.get("elect") == "count"
     if bounds is None and factors is None and task.is_sparse and not by_count:
-        return _sparse_consensus(task, spans, starts, shares, scaling)
+        return listed_consensus(task, spans, starts, shares, scaling)
     multipliers, counts = used.astype(np.float32), shares.astype(np.float32)
     normalize, tie = task.options["normalize"], task.options["sign-tie"]
     majority = _Majority(task, spans, starts, bounds, multipliers) if tie != "positive" else None
@@ -262,117 +260,6 @@ class _Majority:
                 )  # fmt: skip
                 balance += int(np.count_nonzero(piece > 0)) - int(np.count_nonzero(piece < 0))
         return (balance > 0) - (balance < 0)
-
-
-def _sparse_consensus(
-    task: MergeTask,
-    spans: Sequence[Span],
-    starts: NDArray[np.int64],
-    weights: NDArray[np.float64],
-    scaling: NDArray[np.float64],
-) -> Kernel:
-    """The same for sources that list their survivors: only those are touched."""
-    factors = weights.astype(np.float32)
-    normalize, tie = task.options["normalize"], task.options["sign-tie"]
-    expected = np.abs(weights).sum(axis=0)
-    majority = _SparseMajority(task, spans, starts, factors) if tie != "positive" else None
-
-    def kernel(lo: int, hi: int, out: FloatVector, scratch: Scratch) -> None:
-        size = hi - lo
-        sums = scratch.get("sums", size)
-        out[:] = 0
-        sums[:] = 0
-        for span, a, b in cut(spans, starts, lo, hi):
-            at, values, lengths = _survivors(task, factors[:, span], a, b, lo, scratch)
-            np.add.at(sums, at, values)
-            elected = sums.take(at, out=scratch.get("elected", at.size), mode="clip")
-            if majority is not None:
-                tied = elected == 0
-                tied &= values != 0
-                if tied.any():
-                    sign = majority.sign()
-                    elected[tied] = 1 if sign > 0 else -1
-                    if sign == 0 and (tie == "majority" or normalize == "max"):
-                        values[tied] = 0
-            # Flipped by the elected sign, what agrees is positive; zeros add and count nothing.
-            flips, bits = elected.view(np.uint32), values.view(np.uint32)
-            flips &= _SIGN
-            bits ^= flips
-            np.maximum(values, 0, out=values)
-            if normalize == "agreeing":
-                counts = scratch.get("counts", size)
-                counts[at] = 0
-                np.add.at(counts, at, (values > 0) * np.repeat(factors[:, span], lengths))
-            if normalize == "max":
-                np.maximum.at(out, at, values)
-                out.view(np.uint32)[at] |= flips
-                out[a - lo : b - lo] += 0  # no negative zero
-            else:
-                bits ^= flips
-                np.add.at(out, at, values)
-            if normalize == "agreeing":
-                shares = counts.take(at)
-                shares[np.abs(shares) < 1e-8] = 1
-                out[at] = out.take(at) / shares
-            factor = scaling[span]
-            if normalize == "expected":
-                factor /= expected[span] or 1.0
-            if factor != 1:
-                out[a - lo : b - lo] *= np.float32(factor)
-
-    return kernel
-
-
-def _survivors(
-    task: MergeTask, factors: NDArray[np.float32], a: int, b: int, lo: int, scratch: Scratch
-) -> tuple[NDArray[np.int64], FloatVector, list[int]]:
-    """All models' survivors in [a, b), one model after the other, in ``scratch``.
-
-    Returns their positions from ``lo`` on, their weighted values, and how many each model has.
-    """
-    # Room for everything, of which only what is used becomes memory.
-    at = scratch.get("at", task.count * (b - a), np.int64)
-    values = scratch.get("values", task.count * (b - a))
-    used, lengths = 0, []
-    for source, factor in zip(task.sources, factors, strict=True):
-        before = used
-        for positions, piece in listed(source, a, b):
-            stop = used + positions.size
-            np.subtract(positions, lo, out=at[used:stop])
-            np.multiply(piece, factor, out=values[used:stop])
-            used = stop
-        lengths.append(used - before)
-    return at[:used], values[:used], lengths
-
-
-class _SparseMajority:
-    """As `_Majority`, from listed survivors."""
-
-    def __init__(
-        self,
-        task: MergeTask,
-        spans: Sequence[Span],
-        starts: NDArray[np.int64],
-        factors: NDArray[np.float32],
-    ) -> None:
-        self._arguments = task, spans, starts, factors
-        self._lock = Lock()
-        self._sign: int | None = None
-
-    def sign(self) -> int:
-        with self._lock:
-            if self._sign is None:
-                task, spans, starts, factors = self._arguments
-                scratch, balance = Scratch(), 0
-                for lo, hi in task.tiles():
-                    sums = scratch.get("sums", hi - lo)
-                    sums[:] = 0
-                    for span, a, b in cut(spans, starts, lo, hi):
-                        at, values, _ = _survivors(task, factors[:, span], a, b, lo, scratch)
-                        np.add.at(sums, at, values)
-                    balance += int(np.count_nonzero(sums > 0)) - int(np.count_nonzero(sums < 0))
-                self._sign = (balance > 0) - (balance < 0)
-            return self._sign
 
 
 def norm_factors(

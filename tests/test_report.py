@@ -7,13 +7,17 @@ from pathlib import Path
 import numpy as np
 import pytest
 
+from dare_agg.diagnose import diagnose_deltas
 from dare_agg.errors import StateError
+from dare_agg.layout import layout_of
+from dare_agg.merge.sources import array_source
 from dare_agg.report import (
     RoundRecord,
     RunRecord,
     histogram_of,
     read_metrics,
     table_row,
+    write_diagnosis,
     write_report,
 )
 
@@ -68,3 +72,31 @@ def test_metrics_file_that_is_being_written_is_read_up_to_there(tmp_path: Path) 
     path.write_text('{"round": 1\n{"round": 2}\n', encoding="utf-8")
     with pytest.raises(StateError, match="line 1 is not JSON"):
         read_metrics(path)
+
+
+def test_the_page_of_a_diagnosis(tmp_path: Path) -> None:
+    layout = layout_of({"embeddings.weight": (40, 5), "still.weight": (7,), "temperature": ()})
+    rng = np.random.default_rng(2)
+    deltas = [rng.standard_normal(layout.size).astype(np.float32) * 0.02 for _ in range(3)]
+    for delta in deltas:
+        delta[layout["still.weight"].offset : layout["still.weight"].stop] = 0
+    names = ["<i>math</i>", "a-model-with-a-name-longer-than-the-picture-has-room-for", "c"]
+    found = diagnose_deltas(layout, [array_source(d) for d in deltas], names=names)
+    pages = [
+        write_diagnosis(tmp_path / name, found, base="base", command="dare-agg diagnose …")
+        for name in ("a.html", "b.html")
+    ]
+    text = pages[0].read_text(encoding="utf-8")
+    assert pages[0].read_bytes() == pages[1].read_bytes()
+    assert text.count("<svg") == 2 and "Deltas from base" in text
+    assert "&lt;i&gt;math&lt;/i&gt;" in text and "<i>" not in text
+    # The figures of the table and of the grid are those of the diagnosis.
+    for model in found.models:
+        assert f"<td>{model.norm:.3g}</td>" in text and f"<td>{model.largest:.2g}</td>" in text
+    assert f"{found.cosine[0][1]:.2f}" in text and f"({100 * found.conflict[0][1]:.0f} %)" in text
+    assert "DARE is unsafe" in text and "embeddings.weight" in text
+    for outside in ("<script", "<link", 'src="http', "@import"):
+        assert outside not in text
+    alone = diagnose_deltas(layout, [array_source(deltas[0])], names=["one"])
+    one = write_diagnosis(tmp_path / "one.html", alone, base="base").read_text(encoding="utf-8")
+    assert one.count("<svg") == 1

@@ -27,6 +27,7 @@ def diagnose(
     """Measure the deltas of models from BASE and say which drop rate looks safe."""
     from dataclasses import replace
 
+    from rich import box
     from rich.table import Table
 
     from dare_agg.checkpoint import open_checkpoint
@@ -61,17 +62,22 @@ def diagnose(
         print_json(found.as_dict())
         return
     console = stdout_console()
-    table = Table(title=f"|delta| from {base.name}, {found.parameters:,} parameters")
-    for column in ("model", *(f"q{q:g}" for q in QUANTILES), "max", "> 0.005", "zeros", "norm"):
-        table.add_column(column, justify="left" if column == "model" else "right")
+    table = Table(
+        title=f"|delta| from {base.name}, {found.parameters:,} parameters", box=box.SIMPLE
+    )
+    table.add_column("model", overflow="fold")
+    for column in (*(f"q{q:g}" for q in QUANTILES), "max", "> 0.005", "zeros", "norm"):
+        table.add_column(column, justify="right", no_wrap=True)
     for row in found.models:
         table.add_row(
-            row.name, *(f"{q:.2g}" for q in row.quantiles), f"{row.largest:.2g}",
+            row.name, *(_short(q) for q in row.quantiles), _short(row.largest),
             f"{row.above_small:.2%}", f"{row.zeros:.1%}", f"{row.norm:.3g}",
         )  # fmt: skip
     console.print(table)
     if len(models) > 1:
-        pairs = Table(title="pairs: cosine, and share of elements with opposite signs")
+        pairs = Table(
+            title="pairs: cosine, and share of elements with opposite signs", box=box.SIMPLE
+        )
         for column in ("models", "cosine", "sign conflict"):
             pairs.add_column(column)
         for i, left in enumerate(found.models):
@@ -89,18 +95,27 @@ def diagnose(
             highlight=False,
         )
     if layers:
-        tensors = Table(title="largest tensors by rms of delta")
-        for column in ("tensor", "elements", "rms", "q0.99", "> 0.005"):
-            tensors.add_column(column)
+        tensors = Table(
+            title="largest tensors by rms of delta", box=box.SIMPLE, collapse_padding=True
+        )
+        tensors.add_column("tensor", overflow="fold")
+        for column in ("elements", "rms", "q0.99", "> 0.005"):
+            tensors.add_column(column, justify="right", no_wrap=True)
         for tensor in sorted(found.tensors, key=lambda t: -t.rms)[:layers]:
             tensors.add_row(
-                tensor.name, f"{tensor.size:,}", f"{tensor.rms:.2g}",
-                f"{tensor.quantiles[2]:.2g}", f"{tensor.above:.2%}",
+                tensor.name, f"{tensor.size:,}", _short(tensor.rms),
+                _short(tensor.quantiles[2]), f"{tensor.above:.2%}",
             )  # fmt: skip
         console.print(tensors)
     for warning in found.warnings:
         stderr_console().print(f"warning: {warning}", style="yellow", highlight=False)
     console.print(f"safe drop rate: {found.safe_drop_rate:g} ({found.why})", highlight=False)
+
+
+def _short(value: float) -> str:
+    """Two digits in six characters at most, so that a table fits 80 columns."""
+    text = f"{value:.2g}"
+    return text if len(text) <= 6 and "e" not in text else f"{value:.1e}".replace("e-0", "e-")
 
 
 def _labels(paths: list[Path]) -> list[str]:

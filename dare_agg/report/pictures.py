@@ -136,8 +136,8 @@ def quantiles_by_layer(
     figure, axes = _figure(height=4.2)
     places = range(len(layers))
     for index, share in enumerate(shares):
-        # A tensor that did not move lies on the floor of the picture.
-        values = [max(quantiles[index], 1e-8) for _, quantiles in layers]
+        # A tensor that did not move leaves a gap: a logarithm has no place for it.
+        values = [quantiles[index] or math.nan for _, quantiles in layers]
         axes.plot(places, values, marker="o", markersize=2.5, linewidth=1.2,
                   color=colour_of(index + 1), label=f"q{share:g}")  # fmt: skip
     axes.axhline(limit, color="#be123c", linewidth=1.2, linestyle="--")
@@ -145,12 +145,16 @@ def quantiles_by_layer(
     step = max(1, len(layers) // 12)
     axes.set_xticks(list(places)[::step])
     axes.set_xticklabels(
-        [name if len(name) < 31 else "…" + name[-30:] for name, _ in layers][::step],
+        [_tail(name, 24) for name, _ in layers][::step],
         rotation=60, ha="right", fontsize=7,
     )  # fmt: skip
     _label(axes, "", "|delta| (log scale)")
     axes.legend(frameon=False, fontsize=9, loc="best", ncols=2)
     return _svg(figure)
+
+
+def _tail(name: str, length: int) -> str:
+    return name if len(name) <= length else "…" + name[1 - length :]
 
 
 def agreement_grid(
@@ -160,8 +164,11 @@ def agreement_grid(
     figure, axes = _figure(height=4.2)
     axes.grid(False)
     axes.imshow(cosine, vmin=-1, vmax=1, cmap="PuOr")
-    axes.set_xticks(range(len(names)), names, rotation=60, ha="right", fontsize=8)
-    axes.set_yticks(range(len(names)), names, fontsize=8)
+    # Names at one side are enough: they are long.
+    numbers = range(1, len(names) + 1)
+    axes.set_xticks(range(len(names)), numbers, fontsize=8)
+    labels = [f"{_tail(name, 28)}  {n}" for n, name in zip(numbers, names, strict=True)]
+    axes.set_yticks(range(len(names)), labels, fontsize=8)
     if len(names) <= 8:
         for i in range(len(names)):
             for j in range(len(names)):

@@ -63,7 +63,9 @@ def diagnose(
         return
     console = stdout_console()
     table = Table(
-        title=f"|delta| from {base.name}, {found.parameters:,} parameters", box=box.SIMPLE
+        title=f"|delta| from {base.name}, {found.parameters:,} parameters",
+        box=box.SIMPLE,
+        padding=(0, 1, 0, 0),
     )
     table.add_column("model", overflow="fold")
     for column in (*(f"q{q:g}" for q in QUANTILES), "max", "> 0.005", "zeros", "norm"):
@@ -76,7 +78,9 @@ def diagnose(
     console.print(table)
     if len(models) > 1:
         pairs = Table(
-            title="pairs: cosine, and share of elements with opposite signs", box=box.SIMPLE
+            title="pairs: cosine, and share of elements with opposite signs",
+            box=box.SIMPLE,
+            padding=(0, 1, 0, 0),
         )
         for column in ("models", "cosine", "sign conflict"):
             pairs.add_column(column)
@@ -96,7 +100,7 @@ def diagnose(
         )
     if layers:
         tensors = Table(
-            title="largest tensors by rms of delta", box=box.SIMPLE, collapse_padding=True
+            title="largest tensors by rms of delta", box=box.SIMPLE, padding=(0, 1, 0, 0)
         )
         tensors.add_column("tensor", overflow="fold")
         for column in ("elements", "rms", "q0.99", "> 0.005"):

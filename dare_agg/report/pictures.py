@@ -142,10 +142,11 @@ def quantiles_by_layer(
                   color=colour_of(index + 1), label=f"q{share:g}")  # fmt: skip
     axes.axhline(limit, color="#be123c", linewidth=1.2, linestyle="--")
     axes.set_yscale("log")
+    axes.yaxis.set_major_formatter(lambda value, _: f"{value:g}")
     step = max(1, len(layers) // 12)
     axes.set_xticks(list(places)[::step])
     axes.set_xticklabels(
-        [_tail(name, 24) for name, _ in layers][::step],
+        [_tail(name.removesuffix(".weight"), 30) for name, _ in layers][::step],
         rotation=60, ha="right", fontsize=7,
     )  # fmt: skip
     _label(axes, "", "|delta| (log scale)")
@@ -163,7 +164,7 @@ def agreement_grid(
     """Cosines of all pairs as a coloured grid, with their sign conflict, as SVG."""
     figure, axes = _figure(height=4.2)
     axes.grid(False)
-    axes.imshow(cosine, vmin=-1, vmax=1, cmap="PuOr")
+    axes.imshow(cosine, vmin=-1, vmax=1, cmap="PuOr", aspect="auto")
     # Names at one side are enough: they are long.
     numbers = range(1, len(names) + 1)
     axes.set_xticks(range(len(names)), numbers, fontsize=8)

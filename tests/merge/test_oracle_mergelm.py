@@ -8,6 +8,7 @@ import pytest
 
 from dare_agg.layout import Layout, layout_of
 from dare_agg.merge.engine import merge_deltas
+from dare_agg.merge.fisher import _sum_of_squares
 from dare_agg.merge.sources import ArraySource, array_source, pair_source
 from dare_agg.sparsify import dare_given
 
@@ -211,6 +212,45 @@ def test_fisher_of_scalars_and_convolutions() -> None:
             "fisher",
             statistics=[{name: row} for row in values["fisher"]],
         )
+
+
+def test_fisher_norms() -> None:
+    arrays = load("fisher_given")
+    seen = 0
+    for case in (key for key in arrays if key.endswith("/norms")):
+        n, kind, _ = case.split("/")
+        layout = layout_like(under(arrays, f"{n}/{kind}/norm1/eps1e-06/coef_none"))
+        for i, expected in enumerate(arrays[case]):
+            values = layout.flatten(under(arrays, f"{n}/fisher/m{i}"))
+            found = _sum_of_squares(array_source(values)) ** 0.5
+            np.testing.assert_allclose(found, expected, rtol=0, atol=TOLERANCE)
+            seen += 1
+    assert seen == 18
+
+
+@pytest.mark.parametrize("rate", ["0.1", "0.5", "0.9"])
+def test_dare_with_masks_of_a_seeded_generator(rate: str) -> None:
+    arrays = load("dare_seeded_torch_cpu")
+    drop = arrays[f"p{rate}/drop_mask"].reshape(-1) != 0
+    got = dare_given(arrays["in"].reshape(-1), drop, rate)
+    np.testing.assert_allclose(
+        got, arrays[f"p{rate}/out"].reshape(-1), rtol=0, atol=TOLERANCE
+    )  # fmt: skip
+
+
+@pytest.mark.parametrize("form", ["delta_weight", "finetuned_weight"])
+def test_dare_of_a_model_with_a_seeded_generator(form: str) -> None:
+    torch = pytest.importorskip("torch")
+    expected = under(load("dare_seeded_torch_cpu"), f"model/{form}/p0.5")
+    base, tuned = model("A", "base"), model("A", "m0")
+    # The reference draws for one parameter after the other, in the order of registration.
+    torch.manual_seed(0)
+    assert len(expected) >= 10
+    for name in filter(expected.__contains__, map(str, load("models_A")["param_order"])):
+        start = base[name] if form == "delta_weight" else np.zeros_like(base[name])
+        drop = torch.bernoulli(torch.full(base[name].shape, 0.5)).numpy().reshape(-1) != 0
+        got = dare_given((tuned[name] - start).reshape(-1), drop, "0.5").reshape(start.shape)
+        np.testing.assert_allclose(start + got, expected[name], rtol=0, atol=2e-6, err_msg=name)
 
 
 @pytest.mark.parametrize("file", ["regmean_given"])

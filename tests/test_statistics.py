@@ -199,3 +199,48 @@ def test_files_and_errors(tmp_path: Path) -> None:
         collect_fisher(torch.nn.Linear(1, 2), [], rule="ture")
     write_statistics(tmp_path / "s.safetensors", {"w": np.ones(2, np.float32)}, "fisher", {})
     assert (tmp_path / "s.safetensors").exists()
+
+
+@pytest.mark.slow
+def test_a_classifiers_folder_with_its_head_inside_or_beside_it(tmp_path: Path) -> None:
+    transformers = pytest.importorskip("transformers")
+    from safetensors.numpy import load_file, save_file
+
+    from dare_agg.statistics import statistics_of_folder
+
+    words = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]", "one", "two", "three"]
+    (tmp_path / "vocab.txt").write_text("\n".join(words))
+    (tmp_path / "a.csv").write_text("text,label\none two,0\nthree,1\ntwo two one,1\n")
+    config = transformers.BertConfig(
+        vocab_size=8, hidden_size=8, num_hidden_layers=1, num_attention_heads=2,
+        intermediate_size=12, max_position_embeddings=16, num_labels=3,
+    )  # fmt: skip
+    torch.manual_seed(0)
+    whole = transformers.BertForSequenceClassification(config)
+    folder, plain = tmp_path / "whole", tmp_path / "plain"
+    whole.save_pretrained(folder)
+    whole.bert.save_pretrained(plain)
+    tokenizer = transformers.BertTokenizerFast(str(tmp_path / "vocab.txt"))
+    for place in (folder, plain):
+        tokenizer.save_pretrained(place)
+    data = tmp_path / "a.csv"
+    names = set(load_file(folder / "model.safetensors"))
+    for rule in ("true", "reference"):
+        found = statistics_of_folder(folder, data, "fisher", rule=rule)
+        assert set(found) == names and all((a >= 0).all() for a in found.values())
+        assert found["classifier.weight"].any()
+    # An encoder without its head: nothing is drawn at random.
+    with pytest.raises(ConfigError, match=r"lacks 'classifier\.bias' \(2 tensors"):
+        statistics_of_folder(plain, data, "fisher")
+    # As `dare-agg run` writes it; a head of zeros is blind to the encoder.
+    for factor in (1, 0):
+        head = {"head.weight": np.full((3, 8), 0.1, np.float32), "head.bias": np.zeros(3, "f4")}
+        head["head.weight"][1] *= -factor
+        head["head.weight"] *= factor
+        save_file(head, plain / "head.safetensors")
+        found = statistics_of_folder(plain, data, "fisher")
+        assert set(found) <= {n.removeprefix("bert.") for n in names}
+        assert any(a.any() for a in found.values()) == bool(factor)
+    grams = statistics_of_folder(plain, data, "gram")
+    assert grams["encoder.layer.0.intermediate.dense.weight"].shape == (8, 8)
+    assert "head.weight" not in grams

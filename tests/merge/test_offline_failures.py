@@ -1,5 +1,6 @@
 """Merges that cannot be finished: a clear error, nothing left behind, inputs as they were."""
 
+import json
 import os
 import shutil
 import signal
@@ -199,3 +200,23 @@ def test_the_writer_names_the_place(tmp_path: Path) -> None:
     ):
         pass
     assert (tmp_path / "file").read_text() == "x"
+
+
+def test_another_base_is_named_where_the_models_name_it(tmp_path: Path, capsys) -> None:
+    base = RNG.standard_normal((60, 50)).astype(np.float32)
+    other = base + RNG.standard_normal(base.shape).astype(np.float32) * np.float32(0.02)
+    paths = [tmp_path / "base", tmp_path / "m1", tmp_path / "m2"]
+    for path, start in zip(paths, (base, other, other), strict=True):
+        path.mkdir()
+        noise = RNG.standard_normal(base.shape).astype(np.float32) * np.float32(0.001)
+        save_file({"w": start if path == paths[0] else start + noise}, path / "model.safetensors")
+    (paths[1] / "config.json").write_text('{"_name_or_path": "org/coder"}')
+    (paths[2] / "README.md").write_text("---\nbase_model: [org/coder-7b]\n---\n# A card")
+    words = ["--json", "--force", "-o", str(tmp_path / "out"), "--method", "average"]
+    for command in (["merge", *map(str, paths), *words], ["diagnose", *map(str, paths), "--json"]):
+        with pytest.raises(SystemExit) as stop:
+            main(command)
+        assert stop.value.code == 0
+        warnings = " ".join(json.loads(capsys.readouterr().out)["warnings"])
+        assert "nearer to each other than to BASE" in warnings
+        assert "'org/coder' (m1); 'org/coder-7b' (m2)" in warnings

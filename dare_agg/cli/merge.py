@@ -38,7 +38,10 @@ def merge(
     ] = None,
     sparsifier: Annotated[
         str | None,
-        typer.Option("--sparsifier", help="dare, drop-only, magnitude or mergekit-dare. [dare]"),
+        typer.Option(
+            "--sparsifier",
+            help="dare, drop-only, magnitude, mergekit-dare, or that with -l2 or -linf. [dare]",
+        ),
     ] = None,
     mask: Annotated[
         str | None, typer.Option("--mask", help="stratified or bernoulli. [stratified]")

@@ -44,7 +44,8 @@ from dare_agg.merge.adapter import CONFIG_NAME, adapter_base, adapter_source, is
 from dare_agg.merge.engine import prepare_merge, run_tiles
 from dare_agg.merge.identity import content_order, sketch
 from dare_agg.merge.methods import find_method
-from dare_agg.merge.recipe import ModelInput, Recipe
+from dare_agg.merge.norms import norm_ratios
+from dare_agg.merge.recipe import MERGEKIT_NORMS, ModelInput, Recipe
 from dare_agg.merge.sources import (
     CachedSource,
     DeltaSource,
@@ -56,7 +57,7 @@ from dare_agg.merge.sources import (
     array_source,
     take,
 )
-from dare_agg.merge.task import FIXED_BLOCK, Scratch, is_sparse
+from dare_agg.merge.task import Scratch, is_sparse
 from dare_agg.merge.thresholds import kth_smallest
 
 # Elements of a tile, and at most of all models' tiles together: memory does not grow with them.
@@ -295,9 +296,13 @@ def sparsified(opened: list[_Opened], recipe: Recipe, layout: Layout) -> list[_O
         )
         for m, key in zip(opened, keys, strict=True)
     ]
-    if recipe.sparsifier == "mergekit-dare":
+    if recipe.sparsifier in MERGEKIT_NORMS:
+        norm = MERGEKIT_NORMS[recipe.sparsifier]
         masked = [
-            replace(m, source=ScaledSource(m.source, spans, l1_ratios(o.source, m.source, spans)))
+            replace(
+                m,
+                source=ScaledSource(m.source, spans, norm_ratios(o.source, m.source, spans, norm)),
+            )
             for o, m in zip(opened, masked, strict=True)
         ]
     return masked
@@ -327,26 +332,6 @@ def mask_keys(opened: list[_Opened], seed: int) -> list[bytes]:
         key = derive_key(seed_secret(own), UPDATE_MASK, content)
         keys.append(key if not twin else derive_key(key, "twin", twin))
     return keys
-
-
-def l1_ratios(
-    whole: DeltaSource, dropped: DeltaSource, spans: list[tuple[int, int]]
-) -> FloatVector:
-    """‖δ‖₁ / ‖dropped δ‖₁ for each tensor: mergekit's rescale, for parity."""
-    factors = np.ones(len(spans), np.float32)
-    buffer = np.empty(FIXED_BLOCK, np.float32)
-    for number, (start, stop) in enumerate(spans):
-        norms = []
-        for source in (whole, dropped):
-            total = 0.0
-            for lo in range(start, stop, FIXED_BLOCK):
-                row = buffer[: min(stop, lo + FIXED_BLOCK) - lo]
-                source.read(lo, lo + row.size, row)
-                total += float(np.abs(row).sum(dtype=np.float64))
-            norms.append(total)
-        if min(norms) >= 1e-7:
-            factors[number] = norms[0] / norms[1]
-    return factors
 
 
 def tensor_weights(

@@ -17,6 +17,9 @@ from dare_agg.layout import compile_patterns
 from dare_agg.mask import parse_drop_rate
 from dare_agg.merge.methods import find_method
 
+# Sparsifiers that restore a tensor's norm after a random drop, as mergekit does.
+MERGEKIT_NORMS = {"mergekit-dare": "l1", "mergekit-dare-l2": "l2", "mergekit-dare-linf": "linf"}
+
 
 def _kebab(name: str) -> str:
     return name.replace("_", "-")
@@ -56,7 +59,9 @@ class Recipe(_Strict):
     options: dict[str, Any] = Field(default_factory=dict)
     drop_rate: str | None = None
     seed: int = 0
-    sparsifier: Literal["dare", "drop-only", "magnitude", "mergekit-dare"] = "dare"
+    sparsifier: Literal[
+        "dare", "drop-only", "magnitude", "mergekit-dare", "mergekit-dare-l2", "mergekit-dare-linf"
+    ] = "dare"
     mask: Literal["stratified", "bernoulli"] = "stratified"
     exclude: list[str] = Field(default_factory=list)
     rules: list[Rule] = Field(default_factory=list)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Sequence
 from threading import Lock
 
@@ -11,7 +10,8 @@ from numpy.typing import NDArray
 
 from dare_agg.errors import ConfigError
 from dare_agg.layout import FloatVector
-from dare_agg.merge.task import FIXED_BLOCK, Kernel, MergeTask, Scratch, Span, cut, span_starts
+from dare_agg.merge.norms import ratio, span_norm
+from dare_agg.merge.task import Kernel, MergeTask, Scratch, Span, cut, span_starts
 from dare_agg.merge.thresholds import kth_smallest_of_each
 from dare_agg.merge.ties_listed import listed_consensus
 
@@ -36,7 +36,7 @@ def ties(task: MergeTask) -> Kernel:
     bounds = _trim_bounds(task, scope, kept)
     factors = None
     if options["rescale"] != "none" and bounds is not None:
-        factors = norm_factors(task, scope, bounds, options["rescale"])
+        factors = _norm_factors(task, scope, bounds, options["rescale"])
     if len(spans) > len(scope) and bounds is not None:
         # One threshold a model for spans that differ in weight only.
         bounds = tuple(np.repeat(b, len(spans), axis=1) for b in bounds)  # type: ignore[assignment]
@@ -262,36 +262,14 @@ class _Majority:
         return (balance > 0) - (balance < 0)
 
 
-def norm_factors(
+def _norm_factors(
     task: MergeTask, spans: Sequence[Span], bounds: Bounds, norm: str
 ) -> NDArray[np.float32]:
-    """‖δ‖ / ‖trimmed δ‖ for each model and span, in the norm l1, l2 or linf (mergekit)."""
+    """‖δ‖ / ‖trimmed δ‖ for each model and span."""
     factors = np.ones((task.count, len(spans)), np.float32)
-    buffer = np.empty(FIXED_BLOCK, np.float32)
     for model, source in enumerate(task.sources):
-        for span, (start, stop) in enumerate(spans):
-            parts = []
-            for lo in range(start, stop, FIXED_BLOCK):
-                row = buffer[: min(stop, lo + FIXED_BLOCK) - lo]
-                source.read(lo, lo + row.size, row)
-                np.abs(row, out=row)
-                kept = row * ((row >= bounds[0][model, span]) & (row <= bounds[1][model, span]))
-                parts.append((_power(row, norm), _power(kept, norm)))
-            if norm == "linf":
-                whole, left = (max(column) for column in zip(*parts, strict=True))
-            else:
-                whole, left = (math.fsum(column) for column in zip(*parts, strict=True))
-            if norm == "l2":
-                whole, left = math.sqrt(whole), math.sqrt(left)
-            if whole >= 1e-7 and left >= 1e-7:
-                factors[model, span] = whole / left
+        for number, span in enumerate(spans):
+            band = float(bounds[0][model, number]), float(bounds[1][model, number])
+            left = span_norm(source, span, norm, band)
+            factors[model, number] = ratio(span_norm(source, span, norm), left)
     return factors
-
-
-def _power(sizes: FloatVector, norm: str) -> float:
-    """The part of a block in a norm: its sum, its sum of squares or its maximum."""
-    if norm == "linf":
-        return float(sizes.max())
-    if norm == "l2":
-        return float((sizes.astype(np.float64) ** 2).sum())
-    return float(sizes.sum(dtype=np.float64))

@@ -284,7 +284,7 @@ def test_unsafe_ranges_warn(models: list[Path], tmp_path: Path, capsys) -> None:
 def test_l1_rescale_and_magnitude(models: list[Path], tmp_path: Path) -> None:
     base = load_file(models[0] / "model.safetensors")
     tuned = load_file(models[1])
-    for sparsifier in ("mergekit-dare", "magnitude", "drop-only"):
+    for sparsifier in ("mergekit-dare", "mergekit-dare-l2", "magnitude", "drop-only"):
         out = tmp_path / f"{sparsifier}.safetensors"
         run(models[0], models[1], "-o", out, "--drop-rate", 0.5, "--sparsifier", sparsifier)
         delta = load_file(out)["emb.weight"] - base["emb.weight"]
@@ -294,6 +294,8 @@ def test_l1_rescale_and_magnitude(models: list[Path], tmp_path: Path) -> None:
         assert abs(kept - 0.5) < 0.02
         if sparsifier == "mergekit-dare":
             assert abs(share - 1) < 1e-4
+        elif sparsifier == "mergekit-dare-l2":
+            assert abs(np.square(delta).sum() / np.square(whole).sum() - 1) < 1e-4
         elif sparsifier == "magnitude":
             assert np.abs(whole[np.abs(delta) > 1e-7]).min() >= np.median(np.abs(whole)) * 0.99
         else:

@@ -9,7 +9,7 @@ import pytest
 
 from dare_agg.layout import Layout, layout_of
 from dare_agg.merge.engine import merge_deltas
-from dare_agg.merge.offline import l1_ratios
+from dare_agg.merge.norms import NORMS, norm_ratios
 from dare_agg.merge.sources import ScaledSource, array_source
 from dare_agg.sparsify import dare_given
 
@@ -125,18 +125,23 @@ def test_dare_with_given_masks(rule: str) -> None:
         spans = [(e.offset, e.stop) for e in layout.entries]
         dropped = [
             ScaledSource(
-                array_source(d * k), spans, l1_ratios(array_source(d), array_source(d * k), spans)
+                array_source(d * k),
+                spans,
+                norm_ratios(array_source(d), array_source(d * k), spans, "l1"),
             )
             for d, k in zip(deltas, kept, strict=True)
         ]
     spans = [(e.offset, e.stop) for e in layout.entries]
-    masked = {norm: tensors("dare_given_masks", f"masked_{norm}") for norm in ("None", "l1")}
+    masked = {norm: tensors("dare_given_masks", f"masked_{norm}") for norm in ("None", *NORMS)}
     paper = tensors("dare_given_masks", "paper_rescale")
     for i, (delta, keep) in enumerate(zip(deltas, kept, strict=True)):
         whole, left = array_source(delta), array_source(delta * keep)
-        ratios = l1_ratios(whole, left, spans)
+        rescaled = [
+            (ScaledSource(left, spans, norm_ratios(whole, left, spans, norm)), masked[norm])
+            for norm in NORMS
+        ]
         for source, wanted in (
-            (left, masked["None"]), (ScaledSource(left, spans, ratios), masked["l1"]),
+            (left, masked["None"]), *rescaled,
             (array_source(dare_given(delta, ~keep, "0.7")), paper),
         ):  # fmt: skip
             found = np.empty(layout.size, np.float32)

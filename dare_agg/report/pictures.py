@@ -133,6 +133,8 @@ def quantiles_by_layer(
     layers: Sequence[tuple[str, Sequence[float]]], shares: Sequence[float], limit: float
 ) -> str:
     """Quantiles of |delta| of every tensor, in order, as SVG; ``limit`` is a dashed line."""
+    from matplotlib.ticker import LogLocator
+
     figure, axes = _figure(height=4.2)
     places = range(len(layers))
     for index, share in enumerate(shares):
@@ -142,7 +144,10 @@ def quantiles_by_layer(
                   color=colour_of(index + 1), label=f"q{share:g}")  # fmt: skip
     axes.axhline(limit, color="#be123c", linewidth=1.2, linestyle="--")
     axes.set_yscale("log")
-    axes.yaxis.set_major_formatter(lambda value, _: f"{value:g}")
+    axes.yaxis.set_minor_locator(LogLocator(subs=(2, 3, 5)))
+    for set_formatter in (axes.yaxis.set_major_formatter, axes.yaxis.set_minor_formatter):
+        set_formatter(lambda value, _: f"{value:g}")
+    axes.tick_params(axis="y", which="minor", labelsize=8)
     step = max(1, len(layers) // 12)
     axes.set_xticks(list(places)[::step])
     axes.set_xticklabels(
@@ -150,7 +155,7 @@ def quantiles_by_layer(
         rotation=60, ha="right", fontsize=7,
     )  # fmt: skip
     _label(axes, "", "|delta| (log scale)")
-    axes.legend(frameon=False, fontsize=9, loc="best", ncols=2)
+    axes.legend(frameon=False, fontsize=9, loc="lower center", bbox_to_anchor=(0.5, 1), ncols=4)
     return _svg(figure)
 
 

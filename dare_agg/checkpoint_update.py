@@ -28,9 +28,10 @@ from dare_agg.fingerprints import remember
 from dare_agg.layout import FingerprintStream, FloatVector, Layout
 from dare_agg.mask import DropRate, parse_drop_rate
 from dare_agg.merge.identity import sketch
-from dare_agg.merge.offline import UPDATE_MASK, open_model
+from dare_agg.merge.opening import open_model
 from dare_agg.merge.recipe import ModelInput
 from dare_agg.merge.sources import CachedSource, DeltaSource, take
+from dare_agg.merge.sparsifying import UPDATE_MASK
 from dare_agg.rotation import GROUP
 from dare_agg.update import Update, UpdateSpec
 from dare_agg.update_file import FileHeader, read_update_file, write_update_file

@@ -1,0 +1,86 @@
+"""The paper's check of the deltas' range, and which base the models themselves name."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+from collections.abc import Sequence
+from pathlib import Path
+
+import numpy as np
+import yaml
+
+from dare_agg.diagnose import diagnose_deltas
+from dare_agg.errors import NonFiniteError
+from dare_agg.layout import layout_of
+from dare_agg.merge.adapter import CONFIG_NAME
+from dare_agg.merge.opening import OpenedModel
+from dare_agg.merge.recipe import Recipe
+from dare_agg.merge.sources import array_source, take
+
+# Elements of a model, and of all of them, looked at, in runs of neighbours.
+_CHECKED, _CHECKED_IN_ALL, _RUN = 1 << 16, 1 << 19, 256
+
+
+def range_warnings(opened: list[OpenedModel], recipe: Recipe) -> list[str]:
+    """The paper's check of the deltas' range, on an even sample of up to 2^16 elements.
+
+    Updates are left out: they hold what survived, rescaled, and were checked when opened.
+    Raises `NonFiniteError` where the sample is not finite (adapters).
+    """
+    dense = [m for m in opened if m.kind != "update"]
+    if not dense:
+        return []
+    size = opened[0].source.size
+    count = min(size, _CHECKED, max(_RUN, _CHECKED_IN_ALL // len(dense)))
+    starts = (
+        np.arange(-(-count // _RUN), dtype=np.int64)
+        * (size - min(_RUN, size))
+        // max(1, -(-count // _RUN) - 1)
+    )
+    # In a small model the runs overlap; positions must ascend.
+    blocks = np.unique(starts[:, None] + np.arange(min(_RUN, size)))
+    samples = []
+    for model in dense:
+        picked = take(model.source, blocks)
+        if not np.isfinite(picked).all():
+            raise NonFiniteError(f"{model.given.path}: its delta is not finite; train it again")
+        samples.append(array_source(picked))
+    names = [str(model.given.path) for model in dense]
+    found = diagnose_deltas(layout_of({"sample": (blocks.size,)}), samples, names=names)
+    warnings = list(found.warnings)
+    if any("nearer to each other" in warning for warning in warnings):
+        warnings += filter(None, [bases_named_by([model.given.path for model in dense])])
+    if recipe.drop_rate is None:
+        return [w for w in warnings if "unsafe" not in w]
+    return warnings
+
+
+def bases_named_by(paths: Sequence[Path]) -> str:
+    """Say which bases the models' own files name; empty where they name none."""
+    named: dict[str, list[str]] = {}
+    for path in paths:
+        for base in _named_bases(path):
+            named.setdefault(base, []).append(path.name)
+    told = [f"{base!r} ({', '.join(models)})" for base, models in sorted(named.items())]
+    return f"the models' own files name as base: {'; '.join(told)}" if told else ""
+
+
+def _named_bases(path: Path) -> set[str]:
+    found: set[str] = set()
+    for file, keys in (
+        (CONFIG_NAME, ("base_model_name_or_path",)),
+        ("config.json", ("base_model", "_name_or_path")),
+    ):
+        with contextlib.suppress(OSError, ValueError):
+            values = json.loads((path / file).read_text(encoding="utf-8"))
+            found |= {
+                str(values[key]) for key in keys if isinstance(values, dict) and values.get(key)
+            }
+    with contextlib.suppress(OSError, ValueError, yaml.YAMLError):
+        # The YAML head of a model card.
+        _, head, _ = (path / "README.md").read_text(encoding="utf-8").split("---", 2)
+        card = yaml.safe_load(head)
+        bases = card.get("base_model") if isinstance(card, dict) else None
+        found |= {str(base) for base in ([bases] if isinstance(bases, str) else bases or ())}
+    return {base for base in found if base not in (str(path), path.name)}

@@ -109,7 +109,7 @@ def frontier_plot(rows: Rows, path: Path) -> Path:
     shared.set_ylabel("test accuracy, %", fontsize=9)
     handles, names = shared.get_legend_handles_labels()
     figure.legend(handles, names, loc="upper center", ncol=4, frameon=False, fontsize=8)
-    return save(figure, path, top=0.88)
+    return save(figure, path, top=0.97 - 0.045 * -(-len(names) // 4))
 
 
 def single_plot(rows: Rows, path: Path) -> Path:

@@ -539,7 +539,7 @@ def test_an_app_that_returns_no_arrays_is_told_so(memory_grid, toys):
         ({"min_train_nodes": -1}, "min_train_nodes"),
         ({"deadline": 0}, "deadline"),
         ({"seed": -1}, "seed"),
-        ({"drop_rate": "1.0"}, ""),
+        ({"drop_rate": "1.0"}, r"drop rate 1\.0 is outside \[0, 1\)"),
     ],
 )
 def test_settings_fail_before_anything_runs(words, says):

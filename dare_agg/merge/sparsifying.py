@@ -6,13 +6,13 @@ from dataclasses import replace
 
 from dare_agg.derive import derive_key, seed_secret
 from dare_agg.errors import ConfigError
-from dare_agg.layout import FloatVector, Layout
+from dare_agg.layout import Layout
 from dare_agg.mask import Mask, parse_drop_rate
 from dare_agg.merge.identity import sketch
 from dare_agg.merge.norms import norm_ratios
 from dare_agg.merge.opening import OpenedModel
 from dare_agg.merge.recipe import MERGEKIT_NORMS, Recipe
-from dare_agg.merge.sources import DeltaSource, MaskedSource, ScaledSource, TrimmedSource
+from dare_agg.merge.sources import MaskedSource, ScaledSource, TrimmedSource
 from dare_agg.merge.thresholds import kth_smallest
 
 # The label of mask keys that follow from a seed and a delta's contents.
@@ -37,7 +37,10 @@ def sparsified(opened: list[OpenedModel], recipe: Recipe, layout: Layout) -> lis
             (hi - lo) * (rate.numerator - rate.denominator) // rate.numerator for lo, hi in spans
         ]
         return [
-            replace(m, source=TrimmedSource(m.source, spans, _limits(m.source, spans, ranks)))
+            replace(
+                m,
+                source=TrimmedSource(m.source, spans, kth_smallest(m.source, spans, ranks, _TILE)),
+            )
             for m in opened
         ]
     keys = mask_keys(opened, recipe.seed)
@@ -62,10 +65,6 @@ def sparsified(opened: list[OpenedModel], recipe: Recipe, layout: Layout) -> lis
             for o, m in zip(opened, masked, strict=True)
         ]
     return masked
-
-
-def _limits(source: DeltaSource, spans: list[tuple[int, int]], ranks: list[int]) -> FloatVector:
-    return kth_smallest(source, spans, ranks, _TILE)
 
 
 def mask_keys(opened: list[OpenedModel], seed: int) -> list[bytes]:

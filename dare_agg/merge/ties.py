@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from threading import Lock
+from functools import partial
 
 import numpy as np
 from numpy.typing import NDArray
 
 from dare_agg.errors import ConfigError
 from dare_agg.layout import FloatVector
+from dare_agg.merge.majority import MajoritySign
 from dare_agg.merge.norms import ratio, span_norm
 from dare_agg.merge.task import Kernel, MergeTask, Scratch, Span, cut, span_starts
 from dare_agg.merge.thresholds import kth_smallest_of_each
@@ -91,7 +92,9 @@ def consensus(
         return listed_consensus(task, spans, starts, shares, scaling)
     multipliers, counts = used.astype(np.float32), shares.astype(np.float32)
     normalize, tie = task.options["normalize"], task.options["sign-tie"]
-    majority = _Majority(task, spans, starts, bounds, multipliers) if tie != "positive" else None
+    majority = None
+    if tie != "positive":
+        majority = MajoritySign(partial(_balance, task, spans, starts, bounds, multipliers))
     equal = np.all(multipliers == multipliers[:1], axis=0) & np.all(counts == counts[:1], axis=0)
     expected = np.abs(shares).sum(axis=0)
 
@@ -161,7 +164,7 @@ def _elected(
     normalize: str,
     alike: bool,
     tie: str,
-    majority: _Majority | None,
+    majority: MajoritySign | None,
     scratch: Scratch,
 ) -> None:
     """Replace the rows' sum in ``total`` by the merge of the entries of its sign."""
@@ -223,43 +226,27 @@ def _elected(
         total[undecided] = 0
 
 
-class _Majority:
-    """The majority sign over all elements, found by one more pass when first needed."""
-
-    def __init__(
-        self,
-        task: MergeTask,
-        spans: Sequence[Span],
-        starts: NDArray[np.int64],
-        bounds: Bounds | None,
-        multipliers: NDArray[np.float32],
-    ) -> None:
-        self._arguments = task, spans, starts, bounds, multipliers
-        self._lock = Lock()
-        self._sign: int | None = None
-
-    def sign(self) -> int:
-        with self._lock:
-            if self._sign is None:
-                self._sign = self._count()
-            return self._sign
-
-    def _count(self) -> int:
-        task, spans, starts, bounds, multipliers = self._arguments
-        scratch, balance = Scratch(), 0
-        for lo, hi in task.tiles():
-            stack = scratch.get("stack", task.count * (hi - lo)).reshape(task.count, hi - lo)
-            for source, row in zip(task.sources, stack, strict=True):
-                source.read(lo, hi, row)
-            total = scratch.get("total", hi - lo)
-            for span, a, b in cut(spans, starts, lo, hi):
-                piece = total[a - lo : b - lo]
-                _trim_and_sum(
-                    stack[:, a - lo : b - lo], _at(bounds, span), multipliers[:, span], piece,
-                    scratch,
-                )  # fmt: skip
-                balance += int(np.count_nonzero(piece > 0)) - int(np.count_nonzero(piece < 0))
-        return (balance > 0) - (balance < 0)
+def _balance(
+    task: MergeTask,
+    spans: Sequence[Span],
+    starts: NDArray[np.int64],
+    bounds: Bounds | None,
+    multipliers: NDArray[np.float32],
+) -> int:
+    scratch, balance = Scratch(), 0
+    for lo, hi in task.tiles():
+        stack = scratch.get("stack", task.count * (hi - lo)).reshape(task.count, hi - lo)
+        for source, row in zip(task.sources, stack, strict=True):
+            source.read(lo, hi, row)
+        total = scratch.get("total", hi - lo)
+        for span, a, b in cut(spans, starts, lo, hi):
+            piece = total[a - lo : b - lo]
+            _trim_and_sum(
+                stack[:, a - lo : b - lo], _at(bounds, span), multipliers[:, span], piece,
+                scratch,
+            )  # fmt: skip
+            balance += int(np.count_nonzero(piece > 0)) - int(np.count_nonzero(piece < 0))
+    return balance
 
 
 def _norm_factors(

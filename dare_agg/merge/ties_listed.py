@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
-from threading import Lock
+from functools import partial
 from typing import cast
 
 import numpy as np
 from numpy.typing import NDArray
 
 from dare_agg.layout import FloatVector
+from dare_agg.merge.majority import MajoritySign
 from dare_agg.merge.sources import DeltaSource, SparseSource, listed
 from dare_agg.merge.task import Kernel, MergeTask, Scratch, Span, cut
 
@@ -32,7 +33,9 @@ def listed_consensus(
     """Build the kernel of `dare_agg.merge.ties.consensus` for untrimmed sparse sources."""
     factors = weights.astype(np.float32)
     tie = task.options["sign-tie"]
-    majority = _Majority(task, spans, starts, factors) if tie != "positive" else None
+    majority = None
+    if tie != "positive":
+        majority = MajoritySign(partial(_balance, task, spans, starts, factors))
     survivors = sum(cast(SparseSource, source).survivors for source in task.sources)
     few = survivors * task.tile <= _AT_ONCE * task.layout.size and task.count * task.tile <= _ROOM
     merge = (_of_few if few else _of_many)(task, majority)
@@ -55,7 +58,7 @@ def listed_consensus(
 _Merge = Callable[[int, int, NDArray[np.float32], FloatVector, Scratch], None]
 
 
-def _of_few(task: MergeTask, majority: _Majority | None) -> _Merge:
+def _of_few(task: MergeTask, majority: MajoritySign | None) -> _Merge:
     """All models' survivors are listed, then looked at together."""
     normalize, tie = task.options["normalize"], task.options["sign-tie"]
 
@@ -122,7 +125,7 @@ def _survivors(
     return at[:used], values[:used], lengths
 
 
-def _of_many(task: MergeTask, majority: _Majority | None) -> _Merge:
+def _of_many(task: MergeTask, majority: MajoritySign | None) -> _Merge:
     """What is positive and what is negative are summed apart, until all models have spoken."""
     normalize, tie = task.options["normalize"], task.options["sign-tie"]
     counted = normalize == "agreeing"
@@ -187,33 +190,19 @@ def _weighted(
         yield np.subtract(positions, a, out=at), np.multiply(values, factor, out=weighted)
 
 
-class _Majority:
-    """The majority sign over all elements, found by one more pass when first needed."""
-
-    def __init__(
-        self,
-        task: MergeTask,
-        spans: Sequence[Span],
-        starts: NDArray[np.int64],
-        factors: NDArray[np.float32],
-    ) -> None:
-        self._arguments = task, spans, starts, factors
-        self._lock = Lock()
-        self._sign: int | None = None
-
-    def sign(self) -> int:
-        with self._lock:
-            if self._sign is None:
-                task, spans, starts, factors = self._arguments
-                scratch, balance = Scratch(), 0
-                for lo, hi in task.tiles():
-                    for span, a, b in cut(spans, starts, lo, hi):
-                        sums = scratch.get("sums", b - a)
-                        sums[:] = 0
-                        for source, factor in zip(task.sources, factors[:, span], strict=True):
-                            for at, values in _weighted(source, factor, a, b, scratch):
-                                np.add.at(sums, at, values)
-                        balance += int(np.count_nonzero(sums > 0))
-                        balance -= int(np.count_nonzero(sums < 0))
-                self._sign = (balance > 0) - (balance < 0)
-            return self._sign
+def _balance(
+    task: MergeTask,
+    spans: Sequence[Span],
+    starts: NDArray[np.int64],
+    factors: NDArray[np.float32],
+) -> int:
+    scratch, balance = Scratch(), 0
+    for lo, hi in task.tiles():
+        for span, a, b in cut(spans, starts, lo, hi):
+            sums = scratch.get("sums", b - a)
+            sums[:] = 0
+            for source, factor in zip(task.sources, factors[:, span], strict=True):
+                for at, values in _weighted(source, factor, a, b, scratch):
+                    np.add.at(sums, at, values)
+            balance += int(np.count_nonzero(sums > 0)) - int(np.count_nonzero(sums < 0))
+    return balance

@@ -2,6 +2,7 @@
 
 import json
 import os
+from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
@@ -18,6 +19,8 @@ from dare_agg.merge.offline import merge_offline
 from dare_agg.merge.recipe import make_recipe, read_recipe
 from dare_agg.merge.sources import pair_source
 
+# Runs a merge that must fail with one clear line, which it returns.
+Refused = Callable[..., str]
 RNG = np.random.default_rng(11)
 SHAPES = {
     "emb.weight": (50, 16),
@@ -57,15 +60,6 @@ def run(*words: object) -> None:
     with pytest.raises(SystemExit) as stop:
         main(["merge", *(str(word) for word in words)])
     assert stop.value.code == 0
-
-
-def refused(capsys: pytest.CaptureFixture[str], *words: object) -> str:
-    with pytest.raises(SystemExit) as stop:
-        main(["merge", *(str(word) for word in words)])
-    assert stop.value.code == 1
-    error = capsys.readouterr().err
-    assert error.startswith("error: ") and error.count("\n") == 1, error
-    return error
 
 
 def test_a_folder_with_everything(models: list[Path], tmp_path: Path, capsys) -> None:
@@ -238,36 +232,36 @@ def test_wrong_recipes_are_refused(change: dict, message: str) -> None:
     assert "\n" not in str(caught.value)
 
 
-def test_nothing_is_left_of_a_refused_merge(models: list[Path], tmp_path: Path, capsys) -> None:
+def test_nothing_is_left_of_a_refused_merge(
+    models: list[Path], tmp_path: Path, refused: Refused
+) -> None:
     before = sorted(os.listdir(tmp_path))
     out = tmp_path / "out"
     bad = load_file(models[1])
     bad["enc.fc.weight"][3, 4] = np.nan
     (tmp_path / "bad").mkdir()
     save_file(bad, tmp_path / "bad" / "nan.safetensors")
-    error = refused(capsys, models[0], tmp_path / "bad" / "nan.safetensors", "-o", out)
+    error = refused(models[0], tmp_path / "bad" / "nan.safetensors", "-o", out)
     assert "'enc.fc.weight' at index (3, 4)" in error
     bad = load_file(models[1])
     bad["emb.weight"] = np.zeros((51, 16), np.float32)
     save_file(bad, tmp_path / "bad" / "vocabulary.safetensors")
-    error = refused(capsys, models[0], tmp_path / "bad" / "vocabulary.safetensors", "-o", out)
+    error = refused(models[0], tmp_path / "bad" / "vocabulary.safetensors", "-o", out)
     assert "(51, 16)" in error and "vocabulary" in error
     del bad["emb.weight"]
     save_file(bad, tmp_path / "bad" / "missing.safetensors")
     assert "'emb.weight' is missing" in refused(
-        capsys, models[0], tmp_path / "bad" / "missing.safetensors", "-o", out
+        models[0], tmp_path / "bad" / "missing.safetensors", "-o", out
     )
     bad = load_file(models[1]) | {"head.weight": np.ones(3, np.float32)}
     save_file(bad, tmp_path / "bad" / "head.safetensors")
-    assert "--exclude" in refused(
-        capsys, models[0], tmp_path / "bad" / "head.safetensors", "-o", out
-    )
-    assert "did you mean" in refused(capsys, *models, "-o", out, "--method", "avrage")
+    assert "--exclude" in refused(models[0], tmp_path / "bad" / "head.safetensors", "-o", out)
+    assert "did you mean" in refused(*models, "-o", out, "--method", "avrage")
     assert "did you mean" in refused(
-        capsys, *models, "-o", out, "--method", "ties", "--option", "trimm=0.2"
+        *models, "-o", out, "--method", "ties", "--option", "trimm=0.2"
     )
-    assert "weights" in refused(capsys, *models, "-o", out, "--weights", "1,2")
-    assert "exists" in refused(capsys, *models, "-o", models[0])
+    assert "weights" in refused(*models, "-o", out, "--weights", "1,2")
+    assert "exists" in refused(*models, "-o", models[0])
     assert sorted(set(os.listdir(tmp_path)) - {"bad"}) == before
 
 

@@ -7,6 +7,7 @@ import signal
 import subprocess
 import sys
 import time
+from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
@@ -19,6 +20,8 @@ from dare_agg.errors import CheckpointError, MergeError
 from dare_agg.merge.offline import merge_offline
 from dare_agg.merge.recipe import make_recipe
 
+# Runs a merge that must fail with one clear line, which it returns.
+Refused = Callable[..., str]
 RNG = np.random.default_rng(3)
 SHAPES = {"a.weight": (400, 500), "b.weight": (400, 500)}
 
@@ -31,15 +34,6 @@ def models(tmp_path: Path) -> list[Path]:
     for path, arrays in zip(paths, (base, tuned), strict=True):
         save_file(arrays, path)
     return paths
-
-
-def refused(capsys: pytest.CaptureFixture[str], *words: object) -> str:
-    with pytest.raises(SystemExit) as stop:
-        main(["merge", *(str(word) for word in words)])
-    assert stop.value.code == 1
-    error = capsys.readouterr().err
-    assert error.startswith("error: ") and error.count("\n") == 1, error
-    return error
 
 
 def in_mounts(script: str) -> subprocess.CompletedProcess[str]:
@@ -57,9 +51,11 @@ def in_mounts(script: str) -> subprocess.CompletedProcess[str]:
     )
 
 
-def test_a_file_where_a_folder_is_needed(models: list[Path], tmp_path: Path, capsys) -> None:
+def test_a_file_where_a_folder_is_needed(
+    models: list[Path], tmp_path: Path, refused: Refused
+) -> None:
     for out in (tmp_path / "m.safetensors" / "o.safetensors", tmp_path / "m.safetensors/x/out"):
-        error = refused(capsys, *models, "-o", out)
+        error = refused(*models, "-o", out)
         assert f"{out} cannot be written" in error and "where a folder is needed" in error
     assert sorted(os.listdir(tmp_path)) == ["base.safetensors", "m.safetensors"]
 
@@ -129,7 +125,9 @@ def test_too_little_room_is_seen_before_any_work(models: list[Path], tmp_path: P
     assert done.stdout.split() == ["1"] and "make room" in done.stderr, done
 
 
-def test_a_shard_that_is_missing_or_cut_off(models: list[Path], tmp_path: Path, capsys) -> None:
+def test_a_shard_that_is_missing_or_cut_off(
+    models: list[Path], tmp_path: Path, refused: Refused
+) -> None:
     folder = tmp_path / "sharded"
     plans = {
         name: TensorPlan("F32", shape, f"model-0000{i}-of-00002.safetensors")
@@ -141,10 +139,10 @@ def test_a_shard_that_is_missing_or_cut_off(models: list[Path], tmp_path: Path, 
     shard = folder / "model-00002-of-00002.safetensors"
     whole = shard.read_bytes()
     shard.write_bytes(whole[:-1000])
-    assert shard.name in refused(capsys, models[0], folder, "-o", tmp_path / "o.safetensors")
+    assert shard.name in refused(models[0], folder, "-o", tmp_path / "o.safetensors")
     shard.unlink()
-    assert shard.name in refused(capsys, models[0], folder, "-o", tmp_path / "o.safetensors")
-    assert shard.name in refused(capsys, folder, models[1], "-o", tmp_path / "o.safetensors")
+    assert shard.name in refused(models[0], folder, "-o", tmp_path / "o.safetensors")
+    assert shard.name in refused(folder, models[1], "-o", tmp_path / "o.safetensors")
     assert sorted(os.listdir(tmp_path)) == ["base.safetensors", "m.safetensors", "sharded"]
 
 

@@ -98,9 +98,10 @@ def _kept_on_disk() -> bool:
     source = importlib.util.find_spec(_MODULE)
     if source is None or source.origin is None:
         return False
+    path = Path(source.origin)
     folder = Path(importlib.util.cache_from_source(source.origin)).parent
-    newest = max((file.stat().st_mtime for file in folder.glob("compiled.*.nbi")), default=0.0)
-    return newest >= Path(source.origin).stat().st_mtime
+    kept = (file.stat().st_mtime for file in folder.glob(f"{path.stem}.*.nbi"))
+    return max(kept, default=0.0) >= path.stat().st_mtime
 
 
 def _load(*, needed: bool) -> ModuleType | None:

@@ -12,51 +12,14 @@ import hashlib
 import json
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, fields, replace
-from functools import cache
-from pathlib import Path
 
 from dare_agg.derive import derive_key
 from dare_agg.errors import ConfigError, UpdateError
 from dare_agg.mask import DropRate, Mask, parse_drop_rate
+from dare_agg.same_code import package_fingerprint
 from dare_agg.update import CODEC_VERSION, UpdateSpec
 
-# The modules both ends must share for an update to mean the same thing on both.
-_WIRE_MODULES = (
-    "layout.py",
-    "derive.py",
-    "mask.py",
-    "values.py",
-    "update.py",
-    "feedback.py",
-    "plan.py",
-    "rounds.py",
-    "round_statistics.py",
-    "version_grid.py",
-    "version_steps.py",
-    "versions.py",
-    "version_cache.py",
-    "flower/transport.py",
-    "flower/mod.py",
-)
-MAX_RECORD_BYTES = 1 << 20
 KEY_BYTES = 16
-
-
-@cache
-def package_fingerprint() -> str:
-    """First 16 hex digits of SHA-256 over the modules that both ends of a round run.
-
-    Line ends do not count. A client whose fingerprint differs from the plan's runs other
-    code (another checkout, an older install) and refuses to train.
-    """
-    root = Path(__file__).parent
-    digest = hashlib.sha256(b"dare-agg package 1\0")
-    for name in _WIRE_MODULES:
-        path = root / name
-        if path.is_file():
-            digest.update(name.encode() + b"\0")
-            digest.update(hashlib.sha256(path.read_bytes().replace(b"\r\n", b"\n")).digest())
-    return digest.hexdigest()[:16]
 
 
 @dataclass(frozen=True)
@@ -292,26 +255,6 @@ def _bad_plan(what: str) -> UpdateError:
     return UpdateError(
         f"round plan: {what}; run the same dare-agg on server and clients", reason="plan"
     )
-
-
-def check_same_code(codec: object, package: object, theirs: str, ours: str) -> None:
-    """Refuse to work with another codec version or another copy of the package.
-
-    ``theirs`` and ``ours`` say who is who in the message. Raises `UpdateError` with reason
-    "version" or "package".
-    """
-    if codec != CODEC_VERSION:
-        raise UpdateError(
-            f"{theirs} has codec version {str(codec)[:32]}, {ours} {CODEC_VERSION}; install the "
-            "same dare-agg on server and clients",
-            reason="version",
-        )
-    if package != package_fingerprint():
-        raise UpdateError(
-            f"{theirs} runs package {str(package)[:32]}, {ours} {package_fingerprint()}; start "
-            "the nodes from a neutral directory so that they load the code of the bundle",
-            reason="package",
-        )
 
 
 @dataclass(frozen=True)

@@ -35,7 +35,7 @@ from dare_agg.mask import DropRate, parse_drop_rate
 from dare_agg.merge.engine import merge_deltas
 from dare_agg.merge.methods import find_method
 from dare_agg.merge.sources import DeltaSource
-from dare_agg.plan import ModelRef, PlanSettings, RoundPlan, check_same_code
+from dare_agg.plan import ModelRef, PlanSettings, RoundPlan
 from dare_agg.round_statistics import (
     GramMatrices,
     Statistics,
@@ -43,6 +43,7 @@ from dare_agg.round_statistics import (
     decode_statistics,
     encode_statistics,
 )
+from dare_agg.same_code import check_same_code
 from dare_agg.server_step import ServerStep, StepState, server_step
 from dare_agg.update import Update, decode_update, encode_update
 from dare_agg.values import VALUE_FORMATS

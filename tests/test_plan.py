@@ -9,16 +9,7 @@ import pytest
 
 from dare_agg.errors import ConfigError, UpdateError
 from dare_agg.mask import parse_drop_rate
-from dare_agg.plan import (
-    ClientTerms,
-    ModelRef,
-    PlanSettings,
-    check_same_code,
-    make_plans,
-    package_fingerprint,
-    plan_from_record,
-)
-from dare_agg.update import CODEC_VERSION
+from dare_agg.plan import ClientTerms, ModelRef, PlanSettings, make_plans, plan_from_record
 
 MODEL = ModelRef("ab" * 32, "cd" * 32, 5000, "ef" * 32, "01" * 32, 70)
 SECRET = bytes(range(32))
@@ -111,16 +102,6 @@ def test_any_change_of_the_plan_changes_its_digest_and_both_contexts():
         assert other.spec().context != plan.spec().context
         assert other.dense_spec().context != plan.dense_spec().context
     assert plan.spec().context != plan.dense_spec().context
-
-
-def test_other_code_is_refused_with_its_reason():
-    check_same_code(CODEC_VERSION, package_fingerprint(), "a", "b")
-    with pytest.raises(UpdateError, match="codec version 99") as caught:
-        check_same_code(99, package_fingerprint(), "the server", "this client")
-    assert caught.value.reason == "version"
-    with pytest.raises(UpdateError, match="neutral directory") as caught:
-        check_same_code(CODEC_VERSION, "0" * 16, "the server", "this client")
-    assert caught.value.reason == "package"
 
 
 def test_a_round_without_clients_is_refused():

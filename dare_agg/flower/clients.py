@@ -29,7 +29,7 @@ from dare_agg.flower.records import (
     read_hello,
     read_refusal,
 )
-from dare_agg.plan import package_fingerprint
+from dare_agg.same_code import package_fingerprint
 from dare_agg.update import CODEC_VERSION
 
 LOG = logging.getLogger("flwr")

@@ -69,14 +69,19 @@ def free_port() -> int:
 
 def find_app(path: Path | None) -> Path:
     """Return the folder of the Flower app: the given one, or this checkout."""
-    folder = path or Path(__file__).resolve().parents[2]
-    project = folder / "pyproject.toml"
-    if not project.is_file() or "[tool.flwr.app]" not in project.read_text(encoding="utf-8"):
+    here = Path(__file__).resolve()
+    folder = path or next((f for f in here.parents if _is_app(f)), here.parent)
+    if not _is_app(folder):
         raise ConfigError(
             f"{str(folder)!r} is no Flower app (a pyproject.toml with [tool.flwr.app]); give its "
             "folder, for example: dare-agg run path/to/checkout"
         )
     return folder.resolve()
+
+
+def _is_app(folder: Path) -> bool:
+    project = folder / "pyproject.toml"
+    return project.is_file() and "[tool.flwr.app]" in project.read_text(encoding="utf-8")
 
 
 @contextlib.contextmanager

@@ -37,8 +37,9 @@ from dare_agg.flower.transport import message_bytes, pack, to_numpy, to_record
 from dare_agg.groups import GlobalModel, global_model
 from dare_agg.identity import check_identities
 from dare_agg.mask import DropRate
-from dare_agg.plan import ClientTerms, make_plans, package_fingerprint
+from dare_agg.plan import ClientTerms, make_plans
 from dare_agg.rounds import FederatedSettings, Rejection, advance, check_weight, merge_round
+from dare_agg.same_code import package_fingerprint
 from dare_agg.server_step import ServerStep, StepState
 from dare_agg.update import CODEC_VERSION, HEADER_BYTES
 from dare_agg.values import payload_bytes

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 import yaml
 
 from dare_agg import __version__
-from dare_agg.layout import Layout
+from dare_agg.vectors.layout import Layout
 
 if TYPE_CHECKING:
     from dare_agg.merge.methods import Method

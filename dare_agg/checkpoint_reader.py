@@ -22,7 +22,7 @@ from numpy.typing import NDArray
 
 from dare_agg.errors import CheckpointError, LayoutError, NonFiniteError
 from dare_agg.fingerprints import recall, remember
-from dare_agg.layout import FingerprintStream, FloatVector, Layout, layout_of
+from dare_agg.vectors.layout import FingerprintStream, FloatVector, Layout, layout_of
 
 WEIGHTS_NAME = "model.safetensors"
 INDEX_NAME = "model.safetensors.index.json"
@@ -171,7 +171,7 @@ class Checkpoint:
                 )
 
     def fingerprint(self, layout: Layout | None = None) -> str:
-        """SHA-256 (hex) of the parameters, as `dare_agg.layout.fingerprint`.
+        """SHA-256 (hex) of the parameters, as `dare_agg.vectors.layout.fingerprint`.
 
         Remembered on this machine while the files do not change.
         """

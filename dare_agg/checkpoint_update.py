@@ -25,9 +25,7 @@ from dare_agg.checkpoint import (
 from dare_agg.derive import derive_key, seed_secret
 from dare_agg.errors import BaseMismatchError, LayoutError
 from dare_agg.fingerprints import remember
-from dare_agg.layout import FingerprintStream, FloatVector, Layout
 from dare_agg.mask import DropRate, parse_drop_rate
-from dare_agg.merge.identity import sketch
 from dare_agg.merge.opening import open_model
 from dare_agg.merge.recipe import ModelInput
 from dare_agg.merge.sources import CachedSource, DeltaSource, take
@@ -36,6 +34,8 @@ from dare_agg.rotation import GROUP
 from dare_agg.update import Update, UpdateSpec
 from dare_agg.update_file import FileHeader, read_update_file, write_update_file
 from dare_agg.values import find_values
+from dare_agg.vectors.contents import sketch
+from dare_agg.vectors.layout import FingerprintStream, FloatVector, Layout
 
 TILE = 1 << 18
 QUANTILES = (0.5, 0.9, 0.99, 0.999)

@@ -26,7 +26,7 @@ from dare_agg.checkpoint_reader import (
     narrow,
 )
 from dare_agg.errors import CheckpointError, NonFiniteError
-from dare_agg.layout import FloatVector, Layout
+from dare_agg.vectors.layout import FloatVector, Layout
 
 _WEIGHT_SUFFIXES = (_SUFFIX, ".bin", ".pt", ".pth", ".ckpt", ".h5", ".msgpack", ".onnx", ".gguf")
 _SPARE_BYTES = 64 << 20

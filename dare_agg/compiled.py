@@ -18,10 +18,10 @@ from numba.core import cgutils
 from numba.extending import intrinsic
 from numpy.typing import NDArray
 
-from dare_agg.layout import FloatVector
 from dare_agg.rotation import BLOCK, GROUP
 from dare_agg.scratch import borrowed
 from dare_agg.values import VALUE_FORMATS, gaussian_levels
+from dare_agg.vectors.layout import FloatVector
 
 Bytes = NDArray[np.uint8]
 

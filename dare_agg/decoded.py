@@ -9,7 +9,7 @@ from __future__ import annotations
 import threading
 from collections import OrderedDict
 
-from dare_agg.layout import FloatVector
+from dare_agg.vectors.layout import FloatVector
 
 # Bytes a thread keeps; the group that was used longest ago goes first.
 KEPT_BYTES = 1 << 24

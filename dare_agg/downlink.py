@@ -13,9 +13,9 @@ from dataclasses import dataclass, field
 from typing import Protocol
 
 from dare_agg.errors import BaseMismatchError
-from dare_agg.groups import Arrays, GlobalModel
-from dare_agg.layout import FloatVector
 from dare_agg.mask import DropRate
+from dare_agg.vectors.layout import FloatVector
+from dare_agg.vectors.model import Arrays, GlobalModel
 
 
 @dataclass(frozen=True)

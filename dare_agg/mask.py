@@ -25,8 +25,8 @@ from numpy.typing import NDArray
 from dare_agg.derive import Keystream
 from dare_agg.errors import ConfigError
 from dare_agg.kernels import compiled, plain_float32
-from dare_agg.layout import MAX_PARAMETERS, FloatVector
 from dare_agg.scratch import borrowed
+from dare_agg.vectors.layout import MAX_PARAMETERS, FloatVector
 
 Positions = NDArray[np.int64]
 

@@ -22,11 +22,11 @@ from numpy.typing import NDArray
 
 from dare_agg.derive import derive_key
 from dare_agg.errors import LayoutError, UpdateError
-from dare_agg.layout import Layout, check_finite, layout_of
 from dare_agg.mask import parse_drop_rate
 from dare_agg.merge.sources import DeltaSource
 from dare_agg.plan import RoundPlan
 from dare_agg.update import Update, UpdateSpec, decode_update, encode_update
+from dare_agg.vectors.layout import Layout, check_finite, layout_of
 
 KINDS = ("fisher", "gram")
 Statistics = Mapping[str, NDArray[np.generic]]

@@ -29,8 +29,6 @@ from dare_agg.errors import (
     UpdateError,
     did_you_mean,
 )
-from dare_agg.groups import Arrays, GlobalModel, global_model
-from dare_agg.layout import FloatVector, Layout, check_finite, compile_patterns, matches
 from dare_agg.mask import DropRate, parse_drop_rate
 from dare_agg.merge.engine import merge_deltas
 from dare_agg.merge.methods import find_method
@@ -47,6 +45,8 @@ from dare_agg.same_code import check_same_code
 from dare_agg.server_step import ServerStep, StepState, server_step
 from dare_agg.update import Update, decode_update, encode_update
 from dare_agg.values import VALUE_FORMATS
+from dare_agg.vectors.layout import FloatVector, Layout, check_finite, compile_patterns, matches
+from dare_agg.vectors.model import Arrays, GlobalModel, global_model
 
 # Merge methods of a round, with the options it sets. Fisher and RegMean have the clients send
 # statistics along. TIES: no trim (DARE has dropped already), and the expected count, whose result

@@ -17,7 +17,7 @@ from dare_agg.errors import RunError, UpdateError
 from dare_agg.update import CODEC_VERSION
 
 # The folders of the package that both ends of a round run; below each, every module counts.
-SHARED_ROOMS = (".", "flower", "merge", "secure")
+SHARED_ROOMS = (".", "flower", "merge", "secure", "vectors")
 
 
 @cache

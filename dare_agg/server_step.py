@@ -18,7 +18,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from dare_agg.errors import ConfigError, StateError, did_you_mean
-from dare_agg.layout import FloatVector
+from dare_agg.vectors.layout import FloatVector
 
 _TILE = 1 << 16
 

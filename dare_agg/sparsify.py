@@ -14,8 +14,8 @@ import numpy as np
 from numpy.typing import NDArray
 
 from dare_agg.errors import ConfigError, did_you_mean
-from dare_agg.layout import FloatVector, Layout
 from dare_agg.mask import DropRate, Mask, parse_drop_rate
+from dare_agg.vectors.layout import FloatVector, Layout
 
 
 def dare(delta: FloatVector, mask: Mask) -> FloatVector:

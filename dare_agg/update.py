@@ -26,7 +26,6 @@ from dare_agg.decoded import DECODED
 from dare_agg.derive import derive_key
 from dare_agg.errors import ConfigError, UpdateError
 from dare_agg.kernels import compiled, plain_float32
-from dare_agg.layout import FloatVector
 from dare_agg.mask import MASK_KINDS, DropRate, Mask, take
 from dare_agg.pages import Pages
 from dare_agg.rotation import GROUP
@@ -38,6 +37,7 @@ from dare_agg.values import (
     find_values,
     payload_bytes,
 )
+from dare_agg.vectors.layout import FloatVector
 
 CODEC_VERSION = 1
 MAGIC = b"DARE"

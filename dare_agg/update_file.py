@@ -21,15 +21,6 @@ from pathlib import Path
 from typing import Any
 
 from dare_agg.errors import CheckpointError, ConfigError, UpdateError
-from dare_agg.layout import (
-    MAX_DIMENSIONS,
-    MAX_NAME_BYTES,
-    MAX_PARAMETERS,
-    MAX_TENSORS,
-    FloatVector,
-    Layout,
-    layout_of,
-)
 from dare_agg.mask import DropRate
 from dare_agg.pages import Pages
 from dare_agg.update import (
@@ -39,6 +30,15 @@ from dare_agg.update import (
     decode_described,
     encode_update_into,
     update_bytes,
+)
+from dare_agg.vectors.layout import (
+    MAX_DIMENSIONS,
+    MAX_NAME_BYTES,
+    MAX_PARAMETERS,
+    MAX_TENSORS,
+    FloatVector,
+    Layout,
+    layout_of,
 )
 
 FILE_MAGIC = b"DAREFILE"

@@ -30,7 +30,6 @@ from numpy.typing import NDArray
 from dare_agg.derive import Keystream
 from dare_agg.errors import ConfigError, NonFiniteError, UpdateError, did_you_mean
 from dare_agg.kernels import compiled
-from dare_agg.layout import FloatVector
 from dare_agg.pages import Pages
 from dare_agg.rotation import (
     BLOCK,
@@ -42,6 +41,7 @@ from dare_agg.rotation import (
     hadamard,
 )
 from dare_agg.scratch import borrowed
+from dare_agg.vectors.layout import FloatVector
 
 Bytes = NDArray[np.uint8]
 

@@ -22,8 +22,8 @@ import numpy as np
 
 from dare_agg.downlink import FullReceiver
 from dare_agg.errors import BaseMismatchError, DareError, StateError
-from dare_agg.groups import Arrays, GlobalModel, global_model
 from dare_agg.state import read_state, write_atomically, write_state
+from dare_agg.vectors.model import Arrays, GlobalModel, global_model
 from dare_agg.version_grid import Counts, grid_of
 from dare_agg.version_steps import apply_step, read_steps
 from dare_agg.versions import BASE, DENSE_STEPS, STEPS, write_base

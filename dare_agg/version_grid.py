@@ -18,7 +18,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from dare_agg.errors import StateError
-from dare_agg.layout import FloatVector, Layout, check_finite
+from dare_agg.vectors.layout import FloatVector, Layout, check_finite
 
 Counts = NDArray[np.int32]
 Positions = NDArray[np.int64]

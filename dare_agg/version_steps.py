@@ -28,7 +28,6 @@ import numpy as np
 
 from dare_agg.downlink import DrawnMask
 from dare_agg.errors import ConfigError, UpdateError
-from dare_agg.layout import FloatVector
 from dare_agg.mask import MASK_KINDS, DropRate, Mask
 from dare_agg.rotation import GROUP
 from dare_agg.values import (
@@ -38,6 +37,7 @@ from dare_agg.values import (
     encode_values,
     payload_bytes,
 )
+from dare_agg.vectors.layout import FloatVector
 from dare_agg.version_grid import TILE, Counts, Positions, VersionGrid, add_steps
 
 MAGIC = b"DVST"

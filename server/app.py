@@ -215,7 +215,7 @@ def _facts(outcome: RoundOutcome) -> dict[str, Any]:
 
 def strategy_base(strategy: DareStrategy, initial: ArrayRecord) -> str:
     """Fingerprint of the state a run starts from."""
-    from dare_agg.groups import global_model
+    from dare_agg.vectors.model import global_model
 
     settings = strategy.settings
     model = global_model(to_numpy(initial), dense=settings.dense, exclude=settings.exclude)

@@ -11,10 +11,10 @@ from flwr.serverapp import Grid
 from dare_agg.errors import ConfigError
 from dare_agg.flower.secure_merge import secure_merge
 from dare_agg.flower.secure_strategy import SecureStrategy
-from dare_agg.layout import compile_patterns
 from dare_agg.mask import parse_drop_rate
 from dare_agg.secure.roster import Roster, read_roster
 from dare_agg.server_step import ServerStep
+from dare_agg.vectors.layout import compile_patterns
 from dare_agg.versions import make_version_downlink
 from server.config import RunConfig
 from server.export import base_folder

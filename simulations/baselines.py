@@ -24,7 +24,7 @@ from typing import Any
 import numpy as np
 
 from dare_agg.errors import ConfigError, did_you_mean
-from dare_agg.layout import FloatVector
+from dare_agg.vectors.layout import FloatVector
 from simulations.golomb import encode_positions
 
 BUCKET = 512

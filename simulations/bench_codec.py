@@ -27,7 +27,6 @@ import numpy as np
 
 from dare_agg.errors import ConfigError
 from dare_agg.kernels import KERNELS, choose_kernel, kernel_in_use
-from dare_agg.layout import FloatVector
 from dare_agg.mask import parse_drop_rate
 from dare_agg.rotation import GROUP
 from dare_agg.update import (
@@ -38,6 +37,7 @@ from dare_agg.update import (
     encode_update,
     update_bytes,
 )
+from dare_agg.vectors.layout import FloatVector
 
 VALUES = ("b1", "f16")
 DROP_RATES = ("0.9", "0.99", "0.999")

@@ -18,7 +18,7 @@ from typing import Any
 
 import numpy as np
 
-from dare_agg.layout import FloatVector, Layout
+from dare_agg.vectors.layout import FloatVector, Layout
 from simulations.baselines import COMPRESSORS, Sent, library, stc
 
 TASKS = ("Reuters R8", "election author")

@@ -18,7 +18,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from dare_agg.errors import ConfigError
-from dare_agg.layout import FloatVector, fingerprint, layout_of
+from dare_agg.vectors.layout import FloatVector, fingerprint, layout_of
 
 HEAD = r"(^|\.)(head|classifier)\."
 State = Mapping[str, NDArray[Any]]
@@ -122,9 +122,9 @@ class DareChannel:
 
     def __init__(self, settings: Mapping[str, Any], state: State, seed: int, clients: int) -> None:
         from dare_agg.derive import seed_secret
-        from dare_agg.groups import global_model
         from dare_agg.rounds import FederatedSettings
         from dare_agg.server_step import StepState, server_step
+        from dare_agg.vectors.model import global_model
 
         self._settings = FederatedSettings(
             method=settings["merge"],

@@ -33,7 +33,6 @@ from typing import Any
 import numpy as np
 
 from dare_agg.errors import DareError
-from dare_agg.layout import Layout, layout_of
 from dare_agg.mask import MASK_KINDS, parse_drop_rate
 from dare_agg.update import (
     CHECKSUM_BYTES,
@@ -54,6 +53,7 @@ from dare_agg.update_file import (
     write_update_file,
 )
 from dare_agg.values import VALUE_FORMATS
+from dare_agg.vectors.layout import Layout, layout_of
 from simulations.run import append_row, read_rows
 
 FILE_SHARE = 0.2

@@ -20,12 +20,12 @@ from typing import Any
 import numpy as np
 
 from dare_agg.derive import derive_key, seed_secret
-from dare_agg.layout import FloatVector, Layout
 from dare_agg.mask import Mask, parse_drop_rate
 from dare_agg.merge.engine import merge_deltas
 from dare_agg.merge.methods import find_method
 from dare_agg.merge.sources import array_source
 from dare_agg.sparsify import dare
+from dare_agg.vectors.layout import FloatVector, Layout
 
 RESULTS = Path(__file__).parent / "results" / "merging.jsonl"
 Statistics = Mapping[str, Mapping[str, Any]]

@@ -22,12 +22,12 @@ from typing import Any
 import numpy as np
 
 from dare_agg.derive import Keystream, derive_key, seed_secret
-from dare_agg.layout import FloatVector, Layout, fingerprint
 from dare_agg.mask import Mask, parse_drop_rate
 from dare_agg.merge.engine import merge_deltas
 from dare_agg.merge.sources import array_source
 from dare_agg.secure import Identity, LocalSum, make_roster, secure_sum, secure_terms
 from dare_agg.sparsify import dare
+from dare_agg.vectors.layout import FloatVector, Layout, fingerprint
 
 RESULTS = Path(__file__).parent / "results" / "secure_tasks.jsonl"
 TASKS = {

@@ -20,9 +20,9 @@ from numpy.typing import NDArray
 from dare_agg.cache import cache_folder
 from dare_agg.derive import derive_key, seed_secret
 from dare_agg.errors import ConfigError, did_you_mean
-from dare_agg.layout import FloatVector, Layout, layout_of
 from dare_agg.mask import Mask, parse_drop_rate
 from dare_agg.sparsify import dare, drop_only, magnitude
+from dare_agg.vectors.layout import FloatVector, Layout, layout_of
 from simulations.channels import HEAD
 from simulations.federated import build
 

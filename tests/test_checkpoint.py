@@ -19,7 +19,7 @@ from dare_agg.checkpoint import (
     write_checkpoint,
 )
 from dare_agg.errors import CheckpointError, LayoutError, NonFiniteError
-from dare_agg.layout import fingerprint
+from dare_agg.vectors.layout import fingerprint
 
 RNG = np.random.default_rng(7)
 

@@ -6,8 +6,8 @@ import numpy as np
 import pytest
 
 from dare_agg.errors import LayoutError
-from dare_agg.groups import global_model, split_tensors
-from dare_agg.layout import fingerprint
+from dare_agg.vectors.layout import fingerprint
+from dare_agg.vectors.model import global_model, split_tensors
 
 
 def arrays() -> dict[str, np.ndarray]:

@@ -8,7 +8,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from dare_agg.errors import LayoutError, NonFiniteError
-from dare_agg.layout import (
+from dare_agg.vectors.layout import (
     FingerprintStream,
     check_finite,
     fingerprint,

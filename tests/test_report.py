@@ -9,7 +9,6 @@ import pytest
 
 from dare_agg.diagnose import diagnose_deltas
 from dare_agg.errors import StateError
-from dare_agg.layout import layout_of
 from dare_agg.merge.sources import array_source
 from dare_agg.report import (
     RoundRecord,
@@ -20,6 +19,7 @@ from dare_agg.report import (
     write_diagnosis,
     write_report,
 )
+from dare_agg.vectors.layout import layout_of
 
 
 def _run(name: str, upload: float, accuracies: tuple[float, ...]) -> RunRecord:

@@ -8,7 +8,6 @@ import numpy as np
 import pytest
 
 from dare_agg.errors import BaseMismatchError, ConfigError, LayoutError, NonFiniteError
-from dare_agg.groups import global_model
 from dare_agg.mask import parse_drop_rate
 from dare_agg.plan import ClientTerms, make_plans
 from dare_agg.rounds import (
@@ -22,6 +21,7 @@ from dare_agg.rounds import (
     merge_round,
 )
 from dare_agg.server_step import StepState, server_step
+from dare_agg.vectors.model import global_model
 
 SIZE = 2000
 WEIGHTS = (30, 10, 20)

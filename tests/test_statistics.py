@@ -7,11 +7,11 @@ import numpy as np
 import pytest
 
 from dare_agg.errors import ConfigError
-from dare_agg.layout import layout_of
 from dare_agg.merge.engine import merge_deltas
 from dare_agg.merge.sources import pair_source
 from dare_agg.sparsify import dare_given
 from dare_agg.statistics import collect_fisher, collect_grams, read_texts, write_statistics
+from dare_agg.vectors.layout import layout_of
 
 torch = pytest.importorskip("torch")
 DATA = Path(__file__).resolve().parent / "data" / "mergelm"

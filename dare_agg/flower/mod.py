@@ -41,13 +41,13 @@ from dare_agg.flower.records import (
     read_config,
 )
 from dare_agg.flower.transport import pack, to_numpy, to_record
-from dare_agg.groups import Arrays, split_tensors
 from dare_agg.identity import load_identity, reply_digest
-from dare_agg.layout import compile_patterns, matches
 from dare_agg.plan import RoundPlan, plan_from_record
 from dare_agg.rounds import ClientUpdate, make_client_update
 from dare_agg.same_code import check_same_code, package_fingerprint
 from dare_agg.update import CODEC_VERSION
+from dare_agg.vectors.layout import compile_patterns, matches
+from dare_agg.vectors.model import Arrays, split_tensors
 from dare_agg.version_cache import VersionReceiver
 from dare_agg.versions import DOWNLINK_NAME
 

@@ -13,10 +13,10 @@ from flwr.app import ArrayRecord, MetricRecord
 from dare_agg.flower.clients import Client
 from dare_agg.flower.replies import Inbox, TrainReply
 from dare_agg.flower.transport import to_record
-from dare_agg.groups import GlobalModel
 from dare_agg.plan import RoundPlan
 from dare_agg.rounds import Rejection
 from dare_agg.server_step import StepState
+from dare_agg.vectors.model import GlobalModel
 
 
 @dataclass(frozen=True)

@@ -34,12 +34,12 @@ from dare_agg.flower.secure_session import (
     waves,
 )
 from dare_agg.flower.transport import message_bytes
-from dare_agg.layout import FloatVector, Layout, fingerprint
 from dare_agg.secure.checkpoints import write_model
 from dare_agg.secure.packing import merge_sums
 from dare_agg.secure.roster import Roster
 from dare_agg.secure.server import SecureServer
 from dare_agg.secure.settings import SecureSettings
+from dare_agg.vectors.layout import FloatVector, Layout, fingerprint
 
 LOG = logging.getLogger("flwr")
 

@@ -58,11 +58,11 @@ from dare_agg.flower.secure_records import (
     secure_content,
 )
 from dare_agg.flower.transport import to_numpy, to_record
-from dare_agg.groups import Arrays, GlobalModel, global_model
-from dare_agg.layout import check_finite, compile_patterns, fingerprint, matches
 from dare_agg.secure.checkpoints import OwnModel, open_own
 from dare_agg.secure.party import REQUESTS, Contribution
 from dare_agg.secure.terms import SecureTerms
+from dare_agg.vectors.layout import check_finite, compile_patterns, fingerprint, matches
+from dare_agg.vectors.model import Arrays, GlobalModel, global_model
 
 LOG = logging.getLogger("flwr")
 MAX_MESSAGE = 1 << 31

@@ -34,7 +34,6 @@ from dare_agg.flower.records import (
 from dare_agg.flower.replies import Inbox, MetricsFn, TrainReply, weighted_metrics
 from dare_agg.flower.round_outcome import OpenRound, RoundOutcome, round_measurements
 from dare_agg.flower.transport import message_bytes, pack, to_numpy, to_record
-from dare_agg.groups import GlobalModel, global_model
 from dare_agg.identity import check_identities
 from dare_agg.mask import DropRate
 from dare_agg.plan import ClientTerms, make_plans
@@ -43,6 +42,7 @@ from dare_agg.same_code import package_fingerprint
 from dare_agg.server_step import ServerStep, StepState
 from dare_agg.update import CODEC_VERSION, HEADER_BYTES
 from dare_agg.values import payload_bytes
+from dare_agg.vectors.model import GlobalModel, global_model
 from dare_agg.versions import BASE, VersionDownlink
 
 LOG = logging.getLogger("flwr")

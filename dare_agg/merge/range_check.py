@@ -12,11 +12,11 @@ import yaml
 
 from dare_agg.diagnose import diagnose_deltas
 from dare_agg.errors import NonFiniteError
-from dare_agg.layout import layout_of
 from dare_agg.merge.adapter import CONFIG_NAME
 from dare_agg.merge.opening import OpenedModel
 from dare_agg.merge.recipe import Recipe
 from dare_agg.merge.sources import array_source, take
+from dare_agg.vectors.layout import layout_of
 
 # Elements of a model, and of all of them, looked at, in runs of neighbours.
 _CHECKED, _CHECKED_IN_ALL, _RUN = 1 << 16, 1 << 19, 256

@@ -12,9 +12,9 @@ import numpy as np
 from numpy.typing import NDArray
 
 from dare_agg.errors import MergeError
-from dare_agg.layout import Entry, FloatVector
 from dare_agg.merge.linear import normalized, weighted_sum
 from dare_agg.merge.task import Kernel, MergeTask, Scratch
+from dare_agg.vectors.layout import Entry, FloatVector
 
 _ROWS = 1 << 20
 

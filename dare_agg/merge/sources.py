@@ -11,8 +11,8 @@ import numpy as np
 from numpy.typing import NDArray
 
 from dare_agg.errors import LayoutError
-from dare_agg.layout import FloatVector
 from dare_agg.mask import Mask
+from dare_agg.vectors.layout import FloatVector
 
 Positions = NDArray[np.int64]
 

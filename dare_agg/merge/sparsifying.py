@@ -6,14 +6,14 @@ from dataclasses import replace
 
 from dare_agg.derive import derive_key, seed_secret
 from dare_agg.errors import ConfigError
-from dare_agg.layout import Layout
 from dare_agg.mask import Mask, parse_drop_rate
-from dare_agg.merge.identity import sketch
 from dare_agg.merge.norms import norm_ratios
 from dare_agg.merge.opening import OpenedModel
 from dare_agg.merge.recipe import MERGEKIT_NORMS, Recipe
 from dare_agg.merge.sources import MaskedSource, ScaledSource, TrimmedSource
 from dare_agg.merge.thresholds import kth_smallest
+from dare_agg.vectors.contents import sketch
+from dare_agg.vectors.layout import Layout
 
 # The label of mask keys that follow from a seed and a delta's contents.
 UPDATE_MASK = "update file mask"

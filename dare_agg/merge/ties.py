@@ -9,12 +9,12 @@ import numpy as np
 from numpy.typing import NDArray
 
 from dare_agg.errors import ConfigError
-from dare_agg.layout import FloatVector
 from dare_agg.merge.majority import MajoritySign
 from dare_agg.merge.norms import ratio, span_norm
 from dare_agg.merge.task import Kernel, MergeTask, Scratch, Span, cut, span_starts
 from dare_agg.merge.thresholds import kth_smallest_of_each
 from dare_agg.merge.ties_listed import listed_consensus
+from dare_agg.vectors.layout import FloatVector
 
 # Bounds for |x| per (model, span): what lies in [low, high] stays. None keeps all.
 Bounds = tuple[NDArray[np.float32], NDArray[np.float32]]

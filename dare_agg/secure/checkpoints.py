@@ -19,8 +19,8 @@ from dare_agg.checkpoint import (
     plan_like,
 )
 from dare_agg.errors import CheckpointError
-from dare_agg.layout import FloatVector, Layout, layout_of
 from dare_agg.secure.ledger import tensor_claim
+from dare_agg.vectors.layout import FloatVector, Layout, layout_of
 
 
 @dataclass(frozen=True)

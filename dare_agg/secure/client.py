@@ -17,7 +17,6 @@ from cryptography.exceptions import InvalidTag
 from cryptography.hazmat.primitives.ciphers.aead import ChaCha20Poly1305
 
 from dare_agg.errors import ConfigError, ProtocolError
-from dare_agg.layout import FloatVector
 from dare_agg.mask import Mask
 from dare_agg.secure import messages as wire
 from dare_agg.secure.graph import draw_neighbours
@@ -39,6 +38,7 @@ from dare_agg.secure.roster import Roster
 from dare_agg.secure.shamir import SECRET_BYTES, SHARE_BYTES, share_value, split
 from dare_agg.secure.stream import add_mask, cut_words, pack_words
 from dare_agg.secure.terms import MIN_PARTIES, SecureTerms
+from dare_agg.vectors.layout import FloatVector
 
 STAGES = ("advertised", "shared", "opened", "contributed", "signed", "revealed")
 _NO_NONCE = bytes(12)

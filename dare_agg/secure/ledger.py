@@ -25,8 +25,8 @@ from typing import BinaryIO, Protocol
 import numpy as np
 
 from dare_agg.errors import ProtocolError, StateError
-from dare_agg.layout import FloatVector
 from dare_agg.secure.terms import SecureTerms
+from dare_agg.vectors.layout import FloatVector
 
 
 class Ledger(Protocol):

@@ -12,7 +12,6 @@ from dataclasses import dataclass
 import numpy as np
 
 from dare_agg.errors import ProtocolError
-from dare_agg.layout import FloatVector
 from dare_agg.mask import Mask
 from dare_agg.secure import client
 from dare_agg.secure.identity import Identity
@@ -20,6 +19,7 @@ from dare_agg.secure.packing import SecureMeasurements, Sums, merge_sums
 from dare_agg.secure.roster import Roster
 from dare_agg.secure.server import SecureServer
 from dare_agg.secure.terms import SecureTerms
+from dare_agg.vectors.layout import FloatVector
 
 # Stage at which a party vanishes: before it gives this answer.
 DROP_STAGES = ("adverts", "shares", "vectors", "signatures", "reveals")

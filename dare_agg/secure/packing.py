@@ -22,8 +22,8 @@ from numpy.typing import NDArray
 
 from dare_agg.derive import Keystream
 from dare_agg.errors import ConfigError, NonFiniteError, ProtocolError
-from dare_agg.layout import FloatVector
 from dare_agg.secure.stream import MAX_WORD_BITS, Words, word_type
+from dare_agg.vectors.layout import FloatVector
 
 AGGREGATES = ("mean", "ties")
 TRAILER_WORDS = 2

@@ -15,7 +15,6 @@ from dataclasses import dataclass, field
 import numpy as np
 
 from dare_agg.errors import DareError, LayoutError, ProtocolError
-from dare_agg.layout import FloatVector
 from dare_agg.mask import Mask
 from dare_agg.secure import client
 from dare_agg.secure.client_state import decode_state, encode_state
@@ -24,6 +23,7 @@ from dare_agg.secure.ledger import Ledger
 from dare_agg.secure.roster import Roster
 from dare_agg.secure.terms import SecureTerms, decode_terms
 from dare_agg.secure.vault import Vault
+from dare_agg.vectors.layout import FloatVector
 
 # The requests that follow `Party.advertise`, in their order.
 REQUESTS = ("share", "contribute", "sign", "reveal")

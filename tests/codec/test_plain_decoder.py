@@ -14,10 +14,10 @@ from cryptography.hazmat.primitives.ciphers import Cipher, algorithms, modes
 
 from dare_agg.derive import derive_key, seed_secret
 from dare_agg.identity import reply_digest
-from dare_agg.layout import fingerprint, layout_of
 from dare_agg.mask import parse_drop_rate
 from dare_agg.update import UpdateSpec
 from dare_agg.update_file import read_update_file, write_update_file
+from dare_agg.vectors.layout import fingerprint, layout_of
 
 GOLDEN = Path(__file__).parents[1] / "data" / "codec"
 FORMATS = ("f32", "f16", "bf16", "i8", "b4", "b2", "b1")

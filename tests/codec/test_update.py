@@ -13,7 +13,6 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from dare_agg.errors import CheckpointError, ConfigError, DareError, NonFiniteError, UpdateError
-from dare_agg.layout import layout_of
 from dare_agg.mask import MASK_KINDS, parse_drop_rate
 from dare_agg.update import (
     _CHECKSUM_AT,
@@ -26,6 +25,7 @@ from dare_agg.update import (
 )
 from dare_agg.update_file import FILE_MAGIC, read_update_file, write_update_file
 from dare_agg.values import VALUE_FORMATS, payload_bytes
+from dare_agg.vectors.layout import layout_of
 
 SHAPES = {"a.weight": (60, 50), "b": (77,), "c": ()}
 LAYOUT = layout_of(SHAPES)

@@ -8,9 +8,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from dare_agg.errors import BaseMismatchError, ConfigError, DareError, StateError, UpdateError
-from dare_agg.groups import global_model
 from dare_agg.mask import parse_drop_rate
 from dare_agg.plan import PlanSettings, make_plans
+from dare_agg.vectors.model import global_model
 from dare_agg.version_cache import VersionReceiver
 from dare_agg.version_grid import add_steps, grid_of
 from dare_agg.version_steps import HEAD, apply_step, read_steps

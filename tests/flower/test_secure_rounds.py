@@ -17,11 +17,11 @@ from dare_agg.flower.secure_merge import secure_merge
 from dare_agg.flower.secure_mod import secure_mod, secure_queries
 from dare_agg.flower.secure_strategy import SecureStrategy
 from dare_agg.flower.transport import to_numpy
-from dare_agg.groups import global_model
 from dare_agg.secure import identity as identities
 from dare_agg.secure.identity import new_identity, write_identity, write_public
 from dare_agg.secure.roster import Roster, make_roster, read_roster, sign_roster, write_roster
 from dare_agg.secure.settings import SecureSettings
+from dare_agg.vectors.model import global_model
 from dare_agg.versions import make_version_downlink
 
 PASSPHRASE = "a passphrase"

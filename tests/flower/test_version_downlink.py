@@ -7,7 +7,7 @@ import pytest
 from flwr.app import RecordDict
 
 from dare_agg.flower import DareStrategy, mod, offer_base
-from dare_agg.groups import global_model
+from dare_agg.vectors.model import global_model
 from dare_agg.versions import make_version_downlink
 
 

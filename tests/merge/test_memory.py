@@ -8,12 +8,12 @@ import numpy as np
 import pytest
 
 from dare_agg import decoded
-from dare_agg.layout import layout_of
 from dare_agg.mask import parse_drop_rate
 from dare_agg.merge import ties_listed
 from dare_agg.merge.engine import merge_deltas
 from dare_agg.plan import ModelRef, PlanSettings, make_plans
 from dare_agg.update import Update, decode_update, encode_update
+from dare_agg.vectors.layout import layout_of
 
 
 def updates_of(clients: int, size: int, drop_rate: str, mask: str = "stratified") -> list[Update]:

@@ -17,8 +17,15 @@ import numpy as np
 from numpy.typing import NDArray
 
 from dare_agg.errors import LayoutError
-from dare_agg.layout import FloatVector, Layout, compile_patterns, fingerprint, layout_of, matches
 from dare_agg.plan import ModelRef
+from dare_agg.vectors.layout import (
+    FloatVector,
+    Layout,
+    compile_patterns,
+    fingerprint,
+    layout_of,
+    matches,
+)
 
 Arrays = Mapping[str, NDArray[np.generic]]
 

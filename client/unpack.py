@@ -15,8 +15,8 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from dare_agg.cache import cache_folder
 from dare_agg.errors import ConfigError
+from dare_agg.files.cache import cache_folder
 
 SUFFIXES = (".gguf", ".zip")
 _KEPT = (".json", ".txt", ".model", ".safetensors", ".jinja")

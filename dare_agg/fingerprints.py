@@ -14,7 +14,7 @@ import time
 from collections.abc import Iterable
 from pathlib import Path
 
-from dare_agg.cache import cache_folder
+from dare_agg.files.cache import cache_folder
 
 _SETTLED_SECONDS = 3.0
 

@@ -25,9 +25,9 @@ from numpy.typing import NDArray
 from dare_agg.decoded import DECODED
 from dare_agg.derive import derive_key
 from dare_agg.errors import ConfigError, UpdateError
+from dare_agg.files.pages import Pages
 from dare_agg.kernels import compiled, plain_float32
 from dare_agg.mask import MASK_KINDS, DropRate, Mask, take
-from dare_agg.pages import Pages
 from dare_agg.rotation import GROUP
 from dare_agg.scratch import borrowed
 from dare_agg.values import (

@@ -21,8 +21,8 @@ from pathlib import Path
 from typing import Any
 
 from dare_agg.errors import CheckpointError, ConfigError, UpdateError
+from dare_agg.files.pages import Pages
 from dare_agg.mask import DropRate
-from dare_agg.pages import Pages
 from dare_agg.update import (
     DeltaSource,
     Update,

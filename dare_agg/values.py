@@ -29,8 +29,8 @@ from numpy.typing import NDArray
 
 from dare_agg.derive import Keystream
 from dare_agg.errors import ConfigError, NonFiniteError, UpdateError, did_you_mean
+from dare_agg.files.pages import Pages
 from dare_agg.kernels import compiled
-from dare_agg.pages import Pages
 from dare_agg.rotation import (
     BLOCK,
     GROUP,

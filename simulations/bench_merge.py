@@ -32,8 +32,8 @@ from typing import Any
 import numpy as np
 import yaml
 
-from dare_agg.cache import cache_folder
 from dare_agg.checkpoint import open_checkpoint
+from dare_agg.files.cache import cache_folder
 from simulations.checkpoints import llama_shapes, make_checkpoints
 
 ROOT = Path(__file__).resolve().parent.parent

@@ -16,7 +16,6 @@ from flwr.app import Array, ArrayRecord, ConfigRecord, Context, Message, RecordD
 from flwr.clientapp.typing import ClientAppCallable
 from numpy.typing import NDArray
 
-from dare_agg.cache import cache_folder
 from dare_agg.downlink import FullReceiver, Receiver
 from dare_agg.errors import (
     BaseMismatchError,
@@ -25,6 +24,7 @@ from dare_agg.errors import (
     LayoutError,
     UpdateError,
 )
+from dare_agg.files.cache import cache_folder
 from dare_agg.flower.records import (
     ASK_EVALUATE,
     ASK_HELLO,

@@ -1,0 +1,1 @@
+"""What touches the disk: the cache folder, memory-mapped pages, files replaced as one."""

@@ -22,18 +22,18 @@ from dare_agg.checkpoint import (
     parse_dtype,
     plan_like,
 )
-from dare_agg.derive import derive_key, seed_secret
+from dare_agg.codec.derive import derive_key, seed_secret
+from dare_agg.codec.formats import find_values
+from dare_agg.codec.mask import DropRate, parse_drop_rate
+from dare_agg.codec.rotation import GROUP
+from dare_agg.codec.update import Update, UpdateSpec
+from dare_agg.codec.update_file import FileHeader, read_update_file, write_update_file
 from dare_agg.errors import BaseMismatchError, LayoutError
 from dare_agg.fingerprints import remember
-from dare_agg.mask import DropRate, parse_drop_rate
 from dare_agg.merge.opening import open_model
 from dare_agg.merge.recipe import ModelInput
 from dare_agg.merge.sources import CachedSource, DeltaSource, take
 from dare_agg.merge.sparsifying import UPDATE_MASK
-from dare_agg.rotation import GROUP
-from dare_agg.update import Update, UpdateSpec
-from dare_agg.update_file import FileHeader, read_update_file, write_update_file
-from dare_agg.values import find_values
 from dare_agg.vectors.contents import sketch
 from dare_agg.vectors.layout import FingerprintStream, FloatVector, Layout
 

@@ -12,8 +12,8 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Protocol
 
+from dare_agg.codec.mask import DropRate
 from dare_agg.errors import BaseMismatchError
-from dare_agg.mask import DropRate
 from dare_agg.vectors.layout import FloatVector
 from dare_agg.vectors.model import Arrays, GlobalModel
 

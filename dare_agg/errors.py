@@ -43,7 +43,7 @@ class BaseMismatchError(DareError):
 class UpdateError(DareError):
     """An update is malformed or does not fit the round plan.
 
-    ``reason`` is one of the slugs in `dare_agg.update.REASONS`.
+    ``reason`` is one of the slugs in `dare_agg.codec.update.REASONS`.
     """
 
     reason = "malformed"

@@ -13,11 +13,11 @@ import json
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, fields, replace
 
-from dare_agg.derive import derive_key
+from dare_agg.codec.derive import derive_key
+from dare_agg.codec.mask import DropRate, Mask, parse_drop_rate
+from dare_agg.codec.update import CODEC_VERSION, UpdateSpec
 from dare_agg.errors import ConfigError, UpdateError
-from dare_agg.mask import DropRate, Mask, parse_drop_rate
 from dare_agg.same_code import package_fingerprint
-from dare_agg.update import CODEC_VERSION, UpdateSpec
 
 KEY_BYTES = 16
 

@@ -20,12 +20,12 @@ from dataclasses import dataclass, replace
 import numpy as np
 from numpy.typing import NDArray
 
-from dare_agg.derive import derive_key
+from dare_agg.codec.derive import derive_key
+from dare_agg.codec.mask import parse_drop_rate
+from dare_agg.codec.update import Update, UpdateSpec, decode_update, encode_update
 from dare_agg.errors import LayoutError, UpdateError
-from dare_agg.mask import parse_drop_rate
 from dare_agg.merge.sources import DeltaSource
 from dare_agg.plan import RoundPlan
-from dare_agg.update import Update, UpdateSpec, decode_update, encode_update
 from dare_agg.vectors.layout import Layout, check_finite, layout_of
 
 KINDS = ("fisher", "gram")

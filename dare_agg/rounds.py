@@ -19,6 +19,9 @@ from typing import Any
 
 import numpy as np
 
+from dare_agg.codec.formats import VALUE_FORMATS
+from dare_agg.codec.mask import DropRate, parse_drop_rate
+from dare_agg.codec.update import Update, decode_update, encode_update
 from dare_agg.downlink import Downlink, DrawnMask, FullDownlink
 from dare_agg.errors import (
     BaseMismatchError,
@@ -29,7 +32,6 @@ from dare_agg.errors import (
     UpdateError,
     did_you_mean,
 )
-from dare_agg.mask import DropRate, parse_drop_rate
 from dare_agg.merge.engine import merge_deltas
 from dare_agg.merge.methods import find_method
 from dare_agg.merge.sources import DeltaSource
@@ -43,8 +45,6 @@ from dare_agg.round_statistics import (
 )
 from dare_agg.same_code import check_same_code
 from dare_agg.server_step import ServerStep, StepState, server_step
-from dare_agg.update import Update, decode_update, encode_update
-from dare_agg.values import VALUE_FORMATS
 from dare_agg.vectors.layout import FloatVector, Layout, check_finite, compile_patterns, matches
 from dare_agg.vectors.model import Arrays, GlobalModel, global_model
 

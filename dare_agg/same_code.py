@@ -13,11 +13,11 @@ import hashlib
 from functools import cache
 from pathlib import Path
 
+from dare_agg.codec.update import CODEC_VERSION
 from dare_agg.errors import RunError, UpdateError
-from dare_agg.update import CODEC_VERSION
 
 # The folders of the package that both ends of a round run; below each, every module counts.
-SHARED_ROOMS = (".", "flower", "merge", "secure", "vectors")
+SHARED_ROOMS = (".", "codec", "flower", "merge", "secure", "vectors")
 
 
 @cache

@@ -13,8 +13,8 @@ from dataclasses import dataclass
 import numpy as np
 from numpy.typing import NDArray
 
+from dare_agg.codec.mask import DropRate, Mask, parse_drop_rate
 from dare_agg.errors import ConfigError, did_you_mean
-from dare_agg.mask import DropRate, Mask, parse_drop_rate
 from dare_agg.vectors.layout import FloatVector, Layout
 
 

@@ -26,17 +26,17 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from dare_agg.downlink import DrawnMask
-from dare_agg.errors import ConfigError, UpdateError
-from dare_agg.mask import MASK_KINDS, DropRate, Mask
-from dare_agg.rotation import GROUP
-from dare_agg.values import (
+from dare_agg.codec.formats import (
     VALUE_FORMATS,
     check_payload,
     decode_values,
     encode_values,
     payload_bytes,
 )
+from dare_agg.codec.mask import MASK_KINDS, DropRate, Mask
+from dare_agg.codec.rotation import GROUP
+from dare_agg.downlink import DrawnMask
+from dare_agg.errors import ConfigError, UpdateError
 from dare_agg.vectors.layout import FloatVector
 from dare_agg.version_grid import TILE, Counts, Positions, VersionGrid, add_steps
 

@@ -17,11 +17,11 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from dare_agg.derive import derive_key
+from dare_agg.codec.derive import derive_key
+from dare_agg.codec.formats import find_values
+from dare_agg.codec.mask import parse_drop_rate
 from dare_agg.downlink import Broadcast, DrawnMask
 from dare_agg.errors import ConfigError, StateError, did_you_mean
-from dare_agg.mask import parse_drop_rate
-from dare_agg.values import find_values
 from dare_agg.vectors.layout import FloatVector
 from dare_agg.vectors.model import Arrays, GlobalModel
 from dare_agg.version_grid import Counts, VersionGrid, add_steps, grid_of

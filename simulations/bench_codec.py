@@ -25,11 +25,10 @@ from typing import Any
 
 import numpy as np
 
-from dare_agg.errors import ConfigError
-from dare_agg.kernels import KERNELS, choose_kernel, kernel_in_use
-from dare_agg.mask import parse_drop_rate
-from dare_agg.rotation import GROUP
-from dare_agg.update import (
+from dare_agg.codec.kernels import KERNELS, choose_kernel, kernel_in_use
+from dare_agg.codec.mask import parse_drop_rate
+from dare_agg.codec.rotation import GROUP
+from dare_agg.codec.update import (
     GROUPS_A_THREAD,
     HEADER_BYTES,
     UpdateSpec,
@@ -37,6 +36,7 @@ from dare_agg.update import (
     encode_update,
     update_bytes,
 )
+from dare_agg.errors import ConfigError
 from dare_agg.vectors.layout import FloatVector
 
 VALUES = ("b1", "f16")

@@ -36,12 +36,12 @@ POINTS = (
 
 def measure(method: str, clients: int, parameters: int, drop_rate: str) -> dict[str, Any]:
     """Make updates (untimed), then check, decode and merge them as a server does."""
-    from dare_agg.derive import derive_key, seed_secret
-    from dare_agg.mask import parse_drop_rate
+    from dare_agg.codec.derive import derive_key, seed_secret
+    from dare_agg.codec.mask import parse_drop_rate
+    from dare_agg.codec.update import decode_update, encode_update
     from dare_agg.merge.engine import merge_deltas
     from dare_agg.plan import ModelRef, PlanSettings, make_plans
     from dare_agg.rounds import FEDERATED_METHODS
-    from dare_agg.update import decode_update, encode_update
     from dare_agg.vectors.layout import layout_of
 
     layout = layout_of({"w": (parameters,)})

@@ -22,7 +22,7 @@ from typing import Any
 import numpy as np
 
 from dare_agg.cli.output import print_json
-from dare_agg.mask import parse_drop_rate
+from dare_agg.codec.mask import parse_drop_rate
 from dare_agg.secure import SecureServer, make_roster, new_identity, secure_terms
 from dare_agg.secure import client as party
 

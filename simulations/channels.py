@@ -121,7 +121,7 @@ class DareChannel:
     """The product's round: plans, encoded updates, checked replies, merge, server step."""
 
     def __init__(self, settings: Mapping[str, Any], state: State, seed: int, clients: int) -> None:
-        from dare_agg.derive import seed_secret
+        from dare_agg.codec.derive import seed_secret
         from dare_agg.rounds import FederatedSettings
         from dare_agg.server_step import StepState, server_step
         from dare_agg.vectors.model import global_model
@@ -156,7 +156,7 @@ class DareChannel:
     def begin(self, number: int, clients: Sequence[int]) -> Traffic:
         from dataclasses import replace
 
-        from dare_agg.derive import derive_key
+        from dare_agg.codec.derive import derive_key
         from dare_agg.plan import make_plans
 
         plans = make_plans(

@@ -32,9 +32,9 @@ from typing import Any
 
 import numpy as np
 
-from dare_agg.errors import DareError
-from dare_agg.mask import MASK_KINDS, parse_drop_rate
-from dare_agg.update import (
+from dare_agg.codec.formats import VALUE_FORMATS
+from dare_agg.codec.mask import MASK_KINDS, parse_drop_rate
+from dare_agg.codec.update import (
     CHECKSUM_BYTES,
     HEADER_BYTES,
     REASONS,
@@ -45,14 +45,14 @@ from dare_agg.update import (
     decode_update,
     encode_update,
 )
-from dare_agg.update_file import (
+from dare_agg.codec.update_file import (
     FILE_MAGIC,
     _checked_spec,
     _parse,
     read_update_file,
     write_update_file,
 )
-from dare_agg.values import VALUE_FORMATS
+from dare_agg.errors import DareError
 from dare_agg.vectors.layout import Layout, layout_of
 from simulations.run import append_row, read_rows
 

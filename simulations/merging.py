@@ -19,8 +19,8 @@ from typing import Any
 
 import numpy as np
 
-from dare_agg.derive import derive_key, seed_secret
-from dare_agg.mask import Mask, parse_drop_rate
+from dare_agg.codec.derive import derive_key, seed_secret
+from dare_agg.codec.mask import Mask, parse_drop_rate
 from dare_agg.merge.engine import merge_deltas
 from dare_agg.merge.methods import find_method
 from dare_agg.merge.sources import array_source

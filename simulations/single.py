@@ -17,10 +17,10 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from dare_agg.derive import derive_key, seed_secret
+from dare_agg.codec.derive import derive_key, seed_secret
+from dare_agg.codec.mask import Mask, parse_drop_rate
 from dare_agg.errors import ConfigError, did_you_mean
 from dare_agg.files.cache import cache_folder
-from dare_agg.mask import Mask, parse_drop_rate
 from dare_agg.sparsify import dare, drop_only, magnitude
 from dare_agg.vectors.layout import FloatVector, Layout, layout_of
 from simulations.channels import HEAD

@@ -7,8 +7,8 @@ from cryptography.hazmat.primitives.ciphers import Cipher, algorithms, modes
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from dare_agg.codec.mask import MASK_KINDS, DropRate, Mask, parse_drop_rate
 from dare_agg.errors import ConfigError
-from dare_agg.mask import MASK_KINDS, DropRate, Mask, parse_drop_rate
 
 KEY = bytes(range(16))
 RATES = ("0", "0.5", "0.3", "0.9", "0.99", "0.123")

@@ -7,8 +7,8 @@ from dataclasses import replace
 import numpy as np
 import pytest
 
+from dare_agg.codec.mask import parse_drop_rate
 from dare_agg.errors import ConfigError, UpdateError
-from dare_agg.mask import parse_drop_rate
 from dare_agg.plan import ClientTerms, ModelRef, PlanSettings, make_plans, plan_from_record
 
 MODEL = ModelRef("ab" * 32, "cd" * 32, 5000, "ef" * 32, "01" * 32, 70)

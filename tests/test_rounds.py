@@ -7,8 +7,8 @@ from dataclasses import replace
 import numpy as np
 import pytest
 
+from dare_agg.codec.mask import parse_drop_rate
 from dare_agg.errors import BaseMismatchError, ConfigError, LayoutError, NonFiniteError
-from dare_agg.mask import parse_drop_rate
 from dare_agg.plan import ClientTerms, make_plans
 from dare_agg.rounds import (
     Accepted,

@@ -3,8 +3,8 @@ from pathlib import Path
 import numpy as np
 import pytest
 
+from dare_agg.codec.mask import Mask, parse_drop_rate
 from dare_agg.errors import ConfigError
-from dare_agg.mask import Mask, parse_drop_rate
 from dare_agg.sparsify import dare, dare_given, drop_only, magnitude, sparsify
 
 VECTORS = Path(__file__).parent / "data" / "mergelm"

@@ -17,7 +17,7 @@ def inspect(
 
     from dare_agg.checkpoint_update import describe_update
     from dare_agg.cli.output import human_bytes, print_json, stdout_console
-    from dare_agg.update_file import read_update_file
+    from dare_agg.codec.update_file import read_update_file
 
     facts = describe_update(*read_update_file(update), update.stat().st_size)
     if json_:

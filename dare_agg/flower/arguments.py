@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 
-from dare_agg.derive import derive_key
+from dare_agg.codec.derive import derive_key
 from dare_agg.errors import ConfigError
 from dare_agg.server_step import ServerStep, server_step
 

@@ -16,7 +16,8 @@ from dataclasses import dataclass, field
 from flwr.app import ConfigRecord, Message, MessageType, RecordDict
 from flwr.serverapp import Grid
 
-from dare_agg.derive import derive_key
+from dare_agg.codec.derive import derive_key
+from dare_agg.codec.update import CODEC_VERSION
 from dare_agg.errors import RunError
 from dare_agg.flower.exchange import exchange, online_nodes, went_away
 from dare_agg.flower.records import (
@@ -30,7 +31,6 @@ from dare_agg.flower.records import (
     read_refusal,
 )
 from dare_agg.same_code import package_fingerprint
-from dare_agg.update import CODEC_VERSION
 
 LOG = logging.getLogger("flwr")
 WAIT_SECONDS = 1.0

@@ -16,6 +16,7 @@ from flwr.app import Array, ArrayRecord, ConfigRecord, Context, Message, RecordD
 from flwr.clientapp.typing import ClientAppCallable
 from numpy.typing import NDArray
 
+from dare_agg.codec.update import CODEC_VERSION
 from dare_agg.downlink import FullReceiver, Receiver
 from dare_agg.errors import (
     BaseMismatchError,
@@ -45,7 +46,6 @@ from dare_agg.identity import load_identity, reply_digest
 from dare_agg.plan import RoundPlan, plan_from_record
 from dare_agg.rounds import ClientUpdate, make_client_update
 from dare_agg.same_code import check_same_code, package_fingerprint
-from dare_agg.update import CODEC_VERSION
 from dare_agg.vectors.layout import compile_patterns, matches
 from dare_agg.vectors.model import Arrays, split_tensors
 from dare_agg.version_cache import VersionReceiver

@@ -14,6 +14,8 @@ from typing import cast
 
 from flwr.app import ConfigRecord, Message, MetricRecord, RecordDict
 
+from dare_agg.codec.formats import payload_bytes
+from dare_agg.codec.update import UpdateSpec
 from dare_agg.errors import DareError, UpdateError
 from dare_agg.flower.records import (
     DENSE_KEY,
@@ -32,8 +34,6 @@ from dare_agg.plan import RoundPlan
 from dare_agg.round_statistics import StatisticsUpdate, statistics_spec
 from dare_agg.rounds import Accepted, Rejection, check_reply
 from dare_agg.same_code import check_same_code
-from dare_agg.update import UpdateSpec
-from dare_agg.values import payload_bytes
 from dare_agg.vectors.layout import Layout
 
 LOG = logging.getLogger("flwr")

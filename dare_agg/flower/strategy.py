@@ -13,8 +13,11 @@ from flwr.app import ArrayRecord, ConfigRecord, Message, MessageType, MetricReco
 from flwr.serverapp import Grid
 from flwr.serverapp.strategy import Result, Strategy
 
-from dare_agg.budget import UploadBudget
-from dare_agg.derive import derive_key
+from dare_agg.codec.budget import UploadBudget
+from dare_agg.codec.derive import derive_key
+from dare_agg.codec.formats import payload_bytes
+from dare_agg.codec.mask import DropRate
+from dare_agg.codec.update import CODEC_VERSION, HEADER_BYTES
 from dare_agg.downlink import Downlink, FullDownlink
 from dare_agg.errors import ConfigError, DareError, RunError
 from dare_agg.flower import arguments
@@ -35,13 +38,10 @@ from dare_agg.flower.replies import Inbox, MetricsFn, TrainReply, weighted_metri
 from dare_agg.flower.round_outcome import OpenRound, RoundOutcome, round_measurements
 from dare_agg.flower.transport import message_bytes, pack, to_numpy, to_record
 from dare_agg.identity import check_identities
-from dare_agg.mask import DropRate
 from dare_agg.plan import ClientTerms, make_plans
 from dare_agg.rounds import FederatedSettings, Rejection, advance, check_weight, merge_round
 from dare_agg.same_code import package_fingerprint
 from dare_agg.server_step import ServerStep, StepState
-from dare_agg.update import CODEC_VERSION, HEADER_BYTES
-from dare_agg.values import payload_bytes
 from dare_agg.vectors.model import GlobalModel, global_model
 from dare_agg.versions import BASE, VersionDownlink
 

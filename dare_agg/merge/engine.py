@@ -19,12 +19,12 @@ from typing import Any, cast
 import numpy as np
 from numpy.typing import NDArray
 
+from dare_agg.codec.rotation import GROUP
 from dare_agg.errors import MergeError
 from dare_agg.merge.agreement import Agreement
 from dare_agg.merge.methods import find_method
 from dare_agg.merge.sources import DeltaSource, SparseSource
 from dare_agg.merge.task import Kernel, MergeTask, Scratch, Span, Statistics, is_sparse
-from dare_agg.rotation import GROUP
 from dare_agg.vectors.layout import FloatVector, Layout
 
 TILE = 1 << 16

@@ -84,7 +84,7 @@ def _with_names_of(checkpoint: Checkpoint, layout: Layout) -> Checkpoint:
 
 
 def _open_update(path: Path, base: Checkpoint, layout: Layout) -> DeltaSource:
-    from dare_agg.update_file import read_update_file
+    from dare_agg.codec.update_file import read_update_file
 
     update, header = read_update_file(path)
     if header.layout.fingerprint != layout.fingerprint:

@@ -12,8 +12,8 @@ from typing import Any, Literal
 import yaml
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
 
+from dare_agg.codec.mask import parse_drop_rate
 from dare_agg.errors import ConfigError, did_you_mean
-from dare_agg.mask import parse_drop_rate
 from dare_agg.merge.methods import find_method
 from dare_agg.vectors.layout import compile_patterns
 

@@ -8,7 +8,7 @@ from dataclasses import replace
 import numpy as np
 from numpy.typing import NDArray
 
-from dare_agg.derive import Keystream, derive_key, seed_secret
+from dare_agg.codec.derive import Keystream, derive_key, seed_secret
 from dare_agg.errors import ConfigError
 from dare_agg.merge.linear import normalized, weighted_sum
 from dare_agg.merge.sources import DeltaSource, ScaledSource

@@ -10,8 +10,8 @@ from typing import Protocol, cast, runtime_checkable
 import numpy as np
 from numpy.typing import NDArray
 
+from dare_agg.codec.mask import Mask
 from dare_agg.errors import LayoutError
-from dare_agg.mask import Mask
 from dare_agg.vectors.layout import FloatVector
 
 Positions = NDArray[np.int64]

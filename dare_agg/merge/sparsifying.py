@@ -4,9 +4,9 @@ from __future__ import annotations
 
 from dataclasses import replace
 
-from dare_agg.derive import derive_key, seed_secret
+from dare_agg.codec.derive import derive_key, seed_secret
+from dare_agg.codec.mask import Mask, parse_drop_rate
 from dare_agg.errors import ConfigError
-from dare_agg.mask import Mask, parse_drop_rate
 from dare_agg.merge.norms import norm_ratios
 from dare_agg.merge.opening import OpenedModel
 from dare_agg.merge.recipe import MERGEKIT_NORMS, Recipe

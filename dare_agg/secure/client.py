@@ -16,8 +16,8 @@ import numpy as np
 from cryptography.exceptions import InvalidTag
 from cryptography.hazmat.primitives.ciphers.aead import ChaCha20Poly1305
 
+from dare_agg.codec.mask import Mask
 from dare_agg.errors import ConfigError, ProtocolError
-from dare_agg.mask import Mask
 from dare_agg.secure import messages as wire
 from dare_agg.secure.graph import draw_neighbours
 from dare_agg.secure.identity import Identity, verify

@@ -22,7 +22,7 @@ from cryptography.hazmat.primitives.asymmetric.ed25519 import (
 from cryptography.hazmat.primitives.ciphers.aead import ChaCha20Poly1305
 from cryptography.hazmat.primitives.kdf.scrypt import Scrypt
 
-from dare_agg.derive import derive_key
+from dare_agg.codec.derive import derive_key
 from dare_agg.errors import ConfigError, ProtocolError, StateError
 
 KEY_BYTES = 32

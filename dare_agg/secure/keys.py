@@ -10,7 +10,7 @@ import hashlib
 
 from cryptography.hazmat.primitives.asymmetric.x25519 import X25519PrivateKey, X25519PublicKey
 
-from dare_agg.derive import derive_key
+from dare_agg.codec.derive import derive_key
 from dare_agg.errors import ProtocolError
 from dare_agg.secure.encoding import u32
 

@@ -11,8 +11,8 @@ from dataclasses import dataclass
 
 import numpy as np
 
+from dare_agg.codec.mask import Mask
 from dare_agg.errors import ProtocolError
-from dare_agg.mask import Mask
 from dare_agg.secure import client
 from dare_agg.secure.identity import Identity
 from dare_agg.secure.packing import SecureMeasurements, Sums, merge_sums

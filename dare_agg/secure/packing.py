@@ -20,7 +20,7 @@ from dataclasses import dataclass
 import numpy as np
 from numpy.typing import NDArray
 
-from dare_agg.derive import Keystream
+from dare_agg.codec.derive import Keystream
 from dare_agg.errors import ConfigError, NonFiniteError, ProtocolError
 from dare_agg.secure.stream import MAX_WORD_BITS, Words, word_type
 from dare_agg.vectors.layout import FloatVector

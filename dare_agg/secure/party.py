@@ -14,8 +14,8 @@ from dataclasses import dataclass, field
 
 import numpy as np
 
+from dare_agg.codec.mask import Mask
 from dare_agg.errors import DareError, LayoutError, ProtocolError
-from dare_agg.mask import Mask
 from dare_agg.secure import client
 from dare_agg.secure.client_state import decode_state, encode_state
 from dare_agg.secure.identity import Identity

@@ -17,8 +17,8 @@ from dataclasses import dataclass, field
 import numpy as np
 from cryptography.hazmat.primitives.asymmetric.x25519 import X25519PrivateKey
 
+from dare_agg.codec.mask import Mask
 from dare_agg.errors import ConfigError, ProtocolError
-from dare_agg.mask import Mask
 from dare_agg.secure import messages as wire
 from dare_agg.secure.keys import (
     agree,

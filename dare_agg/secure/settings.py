@@ -6,8 +6,8 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
+from dare_agg.codec.mask import DropRate, parse_drop_rate
 from dare_agg.errors import ConfigError, did_you_mean
-from dare_agg.mask import DropRate, parse_drop_rate
 from dare_agg.secure.packing import MAX_BITS, Quantiser
 from dare_agg.secure.roster import Roster
 from dare_agg.secure.stream import MAX_WORD_BITS

@@ -13,9 +13,9 @@ from dataclasses import dataclass
 from functools import cached_property
 from itertools import pairwise
 
-from dare_agg.derive import derive_key
+from dare_agg.codec.derive import derive_key
+from dare_agg.codec.mask import DropRate, Mask
 from dare_agg.errors import ConfigError, ProtocolError
-from dare_agg.mask import DropRate, Mask
 from dare_agg.secure.encoding import DIGEST_BYTES, Reader, blob, f64, identifiers, u8, u32, u64
 from dare_agg.secure.graph import COMPLETE_UP_TO, degree_for
 from dare_agg.secure.packing import AGGREGATES, TRAILER_WORDS, Quantiser

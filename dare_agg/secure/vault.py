@@ -20,7 +20,7 @@ from pathlib import Path
 from cryptography.exceptions import InvalidTag
 from cryptography.hazmat.primitives.ciphers.aead import ChaCha20Poly1305
 
-from dare_agg.derive import derive_key
+from dare_agg.codec.derive import derive_key
 from dare_agg.errors import ProtocolError, StateError
 from dare_agg.files.cache import cache_folder
 from dare_agg.secure.encoding import blob, u64

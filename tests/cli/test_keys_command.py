@@ -10,8 +10,8 @@ import numpy as np
 import pytest
 
 from dare_agg.cli.main import main
+from dare_agg.codec.mask import parse_drop_rate
 from dare_agg.errors import ConfigError, ProtocolError, StateError
-from dare_agg.mask import parse_drop_rate
 from dare_agg.secure.identity import key_fingerprint, read_identity, read_public
 from dare_agg.secure.ledger import FileLedger
 from dare_agg.secure.roster import check_roster, read_roster

@@ -9,8 +9,8 @@ import pytest
 
 from dare_agg.checkpoint import open_checkpoint, write_checkpoint
 from dare_agg.cli.main import main
-from dare_agg.mask import Mask
-from dare_agg.update_file import read_update_file
+from dare_agg.codec.mask import Mask
+from dare_agg.codec.update_file import read_update_file
 
 SHAPES = {"layer.0.weight": (120, 90), "layer.0.bias": (90,), "head.weight": (4, 90)}
 

@@ -5,10 +5,10 @@ from dataclasses import replace
 import numpy as np
 import pytest
 
+from dare_agg.codec.feedback import FeedbackFile, encode_with_feedback
+from dare_agg.codec.mask import parse_drop_rate
+from dare_agg.codec.update import UpdateSpec, decode_update, encode_update
 from dare_agg.errors import ConfigError, StateError
-from dare_agg.feedback import FeedbackFile, encode_with_feedback
-from dare_agg.mask import parse_drop_rate
-from dare_agg.update import UpdateSpec, decode_update, encode_update
 
 SIZE = 4096
 SPEC = UpdateSpec(

@@ -10,13 +10,13 @@ from fractions import Fraction
 import numpy as np
 import pytest
 
-from dare_agg import kernels
+from dare_agg.codec import kernels
+from dare_agg.codec.formats import VALUE_FORMATS
+from dare_agg.codec.kernels import choose_kernel, kernel_in_use
+from dare_agg.codec.mask import DropRate, Mask
+from dare_agg.codec.rotation import GROUP
+from dare_agg.codec.update import UpdateSpec, decode_update, encode_update
 from dare_agg.errors import ConfigError, NonFiniteError
-from dare_agg.kernels import choose_kernel, kernel_in_use
-from dare_agg.mask import DropRate, Mask
-from dare_agg.rotation import GROUP
-from dare_agg.update import UpdateSpec, decode_update, encode_update
-from dare_agg.values import VALUE_FORMATS
 
 STRIDES = [Fraction(1), Fraction(3, 2), Fraction(7), Fraction(100, 9), Fraction(100)]
 
@@ -88,7 +88,7 @@ def test_every_value_format_has_the_same_bits(numba, values, stride, rescale):
 @pytest.mark.parametrize("values", ["b1", "b2", "f16"])
 @pytest.mark.parametrize("mask", ["stratified", "bernoulli"])
 def test_threads_change_no_bit(values, mask, monkeypatch):
-    monkeypatch.setattr("dare_agg.update.GROUPS_A_THREAD", 1)
+    monkeypatch.setattr("dare_agg.codec.update.GROUPS_A_THREAD", 1)
     delta = hard_values(500_000)
     spec = spec_of(delta.size, Fraction(2), values, mask=mask)
     alone = encode_update(spec, delta)
@@ -170,8 +170,8 @@ def test_a_short_process_loads_nothing():
     script = (
         "import sys, numpy as np\n"
         "from fractions import Fraction\n"
-        "from dare_agg.mask import DropRate\n"
-        "from dare_agg.update import UpdateSpec, encode_update\n"
+        "from dare_agg.codec.mask import DropRate\n"
+        "from dare_agg.codec.update import UpdateSpec, encode_update\n"
         "spec = UpdateSpec(200_000, DropRate(2, 1), 'stratified', b'm' * 16, b'v' * 16, 0, 'b1',"
         " '0' * 64, '1' * 64)\n"
         "encode_update(spec, np.ones(200_000, np.float32))\n"
@@ -187,7 +187,7 @@ def test_without_numba_auto_goes_on_and_asking_for_it_is_an_error(monkeypatch):
     state = kernels._State()
     monkeypatch.setattr(kernels, "_state", state)
     monkeypatch.setitem(sys.modules, "numba", None)
-    monkeypatch.delitem(sys.modules, "dare_agg.compiled", raising=False)
+    monkeypatch.delitem(sys.modules, "dare_agg.codec.numba_loops", raising=False)
     monkeypatch.setenv(kernels.VARIABLE, "auto")
     monkeypatch.setattr(kernels, "_WORTH_LOADING", 10)
     monkeypatch.setattr(kernels, "_WORTH_COMPILING", 10)

@@ -12,9 +12,9 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from dare_agg.errors import CheckpointError, ConfigError, DareError, NonFiniteError, UpdateError
-from dare_agg.mask import MASK_KINDS, parse_drop_rate
-from dare_agg.update import (
+from dare_agg.codec.formats import VALUE_FORMATS, payload_bytes
+from dare_agg.codec.mask import MASK_KINDS, parse_drop_rate
+from dare_agg.codec.update import (
     _CHECKSUM_AT,
     HEADER_BYTES,
     REASONS,
@@ -23,8 +23,8 @@ from dare_agg.update import (
     decode_update,
     encode_update,
 )
-from dare_agg.update_file import FILE_MAGIC, read_update_file, write_update_file
-from dare_agg.values import VALUE_FORMATS, payload_bytes
+from dare_agg.codec.update_file import FILE_MAGIC, read_update_file, write_update_file
+from dare_agg.errors import CheckpointError, ConfigError, DareError, NonFiniteError, UpdateError
 from dare_agg.vectors.layout import layout_of
 
 SHAPES = {"a.weight": (60, 50), "b": (77,), "c": ()}

@@ -7,8 +7,8 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from dare_agg.codec.mask import parse_drop_rate
 from dare_agg.errors import BaseMismatchError, ConfigError, DareError, StateError, UpdateError
-from dare_agg.mask import parse_drop_rate
 from dare_agg.plan import PlanSettings, make_plans
 from dare_agg.vectors.model import global_model
 from dare_agg.version_cache import VersionReceiver

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import numpy as np
 
-from dare_agg.budget import UploadBudget
+from dare_agg.codec.budget import UploadBudget
 from dare_agg.flower import DareStrategy
 
 

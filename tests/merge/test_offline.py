@@ -115,7 +115,7 @@ def test_masks_travel_with_the_models(
 
 
 def test_sparse_and_dense_consensus_agree(models: list[Path], tmp_path: Path) -> None:
-    from dare_agg.mask import Mask, parse_drop_rate
+    from dare_agg.codec.mask import Mask, parse_drop_rate
     from dare_agg.merge.sources import MaskedSource, array_source
 
     arrays = [load_file(models[0] / "model.safetensors"), *(load_file(p) for p in models[1:])]

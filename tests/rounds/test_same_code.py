@@ -6,6 +6,7 @@ from pathlib import Path
 import pytest
 
 import dare_agg
+from dare_agg.codec.update import CODEC_VERSION
 from dare_agg.errors import RunError, UpdateError
 from dare_agg.same_code import (
     SHARED_ROOMS,
@@ -13,7 +14,6 @@ from dare_agg.same_code import (
     code_fingerprint,
     package_fingerprint,
 )
-from dare_agg.update import CODEC_VERSION
 
 PACKAGE = Path(dare_agg.__file__).parent
 

@@ -9,7 +9,7 @@ from typing import Any
 
 import numpy as np
 
-from dare_agg.mask import parse_drop_rate
+from dare_agg.codec.mask import parse_drop_rate
 from dare_agg.secure import Identity, Roster, SecureServer, SecureTerms, make_roster, secure_terms
 from dare_agg.secure import client as party
 

@@ -10,8 +10,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from parties import consortium, seeded, session, step
 
+from dare_agg.codec.mask import Mask, parse_drop_rate
 from dare_agg.errors import ConfigError, ProtocolError
-from dare_agg.mask import Mask, parse_drop_rate
 from dare_agg.secure import LocalSum, secure_sum
 from dare_agg.secure import client as party
 from dare_agg.secure.local import DROP_STAGES

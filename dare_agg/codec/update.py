@@ -1,6 +1,6 @@
 """Updates: what a client sends. Header and quantised survivors, no index bytes.
 
-`dare_agg/UPDATE_FORMAT.md` is the normative text. Two forms share one body: inside a round
+`dare_agg/codec/UPDATE_FORMAT.md` is the normative text. Two forms share one body: inside a round
 the receiver knows the `UpdateSpec` from the round plan, and the header of 120 bytes only
 proves that the sender meant the same; as a file (`*.dare`) an envelope describes it.
 
@@ -22,21 +22,21 @@ import numpy as np
 from cryptography.hazmat.primitives.poly1305 import Poly1305
 from numpy.typing import NDArray
 
-from dare_agg.decoded import DECODED
-from dare_agg.derive import derive_key
-from dare_agg.errors import ConfigError, UpdateError
-from dare_agg.files.pages import Pages
-from dare_agg.kernels import compiled, plain_float32
-from dare_agg.mask import MASK_KINDS, DropRate, Mask, take
-from dare_agg.rotation import GROUP
-from dare_agg.scratch import borrowed
-from dare_agg.values import (
+from dare_agg.codec.buffers import borrowed
+from dare_agg.codec.derive import derive_key
+from dare_agg.codec.formats import (
     check_payload,
     decode_values,
     encode_values,
     find_values,
     payload_bytes,
 )
+from dare_agg.codec.kept_groups import DECODED
+from dare_agg.codec.kernels import compiled, plain_float32
+from dare_agg.codec.mask import MASK_KINDS, DropRate, Mask, take
+from dare_agg.codec.rotation import GROUP
+from dare_agg.errors import ConfigError, UpdateError
+from dare_agg.files.pages import Pages
 from dare_agg.vectors.layout import FloatVector
 
 CODEC_VERSION = 1

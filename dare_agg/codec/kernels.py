@@ -27,7 +27,7 @@ from dare_agg.errors import ConfigError, did_you_mean
 
 KERNELS = ("auto", "numpy", "numba")
 VARIABLE = "DARE_AGG_KERNEL"
-_MODULE = "dare_agg.compiled"
+_MODULE = "dare_agg.codec.numba_loops"
 
 # Loading takes half a CPU second and 115 MB from numba's files on disk, eight seconds where
 # they have to be compiled first (once a machine): what numpy codes in 2 and in 20 seconds.

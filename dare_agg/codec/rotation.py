@@ -17,7 +17,7 @@ from collections.abc import Iterator
 import numpy as np
 from numpy.typing import NDArray
 
-from dare_agg.scratch import borrowed
+from dare_agg.codec.buffers import borrowed
 from dare_agg.vectors.layout import FloatVector
 
 Matrix = NDArray[np.float32]

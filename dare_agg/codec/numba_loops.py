@@ -1,6 +1,6 @@
 """The codec's inner loops, compiled by numba: the same bits as numpy's, in less time.
 
-Imported by `dare_agg.kernels` alone, and only when it pays. Every loop does the additions and
+Imported by `dare_agg.codec.kernels` alone, and only when it pays. Every loop does the additions and
 products of its numpy counterpart in the same order, without fused multiply-adds or fast math.
 Those of values work on whole groups of 65,536 survivors; what is left of the last group goes
 the way of numpy. Arrays are C-contiguous and little-endian; rows of a group are 64 columns.
@@ -18,9 +18,9 @@ from numba.core import cgutils
 from numba.extending import intrinsic
 from numpy.typing import NDArray
 
-from dare_agg.rotation import BLOCK, GROUP
-from dare_agg.scratch import borrowed
-from dare_agg.values import VALUE_FORMATS, gaussian_levels
+from dare_agg.codec.buffers import borrowed
+from dare_agg.codec.formats import VALUE_FORMATS, gaussian_levels
+from dare_agg.codec.rotation import BLOCK, GROUP
 from dare_agg.vectors.layout import FloatVector
 
 Bytes = NDArray[np.uint8]

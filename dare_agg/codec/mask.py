@@ -22,10 +22,10 @@ from fractions import Fraction
 import numpy as np
 from numpy.typing import NDArray
 
-from dare_agg.derive import Keystream
+from dare_agg.codec.buffers import borrowed
+from dare_agg.codec.derive import Keystream
+from dare_agg.codec.kernels import compiled, plain_float32
 from dare_agg.errors import ConfigError
-from dare_agg.kernels import compiled, plain_float32
-from dare_agg.scratch import borrowed
 from dare_agg.vectors.layout import MAX_PARAMETERS, FloatVector
 
 Positions = NDArray[np.int64]

@@ -2,7 +2,7 @@
 
 A preamble, a canonical JSON header (what `UpdateSpec` and the layout hold), then the very
 bytes of the in-round form, whose context field is the SHA-256 of the JSON: its checksum
-covers the whole file. `dare_agg/UPDATE_FORMAT.md` is the normative text.
+covers the whole file. `dare_agg/codec/UPDATE_FORMAT.md` is the normative text.
 
 Written through a memory map into a temporary neighbour that is renamed when complete; read
 through a memory map, so neither takes memory that grows with the model.
@@ -20,10 +20,8 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from dare_agg.errors import CheckpointError, ConfigError, UpdateError
-from dare_agg.files.pages import Pages
-from dare_agg.mask import DropRate
-from dare_agg.update import (
+from dare_agg.codec.mask import DropRate
+from dare_agg.codec.update import (
     DeltaSource,
     Update,
     UpdateSpec,
@@ -31,6 +29,8 @@ from dare_agg.update import (
     encode_update_into,
     update_bytes,
 )
+from dare_agg.errors import CheckpointError, ConfigError, UpdateError
+from dare_agg.files.pages import Pages
 from dare_agg.vectors.layout import (
     MAX_DIMENSIONS,
     MAX_NAME_BYTES,

@@ -14,7 +14,7 @@ b1        1     rotated, sign, one unbiased scale a block
 A payload holds the codes of all survivors in order, then one float32 scale a block, then
 (i8 and b* only) the unrotated rest as float32. The rotated formats are DRIVE (arXiv
 2105.08339) and EDEN (arXiv 2108.08842) with a Hadamard rotation: codes q of y = H·D·x with
-scale ‖x‖²/⟨y, q⟩ give E[scale·D·H·q] = x. Blocks are those of `dare_agg.rotation`.
+scale ‖x‖²/⟨y, q⟩ give E[scale·D·H·q] = x. Blocks are those of `dare_agg.codec.rotation`.
 
 Nothing here depends on libm, BLAS or a library's random generator.
 """
@@ -27,11 +27,10 @@ from dataclasses import dataclass
 import numpy as np
 from numpy.typing import NDArray
 
-from dare_agg.derive import Keystream
-from dare_agg.errors import ConfigError, NonFiniteError, UpdateError, did_you_mean
-from dare_agg.files.pages import Pages
-from dare_agg.kernels import compiled
-from dare_agg.rotation import (
+from dare_agg.codec.buffers import borrowed
+from dare_agg.codec.derive import Keystream
+from dare_agg.codec.kernels import compiled
+from dare_agg.codec.rotation import (
     BLOCK,
     GROUP,
     column_sums,
@@ -40,7 +39,8 @@ from dare_agg.rotation import (
     flip_signs,
     hadamard,
 )
-from dare_agg.scratch import borrowed
+from dare_agg.errors import ConfigError, NonFiniteError, UpdateError, did_you_mean
+from dare_agg.files.pages import Pages
 from dare_agg.vectors.layout import FloatVector
 
 Bytes = NDArray[np.uint8]

@@ -15,8 +15,8 @@ from pathlib import Path
 
 import numpy as np
 
+from dare_agg.codec.update import Update, UpdateSpec, decode_update, encode_update
 from dare_agg.errors import ConfigError, StateError
-from dare_agg.update import Update, UpdateSpec, decode_update, encode_update
 from dare_agg.vectors.layout import FloatVector
 
 _TILE = 1 << 16

@@ -1,0 +1,1 @@
+"""The bytes of an update: masks, value formats, payloads, files."""

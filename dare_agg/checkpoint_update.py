@@ -22,6 +22,7 @@ from dare_agg.checkpoint import (
     parse_dtype,
     plan_like,
 )
+from dare_agg.checkpoint.fingerprints import remember
 from dare_agg.codec.derive import derive_key, seed_secret
 from dare_agg.codec.formats import find_values
 from dare_agg.codec.mask import DropRate, parse_drop_rate
@@ -29,7 +30,6 @@ from dare_agg.codec.rotation import GROUP
 from dare_agg.codec.update import Update, UpdateSpec
 from dare_agg.codec.update_file import FileHeader, read_update_file, write_update_file
 from dare_agg.errors import BaseMismatchError, LayoutError
-from dare_agg.fingerprints import remember
 from dare_agg.merge.opening import open_model
 from dare_agg.merge.recipe import ModelInput
 from dare_agg.merge.sources import CachedSource, DeltaSource, take

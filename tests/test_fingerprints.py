@@ -5,7 +5,7 @@ import os
 import numpy as np
 
 from dare_agg.checkpoint import open_checkpoint, write_checkpoint
-from dare_agg.fingerprints import recall
+from dare_agg.checkpoint.fingerprints import recall
 
 
 def test_a_changed_file_is_hashed_again(tmp_path, monkeypatch):
@@ -16,7 +16,7 @@ def test_a_changed_file_is_hashed_again(tmp_path, monkeypatch):
     layout = first.layout().fingerprint
     found = first.fingerprint()
     assert recall([path], layout) is None  # too fresh to be sure
-    monkeypatch.setattr("dare_agg.fingerprints._SETTLED_SECONDS", 0.0)
+    monkeypatch.setattr("dare_agg.checkpoint.fingerprints._SETTLED_SECONDS", 0.0)
     assert open_checkpoint(path).fingerprint() == found == recall([path], layout)
     times = path.stat().st_mtime_ns
     with path.open("r+b") as stream:

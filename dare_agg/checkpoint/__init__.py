@@ -1,6 +1,6 @@
 """Checkpoints: safetensors files and Hugging Face folders, read mapped, written atomically."""
 
-from dare_agg.checkpoint_reader import (
+from dare_agg.checkpoint.reader import (
     Checkpoint,
     CheckpointReader,
     TensorInfo,
@@ -9,7 +9,7 @@ from dare_agg.checkpoint_reader import (
     parse_dtype,
     widen,
 )
-from dare_agg.checkpoint_writer import (
+from dare_agg.checkpoint.writer import (
     CheckpointWriter,
     TensorPlan,
     carry_files,

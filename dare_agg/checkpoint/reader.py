@@ -20,8 +20,8 @@ from pathlib import Path
 import numpy as np
 from numpy.typing import NDArray
 
+from dare_agg.checkpoint.fingerprints import recall, remember
 from dare_agg.errors import CheckpointError, LayoutError, NonFiniteError
-from dare_agg.fingerprints import recall, remember
 from dare_agg.vectors.layout import FingerprintStream, FloatVector, Layout, layout_of
 
 WEIGHTS_NAME = "model.safetensors"

@@ -15,7 +15,7 @@ from types import TracebackType
 import numpy as np
 from numpy.typing import NDArray
 
-from dare_agg.checkpoint_reader import (
+from dare_agg.checkpoint.reader import (
     _EXPONENT,
     _SUFFIX,
     DTYPE_BYTES,

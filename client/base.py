@@ -14,9 +14,9 @@ from pathlib import Path
 
 from client.config import task_config
 from client.tasks import build_task
+from dare_agg.downlink.server import write_base
 from dare_agg.errors import DareError
 from dare_agg.state import write_atomically
-from dare_agg.versions import write_base
 
 
 def main() -> None:

@@ -22,7 +22,7 @@ import numpy as np
 from dare_agg.codec.formats import VALUE_FORMATS
 from dare_agg.codec.mask import DropRate, parse_drop_rate
 from dare_agg.codec.update import Update, decode_update, encode_update
-from dare_agg.downlink import Downlink, DrawnMask, FullDownlink
+from dare_agg.downlink.protocol import Downlink, DrawnMask, FullDownlink
 from dare_agg.errors import (
     BaseMismatchError,
     ConfigError,

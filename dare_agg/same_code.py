@@ -17,7 +17,7 @@ from dare_agg.codec.update import CODEC_VERSION
 from dare_agg.errors import RunError, UpdateError
 
 # The folders of the package that both ends of a round run; below each, every module counts.
-SHARED_ROOMS = (".", "codec", "flower", "merge", "secure", "vectors")
+SHARED_ROOMS = (".", "codec", "downlink", "flower", "merge", "secure", "vectors")
 
 
 @cache

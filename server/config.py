@@ -10,10 +10,10 @@ from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationEr
 from dare_agg.codec.budget import UploadBudget, parse_bytes
 from dare_agg.codec.formats import find_values
 from dare_agg.codec.mask import parse_drop_rate
+from dare_agg.downlink.server import FORMS
 from dare_agg.errors import ConfigError, did_you_mean
 from dare_agg.secure.settings import SECURE_METHODS, SecureSettings
 from dare_agg.vectors.layout import compile_patterns
-from dare_agg.versions import FORMS
 
 # What a run can compare: name → what differs from the run config.
 METHODS: Mapping[str, Mapping[str, Any]] = {

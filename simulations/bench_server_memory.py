@@ -24,12 +24,12 @@ from flwr.app import Array, ArrayRecord, ConfigRecord, Message, MetricRecord, Re
 from flwr.clientapp import ClientApp
 
 from dare_agg.codec.update import CODEC_VERSION, encode_update
+from dare_agg.downlink.server import make_version_downlink
 from dare_agg.flower import DareStrategy
 from dare_agg.flower.records import ASK_HELLO, ORDER_KEY, REPLY_KEY, UPDATE_KEY
 from dare_agg.flower.transport import pack
 from dare_agg.plan import plan_from_record
 from dare_agg.same_code import package_fingerprint
-from dare_agg.versions import make_version_downlink
 from simulations.memory_grid import MemoryGrid, over_the_wire, pretend_task
 from simulations.run import RESULTS, append_row, versions
 

@@ -239,12 +239,12 @@ class DareChannel:
 
 
 def make_downlink(settings: Mapping[str, Any], federated: Any) -> Any:
-    """Return the downlink by name: "full", or a form of `dare_agg.versions`."""
-    from dare_agg.downlink import FullDownlink
+    """Return the downlink by name: "full", or a form of `dare_agg.downlink.server`."""
+    from dare_agg.downlink.protocol import FullDownlink
 
     name = settings["downlink"]
     if name == "full":
         return FullDownlink()
-    from dare_agg.versions import make_version_downlink
+    from dare_agg.downlink.server import make_version_downlink
 
     return make_version_downlink(name, **settings["downlink_options"])

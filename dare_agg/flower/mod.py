@@ -17,7 +17,9 @@ from flwr.clientapp.typing import ClientAppCallable
 from numpy.typing import NDArray
 
 from dare_agg.codec.update import CODEC_VERSION
-from dare_agg.downlink import FullReceiver, Receiver
+from dare_agg.downlink.client import VersionReceiver
+from dare_agg.downlink.protocol import FullReceiver, Receiver
+from dare_agg.downlink.server import DOWNLINK_NAME
 from dare_agg.errors import (
     BaseMismatchError,
     ConfigError,
@@ -48,8 +50,6 @@ from dare_agg.rounds import ClientUpdate, make_client_update
 from dare_agg.same_code import check_same_code, package_fingerprint
 from dare_agg.vectors.layout import compile_patterns, matches
 from dare_agg.vectors.model import Arrays, split_tensors
-from dare_agg.version_cache import VersionReceiver
-from dare_agg.versions import DOWNLINK_NAME
 
 LOG = logging.getLogger("flwr")
 LOCAL_KEY = "dare.local"

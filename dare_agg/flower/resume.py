@@ -20,6 +20,7 @@ from typing import Any
 
 from flwr.app import ArrayRecord
 
+from dare_agg.downlink.server import VersionDownlink
 from dare_agg.errors import StateError
 from dare_agg.flower.round_outcome import RoundOutcome
 from dare_agg.flower.strategy import DareStrategy
@@ -27,7 +28,6 @@ from dare_agg.flower.transport import to_numpy, to_record
 from dare_agg.server_step import StepState
 from dare_agg.state import StateFolder, pack_round, part_of, unpack_step
 from dare_agg.vectors.model import GlobalModel, global_model
-from dare_agg.versions import VersionDownlink
 
 LOG = logging.getLogger("flwr")
 

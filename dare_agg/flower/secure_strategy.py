@@ -17,7 +17,8 @@ import numpy as np
 from flwr.app import ArrayRecord, ConfigRecord, Message, MessageType, MetricRecord
 from flwr.serverapp import Grid
 
-from dare_agg.downlink import SharedMask
+from dare_agg.downlink.protocol import SharedMask
+from dare_agg.downlink.server import VersionDownlink
 from dare_agg.errors import ConfigError, ProtocolError, RunError
 from dare_agg.flower.clients import Client
 from dare_agg.flower.records import ASK_TRAIN, read_config, read_have, read_refusal
@@ -38,7 +39,6 @@ from dare_agg.secure.roster import Roster
 from dare_agg.secure.server import SecureServer
 from dare_agg.secure.settings import SecureSettings
 from dare_agg.secure.terms import SecureTerms
-from dare_agg.versions import VersionDownlink
 
 LOG = logging.getLogger("flwr")
 

@@ -18,7 +18,8 @@ from dare_agg.codec.derive import derive_key
 from dare_agg.codec.formats import payload_bytes
 from dare_agg.codec.mask import DropRate
 from dare_agg.codec.update import CODEC_VERSION, HEADER_BYTES
-from dare_agg.downlink import Downlink, FullDownlink
+from dare_agg.downlink.protocol import Downlink, FullDownlink
+from dare_agg.downlink.server import BASE, VersionDownlink
 from dare_agg.errors import ConfigError, DareError, RunError
 from dare_agg.flower import arguments
 from dare_agg.flower.clients import Client, Clients, sample
@@ -43,7 +44,6 @@ from dare_agg.rounds import FederatedSettings, Rejection, advance, check_weight,
 from dare_agg.same_code import package_fingerprint
 from dare_agg.server_step import ServerStep, StepState
 from dare_agg.vectors.model import GlobalModel, global_model
-from dare_agg.versions import BASE, VersionDownlink
 
 LOG = logging.getLogger("flwr")
 

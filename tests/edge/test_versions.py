@@ -8,13 +8,20 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from dare_agg.codec.mask import parse_drop_rate
+from dare_agg.downlink.client import VersionReceiver
+from dare_agg.downlink.grid import add_steps, grid_of
+from dare_agg.downlink.server import (
+    BASE,
+    FORMS,
+    STEPS,
+    make_version_downlink,
+    read_base,
+    write_base,
+)
+from dare_agg.downlink.steps import HEAD, apply_step, read_steps
 from dare_agg.errors import BaseMismatchError, ConfigError, DareError, StateError, UpdateError
 from dare_agg.plan import PlanSettings, make_plans
 from dare_agg.vectors.model import global_model
-from dare_agg.version_cache import VersionReceiver
-from dare_agg.version_grid import add_steps, grid_of
-from dare_agg.version_steps import HEAD, apply_step, read_steps
-from dare_agg.versions import BASE, FORMS, STEPS, make_version_downlink, read_base, write_base
 
 
 def base_arrays(size: int = 5000) -> dict[str, np.ndarray]:
@@ -202,7 +209,7 @@ def test_a_lossless_bomb_is_refused():
     import struct
     import zlib
 
-    from dare_agg.version_steps import StepHead, write_step
+    from dare_agg.downlink.steps import StepHead, write_step
 
     downlink, _ = started()
     delta, dense = downlink._groups()

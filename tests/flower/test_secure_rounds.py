@@ -11,6 +11,7 @@ from flwr.app import ConfigRecord, Context, RecordDict
 from flwr.clientapp import ClientApp
 from safetensors.numpy import load_file, save_file
 
+from dare_agg.downlink.server import make_version_downlink
 from dare_agg.errors import ConfigError, ProtocolError, RunError
 from dare_agg.flower import DareStrategy, dare_mod, secure_session
 from dare_agg.flower.secure_merge import secure_merge
@@ -22,7 +23,6 @@ from dare_agg.secure.identity import new_identity, write_identity, write_public
 from dare_agg.secure.roster import Roster, make_roster, read_roster, sign_roster, write_roster
 from dare_agg.secure.settings import SecureSettings
 from dare_agg.vectors.model import global_model
-from dare_agg.versions import make_version_downlink
 
 PASSPHRASE = "a passphrase"
 

@@ -6,9 +6,9 @@ import numpy as np
 import pytest
 from flwr.app import RecordDict
 
+from dare_agg.downlink.server import make_version_downlink
 from dare_agg.flower import DareStrategy, mod, offer_base
 from dare_agg.vectors.model import global_model
-from dare_agg.versions import make_version_downlink
 
 
 def federate(grid, toys, rounds, *, form="auto", on_round=None, **words):

@@ -20,12 +20,9 @@ from numpy.typing import NDArray
 from dare_agg.codec.derive import derive_key
 from dare_agg.codec.formats import find_values
 from dare_agg.codec.mask import parse_drop_rate
-from dare_agg.downlink import Broadcast, DrawnMask
-from dare_agg.errors import ConfigError, StateError, did_you_mean
-from dare_agg.vectors.layout import FloatVector
-from dare_agg.vectors.model import Arrays, GlobalModel
-from dare_agg.version_grid import Counts, VersionGrid, add_steps, grid_of
-from dare_agg.version_steps import (
+from dare_agg.downlink.grid import Counts, VersionGrid, add_steps, grid_of
+from dare_agg.downlink.protocol import Broadcast, DrawnMask
+from dare_agg.downlink.steps import (
     Family,
     PayloadReader,
     Step,
@@ -40,6 +37,9 @@ from dare_agg.version_steps import (
     read_steps,
     write_step,
 )
+from dare_agg.errors import ConfigError, StateError, did_you_mean
+from dare_agg.vectors.layout import FloatVector
+from dare_agg.vectors.model import Arrays, GlobalModel
 
 DOWNLINK_NAME = "versions"
 BASE = "base"
@@ -88,7 +88,7 @@ def _group(grid: VersionGrid, base: FloatVector) -> _Group:
 
 @dataclass
 class VersionDownlink:
-    """The server's half of the downlink (`dare_agg.downlink.Downlink`).
+    """The server's half of the downlink (`dare_agg.downlink.protocol.Downlink`).
 
     ``form`` is a row of `FORMS`, ``dense_values`` the format of the dense group's change,
     ``drop_rate`` that of the form dare, ``keep_bytes`` how many bytes of steps are kept for

@@ -35,10 +35,10 @@ from dare_agg.codec.formats import (
 )
 from dare_agg.codec.mask import MASK_KINDS, DropRate, Mask
 from dare_agg.codec.rotation import GROUP
-from dare_agg.downlink import DrawnMask
+from dare_agg.downlink.grid import TILE, Counts, Positions, VersionGrid, add_steps
+from dare_agg.downlink.protocol import DrawnMask
 from dare_agg.errors import ConfigError, UpdateError
 from dare_agg.vectors.layout import FloatVector
-from dare_agg.version_grid import TILE, Counts, Positions, VersionGrid, add_steps
 
 MAGIC = b"DVST"
 STEP_VERSION = 1

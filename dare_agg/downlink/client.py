@@ -20,13 +20,13 @@ from pathlib import Path
 
 import numpy as np
 
-from dare_agg.downlink import FullReceiver
+from dare_agg.downlink.grid import Counts, grid_of
+from dare_agg.downlink.protocol import FullReceiver
+from dare_agg.downlink.server import BASE, DENSE_STEPS, STEPS, write_base
+from dare_agg.downlink.steps import apply_step, read_steps
 from dare_agg.errors import BaseMismatchError, DareError, StateError
 from dare_agg.state import read_state, write_atomically, write_state
 from dare_agg.vectors.model import Arrays, GlobalModel, global_model
-from dare_agg.version_grid import Counts, grid_of
-from dare_agg.version_steps import apply_step, read_steps
-from dare_agg.versions import BASE, DENSE_STEPS, STEPS, write_base
 
 LOG = logging.getLogger(__name__)
 KEEP_BYTES = 8 << 30
@@ -34,7 +34,7 @@ _VERSION = re.compile(r"[0-9a-f]{64}")
 
 
 class VersionReceiver:
-    """The client's half of the version downlink (`dare_agg.downlink.Receiver`).
+    """The client's half of the version downlink (`dare_agg.downlink.protocol.Receiver`).
 
     ``base`` names the base of the run, ``dense`` and ``exclude`` are the patterns its groups
     were made with, ``client`` tells the clients of one machine apart.

@@ -1,0 +1,1 @@
+"""The way back: the global model as versions, and the small steps between them."""

@@ -96,7 +96,7 @@ def encode_statistics(plan: RoundPlan, layout: Layout, found: Statistics) -> Sta
     if not found:
         raise LayoutError(
             f"training returned no {plan.statistics} values; merge with a method that needs none, "
-            "or collect them (dare_agg.statistics)"
+            "or collect them (dare_agg.offline.statistics)"
         )
     if plan.statistics == "fisher":
         vector = np.zeros(layout.size, np.float32)

@@ -21,8 +21,8 @@ from safetensors.numpy import save_file
 from dare_agg import __version__
 from dare_agg.errors import CheckpointError
 from dare_agg.files.cache import cache_folder
-from dare_agg.merge.offline import merge_offline
-from dare_agg.merge.recipe import make_recipe
+from dare_agg.offline.merging import merge_offline
+from dare_agg.offline.recipe import make_recipe
 
 ENCODER, HEAD = "encoder.", "head."
 

@@ -7,9 +7,9 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from dare_agg.diagnose import diagnose_deltas
 from dare_agg.errors import StateError
 from dare_agg.merge.sources import array_source
+from dare_agg.offline.diagnose import diagnose_deltas
 from dare_agg.report import (
     RoundRecord,
     RunRecord,

@@ -9,8 +9,8 @@ import pytest
 from dare_agg.errors import ConfigError
 from dare_agg.merge.engine import merge_deltas
 from dare_agg.merge.sources import pair_source
+from dare_agg.offline.statistics import collect_fisher, collect_grams, read_texts, write_statistics
 from dare_agg.sparsify import dare_given
-from dare_agg.statistics import collect_fisher, collect_grams, read_texts, write_statistics
 from dare_agg.vectors.layout import layout_of
 
 torch = pytest.importorskip("torch")
@@ -206,7 +206,7 @@ def test_a_classifiers_folder_with_its_head_inside_or_beside_it(tmp_path: Path) 
     transformers = pytest.importorskip("transformers")
     from safetensors.numpy import load_file, save_file
 
-    from dare_agg.statistics import statistics_of_folder
+    from dare_agg.offline.statistics import statistics_of_folder
 
     words = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]", "one", "two", "three"]
     (tmp_path / "vocab.txt").write_text("\n".join(words))

@@ -22,9 +22,9 @@ def apply(
     """Apply an update file to its BASE."""
     import math
 
-    from dare_agg.checkpoint_update import apply_update
     from dare_agg.cli.output import print_json
     from dare_agg.errors import ConfigError
+    from dare_agg.offline.diff import apply_update
 
     if not math.isfinite(scaling):
         raise ConfigError(f"--scaling {scaling}; a finite number is needed")

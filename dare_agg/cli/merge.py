@@ -78,8 +78,8 @@ def merge(
 
     from dare_agg.cli.output import print_json, stderr_console
     from dare_agg.errors import ConfigError
-    from dare_agg.merge.offline import merge_offline
-    from dare_agg.merge.recipe import make_recipe, read_recipe
+    from dare_agg.offline.merging import merge_offline
+    from dare_agg.offline.recipe import make_recipe, read_recipe
 
     values: dict[str, Any] = read_recipe(recipe) if recipe else {}
     target = values.pop("out", None)

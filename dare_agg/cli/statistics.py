@@ -28,7 +28,7 @@ def statistics(
     """Collect the Fisher diagonal or the Gram matrices of MODEL on data."""
     from dare_agg.cli.output import print_json
     from dare_agg.errors import ConfigError
-    from dare_agg.statistics import statistics_of_folder, write_statistics
+    from dare_agg.offline.statistics import statistics_of_folder, write_statistics
 
     if out.suffix != ".safetensors":
         raise ConfigError(f"{out} is no .safetensors file; name one with -o")

@@ -5,7 +5,7 @@ thresholds, read the sources once for it), then the kernel writes the merged del
 tile. Where deltas list few survivors, memory is O(tile) whatever the number of models; TIES and
 methods of its kind on whole rows take O(tile × models). Models are added in their given order,
 element by element, and sums over tensors are taken in fixed blocks, so neither tile size nor
-threads change a bit; give the models in an order of their own (`dare_agg.merge.offline` sorts
+threads change a bit; give the models in an order of their own (`dare_agg.offline.merging` sorts
 them by content) and neither does the order in which they came.
 """
 

@@ -6,7 +6,7 @@ import json
 from pathlib import Path
 
 from dare_agg import __version__
-from dare_agg.diagnose import QUANTILES, SMALL, Diagnosis
+from dare_agg.offline.diagnose import QUANTILES, SMALL, Diagnosis
 from dare_agg.report.page import render_page
 from dare_agg.report.pictures import agreement_grid, quantiles_by_layer
 

@@ -14,9 +14,9 @@ from dare_agg.cli.main import main
 from dare_agg.errors import CheckpointError, ConfigError
 from dare_agg.merge.engine import merge_deltas
 from dare_agg.merge.methods import METHODS
-from dare_agg.merge.offline import merge_offline
-from dare_agg.merge.recipe import make_recipe, read_recipe
 from dare_agg.merge.sources import pair_source
+from dare_agg.offline.merging import merge_offline
+from dare_agg.offline.recipe import make_recipe, read_recipe
 from dare_agg.vectors.layout import layout_of_arrays
 
 # Runs a merge that must fail with one clear line, which it returns.

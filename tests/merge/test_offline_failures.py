@@ -17,8 +17,8 @@ from safetensors.numpy import save_file
 from dare_agg.checkpoint import CheckpointWriter, TensorPlan
 from dare_agg.cli.main import main
 from dare_agg.errors import CheckpointError, MergeError
-from dare_agg.merge.offline import merge_offline
-from dare_agg.merge.recipe import make_recipe
+from dare_agg.offline.merging import merge_offline
+from dare_agg.offline.recipe import make_recipe
 
 # Runs a merge that must fail with one clear line, which it returns.
 Refused = Callable[..., str]
@@ -77,8 +77,8 @@ FILL = """
 import os, sys
 from pathlib import Path
 from dare_agg.errors import CheckpointError
-from dare_agg.merge.offline import merge_offline
-from dare_agg.merge.recipe import make_recipe
+from dare_agg.offline.merging import merge_offline
+from dare_agg.offline.recipe import make_recipe
 
 base, model, place = sys.argv[1:]
 def fill(done, total):
@@ -170,7 +170,7 @@ def test_a_signal_leaves_nothing(
 def test_statistics_of_the_other_kind_and_names_with_a_prefix(
     models: list[Path], tmp_path: Path
 ) -> None:
-    from dare_agg.statistics import write_statistics
+    from dare_agg.offline.statistics import write_statistics
 
     rows = {n: np.abs(RNG.standard_normal(s)).astype(np.float32) for n, s in SHAPES.items()}
     outs = []

@@ -30,10 +30,10 @@ from dare_agg.codec.rotation import GROUP
 from dare_agg.codec.update import Update, UpdateSpec
 from dare_agg.codec.update_file import FileHeader, read_update_file, write_update_file
 from dare_agg.errors import BaseMismatchError, LayoutError
-from dare_agg.merge.opening import open_model
-from dare_agg.merge.recipe import ModelInput
 from dare_agg.merge.sources import CachedSource, DeltaSource, take
-from dare_agg.merge.sparsifying import UPDATE_MASK
+from dare_agg.offline.opening import open_model
+from dare_agg.offline.recipe import ModelInput
+from dare_agg.offline.sparsify import UPDATE_MASK
 from dare_agg.vectors.contents import sketch
 from dare_agg.vectors.layout import FingerprintStream, FloatVector, Layout
 

@@ -16,7 +16,6 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from dare_agg.card import model_card
 from dare_agg.checkpoint import (
     CheckpointWriter,
     carry_files,
@@ -27,12 +26,13 @@ from dare_agg.checkpoint import (
 from dare_agg.errors import ConfigError, MergeError
 from dare_agg.merge.engine import prepare_merge, run_tiles
 from dare_agg.merge.methods import find_method
-from dare_agg.merge.opening import OpenedModel, described, open_model
-from dare_agg.merge.range_check import range_warnings
-from dare_agg.merge.recipe import Recipe
 from dare_agg.merge.sources import CachedSource, DeltaSource, SparseSource
-from dare_agg.merge.sparsifying import sparsified
 from dare_agg.merge.task import Scratch, is_sparse
+from dare_agg.offline.card import model_card
+from dare_agg.offline.opening import OpenedModel, described, open_model
+from dare_agg.offline.range_check import range_warnings
+from dare_agg.offline.recipe import Recipe
+from dare_agg.offline.sparsify import sparsified
 from dare_agg.vectors.contents import content_order, sketch
 from dare_agg.vectors.layout import Layout
 

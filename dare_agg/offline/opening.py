@@ -9,9 +9,9 @@ from typing import Any
 
 from dare_agg.checkpoint import Checkpoint, open_checkpoint
 from dare_agg.errors import BaseMismatchError, LayoutError
-from dare_agg.merge.adapter import adapter_base, adapter_source, is_adapter
-from dare_agg.merge.recipe import ModelInput
 from dare_agg.merge.sources import CachedSource, DeltaSource, DifferenceSource
+from dare_agg.offline.adapter import adapter_base, adapter_source, is_adapter
+from dare_agg.offline.recipe import ModelInput
 from dare_agg.vectors.layout import Layout, compile_patterns, matches
 
 

@@ -1,0 +1,1 @@
+"""Everything that works on checkpoints without a federation: recipes, merges, diffs, diagnosis."""

@@ -20,8 +20,8 @@ from dare_agg.flower.exchange import exchange, online_nodes, went_away
 from dare_agg.flower.resume import keep_base, resume, save
 from dare_agg.flower.transport import to_numpy, to_record
 from dare_agg.identity import read_identities
-from dare_agg.server_step import server_step
-from dare_agg.state import StateFolder
+from dare_agg.rounds.state import StateFolder
+from dare_agg.rounds.step import server_step
 from dare_agg.watch import exporter
 from server.config import METHODS, RunConfig, read_config
 from server.export import export_model

@@ -13,8 +13,8 @@ from dare_agg.downlink.server import make_version_downlink
 from dare_agg.errors import ConfigError
 from dare_agg.flower.secure_merge import secure_merge
 from dare_agg.flower.secure_strategy import SecureStrategy
+from dare_agg.rounds.step import ServerStep
 from dare_agg.secure.roster import Roster, read_roster
-from dare_agg.server_step import ServerStep
 from dare_agg.vectors.layout import compile_patterns
 from server.config import RunConfig
 from server.export import base_folder

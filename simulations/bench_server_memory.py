@@ -28,8 +28,8 @@ from dare_agg.downlink.server import make_version_downlink
 from dare_agg.flower import DareStrategy
 from dare_agg.flower.records import ASK_HELLO, ORDER_KEY, REPLY_KEY, UPDATE_KEY
 from dare_agg.flower.transport import pack
-from dare_agg.plan import plan_from_record
-from dare_agg.same_code import package_fingerprint
+from dare_agg.rounds.plan import plan_from_record
+from dare_agg.rounds.same_code import package_fingerprint
 from simulations.memory_grid import MemoryGrid, over_the_wire, pretend_task
 from simulations.run import RESULTS, append_row, versions
 

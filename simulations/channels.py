@@ -3,7 +3,7 @@
 A channel holds the global model. `begin` hands it to the clients (and counts the bytes down),
 `send` takes one client's trained state (and counts the bytes up), `finish` merges.
 
-- `DareChannel`: the product's own round (`dare_agg.rounds`), with any downlink.
+- `DareChannel`: the product's own round (`dare_agg.rounds.server`), with any downlink.
 - `VectorChannel`: dense FedAvg, and the compressors of `simulations.baselines`.
 """
 
@@ -122,8 +122,8 @@ class DareChannel:
 
     def __init__(self, settings: Mapping[str, Any], state: State, seed: int, clients: int) -> None:
         from dare_agg.codec.derive import seed_secret
-        from dare_agg.rounds import FederatedSettings
-        from dare_agg.server_step import StepState, server_step
+        from dare_agg.rounds.server import FederatedSettings
+        from dare_agg.rounds.step import StepState, server_step
         from dare_agg.vectors.model import global_model
 
         self._settings = FederatedSettings(
@@ -157,7 +157,7 @@ class DareChannel:
         from dataclasses import replace
 
         from dare_agg.codec.derive import derive_key
-        from dare_agg.plan import make_plans
+        from dare_agg.rounds.plan import make_plans
 
         plans = make_plans(
             derive_key(self._secret, "round", number),
@@ -191,7 +191,7 @@ class DareChannel:
         return self._model.arrays()
 
     def send(self, client: int, tuned: State, weight: float) -> Traffic:
-        from dare_agg.rounds import Rejection, check_reply, make_client_update
+        from dare_agg.rounds.server import Rejection, check_reply, make_client_update
 
         plan = self._plans[client]
         if self._fed:
@@ -220,7 +220,7 @@ class DareChannel:
         self._residual[client] = rest
 
     def finish(self) -> None:
-        from dare_agg.rounds import advance, merge_round
+        from dare_agg.rounds.server import advance, merge_round
 
         merged = merge_round(self._model, self._accepted, self._settings)
         plans = [reply.plan for reply in self._accepted]

@@ -9,8 +9,8 @@ import pytest
 
 from dare_agg.codec.mask import parse_drop_rate
 from dare_agg.errors import BaseMismatchError, ConfigError, LayoutError, NonFiniteError
-from dare_agg.plan import ClientTerms, make_plans
-from dare_agg.rounds import (
+from dare_agg.rounds.plan import ClientTerms, make_plans
+from dare_agg.rounds.server import (
     Accepted,
     FederatedSettings,
     Rejection,
@@ -20,7 +20,7 @@ from dare_agg.rounds import (
     make_client_update,
     merge_round,
 )
-from dare_agg.server_step import StepState, server_step
+from dare_agg.rounds.step import StepState, server_step
 from dare_agg.vectors.model import global_model
 
 SIZE = 2000

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 
 from dare_agg.errors import ConfigError, StateError
-from dare_agg.server_step import StepState, server_step, state_from_arrays, state_to_arrays
+from dare_agg.rounds.step import StepState, server_step, state_from_arrays, state_to_arrays
 
 
 def deltas(rounds: int, size: int = 70_001) -> list[np.ndarray]:

@@ -17,7 +17,7 @@ from dare_agg.codec.formats import VALUE_FORMATS, payload_bytes
 from dare_agg.codec.mask import DropRate
 from dare_agg.codec.update import HEADER_BYTES
 from dare_agg.errors import BudgetError, ConfigError
-from dare_agg.plan import ClientTerms
+from dare_agg.rounds.plan import ClientTerms
 
 # Above this stride (p = 0.9999) rounds of tens of clients were seen to break down.
 MAX_BUDGET_STRIDE = 10_000

@@ -6,7 +6,7 @@ import os
 
 from dare_agg.codec.derive import derive_key
 from dare_agg.errors import ConfigError
-from dare_agg.server_step import ServerStep, server_step
+from dare_agg.rounds.step import ServerStep, server_step
 
 
 def run_secret(seed: int | None) -> bytes:

@@ -30,7 +30,7 @@ from dare_agg.flower.records import (
     read_hello,
     read_refusal,
 )
-from dare_agg.same_code import package_fingerprint
+from dare_agg.rounds.same_code import package_fingerprint
 
 LOG = logging.getLogger("flwr")
 WAIT_SECONDS = 1.0

@@ -30,10 +30,10 @@ from dare_agg.flower.records import (
 )
 from dare_agg.flower.transport import message_bytes
 from dare_agg.identity import check_signature, reply_digest
-from dare_agg.plan import RoundPlan
-from dare_agg.round_statistics import StatisticsUpdate, statistics_spec
-from dare_agg.rounds import Accepted, Rejection, check_reply
-from dare_agg.same_code import check_same_code
+from dare_agg.rounds.plan import RoundPlan
+from dare_agg.rounds.same_code import check_same_code
+from dare_agg.rounds.server import Accepted, Rejection, check_reply
+from dare_agg.rounds.statistics import StatisticsUpdate, statistics_spec
 from dare_agg.vectors.layout import Layout
 
 LOG = logging.getLogger("flwr")

@@ -25,8 +25,8 @@ from dare_agg.errors import StateError
 from dare_agg.flower.round_outcome import RoundOutcome
 from dare_agg.flower.strategy import DareStrategy
 from dare_agg.flower.transport import to_numpy, to_record
-from dare_agg.server_step import StepState
-from dare_agg.state import StateFolder, pack_round, part_of, unpack_step
+from dare_agg.rounds.state import StateFolder, pack_round, part_of, unpack_step
+from dare_agg.rounds.step import StepState
 from dare_agg.vectors.model import GlobalModel, global_model
 
 LOG = logging.getLogger("flwr")

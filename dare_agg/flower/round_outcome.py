@@ -13,9 +13,9 @@ from flwr.app import ArrayRecord, MetricRecord
 from dare_agg.flower.clients import Client
 from dare_agg.flower.replies import Inbox, TrainReply
 from dare_agg.flower.transport import to_record
-from dare_agg.plan import RoundPlan
-from dare_agg.rounds import Rejection
-from dare_agg.server_step import StepState
+from dare_agg.rounds.plan import RoundPlan
+from dare_agg.rounds.server import Rejection
+from dare_agg.rounds.step import StepState
 from dare_agg.vectors.model import GlobalModel
 
 

@@ -30,7 +30,7 @@ from dare_agg.flower.secure_records import (
     secure_content,
 )
 from dare_agg.flower.transport import message_bytes
-from dare_agg.rounds import Rejection
+from dare_agg.rounds.server import Rejection
 from dare_agg.secure.identity import verify
 from dare_agg.secure.packing import SecureMeasurements, Sums
 from dare_agg.secure.party import REQUESTS

@@ -32,7 +32,7 @@ from dare_agg.flower.secure_session import (
     warn_of_clipping,
 )
 from dare_agg.flower.strategy import DareStrategy
-from dare_agg.rounds import MergedRound, advance
+from dare_agg.rounds.server import MergedRound, advance
 from dare_agg.secure.local import merged_parts
 from dare_agg.secure.packing import SecureMeasurements
 from dare_agg.secure.roster import Roster

@@ -39,10 +39,10 @@ from dare_agg.flower.replies import Inbox, MetricsFn, TrainReply, weighted_metri
 from dare_agg.flower.round_outcome import OpenRound, RoundOutcome, round_measurements
 from dare_agg.flower.transport import message_bytes, pack, to_numpy, to_record
 from dare_agg.identity import check_identities
-from dare_agg.plan import ClientTerms, make_plans
-from dare_agg.rounds import FederatedSettings, Rejection, advance, check_weight, merge_round
-from dare_agg.same_code import package_fingerprint
-from dare_agg.server_step import ServerStep, StepState
+from dare_agg.rounds.plan import ClientTerms, make_plans
+from dare_agg.rounds.same_code import package_fingerprint
+from dare_agg.rounds.server import FederatedSettings, Rejection, advance, check_weight, merge_round
+from dare_agg.rounds.step import ServerStep, StepState
 from dare_agg.vectors.model import GlobalModel, global_model
 
 LOG = logging.getLogger("flwr")

@@ -17,7 +17,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from dare_agg.errors import LayoutError
-from dare_agg.plan import ModelRef
+from dare_agg.rounds.plan import ModelRef
 from dare_agg.vectors.layout import (
     FloatVector,
     Layout,

@@ -11,7 +11,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from dare_agg.errors import StateError
-from dare_agg.state import RoundState, StateFolder, read_state, write_atomically, write_state
+from dare_agg.rounds.state import RoundState, StateFolder, read_state, write_atomically, write_state
 
 
 def a_round(number: int) -> RoundState:
@@ -45,7 +45,7 @@ def test_the_base_is_kept_in_order_and_never_under_finished_rounds(tmp_path):
 def test_one_process_at_a_time_and_a_dead_one_counts_no_more(tmp_path):
     folder = StateFolder(tmp_path / "state")
     code = (
-        "import sys, time; from dare_agg.state import StateFolder\n"
+        "import sys, time; from dare_agg.rounds.state import StateFolder\n"
         "StateFolder(sys.argv[1]).claim(); print('mine', flush=True); time.sleep(60)"
     )
     other = subprocess.Popen(

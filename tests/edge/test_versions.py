@@ -20,7 +20,7 @@ from dare_agg.downlink.server import (
 )
 from dare_agg.downlink.steps import HEAD, apply_step, read_steps
 from dare_agg.errors import BaseMismatchError, ConfigError, DareError, StateError, UpdateError
-from dare_agg.plan import PlanSettings, make_plans
+from dare_agg.rounds.plan import PlanSettings, make_plans
 from dare_agg.vectors.model import global_model
 
 

@@ -12,7 +12,7 @@ from dare_agg.downlink.server import make_version_downlink
 from dare_agg.errors import StateError
 from dare_agg.flower import DareStrategy
 from dare_agg.flower.resume import keep_base, resume, save
-from dare_agg.state import StateFolder
+from dare_agg.rounds.state import StateFolder
 
 ROUNDS = 8
 

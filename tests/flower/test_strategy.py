@@ -16,8 +16,8 @@ from dare_agg.errors import ConfigError, RunError
 from dare_agg.flower import DareStrategy, dare_mod
 from dare_agg.flower import strategy as strategy_module
 from dare_agg.flower.records import REPLY_KEY, UPDATE_KEY
-from dare_agg.plan import ClientTerms
-from dare_agg.server_step import StepState
+from dare_agg.rounds.plan import ClientTerms
+from dare_agg.rounds.step import StepState
 
 
 def run(grid, toys, rounds=2, arrays=None, evaluate_fn=None, start=None, **words):

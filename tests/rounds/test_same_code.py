@@ -8,7 +8,7 @@ import pytest
 import dare_agg
 from dare_agg.codec.update import CODEC_VERSION
 from dare_agg.errors import RunError, UpdateError
-from dare_agg.same_code import (
+from dare_agg.rounds.same_code import (
     SHARED_ROOMS,
     check_same_code,
     code_fingerprint,

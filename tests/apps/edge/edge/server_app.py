@@ -14,7 +14,7 @@ from dare_agg.flower import DareStrategy
 from dare_agg.flower.resume import keep_base, resume, save
 from dare_agg.flower.transport import to_record
 from dare_agg.identity import read_identities
-from dare_agg.state import StateFolder, write_atomically
+from dare_agg.rounds.state import StateFolder, write_atomically
 from edge.base import base_arrays
 
 app = ServerApp()

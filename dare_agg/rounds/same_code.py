@@ -17,7 +17,7 @@ from dare_agg.codec.update import CODEC_VERSION
 from dare_agg.errors import RunError, UpdateError
 
 # The folders of the package that both ends of a round run; below each, every module counts.
-SHARED_ROOMS = (".", "codec", "downlink", "flower", "merge", "secure", "vectors")
+SHARED_ROOMS = ("codec", "downlink", "flower", "merge", "rounds", "secure", "vectors")
 
 
 @cache
@@ -27,7 +27,7 @@ def package_fingerprint() -> str:
     A client whose fingerprint differs from the plan's runs other code (another checkout, an
     older install) and refuses to train. Raises `RunError` when part of the package is missing.
     """
-    return code_fingerprint(Path(__file__).parent)
+    return code_fingerprint(Path(__file__).parents[1])
 
 
 def check_same_code(codec: object, package: object, theirs: str, ours: str) -> None:

@@ -17,7 +17,7 @@ from dare_agg.codec.derive import derive_key
 from dare_agg.codec.mask import DropRate, Mask, parse_drop_rate
 from dare_agg.codec.update import CODEC_VERSION, UpdateSpec
 from dare_agg.errors import ConfigError, UpdateError
-from dare_agg.same_code import package_fingerprint
+from dare_agg.rounds.same_code import package_fingerprint
 
 KEY_BYTES = 16
 

@@ -35,16 +35,16 @@ from dare_agg.errors import (
 from dare_agg.merge.engine import merge_deltas
 from dare_agg.merge.methods import find_method
 from dare_agg.merge.sources import DeltaSource
-from dare_agg.plan import ModelRef, PlanSettings, RoundPlan
-from dare_agg.round_statistics import (
+from dare_agg.rounds.plan import ModelRef, PlanSettings, RoundPlan
+from dare_agg.rounds.same_code import check_same_code
+from dare_agg.rounds.statistics import (
     GramMatrices,
     Statistics,
     StatisticsUpdate,
     decode_statistics,
     encode_statistics,
 )
-from dare_agg.same_code import check_same_code
-from dare_agg.server_step import ServerStep, StepState, server_step
+from dare_agg.rounds.step import ServerStep, StepState, server_step
 from dare_agg.vectors.layout import FloatVector, Layout, check_finite, compile_patterns, matches
 from dare_agg.vectors.model import Arrays, GlobalModel, global_model
 

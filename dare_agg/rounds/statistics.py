@@ -25,7 +25,7 @@ from dare_agg.codec.mask import parse_drop_rate
 from dare_agg.codec.update import Update, UpdateSpec, decode_update, encode_update
 from dare_agg.errors import LayoutError, UpdateError
 from dare_agg.merge.sources import DeltaSource
-from dare_agg.plan import RoundPlan
+from dare_agg.rounds.plan import RoundPlan
 from dare_agg.vectors.layout import Layout, check_finite, layout_of
 
 KINDS = ("fisher", "gram")

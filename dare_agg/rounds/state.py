@@ -26,7 +26,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from dare_agg.errors import StateError
-from dare_agg.server_step import StepState, state_from_arrays, state_to_arrays
+from dare_agg.rounds.step import StepState, state_from_arrays, state_to_arrays
 from dare_agg.vectors.model import GlobalModel
 
 MAGIC = b"DAREST1\n"

@@ -13,13 +13,13 @@ from typing import Any
 from flwr.app import ArrayRecord, ConfigRecord, Context, Message, RecordDict
 from flwr.serverapp import Grid, ServerApp
 
+from dare_agg.deploy.identities import read_identities
 from dare_agg.downlink.server import make_version_downlink, read_base
 from dare_agg.errors import DareError, RunError, StateError
 from dare_agg.flower import DareStrategy, RoundOutcome
 from dare_agg.flower.exchange import exchange, online_nodes, went_away
 from dare_agg.flower.resume import keep_base, resume, save
 from dare_agg.flower.transport import to_numpy, to_record
-from dare_agg.identity import read_identities
 from dare_agg.rounds.state import StateFolder
 from dare_agg.rounds.step import server_step
 from dare_agg.watch import exporter

@@ -21,7 +21,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from dare_agg.certificates import make_deployment
+from dare_agg.deploy.certificates import make_deployment
 from dare_agg.flower.launch import (
     RunStatus,
     flower_environment,

@@ -20,8 +20,8 @@ def certs(
     json_: Annotated[bool, typer.Option("--json", help="Print one JSON object.")] = False,
 ) -> None:
     """Make a CA, server certificate and SuperNode keys."""
-    from dare_agg.certificates import make_deployment
     from dare_agg.cli.output import print_json, stdout_console
+    from dare_agg.deploy.certificates import make_deployment
 
     made = make_deployment(output, host or ["127.0.0.1", "localhost"], node or ["node1", "node2"])
     if json_:

@@ -16,6 +16,7 @@ from flwr.app import ConfigRecord, Message, MetricRecord, RecordDict
 
 from dare_agg.codec.formats import payload_bytes
 from dare_agg.codec.update import UpdateSpec
+from dare_agg.deploy.identities import check_signature, reply_digest
 from dare_agg.errors import DareError, UpdateError
 from dare_agg.flower.records import (
     DENSE_KEY,
@@ -29,7 +30,6 @@ from dare_agg.flower.records import (
     read_refusal,
 )
 from dare_agg.flower.transport import message_bytes
-from dare_agg.identity import check_signature, reply_digest
 from dare_agg.rounds.plan import RoundPlan
 from dare_agg.rounds.same_code import check_same_code
 from dare_agg.rounds.server import Accepted, Rejection, check_reply

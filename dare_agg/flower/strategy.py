@@ -18,6 +18,7 @@ from dare_agg.codec.derive import derive_key
 from dare_agg.codec.formats import payload_bytes
 from dare_agg.codec.mask import DropRate
 from dare_agg.codec.update import CODEC_VERSION, HEADER_BYTES
+from dare_agg.deploy.identities import check_identities
 from dare_agg.downlink.protocol import Downlink, FullDownlink
 from dare_agg.downlink.server import BASE, VersionDownlink
 from dare_agg.errors import ConfigError, DareError, RunError
@@ -38,7 +39,6 @@ from dare_agg.flower.records import (
 from dare_agg.flower.replies import Inbox, MetricsFn, TrainReply, weighted_metrics
 from dare_agg.flower.round_outcome import OpenRound, RoundOutcome, round_measurements
 from dare_agg.flower.transport import message_bytes, pack, to_numpy, to_record
-from dare_agg.identity import check_identities
 from dare_agg.rounds.plan import ClientTerms, make_plans
 from dare_agg.rounds.same_code import package_fingerprint
 from dare_agg.rounds.server import FederatedSettings, Rejection, advance, check_weight, merge_round

@@ -6,17 +6,17 @@ import numpy as np
 import pytest
 from flwr.app import ConfigRecord, Message, MetricRecord, RecordDict
 
-from dare_agg.errors import ConfigError, RunError
-from dare_agg.flower import DareStrategy
-from dare_agg.flower.records import REPLY_KEY, UPDATE_KEY
-from dare_agg.flower.transport import pack, unpack
-from dare_agg.identity import (
+from dare_agg.deploy.identities import (
     check_identities,
     load_identity,
     make_identity,
     read_identities,
     reply_digest,
 )
+from dare_agg.errors import ConfigError, RunError
+from dare_agg.flower import DareStrategy
+from dare_agg.flower.records import REPLY_KEY, UPDATE_KEY
+from dare_agg.flower.transport import pack, unpack
 
 
 @pytest.fixture

@@ -19,8 +19,8 @@ from cryptography.hazmat.primitives import hashes, serialization
 from cryptography.hazmat.primitives.asymmetric import ec
 from cryptography.x509.oid import ExtendedKeyUsageOID, NameOID
 
+from dare_agg.deploy.identities import make_identity, write_private
 from dare_agg.errors import ConfigError
-from dare_agg.identity import make_identity, write_private
 
 CA_DAYS = 3650
 SERVER_DAYS = 825

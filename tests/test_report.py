@@ -10,7 +10,7 @@ import pytest
 from dare_agg.errors import StateError
 from dare_agg.merge.sources import array_source
 from dare_agg.offline.diagnose import diagnose_deltas
-from dare_agg.report import (
+from dare_agg.runs.report import (
     RoundRecord,
     RunRecord,
     histogram_of,

@@ -7,8 +7,8 @@ import pytest
 
 from dare_agg.cli.progress import follow, load_rows
 from dare_agg.errors import ConfigError, StateError
-from dare_agg.report import read_run
-from dare_agg.watch import Mirror, exporter, rejections, row_line, seconds_left, state_line
+from dare_agg.runs.log import Mirror, exporter, rejections, row_line, seconds_left, state_line
+from dare_agg.runs.report import read_run
 from server.recorder import Recorder
 
 CONFIG = {"num-rounds": 5, "methods": ["dare-ties"], "model": "minilm", "data": "x"}

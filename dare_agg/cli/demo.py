@@ -16,7 +16,7 @@ import typer
 from dare_agg.errors import ConfigError, RunError
 
 if TYPE_CHECKING:
-    from dare_agg.report import RunRecord
+    from dare_agg.runs.report import RunRecord
 
 POLL_SECONDS = 0.5
 # The control first: it is quick, so that something is seen soon.
@@ -68,7 +68,7 @@ def demo(
 ) -> None:
     """Fine-tune a real encoder over simulated clients: FedAvg beside DARE, with a report."""
     from dare_agg.cli.output import print_json, stdout_console
-    from dare_agg.report import read_run, write_report
+    from dare_agg.runs.report import read_run, write_report
 
     output = output.resolve()
     run_folder = output / "run"
@@ -114,7 +114,7 @@ def result_table(runs: list[RunRecord]) -> Any:
     """The closing table, for people."""
     from rich.table import Table
 
-    from dare_agg.report import COLUMNS, table_row
+    from dare_agg.runs.report import COLUMNS, table_row
 
     table = Table(title="Federated fine-tuning, equal rounds, data and seeds")
     for index, column in enumerate(COLUMNS):
@@ -139,7 +139,7 @@ def follow(folder: Path, command: tuple[str, ...], rounds: int) -> None:
     )
 
     from dare_agg.cli.output import stderr_console
-    from dare_agg.report import METRICS_FILE, TITLES
+    from dare_agg.runs.report import METRICS_FILE, TITLES
 
     prepare_folder(folder)
     columns = (
@@ -188,7 +188,7 @@ def follow(folder: Path, command: tuple[str, ...], rounds: int) -> None:
 def show_progress(progress: Any, bars: Mapping[str, Any], metrics: Path, rounds: int) -> None:
     """Bring the bars up to what the metrics file says."""
     from dare_agg.cli.output import human_bytes
-    from dare_agg.report import read_metrics
+    from dare_agg.runs.report import read_metrics
 
     latest = {row["method"]: row for row in read_metrics(metrics)}
     for place, name in enumerate(METHODS):
@@ -225,7 +225,7 @@ def prepare_folder(folder: Path) -> None:
     """Make an empty run folder; an older run of the demo there is removed, nothing else."""
     import shutil
 
-    from dare_agg.report import METRICS_FILE
+    from dare_agg.runs.report import METRICS_FILE
 
     if folder.is_dir() and any(folder.iterdir()):
         if not (folder / METRICS_FILE).is_file():

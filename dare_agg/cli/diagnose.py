@@ -55,7 +55,7 @@ def diagnose(
     if hint:
         found = replace(found, warnings=(*found.warnings, hint))
     if report is not None:
-        from dare_agg.report import write_diagnosis
+        from dare_agg.runs.report import write_diagnosis
 
         words = " ".join(str(path) for path in (base, *models))
         write_diagnosis(report, found, base=base.name, command=f"dare-agg diagnose {words}")

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from dare_agg.cli.output import human_bytes
-from dare_agg.watch import Mirror, planned_rounds, rejections, seconds_left
+from dare_agg.runs.log import Mirror, planned_rounds, rejections, seconds_left
 
 if TYPE_CHECKING:
     from rich.console import Console

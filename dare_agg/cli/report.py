@@ -20,7 +20,7 @@ def report(
     from dare_agg.cli.demo import json_row
     from dare_agg.cli.output import print_json, stdout_console
     from dare_agg.errors import StateError
-    from dare_agg.report import read_run, write_report
+    from dare_agg.runs.report import read_run, write_report
 
     runs = read_run(run, histograms=True)
     if not runs:

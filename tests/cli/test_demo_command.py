@@ -11,7 +11,7 @@ import pytest
 
 from dare_agg.cli.demo import METHODS, follow, json_row, prepare_folder, result_table, run_command
 from dare_agg.errors import ConfigError, RunError, StateError
-from dare_agg.report import read_run
+from dare_agg.runs.report import read_run
 
 KEYS = [
     "method",

@@ -9,14 +9,14 @@ from typing import Any
 
 from dare_agg import __version__
 from dare_agg.cli.output import human_bytes
-from dare_agg.report.pictures import (
+from dare_agg.runs.report.pictures import (
     accuracy_by_megabytes,
     accuracy_by_round,
     colour_of,
     delta_histogram,
     sign_conflict,
 )
-from dare_agg.report.records import RunRecord
+from dare_agg.runs.report.records import RunRecord
 
 COLUMNS = (
     "Method",

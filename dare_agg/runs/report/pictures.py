@@ -6,7 +6,7 @@ import math
 from collections.abc import Sequence
 from typing import Any
 
-from dare_agg.report.records import RunRecord
+from dare_agg.runs.report.records import RunRecord
 
 COLOURS = ("#6b7280", "#0b7a75", "#e07a1f", "#9d4edd", "#2563eb", "#be123c", "#4d7c0f")
 

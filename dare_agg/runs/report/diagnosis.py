@@ -7,8 +7,8 @@ from pathlib import Path
 
 from dare_agg import __version__
 from dare_agg.offline.diagnose import QUANTILES, SMALL, Diagnosis
-from dare_agg.report.page import render_page
-from dare_agg.report.pictures import agreement_grid, quantiles_by_layer
+from dare_agg.runs.report.page import render_page
+from dare_agg.runs.report.pictures import agreement_grid, quantiles_by_layer
 
 COLUMNS = ("Model", *(f"q{q:g}" for q in QUANTILES), "Largest", "> 0.005", "Zeros", "Norm")
 NOTE = (

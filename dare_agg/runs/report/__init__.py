@@ -1,8 +1,8 @@
 """The HTML report of runs: `read_run` reads a run's folder, `write_report` writes the page."""
 
-from dare_agg.report.diagnosis import write_diagnosis
-from dare_agg.report.page import COLUMNS, table_row, write_report
-from dare_agg.report.records import (
+from dare_agg.runs.report.diagnosis import write_diagnosis
+from dare_agg.runs.report.page import COLUMNS, table_row, write_report
+from dare_agg.runs.report.records import (
     METRICS_FILE,
     TITLES,
     RoundRecord,

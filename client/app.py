@@ -21,7 +21,7 @@ from client.partition import partition
 from client.rows import Indices
 from client.tasks import KINDS, FineTuning, build_task
 from dare_agg.flower import STATISTICS_KEY, dare_mod, offer_base
-from dare_agg.flower.secure_mod import secure_mod, secure_queries
+from dare_agg.flower.secure.mod import secure_mod, secure_queries
 from dare_agg.flower.transport import to_record
 from dare_agg.flower.warm import warm_trainer
 

@@ -11,8 +11,8 @@ from flwr.serverapp import Grid
 from dare_agg.codec.mask import parse_drop_rate
 from dare_agg.downlink.server import make_version_downlink
 from dare_agg.errors import ConfigError
-from dare_agg.flower.secure_merge import secure_merge
-from dare_agg.flower.secure_strategy import SecureStrategy
+from dare_agg.flower.secure.merge import secure_merge
+from dare_agg.flower.secure.strategy import SecureStrategy
 from dare_agg.rounds.step import ServerStep
 from dare_agg.secure.roster import Roster, read_roster
 from dare_agg.vectors.layout import compile_patterns

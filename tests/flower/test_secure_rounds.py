@@ -13,10 +13,11 @@ from safetensors.numpy import load_file, save_file
 
 from dare_agg.downlink.server import make_version_downlink
 from dare_agg.errors import ConfigError, ProtocolError, RunError
-from dare_agg.flower import DareStrategy, dare_mod, secure_session
-from dare_agg.flower.secure_merge import secure_merge
-from dare_agg.flower.secure_mod import secure_mod, secure_queries
-from dare_agg.flower.secure_strategy import SecureStrategy
+from dare_agg.flower import DareStrategy, dare_mod
+from dare_agg.flower.secure import session as secure_session
+from dare_agg.flower.secure.merge import secure_merge
+from dare_agg.flower.secure.mod import secure_mod, secure_queries
+from dare_agg.flower.secure.strategy import SecureStrategy
 from dare_agg.flower.transport import to_numpy
 from dare_agg.secure import identity as identities
 from dare_agg.secure.identity import new_identity, write_identity, write_public

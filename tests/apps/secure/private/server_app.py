@@ -6,7 +6,7 @@ from pathlib import Path
 from flwr.app import Context
 from flwr.serverapp import Grid, ServerApp
 
-from dare_agg.flower.secure_merge import secure_merge
+from dare_agg.flower.secure.merge import secure_merge
 from dare_agg.secure.roster import read_roster
 from dare_agg.secure.settings import SecureSettings
 

@@ -23,8 +23,8 @@ from dare_agg.checkpoint import open_checkpoint
 from dare_agg.errors import ConfigError, RunError
 from dare_agg.flower.exchange import exchange, online_nodes
 from dare_agg.flower.records import one_line, read_config, read_refusal
-from dare_agg.flower.secure_records import ADVERTISE, RESULT, SECURE_KEY, secure_content
-from dare_agg.flower.secure_session import (
+from dare_agg.flower.secure.records import ADVERTISE, RESULT, SECURE_KEY, secure_content
+from dare_agg.flower.secure.session import (
     STAGE_SECONDS,
     SessionLog,
     meet_parties,

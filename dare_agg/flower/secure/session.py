@@ -19,7 +19,7 @@ from flwr.serverapp import Grid
 from dare_agg.errors import DareError, ProtocolError
 from dare_agg.flower.exchange import exchange
 from dare_agg.flower.records import one_line, read_config, read_refusal
-from dare_agg.flower.secure_records import (
+from dare_agg.flower.secure.records import (
     HELLO,
     QUERY,
     SECURE_KEY,

@@ -23,8 +23,8 @@ from dare_agg.errors import ConfigError, ProtocolError, RunError
 from dare_agg.flower.clients import Client
 from dare_agg.flower.records import ASK_TRAIN, read_config, read_have, read_refusal
 from dare_agg.flower.round_outcome import RoundOutcome
-from dare_agg.flower.secure_records import SECURE_KEY, TRAIN, names_of, secure_content
-from dare_agg.flower.secure_session import (
+from dare_agg.flower.secure.records import SECURE_KEY, TRAIN, names_of, secure_content
+from dare_agg.flower.secure.session import (
     STAGE_SECONDS,
     SessionLog,
     meet_parties,

@@ -36,13 +36,13 @@ from dare_agg.flower.records import (
     one_line,
     read_config,
 )
-from dare_agg.flower.secure_node import (
+from dare_agg.flower.secure.node import (
     check_in_clear,
     node_models,
     node_policy,
     secure_party,
 )
-from dare_agg.flower.secure_records import (
+from dare_agg.flower.secure.records import (
     ADVERTISE,
     HELLO,
     QUERY,

@@ -1,0 +1,1 @@
+"""Secure sums over Flower: the party's node, the session, the strategy."""

@@ -22,7 +22,7 @@ from pathlib import Path
 from typing import Any
 
 from dare_agg.deploy.certificates import make_deployment
-from dare_agg.flower.launch import (
+from dare_agg.flower.processes.launch import (
     RunStatus,
     flower_environment,
     free_port,

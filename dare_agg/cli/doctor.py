@@ -121,7 +121,7 @@ def _bundle(app: Path | None) -> list[Check]:
     from dare_agg.errors import DareError
 
     try:
-        from dare_agg.flower.launch import find_app
+        from dare_agg.flower.processes.launch import find_app
 
         folder = find_app(app)
     except ModuleNotFoundError:

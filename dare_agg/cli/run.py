@@ -149,7 +149,7 @@ def execute(folder, overrides, *, app=None, clients=10, cpus=1, federation="",  
             root_certificates=None, watch=None):  # fmt: skip
     """Run the app into ``folder``; returns its `RunStatus`. See `run` for the words."""
     from dare_agg.errors import ConfigError
-    from dare_agg.flower import launch
+    from dare_agg.flower.processes import launch
 
     source = launch.find_app(app)
     home = folder / "flower"

@@ -191,7 +191,7 @@ def _start(trainer: Trainer) -> subprocess.Popen[bytes]:
     environment["PYTHONPATH"] = os.pathsep.join(part for part in path if part)
     environment[MARK] = "1"
     command = [
-        sys.executable, "-m", "dare_agg.flower.warm_server", str(trainer.socket),
+        sys.executable, "-m", "dare_agg.flower.processes.warm_server", str(trainer.socket),
         trainer.reference, "--idle", str(trainer.idle), "--with-process", str(os.getppid()),
     ]  # fmt: skip
     LOG.info("starting a warm trainer; its log is %s", trainer.log)

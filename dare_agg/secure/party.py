@@ -17,8 +17,8 @@ import numpy as np
 from dare_agg.codec.mask import Mask
 from dare_agg.errors import DareError, LayoutError, ProtocolError
 from dare_agg.secure import client
-from dare_agg.secure.client_state import decode_state, encode_state
 from dare_agg.secure.identity import Identity
+from dare_agg.secure.kept_state import decode_state, encode_state
 from dare_agg.secure.ledger import Ledger
 from dare_agg.secure.roster import Roster
 from dare_agg.secure.terms import SecureTerms, decode_terms

@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 from safetensors.numpy import load_file, save_file
 
-from dare_agg.flower.launch import run_app
+from dare_agg.flower.processes.launch import run_app
 from dare_agg.secure.identity import new_identity, write_identity, write_public
 from dare_agg.secure.roster import make_roster, sign_roster, write_roster
 

@@ -20,7 +20,7 @@ from flwr.supernode import start_client_internal as supernode
 from flwr.supernode.nodestate import NodeStateFactory
 
 from dare_agg.errors import ConfigError
-from dare_agg.flower import pinned_node
+from dare_agg.flower.processes import pinned_node
 
 APP = Path(__file__).parents[1] / "apps" / "secure"
 

@@ -13,8 +13,8 @@ from dare_agg.secure import SecureServer
 from dare_agg.secure import client as party
 from dare_agg.secure import messages as wire
 from dare_agg.secure import terms as terms_module
-from dare_agg.secure.checkpoints import open_own
 from dare_agg.secure.ledger import FileLedger, MemoryLedger
+from dare_agg.secure.own_model import open_own
 from dare_agg.secure.packing import pack_party
 from dare_agg.secure.stream import unpack_words
 

@@ -16,7 +16,7 @@ from dare_agg.errors import ConfigError, LayoutError, ProtocolError
 from dare_agg.secure import SecureServer
 from dare_agg.secure import messages as wire
 from dare_agg.secure.client import SecurePolicy
-from dare_agg.secure.client_state import decode_state, encode_state
+from dare_agg.secure.kept_state import decode_state, encode_state
 from dare_agg.secure.ledger import FileLedger
 from dare_agg.secure.local import merged_parts
 from dare_agg.secure.party import REQUESTS, Contribution, Party

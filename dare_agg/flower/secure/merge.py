@@ -34,7 +34,7 @@ from dare_agg.flower.secure.session import (
     waves,
 )
 from dare_agg.flower.transport import message_bytes
-from dare_agg.secure.checkpoints import write_model
+from dare_agg.secure.own_model import write_model
 from dare_agg.secure.packing import merge_sums
 from dare_agg.secure.roster import Roster
 from dare_agg.secure.server import SecureServer

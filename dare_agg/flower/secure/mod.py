@@ -58,7 +58,7 @@ from dare_agg.flower.secure.records import (
     secure_content,
 )
 from dare_agg.flower.transport import to_numpy, to_record
-from dare_agg.secure.checkpoints import OwnModel, open_own
+from dare_agg.secure.own_model import OwnModel, open_own
 from dare_agg.secure.party import REQUESTS, Contribution
 from dare_agg.secure.terms import SecureTerms
 from dare_agg.vectors.layout import check_finite, compile_patterns, fingerprint, matches

@@ -1,6 +1,6 @@
 """The long-lived process behind `dare_agg.flower.warm`: loads an app once, handles its messages.
 
-``python -m dare_agg.flower.warm_server SOCKET module:attribute [--idle SECONDS]
+``python -m dare_agg.flower.processes.warm_server SOCKET module:attribute [--idle SECONDS]
 [--with-process PID]``
 """
 
@@ -108,7 +108,7 @@ def _lives(process: int) -> bool:
 
 def main() -> None:
     """Entry point."""
-    parser = argparse.ArgumentParser(prog="python -m dare_agg.flower.warm_server")
+    parser = argparse.ArgumentParser(prog="python -m dare_agg.flower.processes.warm_server")
     parser.add_argument("socket", type=Path)
     parser.add_argument("reference")
     parser.add_argument("--idle", type=float, default=IDLE_SECONDS)

@@ -24,8 +24,8 @@ from dare_agg.codec.mask import Mask, parse_drop_rate
 from dare_agg.merge.engine import merge_deltas
 from dare_agg.merge.methods import find_method
 from dare_agg.merge.sources import array_source
-from dare_agg.sparsify import dare
 from dare_agg.vectors.layout import FloatVector, Layout
+from simulations.sparsifiers import dare
 
 RESULTS = Path(__file__).parent / "results" / "merging.jsonl"
 Statistics = Mapping[str, Mapping[str, Any]]

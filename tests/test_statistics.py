@@ -10,8 +10,8 @@ from dare_agg.errors import ConfigError
 from dare_agg.merge.engine import merge_deltas
 from dare_agg.merge.sources import pair_source
 from dare_agg.offline.statistics import collect_fisher, collect_grams, read_texts, write_statistics
-from dare_agg.sparsify import dare_given
 from dare_agg.vectors.layout import layout_of
+from simulations.sparsifiers import dare_given
 
 torch = pytest.importorskip("torch")
 DATA = Path(__file__).resolve().parent / "data" / "mergelm"

@@ -10,8 +10,8 @@ import pytest
 from dare_agg.merge.engine import merge_deltas
 from dare_agg.merge.norms import NORMS, norm_ratios
 from dare_agg.merge.sources import ScaledSource, array_source
-from dare_agg.sparsify import dare_given
 from dare_agg.vectors.layout import Layout, layout_of
+from simulations.sparsifiers import dare_given
 
 DATA = Path(__file__).resolve().parent.parent / "data" / "mergekit"
 TENSORS = ("w", "b", "c")

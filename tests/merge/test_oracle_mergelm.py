@@ -9,8 +9,8 @@ import pytest
 from dare_agg.merge.engine import merge_deltas
 from dare_agg.merge.fisher import _sum_of_squares
 from dare_agg.merge.sources import ArraySource, array_source, pair_source
-from dare_agg.sparsify import dare_given
 from dare_agg.vectors.layout import Layout, layout_of
+from simulations.sparsifiers import dare_given
 
 DATA = Path(__file__).resolve().parent.parent / "data" / "mergelm"
 TOLERANCE = 1e-6

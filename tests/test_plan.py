@@ -7,9 +7,11 @@ from dataclasses import replace
 import numpy as np
 import pytest
 
+from dare_agg.codec.budget import ClientTerms
 from dare_agg.codec.mask import parse_drop_rate
 from dare_agg.errors import ConfigError, UpdateError
-from dare_agg.rounds.plan import ClientTerms, ModelRef, PlanSettings, make_plans, plan_from_record
+from dare_agg.rounds.plan import PlanSettings, make_plans, plan_from_record
+from dare_agg.vectors.model import ModelRef
 
 MODEL = ModelRef("ab" * 32, "cd" * 32, 5000, "ef" * 32, "01" * 32, 70)
 SECRET = bytes(range(32))

@@ -7,9 +7,10 @@ from dataclasses import replace
 import numpy as np
 import pytest
 
+from dare_agg.codec.budget import ClientTerms
 from dare_agg.codec.mask import parse_drop_rate
 from dare_agg.errors import BaseMismatchError, ConfigError, LayoutError, NonFiniteError
-from dare_agg.rounds.plan import ClientTerms, make_plans
+from dare_agg.rounds.plan import make_plans
 from dare_agg.rounds.server import (
     Accepted,
     FederatedSettings,

@@ -17,7 +17,6 @@ from dare_agg.codec.formats import VALUE_FORMATS, payload_bytes
 from dare_agg.codec.mask import DropRate
 from dare_agg.codec.update import HEADER_BYTES
 from dare_agg.errors import BudgetError, ConfigError
-from dare_agg.rounds.plan import ClientTerms
 
 # Above this stride (p = 0.9999) rounds of tens of clients were seen to break down.
 MAX_BUDGET_STRIDE = 10_000
@@ -181,3 +180,11 @@ class UploadBudget:
                 f"{dense_bytes}; allow more, or send those in fewer bits (dense-values = b1)"
             )
         return nbytes - dense_bytes
+
+
+@dataclass(frozen=True)
+class ClientTerms:
+    """What one client was given of its own: a drop rate and a value format."""
+
+    drop_rate: DropRate
+    values: str

@@ -13,7 +13,7 @@ from flwr.app import ArrayRecord, ConfigRecord, Message, MessageType, MetricReco
 from flwr.serverapp import Grid
 from flwr.serverapp.strategy import Result, Strategy
 
-from dare_agg.codec.budget import UploadBudget
+from dare_agg.codec.budget import ClientTerms, UploadBudget
 from dare_agg.codec.derive import derive_key
 from dare_agg.codec.formats import payload_bytes
 from dare_agg.codec.mask import DropRate
@@ -39,7 +39,7 @@ from dare_agg.flower.records import (
 from dare_agg.flower.replies import Inbox, MetricsFn, TrainReply, weighted_metrics
 from dare_agg.flower.round_outcome import OpenRound, RoundOutcome, round_measurements
 from dare_agg.flower.transport import message_bytes, pack, to_numpy, to_record
-from dare_agg.rounds.plan import ClientTerms, make_plans
+from dare_agg.rounds.plan import make_plans
 from dare_agg.rounds.same_code import package_fingerprint
 from dare_agg.rounds.server import FederatedSettings, Rejection, advance, check_weight, merge_round
 from dare_agg.rounds.step import ServerStep, StepState

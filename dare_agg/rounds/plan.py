@@ -13,44 +13,15 @@ import json
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, fields, replace
 
+from dare_agg.codec.budget import ClientTerms
 from dare_agg.codec.derive import derive_key
 from dare_agg.codec.mask import DropRate, Mask, parse_drop_rate
 from dare_agg.codec.update import CODEC_VERSION, UpdateSpec
 from dare_agg.errors import ConfigError, UpdateError
 from dare_agg.rounds.same_code import package_fingerprint
+from dare_agg.vectors.model import ModelRef
 
 KEY_BYTES = 16
-
-
-@dataclass(frozen=True)
-class ModelRef:
-    """Which state of the global model a plan is about: fingerprints and sizes.
-
-    ``base`` and ``layout`` belong to the delta group, ``dense_*`` to the dense group
-    (empty strings and 0 where there is none).
-    """
-
-    base: str
-    layout: str
-    size: int
-    dense_base: str = ""
-    dense_layout: str = ""
-    dense_size: int = 0
-
-    @property
-    def version(self) -> str:
-        """One name (hex) for the state of both groups."""
-        if not self.dense_size:
-            return self.base
-        return hashlib.sha256(f"{self.base} {self.dense_base}".encode()).hexdigest()
-
-
-@dataclass(frozen=True)
-class ClientTerms:
-    """What one client was given of its own: a drop rate and a value format."""
-
-    drop_rate: DropRate
-    values: str
 
 
 @dataclass(frozen=True)

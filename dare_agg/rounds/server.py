@@ -35,7 +35,7 @@ from dare_agg.errors import (
 from dare_agg.merge.engine import merge_deltas
 from dare_agg.merge.methods import find_method
 from dare_agg.merge.sources import DeltaSource
-from dare_agg.rounds.plan import ModelRef, PlanSettings, RoundPlan
+from dare_agg.rounds.plan import PlanSettings, RoundPlan
 from dare_agg.rounds.same_code import check_same_code
 from dare_agg.rounds.statistics import (
     GramMatrices,
@@ -46,7 +46,7 @@ from dare_agg.rounds.statistics import (
 )
 from dare_agg.rounds.step import ServerStep, StepState, server_step
 from dare_agg.vectors.layout import FloatVector, Layout, check_finite, compile_patterns, matches
-from dare_agg.vectors.model import Arrays, GlobalModel, global_model
+from dare_agg.vectors.model import Arrays, GlobalModel, ModelRef, global_model
 
 # Merge methods of a round, with the options it sets. Fisher and RegMean have the clients send
 # statistics along. TIES: no trim (DARE has dropped already), and the expected count, whose result

@@ -9,6 +9,7 @@
 
 from __future__ import annotations
 
+import hashlib
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, replace
 from functools import cached_property
@@ -17,7 +18,6 @@ import numpy as np
 from numpy.typing import NDArray
 
 from dare_agg.errors import LayoutError
-from dare_agg.rounds.plan import ModelRef
 from dare_agg.vectors.layout import (
     FloatVector,
     Layout,
@@ -156,3 +156,26 @@ def global_model(
         groups.dense_layout.flatten(arrays),
         {name: np.array(arrays[name]) for name in groups.local},
     )
+
+
+@dataclass(frozen=True)
+class ModelRef:
+    """Which state of the global model a plan is about: fingerprints and sizes.
+
+    ``base`` and ``layout`` belong to the delta group, ``dense_*`` to the dense group
+    (empty strings and 0 where there is none).
+    """
+
+    base: str
+    layout: str
+    size: int
+    dense_base: str = ""
+    dense_layout: str = ""
+    dense_size: int = 0
+
+    @property
+    def version(self) -> str:
+        """One name (hex) for the state of both groups."""
+        if not self.dense_size:
+            return self.base
+        return hashlib.sha256(f"{self.base} {self.dense_base}".encode()).hexdigest()

@@ -11,12 +11,12 @@ from flwr.app import ArrayRecord, Context, Error, Message, MetricRecord, RecordD
 from flwr.clientapp import ClientApp
 from flwr.serverapp.strategy import FedAvg
 
+from dare_agg.codec.budget import ClientTerms
 from dare_agg.codec.mask import parse_drop_rate
 from dare_agg.errors import ConfigError, RunError
 from dare_agg.flower import DareStrategy, dare_mod
 from dare_agg.flower import strategy as strategy_module
 from dare_agg.flower.records import REPLY_KEY, UPDATE_KEY
-from dare_agg.rounds.plan import ClientTerms
 from dare_agg.rounds.step import StepState
 
 

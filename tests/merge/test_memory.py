@@ -12,8 +12,9 @@ from dare_agg.codec.mask import parse_drop_rate
 from dare_agg.codec.update import Update, decode_update, encode_update
 from dare_agg.merge import ties_listed
 from dare_agg.merge.engine import merge_deltas
-from dare_agg.rounds.plan import ModelRef, PlanSettings, make_plans
+from dare_agg.rounds.plan import PlanSettings, make_plans
 from dare_agg.vectors.layout import layout_of
+from dare_agg.vectors.model import ModelRef
 
 
 def updates_of(clients: int, size: int, drop_rate: str, mask: str = "stratified") -> list[Update]:

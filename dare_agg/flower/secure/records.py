@@ -16,8 +16,8 @@ from dare_agg.codec.update import CODEC_VERSION
 from dare_agg.errors import ProtocolError
 from dare_agg.flower.records import read_payload
 from dare_agg.flower.transport import pack
-from dare_agg.rounds.plan import ModelRef
 from dare_agg.rounds.same_code import check_same_code, package_fingerprint
+from dare_agg.vectors.model import ModelRef
 
 SECURE_KEY = "dare.secure"
 MESSAGE_KEY = "dare.secure.message"

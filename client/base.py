@@ -16,7 +16,7 @@ from client.config import task_config
 from client.tasks import build_task
 from dare_agg.downlink.server import write_base
 from dare_agg.errors import DareError
-from dare_agg.rounds.state import write_atomically
+from dare_agg.files.atomic import write_atomically
 
 
 def main() -> None:

@@ -25,7 +25,8 @@ from dare_agg.downlink.protocol import FullReceiver
 from dare_agg.downlink.server import BASE, DENSE_STEPS, STEPS, write_base
 from dare_agg.downlink.steps import apply_step, read_steps
 from dare_agg.errors import BaseMismatchError, DareError, StateError
-from dare_agg.rounds.state import read_state, write_atomically, write_state
+from dare_agg.files.atomic import write_atomically
+from dare_agg.files.state_file import read_state, write_state
 from dare_agg.vectors.model import Arrays, GlobalModel, global_model
 
 LOG = logging.getLogger(__name__)

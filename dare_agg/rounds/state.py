@@ -10,32 +10,25 @@ metadata), SHA-256 of everything before.
 
 from __future__ import annotations
 
-import contextlib
 import fcntl
-import hashlib
-import json
 import os
 import re
-import struct
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 from numpy.typing import NDArray
 
 from dare_agg.errors import StateError
+from dare_agg.files.state_file import NamedArrays, read_state, write_state
 from dare_agg.rounds.step import StepState, state_from_arrays, state_to_arrays
 from dare_agg.vectors.model import GlobalModel
 
-MAGIC = b"DAREST1\n"
 KEEP = 2
 _NAME = re.compile(r"round-(\d{8})\.state")
 _BASE = "base.state"
 _LOCK = "lock"
-
-NamedArrays = Mapping[str, NDArray[Any]]
 
 
 @dataclass(frozen=True)
@@ -45,71 +38,6 @@ class RoundState:
     round: int
     facts: Mapping[str, Any]
     arrays: NamedArrays = field(repr=False)
-
-
-def write_atomically(path: Path, parts: Iterable[bytes | memoryview], mode: int = 0o644) -> None:
-    """Write a file so that ``path`` holds either all of it or what it held before.
-
-    Raises `StateError` when the disk is full or the folder cannot be written.
-    """
-    draft = path.with_name(f".{path.name}.{os.getpid()}.part")
-    try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        handle = os.open(draft, os.O_WRONLY | os.O_CREAT | os.O_TRUNC, mode)
-        with os.fdopen(handle, "wb") as file:
-            for part in parts:
-                file.write(part)
-            file.flush()
-            os.fsync(file.fileno())
-        os.replace(draft, path)
-        folder = os.open(path.parent, os.O_RDONLY)
-        try:
-            os.fsync(folder)
-        finally:
-            os.close(folder)
-    except OSError as error:
-        with contextlib.suppress(OSError):
-            draft.unlink(missing_ok=True)
-        raise StateError(
-            f"{path} was not written: {error.strerror or error}; the last good state is kept: "
-            "free space or fix the permissions, then resume"
-        ) from error
-
-
-def write_state(path: Path, arrays: NamedArrays, facts: Mapping[str, Any]) -> None:
-    """Write arrays and JSON facts as one checksummed state file, readable by its owner."""
-    from safetensors.numpy import save
-
-    packed = {name: np.array(array, order="C", copy=None) for name, array in arrays.items()}
-    body = save(packed, metadata={"facts": json.dumps(facts, sort_keys=True)})
-    head = MAGIC + struct.pack("<Q", len(body))
-    digest = hashlib.sha256(head)
-    digest.update(body)
-    write_atomically(path, (head, body, digest.digest()), mode=0o600)
-
-
-def read_state(path: Path) -> tuple[dict[str, NDArray[Any]], dict[str, Any]]:
-    """Read a state file; raises `StateError` for one that is missing, cut off or altered."""
-    from safetensors.numpy import load
-
-    try:
-        data = path.read_bytes()
-    except OSError as error:
-        raise StateError(f"state {path} cannot be read: {error.strerror or error}") from error
-    start = len(MAGIC) + 8
-    size = struct.unpack_from("<Q", data, len(MAGIC))[0] if len(data) >= start else -1
-    if data[: len(MAGIC)] != MAGIC or len(data) != start + size + 32:
-        raise StateError(
-            f"state {path} is cut off or no state file ({len(data)} bytes); an older round's "
-            "state is needed"
-        )
-    view = memoryview(data)
-    if hashlib.sha256(view[:-32]).digest() != data[-32:]:
-        raise StateError(f"state {path} is corrupt: its checksum does not fit")
-    body = bytes(view[start:-32])
-    header_size = struct.unpack_from("<Q", body)[0]
-    header = json.loads(body[8 : 8 + header_size])
-    return load(body), json.loads(header["__metadata__"]["facts"])
 
 
 class StateFolder:

@@ -22,8 +22,8 @@ from cryptography.hazmat.primitives.ciphers.aead import ChaCha20Poly1305
 
 from dare_agg.codec.derive import derive_key
 from dare_agg.errors import ProtocolError, StateError
+from dare_agg.files.atomic import write_atomically
 from dare_agg.files.cache import cache_folder
-from dare_agg.rounds.state import write_atomically
 from dare_agg.secure.encoding import blob, u64
 from dare_agg.secure.identity import Identity, key_fingerprint
 

@@ -11,7 +11,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from dare_agg.errors import StateError
-from dare_agg.rounds.state import RoundState, StateFolder, read_state, write_atomically, write_state
+from dare_agg.files.atomic import write_atomically
+from dare_agg.files.state_file import read_state, write_state
+from dare_agg.rounds.state import RoundState, StateFolder
 
 
 def a_round(number: int) -> RoundState:

@@ -11,10 +11,11 @@ from flwr.serverapp.strategy import FedAvg
 from dare_agg.codec.budget import UploadBudget
 from dare_agg.deploy.identities import read_identities
 from dare_agg.downlink.server import make_version_downlink
+from dare_agg.files.atomic import write_atomically
 from dare_agg.flower import DareStrategy
 from dare_agg.flower.resume import keep_base, resume, save
 from dare_agg.flower.transport import to_record
-from dare_agg.rounds.state import StateFolder, write_atomically
+from dare_agg.rounds.state import StateFolder
 from edge.base import base_arrays
 
 app = ServerApp()

@@ -41,7 +41,7 @@ def measure(method: str, clients: int, parameters: int, drop_rate: str) -> dict[
     from dare_agg.codec.update import decode_update, encode_update
     from dare_agg.merge.engine import merge_deltas
     from dare_agg.rounds.plan import PlanSettings, make_plans
-    from dare_agg.rounds.server import FEDERATED_METHODS
+    from dare_agg.rounds.settings import FEDERATED_METHODS
     from dare_agg.vectors.layout import layout_of
     from dare_agg.vectors.model import ModelRef
 

@@ -122,7 +122,7 @@ class DareChannel:
 
     def __init__(self, settings: Mapping[str, Any], state: State, seed: int, clients: int) -> None:
         from dare_agg.codec.derive import seed_secret
-        from dare_agg.rounds.server import FederatedSettings
+        from dare_agg.rounds.settings import FederatedSettings
         from dare_agg.rounds.step import StepState, server_step
         from dare_agg.vectors.model import global_model
 
@@ -191,7 +191,8 @@ class DareChannel:
         return self._model.arrays()
 
     def send(self, client: int, tuned: State, weight: float) -> Traffic:
-        from dare_agg.rounds.server import Rejection, check_reply, make_client_update
+        from dare_agg.rounds.client import make_client_update
+        from dare_agg.rounds.server import Rejection, check_reply
 
         plan = self._plans[client]
         if self._fed:

@@ -10,17 +10,17 @@ import pytest
 from dare_agg.codec.budget import ClientTerms
 from dare_agg.codec.mask import parse_drop_rate
 from dare_agg.errors import BaseMismatchError, ConfigError, LayoutError, NonFiniteError
+from dare_agg.rounds.client import make_client_update
 from dare_agg.rounds.plan import make_plans
 from dare_agg.rounds.server import (
     Accepted,
-    FederatedSettings,
     Rejection,
     advance,
     check_reply,
     check_weight,
-    make_client_update,
     merge_round,
 )
+from dare_agg.rounds.settings import FederatedSettings
 from dare_agg.rounds.step import StepState, server_step
 from dare_agg.vectors.model import global_model
 

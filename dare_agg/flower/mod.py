@@ -45,9 +45,9 @@ from dare_agg.flower.records import (
     read_config,
 )
 from dare_agg.flower.transport import pack, to_numpy, to_record
+from dare_agg.rounds.client import ClientUpdate, make_client_update
 from dare_agg.rounds.plan import RoundPlan, plan_from_record
 from dare_agg.rounds.same_code import check_same_code, package_fingerprint
-from dare_agg.rounds.server import ClientUpdate, make_client_update
 from dare_agg.vectors.layout import compile_patterns, matches
 from dare_agg.vectors.model import Arrays, split_tensors
 

@@ -41,7 +41,8 @@ from dare_agg.flower.round_outcome import OpenRound, RoundOutcome, round_measure
 from dare_agg.flower.transport import message_bytes, pack, to_numpy, to_record
 from dare_agg.rounds.plan import make_plans
 from dare_agg.rounds.same_code import package_fingerprint
-from dare_agg.rounds.server import FederatedSettings, Rejection, advance, check_weight, merge_round
+from dare_agg.rounds.server import Rejection, advance, check_weight, merge_round
+from dare_agg.rounds.settings import FederatedSettings
 from dare_agg.rounds.step import ServerStep, StepState
 from dare_agg.vectors.model import GlobalModel, global_model
 

@@ -17,7 +17,7 @@ from flwr.clientapp.typing import ClientAppCallable
 from numpy.typing import NDArray
 
 from dare_agg.codec.update import CODEC_VERSION
-from dare_agg.deploy.identities import load_identity, reply_digest
+from dare_agg.deploy.identities import load_identity
 from dare_agg.downlink.client import VersionReceiver
 from dare_agg.downlink.protocol import FullReceiver, Receiver
 from dare_agg.downlink.server import DOWNLINK_NAME
@@ -48,6 +48,7 @@ from dare_agg.flower.transport import pack, to_numpy, to_record
 from dare_agg.rounds.client import ClientUpdate, make_client_update
 from dare_agg.rounds.plan import RoundPlan, plan_from_record
 from dare_agg.rounds.same_code import check_same_code, package_fingerprint
+from dare_agg.rounds.signing import reply_digest
 from dare_agg.vectors.layout import compile_patterns, matches
 from dare_agg.vectors.model import Arrays, split_tensors
 

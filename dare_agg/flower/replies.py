@@ -16,7 +16,6 @@ from flwr.app import ConfigRecord, Message, MetricRecord, RecordDict
 
 from dare_agg.codec.formats import payload_bytes
 from dare_agg.codec.update import UpdateSpec
-from dare_agg.deploy.identities import check_signature, reply_digest
 from dare_agg.errors import DareError, UpdateError
 from dare_agg.flower.records import (
     DENSE_KEY,
@@ -33,6 +32,7 @@ from dare_agg.flower.transport import message_bytes
 from dare_agg.rounds.plan import RoundPlan
 from dare_agg.rounds.same_code import check_same_code
 from dare_agg.rounds.server import Accepted, Rejection, check_reply
+from dare_agg.rounds.signing import check_signature, reply_digest
 from dare_agg.rounds.statistics import StatisticsUpdate, statistics_spec
 from dare_agg.vectors.layout import Layout
 

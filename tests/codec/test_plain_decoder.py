@@ -16,7 +16,7 @@ from dare_agg.codec.derive import derive_key, seed_secret
 from dare_agg.codec.mask import parse_drop_rate
 from dare_agg.codec.update import UpdateSpec
 from dare_agg.codec.update_file import read_update_file, write_update_file
-from dare_agg.deploy.identities import reply_digest
+from dare_agg.rounds.signing import reply_digest
 from dare_agg.vectors.layout import fingerprint, layout_of
 
 GOLDEN = Path(__file__).parents[1] / "data" / "codec"

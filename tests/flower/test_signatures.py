@@ -11,12 +11,12 @@ from dare_agg.deploy.identities import (
     load_identity,
     make_identity,
     read_identities,
-    reply_digest,
 )
 from dare_agg.errors import ConfigError, RunError
 from dare_agg.flower import DareStrategy
 from dare_agg.flower.records import REPLY_KEY, UPDATE_KEY
 from dare_agg.flower.transport import pack, unpack
+from dare_agg.rounds.signing import reply_digest
 
 
 @pytest.fixture

@@ -6,14 +6,9 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from dare_agg.codec.formats import (
-    VALUE_FORMATS,
-    check_payload,
-    decode_values,
-    encode_values,
-    payload_bytes,
-)
+from dare_agg.codec.formats import VALUE_FORMATS
 from dare_agg.codec.mask import MASK_KINDS, parse_drop_rate
+from dare_agg.codec.payload import check_payload, decode_values, encode_values, payload_bytes
 from dare_agg.codec.rotation import GROUP, count_blocks, cut_blocks, flip_signs, hadamard
 from dare_agg.codec.update import UpdateSpec, decode_update, encode_update
 from dare_agg.errors import ConfigError, NonFiniteError, UpdateError

@@ -13,8 +13,9 @@ import re
 from dataclasses import dataclass
 from fractions import Fraction
 
-from dare_agg.codec.formats import VALUE_FORMATS, payload_bytes
+from dare_agg.codec.formats import VALUE_FORMATS
 from dare_agg.codec.mask import DropRate
+from dare_agg.codec.payload import payload_bytes
 from dare_agg.codec.update import HEADER_BYTES
 from dare_agg.errors import BudgetError, ConfigError
 

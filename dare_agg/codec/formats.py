@@ -21,26 +21,22 @@ Nothing here depends on libm, BLAS or a library's random generator.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import numpy as np
 from numpy.typing import NDArray
 
 from dare_agg.codec.buffers import borrowed
-from dare_agg.codec.derive import Keystream
 from dare_agg.codec.kernels import compiled
 from dare_agg.codec.rotation import (
-    BLOCK,
     GROUP,
     column_sums,
-    count_blocks,
     cut_blocks,
     flip_signs,
     hadamard,
 )
-from dare_agg.errors import ConfigError, NonFiniteError, UpdateError, did_you_mean
-from dare_agg.files.pages import Pages
+from dare_agg.errors import ConfigError, NonFiniteError, did_you_mean
 from dare_agg.vectors.layout import FloatVector
 
 Bytes = NDArray[np.uint8]
@@ -317,160 +313,6 @@ def find_values(name: str) -> ValueFormat:
     if name not in VALUE_FORMATS:
         raise ConfigError(f"value format {name!r} is unknown{did_you_mean(name, VALUE_FORMATS)}")
     return VALUE_FORMATS[name]
-
-
-@dataclass(frozen=True)
-class Sections:
-    """Where the parts of a payload of so many survivors lie, in bytes."""
-
-    codes: int
-    scales: int
-    rest: int
-
-    @property
-    def total(self) -> int:
-        return self.codes + self.scales + self.rest
-
-
-def payload_sections(name: str, survivors: int) -> Sections:
-    """Return the exact sizes of a payload's sections."""
-    row = find_values(name)
-    if not row.blocks:
-        return Sections(survivors * row.bits // 8, 0, 0)
-    blocks, rest = count_blocks(survivors)
-    return Sections(-(-(survivors - rest) * row.bits // 8), 4 * blocks, 4 * rest)
-
-
-def payload_bytes(name: str, survivors: int) -> int:
-    """Return the exact number of bytes that so many survivors take, without a header."""
-    return payload_sections(name, survivors).total
-
-
-def encode_values(
-    name: str,
-    groups: Iterator[FloatVector],
-    survivors: int,
-    key: bytes,
-    out: memoryview,
-    first_group: int = 0,
-) -> int:
-    """Write groups of a payload to ``out``, of `payload_bytes` bytes; return how many values.
-
-    ``groups`` yields the survivors' values from group ``first_group`` on, in pieces of exactly
-    `GROUP`, the last one shorter where it is the last of all. Groups may be written in any
-    order and by several threads. Raises `NonFiniteError` for a NaN, an infinity or a magnitude
-    above 2**60.
-    """
-    row = find_values(name)
-    sections = payload_sections(name, survivors)
-    target = np.frombuffer(out, np.uint8)
-    if target.size != sections.total:
-        raise ConfigError(f"{target.size} bytes of room; {sections.total} are needed")
-    stream = Keystream(key) if row.keystream_bytes(1) else None
-    per_group = row.keystream_bytes(GROUP)
-    written = 0
-    for number, values in enumerate(groups, first_group):
-        at = number * GROUP
-        if values.size != min(GROUP, survivors - at):
-            raise ConfigError(
-                f"group {number} of {values.size} values; {survivors} survivors were announced"
-            )
-        check_magnitude(values, at)
-        keystream = (
-            stream.read(number * per_group, row.keystream_bytes(values.size)) if stream else None
-        )
-        coded = values.size - (count_blocks(values.size)[1] if row.blocks else 0)
-        room = target[at * row.bits // 8 :][: -(-coded * row.bits // 8)]
-        loops = compiled(values.size)
-        encode = row.encode_group
-        if loops is not None and values.size == GROUP:
-            encode = loops.ENCODERS.get(name, encode)
-        scales, rest = encode(values, keystream, room)
-        scale_at = sections.codes + 4 * (at // BLOCK)
-        target[scale_at : scale_at + 4 * scales.size] = scales.view(np.uint8)
-        rest_at = sections.codes + sections.scales
-        target[rest_at : rest_at + 4 * rest.size] = rest.view(np.uint8)
-        written += values.size
-    return written
-
-
-def decode_values(
-    name: str,
-    payload: Bytes,
-    survivors: int,
-    key: bytes,
-    group: int,
-) -> FloatVector:
-    """Return group number ``group`` (of `GROUP` survivors) of a checked payload."""
-    row = find_values(name)
-    sections = payload_sections(name, survivors)
-    first = group * GROUP
-    count = min(GROUP, survivors - first)
-    values = np.empty(count, np.float32)
-    keystream = None
-    if need := row.keystream_bytes(count):
-        keystream = Keystream(key).read(group * row.keystream_bytes(GROUP), need)
-    scales = rest = _NOTHING
-    coded = count
-    if row.blocks:
-        blocks, left = count_blocks(count)
-        coded = count - left
-        lo = sections.codes + 4 * group * (GROUP // BLOCK)
-        scales = payload[lo : lo + 4 * blocks].copy().view("<f4").astype(np.float32)
-        if left:
-            lo = sections.codes + sections.scales
-            rest = payload[lo : lo + 4 * left].copy().view("<f4").astype(np.float32)
-    lo = first * row.bits // 8
-    loops = compiled(count)
-    decode = row.decode_group
-    if loops is not None and count == GROUP:
-        decode = loops.DECODERS.get(name, decode)
-    decode(payload[lo : lo + -(-coded * row.bits // 8)], scales, rest, values, keystream)
-    return values
-
-
-def check_payload(name: str, payload: Bytes, survivors: int, pages: Pages | None = None) -> None:
-    """Refuse a payload of the right size whose contents are out of bounds.
-
-    Raises `NonFiniteError` for values that are NaN, infinite or above 2**60, `UpdateError`
-    for negative scales, a code of −128 and padding bits that are not 0.
-    """
-    row = find_values(name)
-    sections = payload_sections(name, survivors)
-    if not row.blocks:
-        dtype, end = _PLAIN_ENDS[name]
-        sign = np.array(1 << (row.bits - 1), dtype)
-        for first in range(0, survivors, GROUP):
-            piece = payload[first * row.bits // 8 :][: GROUP * row.bits // 8]
-            # Without its sign, the larger the magnitude the larger the code, up to NaN.
-            if (piece.view(dtype) & ~sign).max() > end:
-                values = np.empty(piece.size * 8 // row.bits, np.float32)
-                row.decode_group(piece, _NOTHING, _NOTHING, values, None)
-                check_magnitude(values, first)
-            if pages is not None:
-                pages.passed(piece.size)
-        return
-    numbers = payload[sections.codes :].copy().view("<f4")
-    scales = numbers[: sections.scales // 4]
-    # A code stands for at most 1024 (rotated) or 127 (i8) scales.
-    with np.errstate(over="ignore", invalid="ignore"):
-        check_magnitude(scales * np.float32(BLOCK), 0, what="scale")
-    check_magnitude(numbers[scales.size :], survivors - sections.rest // 4)
-    if np.signbit(scales).any():
-        raise UpdateError(
-            f"scale number {int(np.argmax(np.signbit(scales)))} is negative; scales are >= 0",
-            reason="malformed",
-        )
-    codes = payload[: sections.codes]
-    for at in range(0, codes.size if name == "i8" else 0, GROUP):
-        piece = codes[at : at + GROUP]
-        if int(piece.view(np.int8).min()) == -128:
-            raise UpdateError("i8 code -128; codes run from -127 to 127", reason="malformed")
-        if pages is not None:
-            pages.passed(piece.size)
-    used = (survivors - sections.rest // 4) * row.bits % 8
-    if used and int(codes[-1]) >> used:
-        raise UpdateError("padding bits of the last code byte are not 0", reason="malformed")
 
 
 def check_magnitude(values: FloatVector, first: int, what: str = "survivor") -> None:

@@ -24,16 +24,11 @@ from numpy.typing import NDArray
 
 from dare_agg.codec.buffers import borrowed
 from dare_agg.codec.derive import derive_key
-from dare_agg.codec.formats import (
-    check_payload,
-    decode_values,
-    encode_values,
-    find_values,
-    payload_bytes,
-)
+from dare_agg.codec.formats import find_values
 from dare_agg.codec.kept_groups import DECODED
 from dare_agg.codec.kernels import compiled, plain_float32
 from dare_agg.codec.mask import MASK_KINDS, DropRate, Mask, take
+from dare_agg.codec.payload import check_payload, decode_values, encode_values, payload_bytes
 from dare_agg.codec.rotation import GROUP
 from dare_agg.errors import ConfigError, UpdateError
 from dare_agg.files.pages import Pages

@@ -20,18 +20,16 @@ from numpy.typing import NDArray
 from dare_agg.codec.derive import derive_key
 from dare_agg.codec.formats import find_values
 from dare_agg.codec.mask import parse_drop_rate
+from dare_agg.codec.payload import PayloadReader, decode_payload, encode_payload
 from dare_agg.downlink.grid import Counts, VersionGrid, add_steps, grid_of
 from dare_agg.downlink.protocol import Broadcast, DrawnMask
 from dare_agg.downlink.steps import (
     Family,
-    PayloadReader,
     Step,
     StepHead,
     apply_step,
-    decode_payload,
     dense_key,
     encode_lossless,
-    encode_payload,
     families_of,
     positions_of,
     read_steps,

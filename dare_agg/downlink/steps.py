@@ -21,20 +21,17 @@ from __future__ import annotations
 import hashlib
 import struct
 import zlib
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
 import numpy as np
 
-from dare_agg.codec.formats import (
-    VALUE_FORMATS,
-    check_payload,
-    decode_values,
-    encode_values,
-    payload_bytes,
-)
+from dare_agg.codec.formats import VALUE_FORMATS
 from dare_agg.codec.mask import MASK_KINDS, DropRate, Mask
-from dare_agg.codec.rotation import GROUP
+from dare_agg.codec.payload import (
+    PayloadReader,
+    decode_payload,
+)
 from dare_agg.downlink.grid import TILE, Counts, Positions, VersionGrid, add_steps
 from dare_agg.downlink.protocol import DrawnMask
 from dare_agg.errors import ConfigError, UpdateError
@@ -126,73 +123,6 @@ def positions_of(head: StepHead, size: int) -> Iterator[tuple[Positions, FloatVe
             for mask in masks:
                 kept[mask.indices(lo, hi) - lo] = True
             yield np.flatnonzero(kept) + lo, one
-
-
-def _regrouped(pieces: Iterable[FloatVector]) -> Iterator[FloatVector]:
-    """Cut pieces of any size into groups of `GROUP`, the last one smaller."""
-    group, filled = np.empty(GROUP, np.float32), 0
-    for piece in pieces:
-        at = 0
-        while at < piece.size:
-            taken = piece[at : at + GROUP - filled]
-            group[filled : filled + taken.size] = taken
-            filled += taken.size
-            at += taken.size
-            if filled == GROUP:
-                yield group
-                group, filled = np.empty(GROUP, np.float32), 0
-    if filled:
-        yield group[:filled]
-
-
-def encode_payload(name: str, pieces: Iterable[FloatVector], count: int, key: bytes) -> bytes:
-    """Encode ``count`` values, which come in pieces of any size, in a format of the codec."""
-    out = bytearray(payload_bytes(name, count))
-    encode_values(name, _regrouped(pieces), count, key, memoryview(out))
-    return bytes(out)
-
-
-class PayloadReader:
-    """Decodes ``count`` values piece by piece, holding no more than a piece and a group.
-
-    Raises `UpdateError` for a payload that cannot be right.
-    """
-
-    def __init__(self, name: str, payload: bytes, count: int, key: bytes) -> None:
-        if len(payload) != payload_bytes(name, count):
-            raise UpdateError(
-                f"step payload of {len(payload)} bytes, {payload_bytes(name, count)} are due",
-                reason="truncated",
-            )
-        self._data = np.frombuffer(payload, np.uint8)
-        check_payload(name, self._data, count)
-        self._name, self._count, self._key = name, count, key
-        self._group, self._rest = 0, np.empty(0, np.float32)
-        self.left = count
-
-    def take(self, count: int) -> FloatVector:
-        """Return the next ``count`` values, shape (count,)."""
-        if count > self.left:
-            raise UpdateError("step holds fewer values than its masks keep", reason="mask")
-        self.left -= count
-        taken = np.empty(count, np.float32)
-        at = 0
-        while at < count:
-            if not self._rest.size:
-                self._rest = decode_values(
-                    self._name, self._data, self._count, self._key, self._group
-                )
-                self._group += 1
-            piece = self._rest[: count - at]
-            taken[at : at + piece.size] = piece
-            self._rest = self._rest[piece.size :]
-            at += piece.size
-        return taken
-
-
-def decode_payload(name: str, payload: bytes, count: int, key: bytes) -> FloatVector:
-    """Decode all values of a payload at once; see `PayloadReader`."""
-    return PayloadReader(name, payload, count, key).take(count)
 
 
 def write_step(head: StepHead, payload: bytes, dense: bytes) -> Step:

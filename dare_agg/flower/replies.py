@@ -14,7 +14,7 @@ from typing import cast
 
 from flwr.app import ConfigRecord, Message, MetricRecord, RecordDict
 
-from dare_agg.codec.formats import payload_bytes
+from dare_agg.codec.payload import payload_bytes
 from dare_agg.codec.update import UpdateSpec
 from dare_agg.errors import DareError, UpdateError
 from dare_agg.flower.records import (

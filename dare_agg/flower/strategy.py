@@ -15,8 +15,8 @@ from flwr.serverapp.strategy import Result, Strategy
 
 from dare_agg.codec.budget import ClientTerms, UploadBudget
 from dare_agg.codec.derive import derive_key
-from dare_agg.codec.formats import payload_bytes
 from dare_agg.codec.mask import DropRate
+from dare_agg.codec.payload import payload_bytes
 from dare_agg.codec.update import CODEC_VERSION, HEADER_BYTES
 from dare_agg.deploy.identities import check_identities
 from dare_agg.downlink.protocol import Downlink, FullDownlink

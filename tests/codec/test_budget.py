@@ -10,8 +10,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from dare_agg.codec.budget import UploadBudget, parse_bytes, plan_budget
-from dare_agg.codec.formats import VALUE_FORMATS, payload_bytes
+from dare_agg.codec.formats import VALUE_FORMATS
 from dare_agg.codec.mask import DropRate, parse_drop_rate
+from dare_agg.codec.payload import payload_bytes
 from dare_agg.codec.update import HEADER_BYTES, UpdateSpec, encode_update
 from dare_agg.errors import BudgetError, ConfigError
 from server.config import read_config

@@ -12,8 +12,9 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from dare_agg.codec.formats import VALUE_FORMATS, payload_bytes
+from dare_agg.codec.formats import VALUE_FORMATS
 from dare_agg.codec.mask import MASK_KINDS, parse_drop_rate
+from dare_agg.codec.payload import payload_bytes
 from dare_agg.codec.update import (
     _CHECKSUM_AT,
     HEADER_BYTES,

@@ -16,7 +16,6 @@ from dare_agg.codec.formats import (
     find_values,
 )
 from dare_agg.codec.kernels import compiled
-from dare_agg.codec.payload import check_payload, decode_values, encode_values, payload_bytes
 from dare_agg.codec.rotation import (
     BLOCK,
     GROUP,
@@ -181,19 +180,22 @@ def check_payload(name: str, payload: Bytes, survivors: int, pages: Pages | None
         raise UpdateError("padding bits of the last code byte are not 0", reason="malformed")
 
 
-def _regrouped(pieces: Iterable[FloatVector]) -> Iterator[FloatVector]:
-    """Cut pieces of any size into groups of `GROUP`, the last one smaller."""
-    group, filled = np.empty(GROUP, np.float32), 0
+def regrouped(pieces: Iterable[FloatVector]) -> Iterator[FloatVector]:
+    """Join pieces of any length into groups of exactly `GROUP`; the last may be shorter.
+
+    A group is valid until the next one is asked for.
+    """
+    group = np.empty(GROUP, np.float32)
+    filled = 0
     for piece in pieces:
-        at = 0
-        while at < piece.size:
-            taken = piece[at : at + GROUP - filled]
-            group[filled : filled + taken.size] = taken
-            filled += taken.size
-            at += taken.size
+        while piece.size:
+            take = min(piece.size, GROUP - filled)
+            group[filled : filled + take] = piece[:take]
+            filled += take
+            piece = piece[take:]
             if filled == GROUP:
                 yield group
-                group, filled = np.empty(GROUP, np.float32), 0
+                filled = 0
     if filled:
         yield group[:filled]
 
@@ -201,7 +203,7 @@ def _regrouped(pieces: Iterable[FloatVector]) -> Iterator[FloatVector]:
 def encode_payload(name: str, pieces: Iterable[FloatVector], count: int, key: bytes) -> bytes:
     """Encode ``count`` values, which come in pieces of any size, in a format of the codec."""
     out = bytearray(payload_bytes(name, count))
-    encode_values(name, _regrouped(pieces), count, key, memoryview(out))
+    encode_values(name, regrouped(pieces), count, key, memoryview(out))
     return bytes(out)
 
 

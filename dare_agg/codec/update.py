@@ -28,7 +28,13 @@ from dare_agg.codec.formats import find_values
 from dare_agg.codec.kept_groups import DECODED
 from dare_agg.codec.kernels import compiled, plain_float32
 from dare_agg.codec.mask import MASK_KINDS, DropRate, Mask, take
-from dare_agg.codec.payload import check_payload, decode_values, encode_values, payload_bytes
+from dare_agg.codec.payload import (
+    check_payload,
+    decode_values,
+    encode_values,
+    payload_bytes,
+    regrouped,
+)
 from dare_agg.codec.rotation import GROUP
 from dare_agg.errors import ConfigError, UpdateError
 from dare_agg.files.pages import Pages
@@ -288,7 +294,7 @@ def encode_update_into(
 
     def encode(first: int, last: int) -> int:
         pieces = _survivors(spec, mask, delta, first * GROUP, min(survivors, last * GROUP))
-        groups = _regrouped(pieces)
+        groups = regrouped(pieces)
         if pages is not None:
             groups = _passing(groups, pages, payload_bytes(spec.values, GROUP))
         return encode_values(spec.values, groups, survivors, spec.values_key, payload, first)
@@ -390,26 +396,6 @@ def _survivors(
             positions = mask.indices(lo, hi)
             positions -= lo
             yield tile.take(positions)
-
-
-def _regrouped(pieces: Iterator[FloatVector]) -> Iterator[FloatVector]:
-    """Join pieces of any length into groups of exactly `GROUP`; the last may be shorter.
-
-    A group is valid until the next one is asked for.
-    """
-    group = np.empty(GROUP, np.float32)
-    filled = 0
-    for piece in pieces:
-        while piece.size:
-            take = min(piece.size, GROUP - filled)
-            group[filled : filled + take] = piece[:take]
-            filled += take
-            piece = piece[take:]
-            if filled == GROUP:
-                yield group
-                filled = 0
-    if filled:
-        yield group[:filled]
 
 
 def decode_update(blob: bytes | memoryview, spec: UpdateSpec) -> Update:

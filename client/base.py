@@ -14,7 +14,7 @@ from pathlib import Path
 
 from client.config import task_config
 from client.tasks import build_task
-from dare_agg.downlink.server import write_base
+from dare_agg.downlink.base import write_base
 from dare_agg.errors import DareError
 from dare_agg.files.atomic import write_atomically
 

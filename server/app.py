@@ -14,7 +14,8 @@ from flwr.app import ArrayRecord, ConfigRecord, Context, Message, RecordDict
 from flwr.serverapp import Grid, ServerApp
 
 from dare_agg.deploy.identities import read_identities
-from dare_agg.downlink.server import make_version_downlink, read_base
+from dare_agg.downlink.base import read_base
+from dare_agg.downlink.server import make_version_downlink
 from dare_agg.errors import DareError, RunError, StateError
 from dare_agg.flower import DareStrategy, RoundOutcome
 from dare_agg.flower.exchange import exchange, online_nodes, went_away

@@ -20,9 +20,9 @@ from pathlib import Path
 
 import numpy as np
 
+from dare_agg.downlink.base import BASE, DENSE_STEPS, STEPS, write_base
 from dare_agg.downlink.grid import Counts, grid_of
 from dare_agg.downlink.protocol import FullReceiver
-from dare_agg.downlink.server import BASE, DENSE_STEPS, STEPS, write_base
 from dare_agg.downlink.steps import apply_step, read_steps
 from dare_agg.errors import BaseMismatchError, DareError, StateError
 from dare_agg.files.atomic import write_atomically

@@ -11,16 +11,15 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
-from pathlib import Path
 from typing import Any
 
 import numpy as np
-from numpy.typing import NDArray
 
 from dare_agg.codec.derive import derive_key
 from dare_agg.codec.formats import find_values
 from dare_agg.codec.mask import parse_drop_rate
 from dare_agg.codec.payload import PayloadReader, decode_payload, encode_payload
+from dare_agg.downlink.base import BASE, DENSE_STEPS, DOWNLINK_NAME, STEPS, write_base
 from dare_agg.downlink.grid import Counts, VersionGrid, add_steps, grid_of
 from dare_agg.downlink.protocol import Broadcast, DrawnMask
 from dare_agg.downlink.steps import (
@@ -38,11 +37,6 @@ from dare_agg.downlink.steps import (
 from dare_agg.errors import ConfigError, StateError, did_you_mean
 from dare_agg.vectors.layout import FloatVector
 from dare_agg.vectors.model import Arrays, GlobalModel
-
-DOWNLINK_NAME = "versions"
-BASE = "base"
-STEPS = "steps"
-DENSE_STEPS = "dense-steps"
 
 
 @dataclass(frozen=True)
@@ -366,36 +360,6 @@ class VersionDownlink:
         if not self._base_payload:
             self._base_payload = write_base(self.base_arrays())
         return self._base_payload
-
-
-def write_base(arrays: Arrays) -> bytes:
-    """Write a base's arrays with their order as safetensors bytes."""
-    import json
-
-    from safetensors.numpy import save
-
-    packed = {name: np.array(array, order="C", copy=None) for name, array in arrays.items()}
-    return bytes(save(packed, metadata={"order": json.dumps(list(arrays))}))
-
-
-def read_base(path: Path | str) -> dict[str, NDArray[Any]]:
-    """Read a base's file (`write_base`, or any safetensors); raises `StateError`."""
-    import json
-
-    from safetensors import SafetensorError
-    from safetensors.numpy import load
-
-    try:
-        data = Path(path).read_bytes()
-        arrays = load(data)
-        size = int.from_bytes(data[:8], "little")
-        order = json.loads(data[8 : 8 + size]).get("__metadata__", {}).get("order")
-        return {name: arrays[name] for name in (json.loads(order) if order else arrays)}
-    except (OSError, SafetensorError, ValueError, KeyError, TypeError) as error:
-        raise StateError(
-            f"base {path} cannot be read ({type(error).__name__}: {error}); give a safetensors "
-            "file, for example of python -m client.base"
-        ) from error
 
 
 def make_version_downlink(form: str = "auto", **options: Any) -> VersionDownlink:

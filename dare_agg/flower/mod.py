@@ -18,9 +18,9 @@ from numpy.typing import NDArray
 
 from dare_agg.codec.update import CODEC_VERSION
 from dare_agg.deploy.identities import load_identity
+from dare_agg.downlink.base import DOWNLINK_NAME
 from dare_agg.downlink.client import VersionReceiver
 from dare_agg.downlink.protocol import FullReceiver, Receiver
-from dare_agg.downlink.server import DOWNLINK_NAME
 from dare_agg.errors import (
     BaseMismatchError,
     ConfigError,

@@ -19,8 +19,9 @@ from dare_agg.codec.mask import DropRate
 from dare_agg.codec.payload import payload_bytes
 from dare_agg.codec.update import CODEC_VERSION, HEADER_BYTES
 from dare_agg.deploy.identities import check_identities
+from dare_agg.downlink.base import BASE
 from dare_agg.downlink.protocol import Downlink, FullDownlink
-from dare_agg.downlink.server import BASE, VersionDownlink
+from dare_agg.downlink.server import VersionDownlink
 from dare_agg.errors import ConfigError, DareError, RunError
 from dare_agg.flower import arguments
 from dare_agg.flower.clients import Client, Clients, sample

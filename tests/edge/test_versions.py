@@ -8,16 +8,10 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from dare_agg.codec.mask import parse_drop_rate
+from dare_agg.downlink.base import BASE, STEPS, read_base, write_base
 from dare_agg.downlink.client import VersionReceiver
 from dare_agg.downlink.grid import add_steps, grid_of
-from dare_agg.downlink.server import (
-    BASE,
-    FORMS,
-    STEPS,
-    make_version_downlink,
-    read_base,
-    write_base,
-)
+from dare_agg.downlink.server import FORMS, make_version_downlink
 from dare_agg.downlink.steps import HEAD, apply_step, read_steps
 from dare_agg.errors import BaseMismatchError, ConfigError, DareError, StateError, UpdateError
 from dare_agg.rounds.plan import PlanSettings, make_plans

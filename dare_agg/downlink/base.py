@@ -1,0 +1,50 @@
+"""The base that versions start from, as it travels and as it lies on disk."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from dare_agg.errors import StateError
+from dare_agg.vectors.model import Arrays
+
+DOWNLINK_NAME = "versions"
+
+BASE = "base"
+
+STEPS = "steps"
+
+DENSE_STEPS = "dense-steps"
+
+
+def write_base(arrays: Arrays) -> bytes:
+    """Write a base's arrays with their order as safetensors bytes."""
+    import json
+
+    from safetensors.numpy import save
+
+    packed = {name: np.array(array, order="C", copy=None) for name, array in arrays.items()}
+    return bytes(save(packed, metadata={"order": json.dumps(list(arrays))}))
+
+
+def read_base(path: Path | str) -> dict[str, NDArray[Any]]:
+    """Read a base's file (`write_base`, or any safetensors); raises `StateError`."""
+    import json
+
+    from safetensors import SafetensorError
+    from safetensors.numpy import load
+
+    try:
+        data = Path(path).read_bytes()
+        arrays = load(data)
+        size = int.from_bytes(data[:8], "little")
+        order = json.loads(data[8 : 8 + size]).get("__metadata__", {}).get("order")
+        return {name: arrays[name] for name in (json.loads(order) if order else arrays)}
+    except (OSError, SafetensorError, ValueError, KeyError, TypeError) as error:
+        raise StateError(
+            f"base {path} cannot be read ({type(error).__name__}: {error}); give a safetensors "
+            "file, for example of python -m client.base"
+        ) from error

@@ -23,8 +23,8 @@ from dare_agg.codec.derive import derive_key, seed_secret
 from dare_agg.codec.mask import Mask, parse_drop_rate
 from dare_agg.merge.engine import merge_deltas
 from dare_agg.merge.methods import find_method
-from dare_agg.merge.sources import array_source
 from dare_agg.vectors.layout import FloatVector, Layout
+from dare_agg.vectors.sources import array_source
 from simulations.sparsifiers import dare
 
 RESULTS = Path(__file__).parent / "results" / "merging.jsonl"

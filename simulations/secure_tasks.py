@@ -24,9 +24,9 @@ import numpy as np
 from dare_agg.codec.derive import Keystream, derive_key, seed_secret
 from dare_agg.codec.mask import Mask, parse_drop_rate
 from dare_agg.merge.engine import merge_deltas
-from dare_agg.merge.sources import array_source
 from dare_agg.secure import Identity, LocalSum, make_roster, secure_sum, secure_terms
 from dare_agg.vectors.layout import FloatVector, Layout, fingerprint
+from dare_agg.vectors.sources import array_source
 from simulations.sparsifiers import dare
 
 RESULTS = Path(__file__).parent / "results" / "secure_tasks.jsonl"

@@ -4,9 +4,9 @@ import json
 
 import numpy as np
 
-from dare_agg.merge.sources import array_source
 from dare_agg.offline.diagnose import QUANTILES, diagnose_deltas
 from dare_agg.vectors.layout import layout_of
+from dare_agg.vectors.sources import array_source
 
 LAYOUT = layout_of({"a": (300, 70), "b": (11,), "none": (0,)})
 

@@ -8,7 +8,6 @@ import numpy as np
 import pytest
 
 from dare_agg.errors import StateError
-from dare_agg.merge.sources import array_source
 from dare_agg.offline.diagnose import diagnose_deltas
 from dare_agg.runs.report import (
     RoundRecord,
@@ -20,6 +19,7 @@ from dare_agg.runs.report import (
     write_report,
 )
 from dare_agg.vectors.layout import layout_of
+from dare_agg.vectors.sources import array_source
 
 
 def _run(name: str, upload: float, accuracies: tuple[float, ...]) -> RunRecord:

@@ -32,11 +32,11 @@ def diagnose(
 
     from dare_agg.checkpoint import open_checkpoint
     from dare_agg.cli.output import print_json, stderr_console, stdout_console
-    from dare_agg.merge.sources import CachedSource
     from dare_agg.offline.diagnose import QUANTILES, diagnose_deltas
     from dare_agg.offline.opening import open_model
     from dare_agg.offline.range_check import bases_named_by
     from dare_agg.offline.recipe import ModelInput
+    from dare_agg.vectors.sources import CachedSource
 
     opened = open_checkpoint(base)
     layout = opened.layout(exclude or ())

@@ -13,9 +13,9 @@ from dataclasses import dataclass
 import numpy as np
 from numpy.typing import NDArray
 
-from dare_agg.merge.sources import DeltaSource, Positions, listed
 from dare_agg.merge.task import Scratch, is_sparse
 from dare_agg.vectors.layout import FloatVector
+from dare_agg.vectors.sources import DeltaSource, Positions, listed
 
 # An element's byte: how many entries are positive (low half) and negative (high half), 2 for
 # more than one.

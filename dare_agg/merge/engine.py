@@ -23,9 +23,9 @@ from dare_agg.codec.rotation import GROUP
 from dare_agg.errors import MergeError
 from dare_agg.merge.agreement import Agreement
 from dare_agg.merge.methods import find_method
-from dare_agg.merge.sources import DeltaSource, SparseSource
 from dare_agg.merge.task import Kernel, MergeTask, Scratch, Span, Statistics, is_sparse
 from dare_agg.vectors.layout import FloatVector, Layout
+from dare_agg.vectors.sources import DeltaSource, SparseSource
 
 TILE = 1 << 16
 # Elements that all threads' tiles have together, at most, where sources list few survivors.

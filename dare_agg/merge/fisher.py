@@ -10,9 +10,10 @@ import math
 import numpy as np
 
 from dare_agg.errors import MergeError
-from dare_agg.merge.sources import DeltaSource, NamedSource
 from dare_agg.merge.task import FIXED_BLOCK, Kernel, MergeTask, Scratch, cut, span_starts
+from dare_agg.merge.wrapped import NamedSource
 from dare_agg.vectors.layout import FloatVector
+from dare_agg.vectors.sources import DeltaSource
 
 
 def fisher(task: MergeTask) -> Kernel:

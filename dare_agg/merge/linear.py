@@ -7,9 +7,9 @@ from collections.abc import Sequence
 import numpy as np
 from numpy.typing import NDArray
 
-from dare_agg.merge.sources import DeltaSource, listed
 from dare_agg.merge.task import Kernel, MergeTask, Scratch, Span, cut, span_starts
 from dare_agg.vectors.layout import FloatVector
+from dare_agg.vectors.sources import DeltaSource, listed
 
 
 def average(task: MergeTask) -> Kernel:

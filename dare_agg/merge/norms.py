@@ -7,9 +7,9 @@ from collections.abc import Sequence
 
 import numpy as np
 
-from dare_agg.merge.sources import DeltaSource
 from dare_agg.merge.task import FIXED_BLOCK, Span
 from dare_agg.vectors.layout import FloatVector
+from dare_agg.vectors.sources import DeltaSource
 
 NORMS = ("l1", "l2", "linf")
 # mergekit leaves tensors alone whose norm is below this.

@@ -11,11 +11,12 @@ from numpy.typing import NDArray
 from dare_agg.codec.derive import Keystream, derive_key, seed_secret
 from dare_agg.errors import ConfigError
 from dare_agg.merge.linear import normalized, weighted_sum
-from dare_agg.merge.sources import DeltaSource, ScaledSource
 from dare_agg.merge.task import FIXED_BLOCK, Kernel, MergeTask, Scratch, cut, span_starts
 from dare_agg.merge.thresholds import kth_smallest
 from dare_agg.merge.ties import consensus
+from dare_agg.merge.wrapped import ScaledSource
 from dare_agg.vectors.layout import Entry, FloatVector
+from dare_agg.vectors.sources import DeltaSource
 
 
 def breadcrumbs(task: MergeTask) -> Kernel:

@@ -15,9 +15,9 @@ from numpy.typing import NDArray
 
 from dare_agg.errors import MergeError
 from dare_agg.merge.linear import weighted_sum
-from dare_agg.merge.sources import DeltaSource
 from dare_agg.merge.task import FIXED_BLOCK, Kernel, MergeTask, Span
 from dare_agg.vectors.layout import Entry
+from dare_agg.vectors.sources import DeltaSource
 
 Matrix = NDArray[np.float64]
 _STRAIGHT = 0.9995

@@ -10,8 +10,8 @@ import numpy as np
 from numpy.typing import NDArray
 
 from dare_agg.errors import MergeError
-from dare_agg.merge.sources import DeltaSource
 from dare_agg.vectors.layout import FloatVector, Layout
+from dare_agg.vectors.sources import DeltaSource
 
 Span = tuple[int, int]
 # A share of survivors above which reading whole tiles is cheaper than listing them.

@@ -15,8 +15,8 @@ import numpy as np
 from numpy.typing import NDArray
 
 from dare_agg.errors import MergeError
-from dare_agg.merge.sources import DeltaSource, take
 from dare_agg.vectors.layout import FloatVector
+from dare_agg.vectors.sources import DeltaSource, take
 
 _MAGNITUDE_BITS = np.uint32(0x7FFFFFFF)
 _SMALL = 1 << 16

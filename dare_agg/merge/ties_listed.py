@@ -10,9 +10,9 @@ import numpy as np
 from numpy.typing import NDArray
 
 from dare_agg.merge.majority import MajoritySign
-from dare_agg.merge.sources import DeltaSource, SparseSource, listed
 from dare_agg.merge.task import Kernel, MergeTask, Scratch, Span, cut
 from dare_agg.vectors.layout import FloatVector
+from dare_agg.vectors.sources import DeltaSource, SparseSource, listed
 
 _SIGN = np.uint32(1 << 31)
 # Elements whose signs are elected at a time, so that they stay in the cache.

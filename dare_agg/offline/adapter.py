@@ -19,8 +19,8 @@ from numpy.typing import NDArray
 
 from dare_agg.checkpoint import open_checkpoint
 from dare_agg.errors import CheckpointError
-from dare_agg.merge.sources import CachedSource
 from dare_agg.vectors.layout import Entry, FloatVector, Layout
+from dare_agg.vectors.sources import CachedSource
 
 CONFIG_NAME = "adapter_config.json"
 WEIGHTS_NAME = "adapter_model.safetensors"

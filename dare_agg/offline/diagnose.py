@@ -15,8 +15,8 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from dare_agg.merge.sources import DeltaSource, take
 from dare_agg.vectors.layout import FloatVector, Layout
+from dare_agg.vectors.sources import DeltaSource, take
 
 SMALL = 0.005
 LARGE = 0.01

@@ -30,12 +30,12 @@ from dare_agg.codec.rotation import GROUP
 from dare_agg.codec.update import Update, UpdateSpec
 from dare_agg.codec.update_file import FileHeader, read_update_file, write_update_file
 from dare_agg.errors import BaseMismatchError, LayoutError
-from dare_agg.merge.sources import CachedSource, DeltaSource, take
 from dare_agg.offline.opening import open_model
 from dare_agg.offline.recipe import ModelInput
 from dare_agg.offline.sparsify import UPDATE_MASK
 from dare_agg.vectors.contents import sketch
 from dare_agg.vectors.layout import FingerprintStream, FloatVector, Layout
+from dare_agg.vectors.sources import CachedSource, DeltaSource, take
 
 TILE = 1 << 18
 QUANTILES = (0.5, 0.9, 0.99, 0.999)

@@ -26,7 +26,6 @@ from dare_agg.checkpoint import (
 from dare_agg.errors import ConfigError, MergeError
 from dare_agg.merge.engine import prepare_merge, run_tiles
 from dare_agg.merge.methods import find_method
-from dare_agg.merge.sources import CachedSource, DeltaSource, SparseSource
 from dare_agg.merge.task import Scratch, is_sparse
 from dare_agg.offline.card import model_card
 from dare_agg.offline.opening import OpenedModel, described, open_model
@@ -35,6 +34,7 @@ from dare_agg.offline.recipe import Recipe
 from dare_agg.offline.sparsify import sparsified
 from dare_agg.vectors.contents import content_order, sketch
 from dare_agg.vectors.layout import Layout
+from dare_agg.vectors.sources import CachedSource, DeltaSource, SparseSource
 
 # Elements of a tile, and at most of all models' tiles together: memory does not grow with them.
 TILE, _IN_ALL, _SMALLEST_TILE = 1 << 17, 1 << 20, 1 << 14

@@ -9,10 +9,10 @@ from typing import Any
 
 from dare_agg.checkpoint import Checkpoint, open_checkpoint
 from dare_agg.errors import BaseMismatchError, LayoutError
-from dare_agg.merge.sources import CachedSource, DeltaSource, DifferenceSource
 from dare_agg.offline.adapter import adapter_base, adapter_source, is_adapter
 from dare_agg.offline.recipe import ModelInput
 from dare_agg.vectors.layout import Layout, compile_patterns, matches
+from dare_agg.vectors.sources import CachedSource, DeltaSource, DifferenceSource
 
 
 @dataclass(frozen=True)

@@ -11,12 +11,12 @@ import numpy as np
 import yaml
 
 from dare_agg.errors import NonFiniteError
-from dare_agg.merge.sources import array_source, take
 from dare_agg.offline.adapter import CONFIG_NAME
 from dare_agg.offline.diagnose import diagnose_deltas
 from dare_agg.offline.opening import OpenedModel
 from dare_agg.offline.recipe import Recipe
 from dare_agg.vectors.layout import layout_of
+from dare_agg.vectors.sources import array_source, take
 
 # Elements of a model, and of all of them, looked at, in runs of neighbours.
 _CHECKED, _CHECKED_IN_ALL, _RUN = 1 << 16, 1 << 19, 256

@@ -8,8 +8,8 @@ from dare_agg.codec.derive import derive_key, seed_secret
 from dare_agg.codec.mask import Mask, parse_drop_rate
 from dare_agg.errors import ConfigError
 from dare_agg.merge.norms import norm_ratios
-from dare_agg.merge.sources import MaskedSource, ScaledSource, TrimmedSource
 from dare_agg.merge.thresholds import kth_smallest
+from dare_agg.merge.wrapped import MaskedSource, ScaledSource, TrimmedSource
 from dare_agg.offline.opening import OpenedModel
 from dare_agg.offline.recipe import MERGEKIT_NORMS, Recipe
 from dare_agg.vectors.contents import sketch

@@ -17,7 +17,6 @@ from dare_agg.errors import (
     UpdateError,
 )
 from dare_agg.merge.engine import merge_deltas
-from dare_agg.merge.sources import DeltaSource
 from dare_agg.rounds.plan import RoundPlan
 from dare_agg.rounds.settings import FEDERATED_METHODS, FederatedSettings
 from dare_agg.rounds.statistics import (
@@ -28,6 +27,7 @@ from dare_agg.rounds.statistics import (
 from dare_agg.rounds.step import StepState
 from dare_agg.vectors.layout import FloatVector, Layout, check_finite
 from dare_agg.vectors.model import GlobalModel
+from dare_agg.vectors.sources import DeltaSource
 
 
 @dataclass(frozen=True)

@@ -24,9 +24,9 @@ from dare_agg.codec.derive import derive_key
 from dare_agg.codec.mask import parse_drop_rate
 from dare_agg.codec.update import Update, UpdateSpec, decode_update, encode_update
 from dare_agg.errors import LayoutError, UpdateError
-from dare_agg.merge.sources import DeltaSource
 from dare_agg.rounds.plan import RoundPlan
 from dare_agg.vectors.layout import Layout, check_finite, layout_of
+from dare_agg.vectors.sources import DeltaSource
 
 KINDS = ("fisher", "gram")
 Statistics = Mapping[str, NDArray[np.generic]]

@@ -8,7 +8,7 @@ from collections.abc import Sequence
 
 import numpy as np
 
-from dare_agg.merge.sources import DeltaSource
+from dare_agg.vectors.sources import DeltaSource
 
 _BLOCKS = 32
 _BLOCK = 2048

@@ -10,8 +10,8 @@ from flwr.clientapp import ClientApp
 from dare_agg.errors import RunError
 from dare_agg.flower import STATISTICS_KEY, DareStrategy, dare_mod
 from dare_agg.merge.engine import merge_deltas
-from dare_agg.merge.sources import array_source
 from dare_agg.vectors.model import global_model
+from dare_agg.vectors.sources import array_source
 
 CLIENTS = 3
 HEAD = r"^head\."

@@ -14,10 +14,10 @@ from dare_agg.cli.main import main
 from dare_agg.errors import CheckpointError, ConfigError
 from dare_agg.merge.engine import merge_deltas
 from dare_agg.merge.methods import METHODS
-from dare_agg.merge.sources import pair_source
 from dare_agg.offline.merging import merge_offline
 from dare_agg.offline.recipe import make_recipe, read_recipe
 from dare_agg.vectors.layout import layout_of_arrays
+from dare_agg.vectors.sources import pair_source
 
 # Runs a merge that must fail with one clear line, which it returns.
 Refused = Callable[..., str]
@@ -116,7 +116,8 @@ def test_masks_travel_with_the_models(
 
 def test_sparse_and_dense_consensus_agree(models: list[Path], tmp_path: Path) -> None:
     from dare_agg.codec.mask import Mask, parse_drop_rate
-    from dare_agg.merge.sources import MaskedSource, array_source
+    from dare_agg.merge.wrapped import MaskedSource
+    from dare_agg.vectors.sources import array_source
 
     arrays = [load_file(models[0] / "model.safetensors"), *(load_file(p) for p in models[1:])]
     layout = layout_of_arrays(arrays[0])

@@ -9,8 +9,9 @@ import pytest
 
 from dare_agg.merge.engine import merge_deltas
 from dare_agg.merge.norms import NORMS, norm_ratios
-from dare_agg.merge.sources import ScaledSource, array_source
+from dare_agg.merge.wrapped import ScaledSource
 from dare_agg.vectors.layout import Layout, layout_of
+from dare_agg.vectors.sources import array_source
 from simulations.sparsifiers import dare_given
 
 DATA = Path(__file__).resolve().parent.parent / "data" / "mergekit"

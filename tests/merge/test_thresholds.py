@@ -5,8 +5,8 @@ import pytest
 
 from dare_agg.errors import MergeError
 from dare_agg.merge import thresholds
-from dare_agg.merge.sources import array_source
 from dare_agg.merge.thresholds import kth_smallest_of_each
+from dare_agg.vectors.sources import array_source
 
 SIZE = 150_000
 

@@ -1,0 +1,97 @@
+"""Where deltas come from: anything that can be read tile by tile."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+
+import numpy as np
+
+from dare_agg.codec.mask import Mask
+from dare_agg.vectors.layout import FloatVector
+from dare_agg.vectors.sources import DeltaSource, Positions, take
+
+
+@dataclass(frozen=True)
+class MaskedSource:
+    """A delta under a random mask: DARE with ``rescale``, else DropOnly."""
+
+    source: DeltaSource
+    mask: Mask
+    rescale: bool = True
+
+    @property
+    def size(self) -> int:
+        return self.source.size
+
+    @property
+    def survivors(self) -> int:
+        return self.mask.survivors
+
+    def sparse(self, lo: int, hi: int) -> Iterator[tuple[Positions, FloatVector]]:
+        for _, positions, scale in self.mask.within(lo, hi):
+            values = take(self.source, positions)
+            if self.rescale:
+                values *= scale
+            yield positions, values
+
+    def read(self, lo: int, hi: int, out: FloatVector) -> None:
+        out[:] = 0
+        for positions, values in self.sparse(lo, hi):
+            out[positions - lo] = values
+
+
+@dataclass(frozen=True)
+class TrimmedSource:
+    """A delta without its entries of \\|x\\| ≤ a threshold for each span (magnitude drop)."""
+
+    source: DeltaSource
+    spans: Sequence[tuple[int, int]]
+    thresholds: FloatVector
+
+    @property
+    def size(self) -> int:
+        return self.source.size
+
+    def read(self, lo: int, hi: int, out: FloatVector) -> None:
+        self.source.read(lo, hi, out)
+        for (start, stop), threshold in zip(self.spans, self.thresholds, strict=True):
+            if start < hi and stop > lo:
+                piece = out[max(lo, start) - lo : min(hi, stop) - lo]
+                piece *= np.abs(piece) > threshold
+
+
+@dataclass(frozen=True)
+class ScaledSource:
+    """A delta with one factor for each span (mergekit's L1 rescale)."""
+
+    source: DeltaSource
+    spans: Sequence[tuple[int, int]]
+    factors: FloatVector
+
+    @property
+    def size(self) -> int:
+        return self.source.size
+
+    def read(self, lo: int, hi: int, out: FloatVector) -> None:
+        self.source.read(lo, hi, out)
+        for (start, stop), factor in zip(self.spans, self.factors, strict=True):
+            if start < hi and stop > lo:
+                out[max(lo, start) - lo : min(hi, stop) - lo] *= factor
+
+
+@dataclass(frozen=True)
+class NamedSource:
+    """Named arrays over a layout; absent names read as 0 (Fisher values)."""
+
+    entries: Sequence[tuple[int, int, FloatVector | None]]
+
+    @property
+    def size(self) -> int:
+        return self.entries[-1][1] if self.entries else 0
+
+    def read(self, lo: int, hi: int, out: FloatVector) -> None:
+        for start, stop, array in self.entries:
+            if start < hi and stop > lo:
+                a, b = max(lo, start), min(hi, stop)
+                out[a - lo : b - lo] = 0 if array is None else array[a - start : b - start]

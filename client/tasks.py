@@ -311,7 +311,7 @@ class FineTuning:
         """
         import torch
 
-        from dare_agg.offline.statistics import collect_fisher, collect_grams
+        from dare_agg.merge.collect import collect_fisher, collect_grams
 
         if kind == "fisher" and self.kind is KINDS[LANGUAGE]:
             raise ConfigError(

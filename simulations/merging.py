@@ -111,7 +111,7 @@ def collect(
     task: Any, layout: Layout, vector: FloatVector, head: Mapping[str, Any], settings: Any
 ) -> Statistics:
     """Return Fisher values and Gram matrices of one model's encoder, by kind."""
-    from dare_agg.offline.statistics import collect_fisher, collect_grams
+    from dare_agg.merge.collect import collect_fisher, collect_grams
 
     network, read = task.network({**layout.unflatten(vector), **head}, "train")
     count = settings["statistics_examples"]

@@ -7,8 +7,9 @@ import numpy as np
 import pytest
 
 from dare_agg.errors import ConfigError
+from dare_agg.merge.collect import collect_fisher, collect_grams
 from dare_agg.merge.engine import merge_deltas
-from dare_agg.offline.statistics import collect_fisher, collect_grams, read_texts, write_statistics
+from dare_agg.offline.statistics import read_texts, write_statistics
 from dare_agg.vectors.layout import layout_of
 from dare_agg.vectors.sources import pair_source
 from simulations.sparsifiers import dare_given

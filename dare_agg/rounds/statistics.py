@@ -28,7 +28,6 @@ from dare_agg.rounds.plan import RoundPlan
 from dare_agg.vectors.layout import Layout, check_finite, layout_of
 from dare_agg.vectors.sources import DeltaSource
 
-KINDS = ("fisher", "gram")
 Statistics = Mapping[str, NDArray[np.generic]]
 
 

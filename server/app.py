@@ -23,7 +23,7 @@ from dare_agg.flower.resume import keep_base, resume, save
 from dare_agg.flower.transport import to_numpy, to_record
 from dare_agg.rounds.state import StateFolder
 from dare_agg.rounds.step import server_step
-from dare_agg.runs.log import exporter
+from dare_agg.runs.prometheus import exporter
 from server.config import METHODS, RunConfig, read_config
 from server.export import export_model
 from server.recorder import Recorder

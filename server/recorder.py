@@ -15,7 +15,8 @@ from pathlib import Path
 from typing import Any
 
 from dare_agg.errors import StateError
-from dare_agg.runs.log import Exporter, row_line, seconds_left, state_line
+from dare_agg.runs.log import row_line, seconds_left, state_line
+from dare_agg.runs.prometheus import Exporter
 
 LOG = logging.getLogger("flwr")
 

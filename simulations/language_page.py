@@ -10,7 +10,7 @@ from typing import Any
 
 import numpy as np
 
-from dare_agg.cli.output import human_bytes
+from dare_agg.runs.words import human_bytes
 from simulations.plots import COLOURS, make_axes, save
 from simulations.tables import Rows, by_cell, markdown, mean_and_interval, shown
 

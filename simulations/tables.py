@@ -8,7 +8,7 @@ from collections import defaultdict
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any
 
-from dare_agg.cli.output import human_bytes
+from dare_agg.runs.words import human_bytes
 
 Rows = Sequence[Mapping[str, Any]]
 # Two-sided 95 % quantiles of Student's t for 1, 2, … degrees of freedom.

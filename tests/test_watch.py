@@ -7,7 +7,8 @@ import pytest
 
 from dare_agg.cli.progress import follow, load_rows
 from dare_agg.errors import ConfigError, StateError
-from dare_agg.runs.log import Mirror, exporter, rejections, row_line, seconds_left, state_line
+from dare_agg.runs.log import Mirror, rejections, row_line, seconds_left, state_line
+from dare_agg.runs.prometheus import exporter
 from dare_agg.runs.report import read_run
 from server.recorder import Recorder
 

@@ -29,10 +29,11 @@ def diff(
     json_: Annotated[bool, typer.Option("--json", help="Print one JSON object.")] = False,
 ) -> None:
     """Write the update that leads from BASE to TUNED."""
-    from dare_agg.cli.output import human_bytes, print_json
+    from dare_agg.cli.output import print_json
     from dare_agg.codec.update_file import read_update_file
     from dare_agg.errors import ConfigError
     from dare_agg.offline.diff import describe_update, write_diff
+    from dare_agg.runs.words import human_bytes
 
     if out.suffix != ".dare":
         raise ConfigError(f"{out} does not end in .dare, by which updates are known; rename it")

@@ -15,9 +15,10 @@ def inspect(
     """Check an update file and show what it holds."""
     from rich.table import Table
 
-    from dare_agg.cli.output import human_bytes, print_json, stdout_console
+    from dare_agg.cli.output import print_json, stdout_console
     from dare_agg.codec.update_file import read_update_file
     from dare_agg.offline.diff import describe_update
+    from dare_agg.runs.words import human_bytes
 
     facts = describe_update(*read_update_file(update), update.stat().st_size)
     if json_:

@@ -32,16 +32,3 @@ def stdout_console() -> Console:
     from rich.console import Console
 
     return Console()
-
-
-def human_bytes(count: float) -> str:
-    """Format a number of bytes with a decimal unit.
-
-    >>> human_bytes(2_900)
-    '2.9 kB'
-    """
-    for unit in ("B", "kB", "MB", "GB"):
-        if abs(count) < 1000:
-            return f"{count:.0f} {unit}" if unit == "B" else f"{count:.1f} {unit}"
-        count /= 1000
-    return f"{count:.1f} TB"

@@ -8,8 +8,8 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from dare_agg.cli.output import human_bytes
 from dare_agg.runs.log import Mirror, planned_rounds, rejections, seconds_left
+from dare_agg.runs.words import human_bytes, human_seconds
 
 if TYPE_CHECKING:
     from rich.console import Console
@@ -79,17 +79,6 @@ def _round_line(row: dict[str, Any], rows: list[dict[str, Any]], config: dict[st
         f"{row['accepted']} updates{rejected}, {up} up and {down} down per client, "
         f"{row['seconds']:.0f} s" + (f", about {human_seconds(left)} left" if left else "")
     )
-
-
-def human_seconds(seconds: float) -> str:
-    """Format a time roughly.
-
-    >>> human_seconds(200)
-    '3 min'
-    """
-    if seconds < 90:
-        return f"{seconds:.0f} s"
-    return f"{seconds / 60:.0f} min" if seconds < 5400 else f"{seconds / 3600:.1f} h"
 
 
 def last_rows(rows: list[dict[str, Any]]) -> dict[str, dict[str, Any]]:

@@ -11,11 +11,9 @@ import json
 import os
 import statistics
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
-
-from dare_agg.errors import ConfigError
 
 ROW_MARK = "dare-agg row "
 STATE_MARK = "dare-agg state "
@@ -115,81 +113,3 @@ def rejections(row: Row) -> str:
     return "; ".join(
         f"{one.get('name') or one.get('client')}: {one.get('reason')}" for one in found
     )
-
-
-# Prometheus name → (key of a row, help); bytes and rejections are counted besides.
-GAUGES: Mapping[str, tuple[str, str]] = {
-    "dare_agg_round": ("round", "Rounds finished"),
-    "dare_agg_clients": ("clients", "Clients sampled in the last round"),
-    "dare_agg_accepted": ("accepted", "Updates merged in the last round"),
-    "dare_agg_accuracy": ("accuracy", "Accuracy after the last round"),
-    "dare_agg_loss": ("loss", "Evaluation loss after the last round"),
-    "dare_agg_train_loss": ("train-loss", "Training loss of the last round"),
-    "dare_agg_round_seconds": ("round_seconds", "Seconds the last round took"),
-    "dare_agg_seconds": ("seconds", "Seconds since the method began"),
-}
-
-
-@dataclass
-class Exporter:
-    """A Prometheus endpoint on ``host:port``; port 0 takes a free one. Make with `exporter`."""
-
-    host: str
-    port: int
-    _metrics: dict[str, Any] = field(default_factory=dict)
-    _server: Any = None
-
-    def row(self, row: Row, left: float | None = None) -> None:
-        """Show a finished round."""
-        method = str(row.get("method", "run"))
-        for name, (key, _) in GAUGES.items():
-            value = row.get(key)
-            if isinstance(value, int | float) and not isinstance(value, bool):
-                self._metrics[name].labels(method).set(value)
-        if left is not None:
-            self._metrics["dare_agg_seconds_left"].set(left)
-        for direction in ("upload", "download"):
-            count = int(row.get(f"{direction}_bytes") or 0)
-            self._metrics["dare_agg_bytes"].labels(method, direction).inc(count)
-        for rejection in row.get("rejected", ()):
-            self._metrics["dare_agg_rejected"].labels(method, str(rejection.get("reason"))).inc()
-
-    def close(self) -> None:
-        """Stop answering."""
-        self._server.shutdown()
-        self._server.server_close()
-
-
-def exporter(port: int, host: str = "127.0.0.1") -> Exporter:
-    """Start a Prometheus endpoint (``/metrics``) in a thread.
-
-    It shows measurements without asking who looks, so it listens on loopback unless told
-    otherwise. Raises `ConfigError` where the library is missing or the port is taken.
-    """
-    try:
-        from prometheus_client import CollectorRegistry, Counter, Gauge, start_http_server
-    except ImportError as error:
-        raise ConfigError(
-            "prometheus-port needs prometheus-client: pip install 'dare-agg[report]'"
-        ) from error
-    registry = CollectorRegistry()
-    metrics: dict[str, Any] = {
-        name: Gauge(name, text, ["method"], registry=registry) for name, (_, text) in GAUGES.items()
-    }
-    metrics["dare_agg_seconds_left"] = Gauge(
-        "dare_agg_seconds_left", "Estimated seconds to the end of the run", registry=registry
-    )
-    metrics["dare_agg_bytes"] = Counter(
-        "dare_agg_bytes", "Payload bytes of all clients", ["method", "direction"], registry=registry
-    )
-    metrics["dare_agg_rejected"] = Counter(
-        "dare_agg_rejected", "Rejected updates", ["method", "reason"], registry=registry
-    )
-    try:
-        server, _ = start_http_server(port, host, registry)
-    except OSError as error:
-        raise ConfigError(
-            f"prometheus-port {host}:{port} cannot be listened on: {error.strerror or error}; "
-            "choose another port"
-        ) from error
-    return Exporter(host, int(server.server_port), metrics, server)

@@ -8,7 +8,6 @@ from pathlib import Path
 from typing import Any
 
 from dare_agg import __version__
-from dare_agg.cli.output import human_bytes
 from dare_agg.runs.report.pictures import (
     accuracy_by_megabytes,
     accuracy_by_round,
@@ -17,6 +16,7 @@ from dare_agg.runs.report.pictures import (
     sign_conflict,
 )
 from dare_agg.runs.report.records import RunRecord
+from dare_agg.runs.words import human_bytes
 
 COLUMNS = (
     "Method",

@@ -265,7 +265,7 @@ def _passphrase(file: Path | None, *, confirm: bool = False) -> str:
     """The passphrase of the file or the environment; else the person at the terminal."""
     import sys
 
-    from dare_agg.secure.passphrase import find_passphrase, need_passphrase
+    from dare_agg.secure.identity import find_passphrase, need_passphrase
 
     found = find_passphrase(file)
     if found is not None:

@@ -9,15 +9,13 @@ import os
 from collections.abc import Callable, Collection, Mapping
 from dataclasses import dataclass
 
-import numpy as np
-
 from dare_agg.codec.mask import Mask
 from dare_agg.errors import ProtocolError
 from dare_agg.secure import client
 from dare_agg.secure.identity import Identity
-from dare_agg.secure.packing import SecureMeasurements, Sums, merge_sums
+from dare_agg.secure.packing import SecureMeasurements, Sums
 from dare_agg.secure.roster import Roster
-from dare_agg.secure.server import SecureServer
+from dare_agg.secure.server import SecureServer, merged_parts
 from dare_agg.secure.terms import SecureTerms
 from dare_agg.vectors.layout import FloatVector
 
@@ -40,20 +38,6 @@ class LocalSum:
         """The merged delta over the whole vector, rescaled, times ``scaling``."""
         delta, _, measurements = merged_parts(self.sums, self.terms, self.mask, rule, scaling)
         return delta, measurements
-
-
-def merged_parts(
-    sums: Sums, terms: SecureTerms, mask: Mask, rule: str | None = None, scaling: float = 1.0
-) -> tuple[FloatVector, FloatVector | None, SecureMeasurements]:
-    """Return ``(delta, dense, measurements)``: the merged delta over the whole vector,
-    rescaled, times ``scaling``; and the mean of the dense part (None where there is none)."""
-    count = terms.survivors
-    values, measured = merge_sums(sums.part(0, count), terms.quantiser, rule)
-    values *= np.float32(scaling)
-    dense = None
-    if terms.dense:
-        dense, _ = merge_sums(sums.part(count, terms.values), terms.quantiser, "mean")
-    return mask.scatter(values), dense, measured
 
 
 def secure_sum(

@@ -11,8 +11,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from dare_agg.errors import ConfigError
-from dare_agg.secure.identity import new_identity, write_identity, write_public
-from dare_agg.secure.passphrase import VARIABLE
+from dare_agg.secure.identity import VARIABLE, new_identity, write_identity, write_public
 from dare_agg.secure.roster import make_roster, sign_roster, write_roster
 from dare_agg.secure.terms import MIN_PARTIES
 

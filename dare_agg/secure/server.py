@@ -30,7 +30,7 @@ from dare_agg.secure.keys import (
     self_commitment,
     self_mask_key,
 )
-from dare_agg.secure.packing import Sums, unpack_sums
+from dare_agg.secure.packing import SecureMeasurements, Sums, merge_sums, unpack_sums
 from dare_agg.secure.roster import Roster
 from dare_agg.secure.shamir import correct, recover
 from dare_agg.secure.stream import (
@@ -42,6 +42,7 @@ from dare_agg.secure.stream import (
     word_type,
 )
 from dare_agg.secure.terms import SecureTerms
+from dare_agg.vectors.layout import FloatVector
 
 LOG = logging.getLogger(__name__)
 SERVER_STAGES = ("adverts", "shares", "vectors", "signatures", "reveals", "finished")
@@ -314,3 +315,17 @@ class SecureServer:
             "revealed wrong ones: the sum stays masked",
             reason="shares",
         )
+
+
+def merged_parts(
+    sums: Sums, terms: SecureTerms, mask: Mask, rule: str | None = None, scaling: float = 1.0
+) -> tuple[FloatVector, FloatVector | None, SecureMeasurements]:
+    """Return ``(delta, dense, measurements)``: the merged delta over the whole vector,
+    rescaled, times ``scaling``; and the mean of the dense part (None where there is none)."""
+    count = terms.survivors
+    values, measured = merge_sums(sums.part(0, count), terms.quantiser, rule)
+    values *= np.float32(scaling)
+    dense = None
+    if terms.dense:
+        dense, _ = merge_sums(sums.part(count, terms.values), terms.quantiser, "mean")
+    return mask.scatter(values), dense, measured

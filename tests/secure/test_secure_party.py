@@ -18,9 +18,9 @@ from dare_agg.secure import messages as wire
 from dare_agg.secure.client import SecurePolicy
 from dare_agg.secure.kept_state import decode_state, encode_state
 from dare_agg.secure.ledger import FileLedger
-from dare_agg.secure.local import merged_parts
 from dare_agg.secure.party import REQUESTS, Contribution, Party
 from dare_agg.secure.practice import practice_consortium
+from dare_agg.secure.server import merged_parts
 from dare_agg.secure.settings import SecureSettings
 from dare_agg.secure.vault import Vault, default_folder
 

@@ -33,10 +33,9 @@ from dare_agg.flower.secure.session import (
 )
 from dare_agg.flower.strategy import DareStrategy
 from dare_agg.rounds.server import MergedRound, advance
-from dare_agg.secure.local import merged_parts
 from dare_agg.secure.packing import SecureMeasurements
 from dare_agg.secure.roster import Roster
-from dare_agg.secure.server import SecureServer
+from dare_agg.secure.server import SecureServer, merged_parts
 from dare_agg.secure.settings import SecureSettings
 from dare_agg.secure.terms import SecureTerms
 

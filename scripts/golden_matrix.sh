@@ -55,7 +55,7 @@ for combination in "$@"; do
     fi
     echo "Python $version, numpy $numpy:"
     "$venv/bin/python" -m pytest -q -W ignore -m "not slow" -k "golden or plain_rule or hadamard" \
-        tests/codec/test_plain_decoder.py tests/test_mask.py tests/test_values.py
+        tests/codec/test_plain_decoder.py tests/codec/test_mask.py tests/codec/test_formats.py
     ran=$((ran + 1))
 done
 [ "$ran" -gt 0 ] || [ -n "$quick" ] || { echo "error: no combination could be run" >&2; exit 1; }

@@ -16,7 +16,7 @@ from simulations.run import read_rows, run_row, run_scenario
 from simulations.scenario import KINDS, Row
 
 _SPEC = importlib.util.spec_from_file_location(
-    "client_files", Path(__file__).parents[1] / "client_app" / "conftest.py"
+    "client_files", Path(__file__).parents[1] / "client" / "conftest.py"
 )
 assert _SPEC and _SPEC.loader
 FILES = importlib.util.module_from_spec(_SPEC)

@@ -25,7 +25,7 @@ def _load(path: Path, name: str) -> Any:
     return module
 
 
-FILES = _load(ROOT / "tests" / "client_app" / "conftest.py", "client_files")
+FILES = _load(ROOT / "tests" / "client" / "conftest.py", "client_files")
 tiny_model, review_files = FILES.tiny_model, FILES.review_files
 
 

@@ -15,7 +15,7 @@ from dare_agg.vectors.sources import pair_source
 from simulations.sparsifiers import dare_given
 
 torch = pytest.importorskip("torch")
-DATA = Path(__file__).resolve().parent / "data" / "mergelm"
+DATA = Path(__file__).resolve().parents[1] / "data" / "mergelm"
 
 
 def load(name: str) -> dict[str, np.ndarray]:

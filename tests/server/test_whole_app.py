@@ -28,7 +28,7 @@ def _load(path, name):
 
 
 GRID = _load(HERE.parent / "flower" / "conftest.py", "flower_grid").MemoryGrid
-FILES = _load(HERE.parent / "client_app" / "conftest.py", "client_files")
+FILES = _load(HERE.parent / "client" / "conftest.py", "client_files")
 tiny_model, review_files = FILES.tiny_model, FILES.review_files
 tiny_language_model, SAVED = FILES.tiny_language_model, "model.safetensors"
 

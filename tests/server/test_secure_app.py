@@ -33,7 +33,7 @@ def _load(path: Path, name: str) -> Any:
 
 
 GRID = _load(HERE.parent / "flower" / "conftest.py", "secure_flower_grid").MemoryGrid
-FILES = _load(HERE.parent / "client_app" / "conftest.py", "secure_client_files")
+FILES = _load(HERE.parent / "client" / "conftest.py", "secure_client_files")
 tiny_model, review_files = FILES.tiny_model, FILES.review_files
 
 

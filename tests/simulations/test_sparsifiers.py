@@ -7,7 +7,7 @@ from dare_agg.codec.mask import Mask, parse_drop_rate
 from dare_agg.errors import ConfigError
 from simulations.sparsifiers import dare, dare_given, drop_only, magnitude, sparsify
 
-VECTORS = Path(__file__).parent / "data" / "mergelm"
+VECTORS = Path(__file__).parents[1] / "data" / "mergelm"
 
 
 def cases(name):

@@ -25,6 +25,27 @@ HEAVY = {
     "numba",
     "llvmlite",
 }
+# Who may import whom inside the library; errors.py may be imported by all. "*" is everything.
+ARROWS = {
+    "errors": "",
+    "files": "",
+    "vectors": "",
+    "codec": "files vectors",
+    "checkpoint": "files vectors",
+    "deploy": "files",
+    "merge": "codec vectors",
+    "downlink": "codec files vectors",
+    "secure": "codec checkpoint files vectors",
+    "rounds": "codec downlink files merge vectors",
+    "offline": "checkpoint codec files merge vectors",
+    "flower": "checkpoint codec deploy downlink files merge rounds secure vectors",
+    "runs": "files offline vectors",
+    "cli": "*",
+}
+# The most entries that may stand side by side at the library's root.
+MOST_ENTRIES = 14
+# Rooms of arithmetic: numpy and cryptography, and nothing else from outside.
+ARITHMETIC = ("vectors", "codec", "merge")
 # Imported by nothing at module level: `dare_agg.codec.kernels` loads it when it pays.
 COMPILED = ROOT / "dare_agg" / "codec" / "numba_loops.py"
 
@@ -83,24 +104,88 @@ def test_no_import_runs_back_up(room: str, forbidden: set[str]) -> None:
     assert not bad
 
 
+def rooms() -> dict[str, list[Path]]:
+    """The library's rooms and their files; a file at the root is a room of its own."""
+    found: dict[str, list[Path]] = {}
+    for path in files("dare_agg"):
+        first = path.relative_to(ROOT / "dare_agg").parts[0].removesuffix(".py")
+        if first != "__init__":
+            found.setdefault(first, []).append(path)
+    return found
+
+
+def library_imports(path: Path) -> set[str]:
+    """The rooms of the library that a file imports from, inside functions too."""
+    names = {name for name in imports(path) if name.startswith("dare_agg.")}
+    return {name.split(".")[1] for name in names}
+
+
+def test_the_table_names_every_room() -> None:
+    assert set(rooms()) == set(ARROWS)
+    assert len(ARROWS) <= MOST_ENTRIES
+
+
+@pytest.mark.parametrize("room", ARROWS)
+def test_a_room_imports_from_its_own_rooms_only(room: str) -> None:
+    if ARROWS[room] == "*":
+        return
+    allowed = {room, "errors", *ARROWS[room].split()}
+    bad = {
+        str(path.relative_to(ROOT)): sorted(library_imports(path) - allowed)
+        for path in rooms()[room]
+        if library_imports(path) - allowed
+    }
+    assert not bad
+
+
+def test_the_table_has_no_circle_and_eight_floors() -> None:
+    floors: dict[str, int] = {"errors": 1}
+    below = {room: set(ARROWS if to == "*" else to.split()) - {room} for room, to in ARROWS.items()}
+    while len(floors) < len(below):
+        ready = [r for r in below if r not in floors and below[r] | {"errors"} <= set(floors)]
+        assert ready, f"a circle among {sorted(set(below) - set(floors))}"
+        floors.update({r: 1 + max(floors[b] for b in below[r] | {"errors"}) for r in ready})
+    # simulations/ stands on top of server/ and client/, which stand beside cli.
+    assert max(floors.values()) + 1 <= 8, floors
+
+
+def module_of(path: Path) -> str:
+    return ".".join(path.relative_to(ROOT).with_suffix("").parts).removesuffix(".__init__")
+
+
+def test_no_two_files_import_each_other() -> None:
+    paths = {module_of(path): path for path in files("dare_agg")}
+    left: dict[str, set[str]] = {}
+    for name, path in paths.items():
+        left[name] = set()
+        for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+            if isinstance(node, ast.ImportFrom) and node.module in paths:
+                modules = {f"{node.module}.{alias.name}" for alias in node.names} & set(paths)
+                left[name] |= modules or {node.module}
+    while free := [name for name, needed in left.items() if not needed & set(left)]:
+        for name in free:
+            del left[name]
+    assert not left
+
+
 def test_only_the_flower_room_of_the_library_imports_flwr() -> None:
-    flower = ROOT / "dare_agg" / "flower"
     bad = [
         str(path.relative_to(ROOT))
-        for path in files("dare_agg")
-        if flower not in path.parents and "flwr" in tops(imports(path, module_level_only=True))
+        for room, paths in rooms().items()
+        for path in paths
+        if room != "flower" and "flwr" in tops(imports(path, module_level_only=True))
     ]
     assert not bad
 
 
-def test_the_core_does_not_reach_into_the_flower_room() -> None:
-    flower = ROOT / "dare_agg" / "flower"
-    bad = [
-        str(path.relative_to(ROOT))
-        for path in files("dare_agg")
-        if flower not in path.parents
-        and any(n.startswith("dare_agg.flower") for n in imports(path, module_level_only=True))
-    ]
+@pytest.mark.parametrize("room", ARITHMETIC)
+def test_the_rooms_of_arithmetic_need_numpy_and_cryptography_alone(room: str) -> None:
+    known = {"numpy", "cryptography", "dare_agg"} | set(sys.stdlib_module_names)
+    bad = {
+        str(path.relative_to(ROOT)): sorted(tops(imports(path, module_level_only=True)) - known)
+        for path in rooms()[room]
+        if path != COMPILED and tops(imports(path, module_level_only=True)) - known
+    }
     assert not bad
 
 

@@ -1,3 +1,0 @@
-"""Where a passphrase comes from: a file, the environment, or the person at the terminal."""
-
-from __future__ import annotations

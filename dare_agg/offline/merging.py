@@ -23,9 +23,9 @@ from dare_agg.checkpoint import (
     parse_dtype,
     plan_like,
 )
+from dare_agg.checkpoint.names import renamed
 from dare_agg.errors import ConfigError, MergeError
 from dare_agg.merge.engine import prepare_merge, run_tiles
-from dare_agg.merge.methods import find_method
 from dare_agg.merge.task import Scratch, is_sparse
 from dare_agg.offline.card import model_card
 from dare_agg.offline.opening import OpenedModel, described, open_model
@@ -108,7 +108,7 @@ def merge_offline(
             tile=used,
             base=cached,
             statistics=[
-                _statistics(m.given.statistics, find_method(recipe.method).statistics, layout)
+                _statistics(m.given.statistics, recipe.row.statistics, layout)
                 for m in ordered
                 if m.given.statistics
             ],
@@ -134,10 +134,10 @@ def merge_offline(
         if not writer.single:
             if base.folder is not None:
                 carried = carry_files(base.folder, writer.folder)
-            card = model_card(recipe.as_dict(), models, layout, find_method(recipe.method))
+            card = model_card(recipe.as_dict(), models, layout, recipe.row)
             (writer.folder / "README.md").write_text(card, encoding="utf-8")
     return MergeReport(
-        str(out), find_method(recipe.method).name, layout.size, len(layout.entries),
+        str(out), recipe.row.name, layout.size, len(layout.entries),
         layout.excluded, models, carried, tuple(warnings),
     )  # fmt: skip
 
@@ -161,7 +161,7 @@ def tensor_weights(
         return weights, recipe.scaling
     count = len(ordered)
     if weights is None:
-        mean = find_method(recipe.method).mean
+        mean = recipe.row.mean
         weights = np.full(count, 1 / count if mean else 1.0)
     table = np.tile(weights[:, None], (1, len(layout.entries)))
     scaling = np.full(len(layout.entries), recipe.scaling)
@@ -185,7 +185,7 @@ def _options(recipe: Recipe, ordered: list[OpenedModel]) -> dict[str, Any]:
             options[name] = [value[m.number] for m in ordered]
     own = sorted({name for m in ordered for name in m.given.options})
     for name in own:
-        option = find_method(recipe.method).options[name]
+        option = recipe.row.options[name]
         if not option.per_model:
             raise ConfigError(f"option {name} is for all models; give it once, not for a model")
         common = options.get(name, option.default)
@@ -205,27 +205,9 @@ def _statistics(path: Path, kind: str | None, layout: Layout) -> Mapping[str, ND
             f"{path} holds {found} statistics, {kind} is needed; make it with dare-agg statistics "
             f"--kind {kind}"
         )
-    names = {entry.name for entry in layout.entries}
-    checkpoint = replace(checkpoint, tensors=_renamed(checkpoint.tensors, names))
+    checkpoint = replace(checkpoint, tensors=renamed(checkpoint.tensors, layout.names))
     arrays = {}
     for name, info in checkpoint.tensors.items():
         stored = checkpoint.raw(name)
         arrays[name] = stored.reshape(info.shape) if info.dtype == "F32" else checkpoint.array(name)
     return arrays
-
-
-def _renamed(given: Mapping[str, Any], names: set[str]) -> dict[str, Any]:
-    """Strip or add the one prefix that gives most of ``given`` a name among ``names``."""
-    best, most = dict(given), len(names & set(given))
-    prefixes = {
-        (long[: -len(short)], strip)
-        for ours, strip in ((sorted(given), True), (sorted(names), False))
-        for long in ours
-        for short in [long.partition(".")[2]]
-        if short
-    }
-    for prefix, strip in sorted(prefixes):
-        changed = {n.removeprefix(prefix) if strip else prefix + n: v for n, v in given.items()}
-        if len(changed) == len(given) and len(names & set(changed)) > most:
-            best, most = changed, len(names & set(changed))
-    return best

@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from dare_agg.checkpoint import Checkpoint, open_checkpoint
+from dare_agg.checkpoint.names import renamed
 from dare_agg.errors import BaseMismatchError, LayoutError
 from dare_agg.offline.adapter import adapter_base, adapter_source, is_adapter
 from dare_agg.offline.recipe import ModelInput
@@ -48,7 +49,10 @@ def open_model(
                     f"{path} was trained on {named}, BASE is {own}; give that as BASE"
                 )
         return OpenedModel(given, source, "adapter")
-    checkpoint = _with_names_of(open_checkpoint(path), layout)
+    checkpoint = open_checkpoint(path)
+    under = renamed(checkpoint.tensors, layout.names)
+    if under.keys() >= set(layout.names):
+        checkpoint = replace(checkpoint, tensors=under)
     patterns = compile_patterns(exclude)
     strangers = [
         name
@@ -62,25 +66,6 @@ def open_model(
         )
     reader = checkpoint.reader(layout)
     return OpenedModel(given, DifferenceSource(cached, reader), "checkpoint", checkpoint)
-
-
-def _with_names_of(checkpoint: Checkpoint, layout: Layout) -> Checkpoint:
-    """Strip or add the one prefix (such as "bert.") that task models put before the base's."""
-    if not layout.entries or all(entry.name in checkpoint.tensors for entry in layout.entries):
-        return checkpoint
-    first = layout.entries[0].name
-    for name in checkpoint.names:
-        if name.endswith("." + first):
-            prefix = name[: -len(first)]
-            renamed = {n.removeprefix(prefix): t for n, t in checkpoint.tensors.items()}
-        elif first.endswith("." + name):
-            prefix = first[: -len(name)]
-            renamed = {prefix + n: t for n, t in checkpoint.tensors.items()}
-        else:
-            continue
-        if all(entry.name in renamed for entry in layout.entries):
-            return replace(checkpoint, tensors=renamed)
-    return checkpoint
 
 
 def _open_update(path: Path, base: Checkpoint, layout: Layout) -> DeltaSource:

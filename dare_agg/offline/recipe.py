@@ -6,6 +6,7 @@ import json
 import re
 import tomllib
 from collections.abc import Mapping
+from functools import cached_property
 from pathlib import Path
 from typing import Any, Literal
 
@@ -14,7 +15,7 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_valida
 
 from dare_agg.codec.mask import parse_drop_rate
 from dare_agg.errors import ConfigError, did_you_mean
-from dare_agg.merge.methods import find_method
+from dare_agg.merge.methods import Method, find_method
 from dare_agg.vectors.layout import compile_patterns
 
 # Sparsifiers that restore a tensor's norm after a random drop, as mergekit does.
@@ -81,7 +82,7 @@ class Recipe(_Strict):
 
     @model_validator(mode="after")
     def _fits_together(self) -> Recipe:
-        row = find_method(self.method)
+        row = self.row
         row.settle(self.options)
         for model in self.models:
             row.settle({**self.options, **model.options})
@@ -106,6 +107,11 @@ class Recipe(_Strict):
                     f"{len(self.models)} models"
                 )
         return self
+
+    @cached_property
+    def row(self) -> Method:
+        """The method's row; a recipe of an unknown method does not exist."""
+        return find_method(self.method)
 
     def as_dict(self) -> dict[str, Any]:
         """The recipe as plain values, as it may stand in a file."""

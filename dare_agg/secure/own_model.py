@@ -18,6 +18,7 @@ from dare_agg.checkpoint import (
     open_checkpoint,
     plan_like,
 )
+from dare_agg.checkpoint.names import common_prefix
 from dare_agg.errors import CheckpointError
 from dare_agg.secure.ledger import tensor_claim
 from dare_agg.vectors.layout import FloatVector, Layout, layout_of
@@ -88,18 +89,7 @@ def open_own(base: str | Path, tuned: str | Path, exclude: Iterable[str] = ()) -
     layout = public.layout(exclude)
     if not layout.entries:
         raise CheckpointError(f"{base} has no floating-point tensor left to merge")
-    model = OwnModel(public, mine, layout, _prefix(layout, mine))
+    prefix, _ = common_prefix(mine.names, layout.names)
+    model = OwnModel(public, mine, layout, prefix)
     mine.check_layout(model.tuned_layout)
     return model
-
-
-def _prefix(layout: Layout, tuned: Checkpoint) -> str:
-    """What stands before every name of the layout in the tuned model, "" where nothing does."""
-    first = layout.entries[0].name
-    names = set(tuned.names)
-    for candidate in sorted(names):
-        if candidate.endswith("." + first):
-            prefix = candidate[: -len(first)]
-            if all(prefix + entry.name in names for entry in layout.entries):
-                return prefix
-    return ""

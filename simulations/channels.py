@@ -19,6 +19,7 @@ from numpy.typing import NDArray
 
 from dare_agg.errors import ConfigError
 from dare_agg.vectors.layout import FloatVector, fingerprint, layout_of
+from simulations.feedback import unsent
 
 HEAD = r"(^|\.)(head|classifier)\."
 State = Mapping[str, NDArray[Any]]
@@ -215,10 +216,9 @@ class DareChannel:
         return {**tuned, **layout.unflatten(vector)}
 
     def _keep_residual(self, client: int, tuned: State, update: Any) -> None:
-        rest = self._model.groups.layout.flatten(tuned)
-        rest -= self._model.delta
-        update.add(0, rest.size, rest, -1.0)
-        self._residual[client] = rest
+        wanted = self._model.groups.layout.flatten(tuned)
+        wanted -= self._model.delta
+        self._residual[client] = unsent(update, wanted)
 
     def finish(self) -> None:
         from dare_agg.rounds.server import advance, merge_round

@@ -5,10 +5,10 @@ from dataclasses import replace
 import numpy as np
 import pytest
 
-from dare_agg.codec.feedback import FeedbackFile, encode_with_feedback
 from dare_agg.codec.mask import parse_drop_rate
 from dare_agg.codec.update import UpdateSpec, decode_update, encode_update
-from dare_agg.errors import ConfigError, StateError
+from dare_agg.errors import ConfigError
+from simulations.feedback import unsent
 
 SIZE = 4096
 SPEC = UpdateSpec(
@@ -22,20 +22,27 @@ def spec_of(number, rescale=False):
     return replace(SPEC, mask_key=key[:16], values_key=key[16:], rescale=rescale)
 
 
+def send(number, delta, memory):
+    """One round: the receiver's update, and what the client keeps."""
+    wanted = delta + memory
+    update = decode_update(encode_update(spec_of(number), wanted), spec_of(number))
+    return update, unsent(update, wanted)
+
+
 def test_rescaled_survivors_are_refused():
+    delta, spec = np.ones(SIZE, np.float32), spec_of(0, rescale=True)
     with pytest.raises(ConfigError, match="diverges"):
-        encode_with_feedback(spec_of(0, rescale=True), np.ones(SIZE, np.float32), None)
+        unsent(decode_update(encode_update(spec, delta), spec), delta)
 
 
 def test_nothing_is_lost():
     """What was received so far and the memory add up to all deltas so far."""
     rng = np.random.default_rng(0)
-    memory, received, total = None, np.zeros(SIZE, np.float32), np.zeros(SIZE)
+    memory, received, total = np.zeros((3, SIZE), np.float32)
     for number in range(40):
         delta = rng.standard_normal(SIZE).astype(np.float32)
-        spec = spec_of(number)
-        blob, memory = encode_with_feedback(spec, delta, memory)
-        decode_update(blob, spec).add(0, SIZE, received)
+        update, memory = send(number, delta, memory)
+        update.add(0, SIZE, received)
         total += delta
     np.testing.assert_allclose(received + memory, total, atol=1e-3)
 
@@ -43,26 +50,12 @@ def test_nothing_is_lost():
 def test_over_rounds_it_beats_updates_without_memory():
     """The same delta each round: the mean received comes closer than unbiased DARE's."""
     delta = np.random.default_rng(1).standard_normal(SIZE).astype(np.float32)
-    rounds, memory = 60, None
+    rounds, memory = 60, np.zeros(SIZE, np.float32)
     sums = np.zeros((2, SIZE), np.float32)
     for number in range(rounds):
-        blob, memory = encode_with_feedback(spec_of(number), delta, memory)
-        decode_update(blob, spec_of(number)).add(0, SIZE, sums[0])
+        update, memory = send(number, delta, memory)
+        update.add(0, SIZE, sums[0])
         plain = spec_of(number, rescale=True)
         decode_update(encode_update(plain, delta), plain).add(0, SIZE, sums[1])
     errors = np.linalg.norm(sums / rounds - delta, axis=1) / np.linalg.norm(delta)
     assert errors[0] < 0.75 * errors[1]
-
-
-def test_the_memory_survives_in_a_file(tmp_path):
-    file = FeedbackFile(tmp_path, "ab" * 32)
-    assert file.read(SIZE) is None
-    memory = np.arange(SIZE, dtype=np.float32)
-    file.write(memory)
-    assert np.array_equal(file.read(SIZE), memory)
-    assert [path.name for path in tmp_path.iterdir()] == [file.path.name]
-    with pytest.raises(StateError, match="remove it"):
-        file.read(SIZE + 1)
-    file.path.write_bytes(file.path.read_bytes()[:100])
-    with pytest.raises(StateError, match="remove it"):
-        file.read(SIZE)

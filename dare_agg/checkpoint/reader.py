@@ -11,7 +11,6 @@ import json
 import math
 import mmap
 import os
-import re
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from functools import cached_property
@@ -393,8 +392,3 @@ def parse_dtype(word: str) -> str:
     if word in DTYPE_WORDS:
         return DTYPE_WORDS[word]
     raise CheckpointError(f"dtype {word!r} is unknown; known: {', '.join(DTYPE_WORDS)}")
-
-
-def file_safe(name: str) -> str:
-    """Turn any text into a plain file name."""
-    return re.sub(r"[^A-Za-z0-9._-]+", "-", name).strip("-.") or "model"

@@ -13,7 +13,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import Any, cast
 
 import numpy as np
@@ -200,8 +200,3 @@ def run_tiles(task: MergeTask, work: Callable[[int, int, Scratch], None], thread
 
     with ThreadPoolExecutor(threads) as pool:
         list(pool.map(run, range(threads)))
-
-
-def with_sources(task: MergeTask, sources: Sequence[DeltaSource]) -> MergeTask:
-    """Return the task over other sources."""
-    return replace(task, sources=tuple(sources))

@@ -11,7 +11,6 @@ from dare_agg.merge.task import FIXED_BLOCK, Span
 from dare_agg.vectors.layout import FloatVector
 from dare_agg.vectors.sources import DeltaSource
 
-NORMS = ("l1", "l2", "linf")
 # mergekit leaves tensors alone whose norm is below this.
 _LEAST = 1e-7
 

@@ -11,10 +11,11 @@ from numpy.typing import NDArray
 from dare_agg.codec.derive import Keystream, derive_key, seed_secret
 from dare_agg.errors import ConfigError
 from dare_agg.merge.linear import normalized, weighted_sum
+from dare_agg.merge.norms import norm_ratios
 from dare_agg.merge.task import FIXED_BLOCK, Kernel, MergeTask, Scratch, cut, span_starts
 from dare_agg.merge.thresholds import kth_smallest
 from dare_agg.merge.ties import consensus
-from dare_agg.merge.wrapped import ScaledSource
+from dare_agg.merge.wrapped import BandSource, ScaledSource
 from dare_agg.vectors.layout import Entry, FloatVector
 from dare_agg.vectors.sources import DeltaSource
 
@@ -49,45 +50,14 @@ def breadcrumbs(task: MergeTask) -> Kernel:
     weights = task.values_at(task.weights, spans)
     if task.options["normalize"] == "agreeing":
         weights = normalized(weights)
-    return weighted_sum(_bounded(task, low, high), weights * _scaling(task), None, spans)
+    banded = tuple(
+        BandSource(source, spans, low[i], high[i]) for i, source in enumerate(task.sources)
+    )
+    return weighted_sum(replace(task, sources=banded), weights * _scaling(task), None, spans)
 
 
 def _scaling(task: MergeTask) -> NDArray[np.float64]:
     return task.values_at(task.scaling, task.tensor_spans)
-
-
-def _bounded(task: MergeTask, low: NDArray[np.float32], high: NDArray[np.float32]) -> MergeTask:
-    sources = tuple(
-        _BandSource(source, task, low[i], high[i]) for i, source in enumerate(task.sources)
-    )
-    return _with_sources(task, sources)
-
-
-def _with_sources(task: MergeTask, sources: tuple[DeltaSource, ...]) -> MergeTask:
-    return replace(task, sources=sources)
-
-
-class _BandSource:
-    """A delta without what lies outside [low, high] of its tensor."""
-
-    def __init__(
-        self, source: DeltaSource, task: MergeTask, low: FloatVector, high: FloatVector
-    ) -> None:
-        self._source, self._task, self._low, self._high = source, task, low, high
-
-    @property
-    def size(self) -> int:
-        return self._source.size
-
-    def read(self, lo: int, hi: int, out: FloatVector) -> None:
-        self._source.read(lo, hi, out)
-        for (start, stop), low, high in zip(
-            self._task.tensor_spans, self._low, self._high, strict=True
-        ):
-            if start < hi and stop > lo:
-                piece = out[max(lo, start) - lo : min(hi, stop) - lo]
-                size = np.abs(piece)
-                piece *= (size >= low) & (size <= high)
 
 
 class _Variance:
@@ -220,39 +190,20 @@ def della(task: MergeTask) -> Kernel:
         source if density >= 1 else _DellaSource(task, source, density, epsilon, key, rescale)
         for source, density, key in zip(task.sources, densities, keys, strict=True)
     )
-    dropped = _with_sources(task, sources)
+    dropped = replace(task, sources=sources)
     if rescale == "l1":
         spans = task.tensor_spans
-        factors = _l1_ratio(task, dropped)
-        scaled = tuple(ScaledSource(source, spans, factors[i]) for i, source in enumerate(sources))
-        dropped = _with_sources(task, scaled)
+        scaled = tuple(
+            ScaledSource(left, spans, norm_ratios(whole, left, spans, "l1"))
+            for whole, left in zip(task.sources, sources, strict=True)
+        )
+        dropped = replace(task, sources=scaled)
     if task.options["sign-consensus"]:
         return consensus(dropped, task.spans, None)
     weights = task.weights
     if task.options["normalize"] == "agreeing":
         weights = normalized(weights)
     return weighted_sum(dropped, weights * task.scaling)
-
-
-def _l1_ratio(before: MergeTask, after: MergeTask) -> NDArray[np.float32]:
-    spans = before.tensor_spans
-    factors = np.ones((before.count, len(spans)), np.float32)
-    for i in range(before.count):
-        for number, (start, stop) in enumerate(spans):
-            norms = [_l1(task.sources[i], start, stop) for task in (before, after)]
-            if min(norms) >= 1e-7:
-                factors[i, number] = norms[0] / norms[1]
-    return factors
-
-
-def _l1(source: DeltaSource, start: int, stop: int) -> float:
-    buffer = np.empty(FIXED_BLOCK, np.float32)
-    parts = []
-    for lo in range(start, stop, FIXED_BLOCK):
-        row = buffer[: min(stop, lo + FIXED_BLOCK) - lo]
-        source.read(lo, lo + row.size, row)
-        parts.append(float(np.abs(row).sum(dtype=np.float64)))
-    return math.fsum(parts)
 
 
 class _DellaSource:

@@ -15,7 +15,7 @@ from dataclasses import dataclass, fields, replace
 
 from dare_agg.codec.budget import ClientTerms
 from dare_agg.codec.derive import derive_key
-from dare_agg.codec.mask import DropRate, Mask, parse_drop_rate
+from dare_agg.codec.mask import DropRate, parse_drop_rate
 from dare_agg.codec.update import CODEC_VERSION, UpdateSpec
 from dare_agg.errors import ConfigError, UpdateError
 from dare_agg.rounds.same_code import package_fingerprint
@@ -98,10 +98,6 @@ class RoundPlan:
             rescale=True,
             context=hashlib.sha256(b"dense\0" + self.digest()).digest(),
         )
-
-    def delta_mask(self) -> Mask:
-        """The mask of the delta group; anyone who has the plan can draw it again."""
-        return Mask(self.mask, self.model.size, self.drop_rate, self.mask_key, self.rank)
 
     def to_record(self) -> dict[str, int | float | bool | str | bytes | list[str]]:
         """Return the plan as plain values; empty ones are left out."""

@@ -218,17 +218,6 @@ def layout_of(
     return Layout(tuple(entries), tuple(excluded), tuple(kept_buffers))
 
 
-def layout_of_arrays(
-    arrays: Mapping[str, NDArray[np.generic]], *, exclude: Iterable[str] = ()
-) -> Layout:
-    """Lay arrays out; those that are not floating point become buffers."""
-    return layout_of(
-        {name: array.shape for name, array in arrays.items()},
-        exclude=exclude,
-        buffers=[name for name, array in arrays.items() if array.dtype.kind != "f"],
-    )
-
-
 def fingerprint(layout: Layout, vector: FloatVector) -> str:
     """SHA-256 (hex) of a model's parameters, the name of a base or a version.
 

@@ -10,7 +10,6 @@ from typing import Protocol, cast, runtime_checkable
 import numpy as np
 from numpy.typing import NDArray
 
-from dare_agg.errors import LayoutError
 from dare_agg.vectors.layout import FloatVector
 
 Positions = NDArray[np.int64]
@@ -53,30 +52,6 @@ class ArraySource:
 
     def take(self, positions: Positions) -> FloatVector:
         return self.delta.take(positions)
-
-
-@dataclass(frozen=True)
-class PairSource:
-    """tuned − base, subtracted as it is read."""
-
-    base: FloatVector
-    tuned: FloatVector
-
-    def __post_init__(self) -> None:
-        if self.base.shape != self.tuned.shape:
-            raise LayoutError(
-                f"base has {self.base.size} parameters, tuned {self.tuned.size}; they must be equal"
-            )
-
-    @property
-    def size(self) -> int:
-        return self.base.size
-
-    def read(self, lo: int, hi: int, out: FloatVector) -> None:
-        np.subtract(self.tuned[lo:hi], self.base[lo:hi], out=out)
-
-    def take(self, positions: Positions) -> FloatVector:
-        return self.tuned.take(positions) - self.base.take(positions)
 
 
 @dataclass(frozen=True)
@@ -159,8 +134,3 @@ def take(source: DeltaSource, positions: Positions) -> FloatVector:
 def array_source(delta: FloatVector) -> ArraySource:
     """Wrap a flat float32 delta."""
     return ArraySource(np.ascontiguousarray(delta, np.float32))
-
-
-def pair_source(base: FloatVector, tuned: FloatVector) -> PairSource:
-    """Wrap a base and a tuned model as their delta."""
-    return PairSource(base, tuned)

@@ -42,7 +42,7 @@ def grow(downlink, model, rounds, *, p="0.9", clients=4, dense_steps=False, seed
         plans = make_plans(b"s" * 32, number, [None] * clients, plan_settings, model.ref)
         step = np.zeros(model.delta.size, np.float32)
         for plan in plans:
-            kept = plan.delta_mask().indices(0, step.size)
+            kept = plan.spec().draw_mask().indices(0, step.size)
             step[kept] += rng.normal(size=kept.size).astype(np.float32) * np.float32(0.01)
         if dense_steps:
             step += rng.normal(size=step.size).astype(np.float32) * np.float32(0.01)

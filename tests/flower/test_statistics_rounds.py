@@ -108,7 +108,7 @@ def test_fisher_values_come_for_the_survivors_only(memory_grid, toys):
     model, delta = expected(toys, "fisher", [fisher_of(p, toys.arrays()) for p in range(CLIENTS)])
     found = model.groups.layout.flatten(merged) - model.delta
     plans = outcomes[0].plans
-    masks = [plan.delta_mask().indices(0, model.delta.size) for plan in plans]
+    masks = [plan.spec().draw_mask().indices(0, model.delta.size) for plan in plans]
     assert all(np.array_equal(mask, masks[0]) for mask in masks)
     kept = masks[0]
     # Where all clients speak, the merge is that of the full deltas, rescaled.

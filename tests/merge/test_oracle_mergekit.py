@@ -8,8 +8,9 @@ import numpy as np
 import pytest
 
 from dare_agg.merge.engine import merge_deltas
-from dare_agg.merge.norms import NORMS, norm_ratios
+from dare_agg.merge.norms import norm_ratios
 from dare_agg.merge.wrapped import ScaledSource
+from dare_agg.offline.recipe import MERGEKIT_NORMS
 from dare_agg.vectors.layout import Layout, layout_of
 from dare_agg.vectors.sources import array_source
 from simulations.sparsifiers import dare_given
@@ -133,13 +134,14 @@ def test_dare_with_given_masks(rule: str) -> None:
             for d, k in zip(deltas, kept, strict=True)
         ]
     spans = [(e.offset, e.stop) for e in layout.entries]
-    masked = {norm: tensors("dare_given_masks", f"masked_{norm}") for norm in ("None", *NORMS)}
+    norms = MERGEKIT_NORMS.values()
+    masked = {norm: tensors("dare_given_masks", f"masked_{norm}") for norm in ("None", *norms)}
     paper = tensors("dare_given_masks", "paper_rescale")
     for i, (delta, keep) in enumerate(zip(deltas, kept, strict=True)):
         whole, left = array_source(delta), array_source(delta * keep)
         rescaled = [
             (ScaledSource(left, spans, norm_ratios(whole, left, spans, norm)), masked[norm])
-            for norm in NORMS
+            for norm in norms
         ]
         for source, wanted in (
             (left, masked["None"]), *rescaled,

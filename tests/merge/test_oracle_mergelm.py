@@ -9,7 +9,7 @@ import pytest
 from dare_agg.merge.engine import merge_deltas
 from dare_agg.merge.fisher import _sum_of_squares
 from dare_agg.vectors.layout import Layout, layout_of
-from dare_agg.vectors.sources import ArraySource, array_source, pair_source
+from dare_agg.vectors.sources import ArraySource, array_source
 from simulations.sparsifiers import dare_given
 
 DATA = Path(__file__).resolve().parent.parent / "data" / "mergelm"
@@ -44,7 +44,7 @@ def check_merge(
 ) -> None:
     layout = layout_like(expected)
     base = layout.flatten(model(kind, "base"))
-    sources = [pair_source(base, layout.flatten(model(kind, f"m{i}"))) for i in range(count)]
+    sources = [array_source(layout.flatten(model(kind, f"m{i}")) - base) for i in range(count)]
     for tile in (17, 1 << 16):
         delta, _ = merge_deltas(
             layout, sources, method, base=array_source(base), tile=tile, **settings

@@ -16,8 +16,6 @@ from dare_agg.merge.engine import merge_deltas
 from dare_agg.merge.methods import METHODS
 from dare_agg.offline.merging import merge_offline
 from dare_agg.offline.recipe import make_recipe, read_recipe
-from dare_agg.vectors.layout import layout_of_arrays
-from dare_agg.vectors.sources import pair_source
 
 # Runs a merge that must fail with one clear line, which it returns.
 Refused = Callable[..., str]
@@ -120,12 +118,12 @@ def test_sparse_and_dense_consensus_agree(models: list[Path], tmp_path: Path) ->
     from dare_agg.vectors.sources import array_source
 
     arrays = [load_file(models[0] / "model.safetensors"), *(load_file(p) for p in models[1:])]
-    layout = layout_of_arrays(arrays[0])
+    layout = open_checkpoint(models[0]).layout()
     base, *tuned = (layout.flatten(a) for a in arrays)
     masks = [
         Mask("stratified", layout.size, parse_drop_rate("0.85"), bytes([i] * 16)) for i in (1, 1, 2)
     ]
-    sparse = [MaskedSource(pair_source(base, t), m) for t, m in zip(tuned, masks, strict=True)]
+    sparse = [MaskedSource(array_source(t - base), m) for t, m in zip(tuned, masks, strict=True)]
     dense = []
     for source in sparse:
         whole = np.empty(layout.size, np.float32)

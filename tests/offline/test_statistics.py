@@ -11,7 +11,7 @@ from dare_agg.merge.collect import collect_fisher, collect_grams
 from dare_agg.merge.engine import merge_deltas
 from dare_agg.offline.statistics import read_texts, write_statistics
 from dare_agg.vectors.layout import layout_of
-from dare_agg.vectors.sources import pair_source
+from dare_agg.vectors.sources import array_source
 from simulations.sparsifiers import dare_given
 
 torch = pytest.importorskip("torch")
@@ -63,7 +63,7 @@ def merged(expected: dict, method: str, statistics: list, **options: object) -> 
     layout = layout_of({name: array.shape for name, array in expected.items()})
     models = load("models_A")
     base = layout.flatten(under(models, "base"))
-    sources = [pair_source(base, layout.flatten(under(models, f"m{i}"))) for i in range(2)]
+    sources = [array_source(layout.flatten(under(models, f"m{i}")) - base) for i in range(2)]
     delta, _ = merge_deltas(layout, sources, method, statistics=statistics, options=options)
     return base + delta, layout.flatten(expected)
 
@@ -97,7 +97,7 @@ def test_statistics_of_dropped_models(method: str) -> None:
             kept = dare_given(delta, drop.reshape(-1) != 0, "0.5").reshape(drop.shape)
             weights[name] = base[name] + kept
         weights.pop("param_order", None)
-        sources.append(pair_source(layout.flatten(base), layout.flatten(weights)))
+        sources.append(array_source(layout.flatten(weights) - layout.flatten(base)))
         if method == "fisher":
             found = collect_fisher(Tiny(weights), batches(ids, i), rule="reference", examples=16)
         else:
@@ -131,8 +131,7 @@ def test_fisher_of_a_regression(norm: int, weights: list[float] | None) -> None:
         )
         models.append(named)
     layout = layout_of({k: v.shape for k, v in models[0].items()})
-    zero = np.zeros(layout.size, np.float32)
-    sources = [pair_source(zero, layout.flatten(m)) for m in models]
+    sources = [array_source(layout.flatten(m)) for m in models]
     got, _ = merge_deltas(
         layout, sources, "fisher", statistics=statistics, weights=weights,
         options={"normalize": bool(norm)},

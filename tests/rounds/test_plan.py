@@ -34,7 +34,7 @@ def test_masks_of_a_family_are_disjoint_and_the_next_family_has_its_own_key():
     assert len({plan.mask_key for plan in plans}) == 2
     seen = np.zeros(MODEL.size, np.int64)
     for plan in plans[:10]:
-        seen[plan.delta_mask().indices(0, MODEL.size)] += 1
+        seen[plan.spec().draw_mask().indices(0, MODEL.size)] += 1
     assert seen.max() == 1 and seen.sum() == 10 * 500
 
 

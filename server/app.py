@@ -15,7 +15,7 @@ from flwr.serverapp import Grid, ServerApp
 
 from dare_agg.deploy.identities import read_identities
 from dare_agg.downlink.base import read_base
-from dare_agg.downlink.server import make_version_downlink
+from dare_agg.downlink.ways import make_downlink
 from dare_agg.errors import DareError, RunError, StateError
 from dare_agg.flower import DareStrategy, RoundOutcome
 from dare_agg.flower.exchange import exchange, online_nodes, went_away
@@ -135,7 +135,7 @@ def run_method(
     kept = StateFolder(recorder.folder / "state" / name)
 
     def record(outcome: RoundOutcome) -> None:
-        row = _row(name, outcome, time.monotonic() - began, config.downlink != "full")
+        row = _row(name, outcome, time.monotonic() - began, bool(strategy.downlink.facts()))
         for key in totals:
             totals[key] += row[key]
         recorder.row(row)
@@ -262,7 +262,7 @@ def make_strategy(config: RunConfig, name: str, record: Any) -> DareStrategy:
         # FedAvg and the head alone are there to compare with: they send what they send.
         upload_budget=config.budget() if "drop_rate" not in METHODS[name] else None,
         identities=read_identities(config.identities) if config.identities else None,
-        downlink=None if config.downlink == "full" else make_version_downlink(config.downlink),
+        downlink=make_downlink(config.downlink),
         **words,
     )
 

@@ -10,7 +10,7 @@ from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationEr
 from dare_agg.codec.budget import UploadBudget, parse_bytes
 from dare_agg.codec.formats import find_values
 from dare_agg.codec.mask import parse_drop_rate
-from dare_agg.downlink.server import FORMS
+from dare_agg.downlink.ways import DOWNLINKS
 from dare_agg.errors import ConfigError, did_you_mean
 from dare_agg.secure.settings import SECURE_METHODS, SecureSettings
 from dare_agg.vectors.layout import compile_patterns
@@ -170,10 +170,9 @@ def read_config(raw: Mapping[str, Any]) -> RunConfig:
             raise ConfigError(f"methods: {name!r} is unknown{did_you_mean(name, METHODS)}")
     if not config.methods:
         raise ConfigError("methods is empty; name at least one, for example dare-task-arithmetic")
-    if config.downlink not in ("full", *FORMS):
+    if config.downlink not in DOWNLINKS:
         raise ConfigError(
-            f"downlink {config.downlink!r} is unknown"
-            f"{did_you_mean(config.downlink, ('full', *FORMS))}"
+            f"downlink {config.downlink!r} is unknown{did_you_mean(config.downlink, DOWNLINKS)}"
         )
     if config.resume and not (config.output and config.keep_state):
         raise ConfigError("resume needs output, the folder of the run, and keep-state = true")
@@ -211,7 +210,7 @@ def _check_secure(config: RunConfig) -> None:
          f"{did_you_mean(config.secure, SECURE_METHODS)}"),
         (config.methods != DEFAULT_METHODS, "methods beside secure; secure names the method"),
         (config.mask != "stratified", f"mask = {config.mask!r} with secure; stratified is summed"),
-        (config.secure_merge and config.downlink != "full",
+        (config.secure_merge and config.downlink != RunConfig.model_fields["downlink"].default,
          f"downlink = {config.downlink!r} in a one-shot merge, which sends no model: leave it out"),
         (config.budget() is not None, "an upload budget with secure; all parties share one mask: "
          "set drop-rate"),

@@ -9,7 +9,7 @@ from typing import Any
 from flwr.serverapp import Grid
 
 from dare_agg.codec.mask import parse_drop_rate
-from dare_agg.downlink.server import make_version_downlink
+from dare_agg.downlink.ways import make_downlink
 from dare_agg.errors import ConfigError
 from dare_agg.flower.secure.merge import secure_merge
 from dare_agg.flower.secure.strategy import SecureStrategy
@@ -42,7 +42,7 @@ def secure_strategy(config: RunConfig, step: ServerStep, record: Any) -> SecureS
         dense=() if config.train == "head" else config.dense,
         exclude=config.exclude,
         server_step=step,
-        downlink=None if config.downlink == "full" else make_version_downlink(config.downlink),
+        downlink=make_downlink(config.downlink),
         seed=config.seed,
         run=str(config.seed),
         deadline=config.deadline or None,

@@ -24,7 +24,7 @@ from flwr.app import Array, ArrayRecord, ConfigRecord, Message, MetricRecord, Re
 from flwr.clientapp import ClientApp
 
 from dare_agg.codec.update import CODEC_VERSION, encode_update
-from dare_agg.downlink.server import make_version_downlink
+from dare_agg.downlink.ways import make_downlink
 from dare_agg.flower import DareStrategy
 from dare_agg.flower.records import ASK_HELLO, ORDER_KEY, REPLY_KEY, UPDATE_KEY
 from dare_agg.flower.transport import pack
@@ -107,7 +107,7 @@ def measure(clients: int, parameters: int, drop_rate: str) -> dict[str, Any]:
         fraction_evaluate=0.0,
         drop_rate=drop_rate,
         seed=1,
-        downlink=make_version_downlink("auto"),
+        downlink=make_downlink("auto"),
     )
     strategy.start(MadeUpClients(ClientApp(), clients), initial, num_rounds=2)
     measured = strategy.outcome.measurements if strategy.outcome else {}

@@ -123,6 +123,7 @@ class DareChannel:
 
     def __init__(self, settings: Mapping[str, Any], state: State, seed: int, clients: int) -> None:
         from dare_agg.codec.derive import seed_secret
+        from dare_agg.downlink.ways import make_downlink
         from dare_agg.rounds.settings import FederatedSettings
         from dare_agg.rounds.step import StepState, server_step
         from dare_agg.vectors.model import global_model
@@ -143,7 +144,7 @@ class DareChannel:
         )
         self._independent = settings["masks"] == "independent"
         self._secret = seed_secret(seed)
-        self._downlink = make_downlink(settings, self._settings)
+        self._downlink = make_downlink(settings["downlink"], **settings["downlink_options"])
         self._model = self._downlink.start(global_model(state, dense=(HEAD,)))
         self._step_state = StepState()
         self.size = self._model.delta.size
@@ -237,15 +238,3 @@ class DareChannel:
 
     def measurements(self) -> dict[str, Any]:
         return {"rounds": self._measured}
-
-
-def make_downlink(settings: Mapping[str, Any], federated: Any) -> Any:
-    """Return the downlink by name: "full", or a form of `dare_agg.downlink.server`."""
-    from dare_agg.downlink.protocol import FullDownlink
-
-    name = settings["downlink"]
-    if name == "full":
-        return FullDownlink()
-    from dare_agg.downlink.server import make_version_downlink
-
-    return make_version_downlink(name, **settings["downlink_options"])

@@ -12,11 +12,11 @@ from dare_agg.errors import StateError
 from dare_agg.vectors.model import Arrays
 
 DOWNLINK_NAME = "versions"
-
+# What an order says besides the version asked for.
+BASE_VERSION = "base-version"
+# Payloads.
 BASE = "base"
-
 STEPS = "steps"
-
 DENSE_STEPS = "dense-steps"
 
 

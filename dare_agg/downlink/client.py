@@ -68,6 +68,9 @@ class VersionReceiver:
         except (StateError, KeyError):
             return self.base
 
+    def wants_base(self) -> bool:
+        return not self.have()
+
     def adopt(self, arrays: Arrays) -> bool:
         """Keep a base that this client has from elsewhere; False when it is another one."""
         if global_model(arrays, **self._patterns).ref.version != self.base:

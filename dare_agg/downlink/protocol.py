@@ -12,6 +12,8 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Protocol
 
+import numpy as np
+
 from dare_agg.codec.mask import DropRate
 from dare_agg.errors import BaseMismatchError
 from dare_agg.vectors.layout import FloatVector
@@ -20,10 +22,15 @@ from dare_agg.vectors.model import Arrays, GlobalModel
 
 @dataclass(frozen=True)
 class Broadcast:
-    """What one client is sent: the full arrays, or payloads its receiver understands."""
+    """What one client is sent: the full arrays, or payloads its receiver understands.
+
+    ``holds`` is the version that it certainly holds from then on, "" for none: whoever did not
+    get this says so, and who is only late is not sent the same twice.
+    """
 
     full: bool = True
     payloads: Mapping[str, bytes] = field(default_factory=dict)
+    holds: str = ""
 
 
 class DrawnMask(Protocol):
@@ -73,12 +80,27 @@ class Downlink(Protocol):
     def broadcast(self, model: GlobalModel, have: str) -> Broadcast:
         """Return what brings a client from version ``have`` ("" for none) to ``model``."""
 
+    def facts(self) -> Mapping[str, str]:
+        """What every order says of the versions that clients keep; nothing where they keep none."""
+
+    def state_arrays(self) -> Mapping[str, np.ndarray]:
+        """All that a restart needs besides base and model, as named arrays."""
+
+    def restore(self, base: GlobalModel, arrays: Mapping[str, np.ndarray]) -> GlobalModel:
+        """Take up `state_arrays` again over the run's base; returns the model they belong to."""
+
 
 class Receiver(Protocol):
     """The client's half."""
 
     def have(self) -> str:
         """The version this client could start from, "" for none."""
+
+    def wants_base(self) -> bool:
+        """Whether a base that this client makes by itself would spare it the way."""
+
+    def adopt(self, arrays: Arrays) -> bool:
+        """Keep a base that this client has from elsewhere; False when it is another one."""
 
     def receive(self, version: str, payloads: Mapping[str, bytes], arrays: Arrays | None) -> Arrays:
         """Return the full arrays of ``version``; raises `BaseMismatchError` when it cannot.
@@ -109,6 +131,15 @@ class FullDownlink:
     def broadcast(self, model: GlobalModel, have: str) -> Broadcast:
         return Broadcast()
 
+    def facts(self) -> Mapping[str, str]:
+        return {}
+
+    def state_arrays(self) -> Mapping[str, np.ndarray]:
+        return {}
+
+    def restore(self, base: GlobalModel, arrays: Mapping[str, np.ndarray]) -> GlobalModel:
+        return base
+
 
 @dataclass(frozen=True)
 class FullReceiver:
@@ -116,6 +147,12 @@ class FullReceiver:
 
     def have(self) -> str:
         return ""
+
+    def wants_base(self) -> bool:
+        return False
+
+    def adopt(self, arrays: Arrays) -> bool:
+        return False
 
     def receive(self, version: str, payloads: Mapping[str, bytes], arrays: Arrays | None) -> Arrays:
         if arrays is None:

@@ -11,7 +11,6 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any
 
 import numpy as np
 
@@ -19,7 +18,14 @@ from dare_agg.codec.derive import derive_key
 from dare_agg.codec.formats import find_values
 from dare_agg.codec.mask import parse_drop_rate
 from dare_agg.codec.payload import PayloadReader, decode_payload, encode_payload
-from dare_agg.downlink.base import BASE, DENSE_STEPS, DOWNLINK_NAME, STEPS, write_base
+from dare_agg.downlink.base import (
+    BASE,
+    BASE_VERSION,
+    DENSE_STEPS,
+    DOWNLINK_NAME,
+    STEPS,
+    write_base,
+)
 from dare_agg.downlink.grid import Counts, VersionGrid, add_steps, grid_of
 from dare_agg.downlink.protocol import Broadcast, DrawnMask
 from dare_agg.downlink.steps import (
@@ -178,7 +184,7 @@ class VersionDownlink:
                 f"{self.version[:12]}; broadcast only the newest"
             )
         if have == self.version:
-            return Broadcast(full=False)
+            return Broadcast(full=False, holds=have)
         # Who names any version holds this run's base too: a client looks for nothing else.
         known = [self.base_version] if have else []
         if have in self.parents():
@@ -192,11 +198,10 @@ class VersionDownlink:
             payloads[DENSE_STEPS] = dense
         if not known:
             payloads[BASE] = self._base_bytes()
-        return Broadcast(full=False, payloads=payloads)
+        return Broadcast(full=False, payloads=payloads, holds=have or self.base_version)
 
     def facts(self) -> dict[str, str]:
-        """What every order to a client says besides the version."""
-        return {"base-version": self.base_version}
+        return {BASE_VERSION: self.base_version}
 
     # --- paths -----------------------------------------------------------------------------
 
@@ -252,8 +257,8 @@ class VersionDownlink:
             "rest": delta.rest,
             "dense-counts": dense.counts,
             "dense-rest": dense.rest,
-            "steps": np.frombuffer(body, np.uint8),
-            "dense-steps": np.frombuffer(dense_body, np.uint8),
+            STEPS: np.frombuffer(body, np.uint8),
+            DENSE_STEPS: np.frombuffer(dense_body, np.uint8),
         }
 
     def restore(self, base: GlobalModel, arrays: Mapping[str, np.ndarray]) -> GlobalModel:
@@ -271,7 +276,7 @@ class VersionDownlink:
                 setattr(group, what, np.array(found))
         body, dense_body = (
             np.asarray(arrays.get(k, np.empty(0, np.uint8)), np.uint8).tobytes()
-            for k in ("steps", "dense-steps")
+            for k in (STEPS, DENSE_STEPS)
         )
         self.steps = read_steps(body, dense_body)
         self._model = base.placed(delta.values(), dense.values())
@@ -360,12 +365,3 @@ class VersionDownlink:
         if not self._base_payload:
             self._base_payload = write_base(self.base_arrays())
         return self._base_payload
-
-
-def make_version_downlink(form: str = "auto", **options: Any) -> VersionDownlink:
-    """Make the downlink of a form by name; raises `ConfigError` for an unknown option."""
-    known = ("dense_values", "drop_rate", "keep_bytes")
-    for key in options:
-        if key not in known:
-            raise ConfigError(f"downlink has no option {key!r}{did_you_mean(key, known)}")
-    return VersionDownlink(form, **options)

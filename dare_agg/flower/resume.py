@@ -20,14 +20,12 @@ from typing import Any
 
 from flwr.app import ArrayRecord
 
-from dare_agg.downlink.server import VersionDownlink
-from dare_agg.errors import StateError
 from dare_agg.flower.round_outcome import RoundOutcome
 from dare_agg.flower.strategy import DareStrategy
 from dare_agg.flower.transport import to_numpy, to_record
-from dare_agg.rounds.state import StateFolder, pack_round, part_of, unpack_step
+from dare_agg.rounds.state import StateFolder, pack_round, unpack_model, unpack_step
 from dare_agg.rounds.step import StepState
-from dare_agg.vectors.model import GlobalModel, global_model
+from dare_agg.vectors.model import global_model
 
 LOG = logging.getLogger("flwr")
 
@@ -55,14 +53,13 @@ def save(
     facts: Mapping[str, Any] | None = None,
 ) -> None:
     """Keep a finished round; raises `StateError` when it cannot be written."""
-    downlink = strategy.downlink
     folder.save(
         pack_round(
             outcome.round,
             outcome.model,
             outcome.step_state,
-            {**(facts or {}), "secret": strategy.secret.hex(), "downlink": downlink.name},
-            downlink.state_arrays() if isinstance(downlink, VersionDownlink) else None,
+            {**(facts or {}), "secret": strategy.secret.hex()},
+            strategy.downlink,
         )
     )
 
@@ -79,29 +76,11 @@ def resume(strategy: DareStrategy, folder: StateFolder) -> Resumed | None:
         LOG.warning("%s; going on from the round before", problem)
     if state is None:
         return None
-    downlink = strategy.downlink
-    if state.facts["downlink"] != downlink.name:
-        raise StateError(
-            f"the run was kept with downlink {state.facts['downlink']!r}, this strategy has "
-            f"{downlink.name!r}; resume with the settings the run was started with"
-        )
     settings = strategy.settings
     base = global_model(folder.load_base(), dense=settings.dense, exclude=settings.exclude)
-    model = _model(base, downlink, state)
-    if model.ref.version != state.facts["version"]:
-        raise StateError(
-            f"round {state.round} was kept as version {state.facts['version'][:12]} and reads as "
-            f"{model.ref.version[:12]}; resume with the settings the run was started with"
-        )
+    model = unpack_model(state, base, strategy.downlink)
     strategy.secret = bytes.fromhex(state.facts["secret"])
     LOG.info("resuming after round %d, version %s", state.round, model.ref.version[:12])
     return Resumed(
         state.round, to_record(model.arrays()), unpack_step(state), model.ref.version, state.facts
     )
-
-
-def _model(base: GlobalModel, downlink: object, state: Any) -> GlobalModel:
-    if isinstance(downlink, VersionDownlink):
-        return downlink.restore(base, part_of(state, "down"))
-    arrays = part_of(state, "model")
-    return base.placed(arrays["delta"], arrays["dense"])

@@ -19,9 +19,7 @@ from dare_agg.codec.mask import DropRate
 from dare_agg.codec.payload import payload_bytes
 from dare_agg.codec.update import CODEC_VERSION, HEADER_BYTES
 from dare_agg.deploy.identities import check_identities
-from dare_agg.downlink.base import BASE
 from dare_agg.downlink.protocol import Downlink, FullDownlink
-from dare_agg.downlink.server import VersionDownlink
 from dare_agg.errors import ConfigError, DareError, RunError
 from dare_agg.flower import arguments
 from dare_agg.flower.clients import Client, Clients, sample
@@ -525,17 +523,18 @@ class DareStrategy(Strategy):
         """Take over arrays that are not the ones this strategy made itself."""
         if self._model is not None and arrays is self._arrays:
             return
-        self._model = self.downlink.start(
-            global_model(to_numpy(arrays), dense=self.settings.dense, exclude=self.settings.exclude)
+        given = global_model(
+            to_numpy(arrays), dense=self.settings.dense, exclude=self.settings.exclude
         )
-        facts = self.downlink.facts() if isinstance(self.downlink, VersionDownlink) else {}
+        self._model = self.downlink.start(given)
+        facts = self.downlink.facts()
         self._clients.facts = {
             **facts,
             **({"dense": list(self.settings.dense)} if facts and self.settings.dense else {}),
             **({"exclude": list(self.settings.exclude)} if facts and self.settings.exclude else {}),
         }
         # A downlink may have rounded the model: then its arrays are not the given ones.
-        self._arrays = arrays if isinstance(self.downlink, FullDownlink) else None
+        self._arrays = arrays if self._model is given else None
 
     def _current_arrays(self) -> ArrayRecord:
         assert self._model is not None
@@ -573,9 +572,7 @@ class DareStrategy(Strategy):
         content = RecordDict({self.configrecord_key: config, ORDER_KEY: order})
         if broadcast.full:
             content[self.arrayrecord_key] = self._current_arrays()
-        if BASE in broadcast.payloads:
-            # Whoever does not get it says so; who is only late, or rejected, is not sent it twice.
-            self._have[client.node] = str(self._clients.facts["base-version"])
+        self._have[client.node] = broadcast.holds
         for name, payload in broadcast.payloads.items():
             # The same bytes for several clients are packed once.
             if self._packed.get(name, (b"", None))[0] is not payload:

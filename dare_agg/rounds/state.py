@@ -20,6 +20,7 @@ from typing import Any
 
 from numpy.typing import NDArray
 
+from dare_agg.downlink.protocol import Downlink
 from dare_agg.errors import StateError
 from dare_agg.files.state_file import NamedArrays, read_state, write_state
 from dare_agg.rounds.step import StepState, state_from_arrays, state_to_arrays
@@ -29,6 +30,8 @@ KEEP = 2
 _NAME = re.compile(r"round-(\d{8})\.state")
 _BASE = "base.state"
 _LOCK = "lock"
+# Prefixes of a round's arrays: the server step, the downlink's state, else the model.
+_STEP, _DOWN, _MODEL = "step", "down", "model"
 
 
 @dataclass(frozen=True)
@@ -137,21 +140,45 @@ def pack_round(
     model: GlobalModel,
     step_state: StepState,
     facts: Mapping[str, Any],
-    downlink: NamedArrays | None = None,
+    downlink: Downlink,
 ) -> RoundState:
     """Gather a finished round: the model (or the downlink's state of it) and the server step."""
     arrays: dict[str, NDArray[Any]] = {
-        f"step/{name}": array for name, array in state_to_arrays(step_state).items()
+        f"{_STEP}/{name}": array for name, array in state_to_arrays(step_state).items()
     }
-    if downlink is None:
-        arrays["model/delta"], arrays["model/dense"] = model.delta, model.dense
+    if kept := downlink.state_arrays():
+        arrays.update({f"{_DOWN}/{name}": array for name, array in kept.items()})
     else:
-        arrays.update({f"down/{name}": array for name, array in downlink.items()})
-    return RoundState(number, {**facts, "version": model.ref.version}, arrays)
+        arrays[f"{_MODEL}/delta"], arrays[f"{_MODEL}/dense"] = model.delta, model.dense
+    facts = {**facts, "downlink": downlink.name, "version": model.ref.version}
+    return RoundState(number, facts, arrays)
+
+
+def unpack_model(state: RoundState, base: GlobalModel, downlink: Downlink) -> GlobalModel:
+    """Bring ``downlink`` and the model back to where a round was finished.
+
+    Raises `StateError` where ``base`` or the downlink's settings are not those of the run.
+    """
+    if state.facts["downlink"] != downlink.name:
+        raise StateError(
+            f"the run was kept with downlink {state.facts['downlink']!r}, this strategy has "
+            f"{downlink.name!r}; resume with the settings the run was started with"
+        )
+    if kept := part_of(state, _DOWN):
+        model = downlink.restore(base, kept)
+    else:
+        found = part_of(state, _MODEL)
+        model = base.placed(found["delta"], found["dense"])
+    if model.ref.version != state.facts["version"]:
+        raise StateError(
+            f"round {state.round} was kept as version {state.facts['version'][:12]} and reads as "
+            f"{model.ref.version[:12]}; resume with the settings the run was started with"
+        )
+    return model
 
 
 def part_of(state: RoundState, prefix: str) -> dict[str, NDArray[Any]]:
-    """The arrays of a round state under a prefix ("step", "down", "model")."""
+    """The arrays of a round state under a prefix."""
     return {
         name.removeprefix(prefix + "/"): array
         for name, array in state.arrays.items()
@@ -161,4 +188,4 @@ def part_of(state: RoundState, prefix: str) -> dict[str, NDArray[Any]]:
 
 def unpack_step(state: RoundState) -> StepState:
     """Return the server step's state of a finished round."""
-    return state_from_arrays(part_of(state, "step"))
+    return state_from_arrays(part_of(state, _STEP))

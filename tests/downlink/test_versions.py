@@ -11,8 +11,9 @@ from dare_agg.codec.mask import parse_drop_rate
 from dare_agg.downlink.base import BASE, STEPS, read_base, write_base
 from dare_agg.downlink.client import VersionReceiver
 from dare_agg.downlink.grid import add_steps, grid_of
-from dare_agg.downlink.server import FORMS, make_version_downlink
+from dare_agg.downlink.server import FORMS
 from dare_agg.downlink.steps import HEAD, apply_step, read_steps
+from dare_agg.downlink.ways import make_downlink
 from dare_agg.errors import BaseMismatchError, ConfigError, DareError, StateError, UpdateError
 from dare_agg.rounds.plan import PlanSettings, make_plans
 from dare_agg.vectors.model import global_model
@@ -52,7 +53,7 @@ def grow(downlink, model, rounds, *, p="0.9", clients=4, dense_steps=False, seed
 
 
 def started(form="auto", **options):
-    downlink = make_version_downlink(form, **options)
+    downlink = make_downlink(form, **options)
     model = downlink.start(global_model(base_arrays(), dense=["^head"]))
     return downlink, model
 
@@ -261,7 +262,7 @@ def test_the_cache_is_bounded(tmp_path):
     for number in range(5):
         arrays = base_arrays()
         arrays["wide"] = arrays["wide"] + np.float32(number)
-        downlink = make_version_downlink()
+        downlink = make_downlink("auto")
         model = downlink.start(global_model(arrays, dense=["^head"]))
         receiver = VersionReceiver(
             tmp_path, "c", downlink.base_version, dense=("^head",), keep_bytes=60_000
@@ -314,10 +315,10 @@ def test_grid_steps_follow_the_largest_base_value():
 @pytest.mark.parametrize(
     "make",
     [
-        lambda: make_version_downlink("union"),
-        lambda: make_version_downlink("auto", denze_values="i8"),
-        lambda: make_version_downlink("auto", dense_values="i9"),
-        lambda: make_version_downlink("dare-b1", drop_rate="1"),
+        lambda: make_downlink("union"),
+        lambda: make_downlink("auto", denze_values="i8"),
+        lambda: make_downlink("auto", dense_values="i9"),
+        lambda: make_downlink("dare-b1", drop_rate="1"),
     ],
 )
 def test_wrong_settings_are_refused(make):

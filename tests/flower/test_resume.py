@@ -8,7 +8,7 @@ import time
 
 import pytest
 
-from dare_agg.downlink.server import make_version_downlink
+from dare_agg.downlink.ways import make_downlink
 from dare_agg.errors import StateError
 from dare_agg.flower import DareStrategy
 from dare_agg.flower.resume import keep_base, resume, save
@@ -29,7 +29,7 @@ def one_run(grid, toys, folder, *, rounds=ROUNDS, seed=3, downlink="auto", stop_
         drop_rate="0.9",
         dense=["^head"],
         server_step="momentum",
-        downlink=make_version_downlink(downlink) if downlink else None,
+        downlink=make_downlink(downlink),
         round_hook=lambda o: bool(save(strategy, kept, o)) or o.round == stop_after,
     )
     resumed = resume(strategy, kept)
@@ -49,7 +49,7 @@ def cache(tmp_path, monkeypatch):
     monkeypatch.setenv("DARE_AGG_CACHE", str(tmp_path / "cache"))
 
 
-@pytest.mark.parametrize("downlink", ["auto", None])
+@pytest.mark.parametrize("downlink", ["auto", "full"])
 def test_stopping_and_going_on_changes_nothing(memory_grid, toys, cache, tmp_path, downlink):
     whole = one_run(memory_grid(toys.app(), 3), toys, tmp_path / "a", rounds=5, downlink=downlink)
     for stop in (1, 3, 4, None):
@@ -82,7 +82,7 @@ def test_a_corrupt_newest_state_costs_one_round(memory_grid, toys, cache, tmp_pa
 def test_other_settings_are_refused(memory_grid, toys, cache, tmp_path):
     one_run(memory_grid(toys.app(), 3), toys, tmp_path / "a", rounds=1)
     with pytest.raises(StateError, match="settings the run was started with"):
-        one_run(memory_grid(toys.app(), 3), toys, tmp_path / "a", downlink=None)
+        one_run(memory_grid(toys.app(), 3), toys, tmp_path / "a", downlink="full")
 
 
 @pytest.mark.slow

@@ -11,7 +11,7 @@ from flwr.app import ConfigRecord, Context, RecordDict
 from flwr.clientapp import ClientApp
 from safetensors.numpy import load_file, save_file
 
-from dare_agg.downlink.server import make_version_downlink
+from dare_agg.downlink.ways import make_downlink
 from dare_agg.errors import ConfigError, ProtocolError, RunError
 from dare_agg.flower import DareStrategy, dare_mod
 from dare_agg.flower.secure import session as secure_session
@@ -148,7 +148,7 @@ def test_only_small_steps_travel_down_too(
         folder,
         secure={"drop_rate": "0.9"},
         dense=[r"^head"],
-        downlink=make_version_downlink("auto"),
+        downlink=make_downlink("auto"),
         round_hook=disturb,
     )
     result = strategy.start(grid, toys.record(toys.arrays()), num_rounds=5)

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 from flwr.app import RecordDict
 
-from dare_agg.downlink.server import make_version_downlink
+from dare_agg.downlink.ways import make_downlink
 from dare_agg.flower import DareStrategy, mod, offer_base
 from dare_agg.vectors.model import global_model
 
@@ -24,7 +24,7 @@ def federate(grid, toys, rounds, *, form="auto", on_round=None, **words):
         seed=4,
         drop_rate="0.9",
         dense=["^head"],
-        downlink=make_version_downlink(form),
+        downlink=make_downlink(form),
         round_hook=hook,
         **words,
     )

@@ -18,7 +18,6 @@ from flwr.app import ArrayRecord, ConfigRecord, Message, MessageType, MetricReco
 from flwr.serverapp import Grid
 
 from dare_agg.downlink.protocol import SharedMask
-from dare_agg.downlink.server import VersionDownlink
 from dare_agg.errors import ConfigError, ProtocolError, RunError
 from dare_agg.flower.clients import Client
 from dare_agg.flower.records import ASK_TRAIN, read_config, read_have, read_refusal
@@ -221,7 +220,7 @@ class SecureStrategy(DareStrategy):
         """Whether a client cannot make the version from what it was sent, and holds less."""
         record = None if reply.has_error() else read_config(reply.content, SECURE_KEY)
         refusal = read_refusal(record) if record is not None else None
-        held = isinstance(self.downlink, VersionDownlink) and self._have.get(node)
+        held = self._have.get(node)
         if record is None or refusal is None or "have" not in record or not held:
             return False
         have = read_have(record)

@@ -10,7 +10,7 @@ from flwr.serverapp.strategy import FedAvg
 
 from dare_agg.codec.budget import UploadBudget
 from dare_agg.deploy.identities import read_identities
-from dare_agg.downlink.server import make_version_downlink
+from dare_agg.downlink.ways import make_downlink
 from dare_agg.files.atomic import write_atomically
 from dare_agg.flower import DareStrategy
 from dare_agg.flower.resume import keep_base, resume, save
@@ -61,7 +61,7 @@ def main(grid: Grid, context: Context) -> None:
         dense=[r"^head\."],
         deadline=float(config["deadline"]),
         identities=read_identities(config["identities"]) if config["identities"] else None,
-        downlink=make_version_downlink(str(config["downlink"])),
+        downlink=make_downlink(str(config["downlink"])),
         upload_budget=UploadBudget(seconds=seconds) if seconds else None,
         round_hook=after,
     )

@@ -1,0 +1,77 @@
+"""The ways down to the clients as rows of one table: their names, and both halves of each."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from dare_agg.downlink.base import BASE_VERSION, DOWNLINK_NAME
+from dare_agg.downlink.client import VersionReceiver
+from dare_agg.downlink.protocol import Downlink, FullDownlink, FullReceiver, Receiver
+from dare_agg.downlink.server import FORMS, VersionDownlink
+from dare_agg.errors import ConfigError, did_you_mean
+
+
+@dataclass(frozen=True)
+class Place:
+    """Where, and as whom, a client keeps versions, and the patterns its model is grouped by."""
+
+    folder: Path
+    client: str
+    dense: tuple[str, ...] = ()
+    exclude: tuple[str, ...] = ()
+
+
+@dataclass(frozen=True)
+class Way:
+    """A row of `WAYS`.
+
+    ``forms`` are what a run may choose, with what each does; ``send`` makes the server's half
+    of a form from its options, ``options``; ``receive`` opens the client's half from what the
+    order says, ``facts`` (`Downlink.facts`).
+    """
+
+    forms: Mapping[str, str]
+    send: Callable[..., Downlink]
+    receive: Callable[[Place, Mapping[str, str]], Receiver]
+    options: tuple[str, ...] = ()
+    facts: tuple[str, ...] = ()
+
+
+# By the name that orders and kept states bear.
+WAYS: Mapping[str, Way] = {
+    FullDownlink.name: Way(
+        {FullDownlink.name: "the full arrays, every time"},
+        lambda form: FullDownlink(),
+        lambda place, facts: FullReceiver(),
+    ),
+    DOWNLINK_NAME: Way(
+        {name: form.about for name, form in FORMS.items()},
+        VersionDownlink,
+        lambda place, facts: VersionReceiver(
+            place.folder,
+            place.client,
+            facts.get(BASE_VERSION, ""),
+            dense=place.dense,
+            exclude=place.exclude,
+        ),
+        options=("dense_values", "drop_rate", "keep_bytes"),
+        facts=(BASE_VERSION,),
+    ),
+}
+
+# What a run may choose → its row.
+DOWNLINKS: Mapping[str, Way] = {form: way for way in WAYS.values() for form in way.forms}
+
+
+def make_downlink(form: str = FullDownlink.name, **options: Any) -> Downlink:
+    """Make the server's half by its form; raises `ConfigError` for an unknown word or option."""
+    way = DOWNLINKS.get(form)
+    if way is None:
+        raise ConfigError(f"downlink {form!r} is unknown{did_you_mean(form, DOWNLINKS)}")
+    for key in options:
+        if key not in way.options:
+            raise ConfigError(f"downlink has no option {key!r}{did_you_mean(key, way.options)}")
+    return way.send(form, **options)

@@ -22,7 +22,6 @@ from dare_agg.flower.exchange import exchange, online_nodes, went_away
 from dare_agg.flower.resume import keep_base, resume, save
 from dare_agg.flower.transport import to_numpy, to_record
 from dare_agg.rounds.state import StateFolder
-from dare_agg.rounds.step import server_step
 from dare_agg.runs.prometheus import exporter
 from server.config import METHODS, RunConfig, read_config
 from server.export import export_model
@@ -225,20 +224,15 @@ def strategy_base(strategy: DareStrategy, initial: ArrayRecord) -> str:
 
 def make_strategy(config: RunConfig, name: str, record: Any) -> DareStrategy:
     """Build the strategy of one method from the run config."""
-    step = (
-        server_step(config.server_step, lr=config.server_learning_rate)
-        if config.server_learning_rate
-        else server_step(config.server_step)
-    )
     if config.secure:
-        return secure_strategy(config, step, record)
+        return secure_strategy(config, record)
     words: dict[str, Any] = {
         "scaling": config.scaling,
         "drop_rate": config.drop_rate,
         "values": config.values,
         "mask": config.mask,
         "dense_values": config.dense_values,
-        "server_step": step,
+        "server_step": config.step(),
         # With the head alone there is no delta group besides it.
         "dense": () if name == "head-only" or config.train == "head" else config.dense,
         **METHODS[name],

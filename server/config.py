@@ -12,6 +12,7 @@ from dare_agg.codec.formats import find_values
 from dare_agg.codec.mask import parse_drop_rate
 from dare_agg.downlink.ways import DOWNLINKS
 from dare_agg.errors import ConfigError, did_you_mean
+from dare_agg.rounds.step import ServerStep, server_step
 from dare_agg.secure.settings import SECURE_METHODS, SecureSettings
 from dare_agg.vectors.layout import compile_patterns
 
@@ -79,7 +80,7 @@ class RunConfig(BaseModel):
     exclude: Words = ()
     statistics_examples: int = Field(32, ge=1)
     weighting: Literal["examples", "equal"] = "examples"
-    server_step: Literal["plain", "momentum", "adam"] = "plain"
+    server_step: str = "plain"
     server_learning_rate: float = Field(0.0, ge=0)
     fraction_train: float = Field(1.0, gt=0, le=1)
     min_clients: int = Field(2, ge=1)
@@ -134,6 +135,11 @@ class RunConfig(BaseModel):
     test_rows: int = Field(0, ge=0)
     precision: Literal["float32", "bfloat16"] = "float32"
 
+    def step(self) -> ServerStep:
+        """The server step with its numbers; a learning rate of 0 is the step's own."""
+        rate = self.server_learning_rate
+        return server_step(self.server_step, **({"lr": rate} if rate else {}))
+
     def budget(self) -> UploadBudget | None:
         """The upload budget of a client and round, None where none is set."""
         if not self.upload_budget and not self.upload_seconds:
@@ -178,6 +184,7 @@ def read_config(raw: Mapping[str, Any]) -> RunConfig:
         raise ConfigError("resume needs output, the folder of the run, and keep-state = true")
     _check_secure(config)
     parse_drop_rate(config.drop_rate)
+    config.step()
     config.budget()
     find_values(config.values)
     find_values(config.dense_values)

@@ -13,7 +13,6 @@ from dare_agg.downlink.ways import make_downlink
 from dare_agg.errors import ConfigError
 from dare_agg.flower.secure.merge import secure_merge
 from dare_agg.flower.secure.strategy import SecureStrategy
-from dare_agg.rounds.step import ServerStep
 from dare_agg.secure.roster import Roster, read_roster
 from dare_agg.vectors.layout import compile_patterns
 from server.config import RunConfig
@@ -29,7 +28,7 @@ def open_roster(config: RunConfig) -> Roster:
     return read_roster(Path(config.secure_roster))
 
 
-def secure_strategy(config: RunConfig, step: ServerStep, record: Any) -> SecureStrategy:
+def secure_strategy(config: RunConfig, record: Any) -> SecureStrategy:
     """Build the strategy of a secure training run."""
     return SecureStrategy(
         secure=config.secure_settings(),
@@ -41,7 +40,7 @@ def secure_strategy(config: RunConfig, step: ServerStep, record: Any) -> SecureS
         min_available_nodes=config.min_clients,
         dense=() if config.train == "head" else config.dense,
         exclude=config.exclude,
-        server_step=step,
+        server_step=config.step(),
         downlink=make_downlink(config.downlink),
         seed=config.seed,
         run=str(config.seed),

@@ -2,14 +2,14 @@
 
 A step is a pure function: state and merged delta in, state and applied step out. Every
 operation is an elementwise float32 one that IEEE 754 rounds correctly, so equal inputs
-give equal bits on any machine.
-
-Reference: Reddi et al. 2021, "Adaptive Federated Optimization"; Hsu et al. 2019 (momentum).
+give equal bits on any machine. The steps themselves are the rows of
+`dare_agg.rounds.server_steps`.
 """
 
 from __future__ import annotations
 
 import math
+import re
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from types import MappingProxyType
@@ -18,9 +18,11 @@ import numpy as np
 from numpy.typing import NDArray
 
 from dare_agg.errors import ConfigError, StateError, did_you_mean
+from dare_agg.rounds.server_steps import SERVER_STEPS
 from dare_agg.vectors.layout import FloatVector
 
 _TILE = 1 << 16
+_CALL = re.compile(r"\s*([\w-]+)\s*(?:\((.*)\)\s*)?")
 
 
 @dataclass(frozen=True)
@@ -68,95 +70,23 @@ class ServerStep:
         return vector.copy()
 
 
-def _plain(
-    delta: FloatVector, step: FloatVector, vectors: dict[str, FloatVector], count: int, lr: float
-) -> None:
-    np.multiply(delta, np.float32(lr), out=step)
+def server_step(step: str = "plain", **numbers: float) -> ServerStep:
+    """Make a server step: a row's name, or the name with numbers as text, as in a run config.
 
+    Raises `ConfigError` for an unknown name or number, one out of bounds or given twice.
 
-def _momentum(
-    delta: FloatVector,
-    step: FloatVector,
-    vectors: dict[str, FloatVector],
-    count: int,
-    lr: float,
-    beta: float,
-) -> None:
-    velocity = vectors["velocity"]
-    velocity *= np.float32(beta)
-    velocity += delta
-    np.multiply(velocity, np.float32(lr), out=step)
-
-
-def _adam(
-    delta: FloatVector,
-    step: FloatVector,
-    vectors: dict[str, FloatVector],
-    count: int,
-    lr: float,
-    beta1: float,
-    beta2: float,
-    tau: float,
-) -> None:
-    first, second = vectors["first"], vectors["second"]
-    first *= np.float32(beta1)
-    first += np.float32(1 - beta1) * delta
-    second *= np.float32(beta2)
-    second += np.float32(1 - beta2) * (delta * delta)
-    # Products, not libm's pow: the correction must be the same number everywhere.
-    corrected1 = 1.0 - _power(beta1, count)
-    corrected2 = 1.0 - _power(beta2, count)
-    rate = np.float32(lr * math.sqrt(corrected2) / corrected1)
-    np.divide(first * rate, np.sqrt(second) + np.float32(tau), out=step)
-
-
-def _power(base: float, exponent: int) -> float:
-    result = 1.0
-    while exponent:
-        if exponent & 1:
-            result *= base
-        base *= base
-        exponent >>= 1
-    return result
-
-
-@dataclass(frozen=True)
-class _Row:
-    defaults: Mapping[str, float]
-    vectors: tuple[str, ...]
-    apply: Callable[..., None]
-    about: str
-
-
-SERVER_STEPS: Mapping[str, _Row] = MappingProxyType(
-    {
-        "plain": _Row({"lr": 1.0}, (), _plain, "step = lr·Δ (FedAvg at lr 1)"),
-        "momentum": _Row(
-            {"lr": 1.0, "beta": 0.9},
-            ("velocity",),
-            _momentum,
-            "v = beta·v + Δ; step = lr·v (FedAvgM)",
-        ),
-        "adam": _Row(
-            {"lr": 0.01, "beta1": 0.9, "beta2": 0.99, "tau": 0.001},
-            ("first", "second"),
-            _adam,
-            "m, v moments of Δ; step = lr·m̂/(√v + tau) (FedAdam with bias correction)",
-        ),
-    }
-)
-
-
-def server_step(name: str = "plain", **numbers: float) -> ServerStep:
-    """Make the server step ``name`` ("plain", "momentum" or "adam") with its numbers.
-
-    Raises `ConfigError` for an unknown name or number, or one out of bounds.
-
-    >>> server_step("momentum", beta=0.5).numbers["beta"]
-    0.5
+    >>> server_step("momentum", beta=0.5) == server_step("momentum(beta=0.5)")
+    True
     """
+    name, written = _read_call(step)
     if name not in SERVER_STEPS:
         raise ConfigError(f"server step {name!r} is unknown{did_you_mean(name, SERVER_STEPS)}")
+    for key in written:
+        if key in numbers:
+            raise ConfigError(
+                f"server step {step!r}: {key} is given again as {numbers[key]!r}; give it once"
+            )
+    numbers = {**written, **numbers}
     row = SERVER_STEPS[name]
     for key, value in numbers.items():
         if key not in row.defaults:
@@ -172,6 +102,27 @@ def server_step(name: str = "plain", **numbers: float) -> ServerStep:
             raise ConfigError(f"server step {name!r}: {key} = {value!r}; it must lie in {bound}")
     merged = {key: float(numbers.get(key, default)) for key, default in row.defaults.items()}
     return ServerStep(name, MappingProxyType(merged), row.vectors, row.apply)
+
+
+def _read_call(text: str) -> tuple[str, dict[str, float]]:
+    """Read "name" or "name(key=number, ...)"."""
+    call = _CALL.fullmatch(text)
+    if call is None:
+        raise ConfigError(
+            f'server step {text!r} cannot be read; write a name, or "adam(beta1=0.9, tau=1e-3)"'
+        )
+    numbers: dict[str, float] = {}
+    for part in filter(None, (part.strip() for part in (call[2] or "").split(","))):
+        key, _, value = (piece.strip() for piece in part.partition("="))
+        if key in numbers:
+            raise ConfigError(f"server step {text!r}: {key} is given twice; give it once")
+        try:
+            numbers[key] = float(value)
+        except ValueError as error:
+            raise ConfigError(
+                f"server step {text!r}: {part!r} is no number; write {key or 'name'}=0.9"
+            ) from error
+    return call[1], numbers
 
 
 def state_to_arrays(state: StepState) -> dict[str, NDArray[np.generic]]:

@@ -6,6 +6,7 @@ import numpy as np
 import pytest
 
 from dare_agg.errors import ConfigError, StateError
+from dare_agg.rounds.server_steps import SERVER_STEPS
 from dare_agg.rounds.step import StepState, server_step, state_from_arrays, state_to_arrays
 
 
@@ -42,7 +43,7 @@ def test_adam_follows_its_formula():
         np.testing.assert_allclose(step, expected, rtol=2e-4, atol=1e-7)
 
 
-@pytest.mark.parametrize("name", ["plain", "momentum", "adam"])
+@pytest.mark.parametrize("name", SERVER_STEPS)
 def test_state_survives_a_file_and_gives_the_same_bits(name):
     step_of = server_step(name)
     state = StepState()
@@ -78,6 +79,32 @@ def test_state_in_is_not_changed():
 def test_bad_settings_name_value_and_remedy(name, numbers, says):
     with pytest.raises(ConfigError, match=says):
         server_step(name, **numbers)
+
+
+def test_a_step_may_be_written_with_its_numbers():
+    written = server_step("adam(beta1=0.8, tau=1e-4)")
+    assert written == server_step("adam", beta1=0.8, tau=1e-4)
+    assert server_step(" momentum ( beta = .5 ) ", lr=2).numbers == {"lr": 2.0, "beta": 0.5}
+    assert server_step("plain()") == server_step()
+
+
+@pytest.mark.parametrize(
+    ("text", "numbers", "says"),
+    [
+        ("adm(tau=1)", {}, "did you mean 'adam'"),
+        ("adam(tauu=1)", {}, "did you mean 'tau'"),
+        ("adam(tau=small)", {}, "'tau=small' is no number; write tau="),
+        ("adam(0.1)", {}, "is no number"),
+        ("adam(tau=1, tau=2)", {}, "tau is given twice"),
+        ("adam(lr=1)", {"lr": 2.0}, "lr is given again as 2"),
+        ("adam(tau=nan)", {}, r"\(0, ∞\)"),
+        ("adam(tau=1", {}, "cannot be read"),
+        ("", {}, "cannot be read"),
+    ],
+)
+def test_a_step_that_cannot_be_read_names_the_part(text, numbers, says):
+    with pytest.raises(ConfigError, match=says):
+        server_step(text, **numbers)
 
 
 def test_state_of_another_step_or_model_is_refused():

@@ -4,6 +4,7 @@ from pathlib import Path
 import pytest
 
 from dare_agg.errors import DareError
+from dare_agg.rounds.step import server_step
 from server.config import RunConfig, read_config
 
 PROJECT = Path(__file__).resolve().parents[2] / "pyproject.toml"
@@ -23,6 +24,14 @@ def test_a_number_may_be_typed_as_one():
     assert (config.drop_rate, config.upload_budget) == ("0.995", "300000")
 
 
+def test_every_number_of_a_server_step_can_be_set():
+    config = read_config(
+        {**defaults(), "server-step": "adam(tau=0.1)", "server-learning-rate": 0.5}
+    )
+    assert config.step() == server_step("adam", lr=0.5, tau=0.1)
+    assert read_config(defaults()).step() == server_step("plain")
+
+
 @pytest.mark.parametrize(
     ("bad", "message"),
     [
@@ -34,6 +43,9 @@ def test_a_number_may_be_typed_as_one():
         ({"values": "b3"}, "value format 'b3'"),
         ({"exclude": "("}, "not a regular expression"),
         ({"partition": "column"}, "needs partition-by"),
+        ({"server-step": "adma"}, "did you mean 'adam'"),
+        ({"server-step": "adam(beta1=1)"}, r"beta1 = 1.0; it must lie in \[0, 1\)"),
+        ({"server-step": "plain(lr=1)", "server-learning-rate": 0.5}, "lr is given again"),
         ({"learning-rate": "fast"}, "learning-rate = 'fast'"),
     ],
 )

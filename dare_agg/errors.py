@@ -1,14 +1,82 @@
 """The one error tree.
 
 Every message names the offending value, the bound it broke and the remedy, on one
-line. ``reason`` is a stable machine-readable slug; rejections of updates are logged
-and counted under it.
+line. ``reason`` is a stable machine-readable slug, a row of `REASONS`; rejections of updates
+and refusals of parties are logged and counted under it.
 """
 
 from __future__ import annotations
 
 import difflib
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
+
+# Every reason there is: why an error was raised, an update rejected, a request refused.
+REASONS: Mapping[str, str] = {
+    # what is wrong, where nothing says more
+    "error": "an error of the library",
+    "config": "a setting is unknown, out of bounds or contradicts another",
+    "layout": "other names or shapes",
+    "base": "another base, version or plan than it was made for",
+    "merge": "the models cannot be merged as asked",
+    "checkpoint": "a checkpoint cannot be read or written",
+    "budget": "no drop rate and value format fit the budget",
+    "state": "persisted state is missing, corrupt, or cannot be written",
+    "protocol": "a participant of a secure sum does not go on",
+    "run": "a federated run did not reach its end",
+    # bytes
+    "truncated": "shorter than its header or its plan says",
+    "trailing": "longer than its plan says",
+    "oversized": "more bytes than the plan allows, seen before they are joined",
+    "transport": "records that are no payload",
+    "malformed": "not what it should be, or a field out of bounds",
+    "checksum": "damaged on the way",
+    "non-finite": "a NaN, an infinity or a magnitude above 2**60",
+    # another one than was agreed on
+    "version": "another codec or protocol version",
+    "package": "another copy of the library",
+    "shape": "another number of parameters or survivors",
+    "mask": "another mask key, rank, kind or drop rate",
+    "values": "another value format",
+    "context": "another run, round or client",
+    "round": "a reply of another round",
+    "plan": "another round plan, or one that cannot be read",
+    # what a reply says
+    "weight": "an absurd weight",
+    "statistics": "statistics that are missing or cannot be",
+    "signature": "the signature does not fit",
+    # who replied, and when
+    "duplicate": "a second one where one is due",
+    "unknown-node": "a node that was not asked",
+    "late": "no answer in time",
+    "mod": "the app answers without the client mod",
+    "client-error": "the app or its node failed; the detail holds the text",
+    "refused": "refused for a reason that is none of these",
+    # why a run ends
+    "nodes": "too few nodes are online, or too few of them are members",
+    "nobody-trained": "a round got too few updates that count",
+    "push": "the SuperLink took no message",
+    "superlink": "the SuperLink failed",
+    # secure sums: the terms
+    "terms": "terms that contradict themselves",
+    "roster": "another roster, or a key or id outside it",
+    "aggregate": "an aggregate the party does not take part in",
+    "clip": "a larger clip than the party allows",
+    "parties": "fewer parties than were agreed on",
+    "threshold": "fewer parties than the threshold, or a lower threshold than allowed",
+    # secure sums: the protocol
+    "stage": "a step out of its order",
+    "session": "of another session",
+    "cohort": "other parties than those of the cohort",
+    "own-keys": "a list of keys without one's own",
+    "low-order": "a key of low order",
+    "shares": "shares that do not open, are missing or wrong",
+    "nonce": "a nonce that was not committed to",
+    "overlap": "parties both alive and dead",
+    "alive": "another set of parties alive than was signed",
+    "second-cohort": "what has gone into a sum before",
+    "words": "sums that no honest parties add up to",
+    "result": "a party holds another result than the server",
+}
 
 
 class DareError(Exception):
@@ -41,10 +109,7 @@ class BaseMismatchError(DareError):
 
 
 class UpdateError(DareError):
-    """An update is malformed or does not fit the round plan.
-
-    ``reason`` is one of the slugs in `dare_agg.codec.update.REASONS`.
-    """
+    """An update is malformed or does not fit the round plan."""
 
     reason = "malformed"
 

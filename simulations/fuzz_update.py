@@ -37,7 +37,6 @@ from dare_agg.codec.mask import MASK_KINDS, parse_drop_rate
 from dare_agg.codec.update import (
     CHECKSUM_BYTES,
     HEADER_BYTES,
-    REASONS,
     Update,
     UpdateSpec,
     _checksum,
@@ -52,7 +51,7 @@ from dare_agg.codec.update_file import (
     read_update_file,
     write_update_file,
 )
-from dare_agg.errors import DareError
+from dare_agg.errors import REASONS, DareError
 from dare_agg.vectors.layout import Layout, layout_of
 from simulations.run import append_row, read_rows
 

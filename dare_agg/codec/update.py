@@ -52,29 +52,21 @@ GROUPS_A_THREAD = 4
 MAX_CONTEXT_BYTES = 32
 _SURVIVORS_FIELD = 9
 _FLAG_RESCALE = 1
-
-# Every way an update or a reply can be refused; `UpdateError.reason` is one of these.
-REASONS: dict[str, str] = {
-    "truncated": "shorter than its header or its plan says",
-    "trailing": "longer than its plan says",
-    "malformed": "not an update, or a field out of bounds",
-    "checksum": "damaged on the way",
-    "version": "another codec version",
-    "package": "another copy of the library",
-    "base": "made from another base",
-    "layout": "other names or shapes",
-    "shape": "another number of parameters or survivors",
-    "mask": "another mask key, rank, kind or drop rate",
-    "values": "another value format",
-    "context": "another run, round or client",
-    "non-finite": "a NaN, an infinity or a magnitude above 2**60",
-    "plan": "the round plan cannot be read",
-    "weight": "an absurd weight",
-    "statistics": "statistics that are missing or cannot be",
-    "duplicate": "a second, different reply",
-    "unknown-node": "a node that was not asked",
-    "signature": "the signature does not fit",
-    "late": "after the round closed",
+# Why an update is refused whose header field is another one, worst first.
+_HEADER_REASONS = {
+    "base": "base",
+    "layout": "layout",
+    "parameters": "shape",
+    "values": "values",
+    "mask": "mask",
+    "rank": "mask",
+    "stride": "mask",
+    "stride-of": "mask",
+    "mask-digest": "mask",
+    "survivors": "shape",
+    "context": "context",
+    "flags": "malformed",
+    "payload": "shape",
 }
 
 
@@ -401,8 +393,8 @@ def _survivors(
 def decode_update(blob: bytes | memoryview, spec: UpdateSpec) -> Update:
     """Check an update against what the receiver expects and return it.
 
-    Raises `UpdateError` with a reason of `REASONS`. Nothing is allocated beyond the blob
-    before its length is found right.
+    Raises `UpdateError` with the reason. Nothing is allocated beyond the blob before its length
+    is found right.
     """
     return _decode(memoryview(blob), spec, spec.draw_mask().survivors)
 
@@ -461,23 +453,8 @@ def _refuse_header(spec: UpdateSpec, fields: tuple, known: tuple) -> None:
         "magic", "version", "mask", "values", "flags", "rank", "stride", "stride-of",
         "parameters", "survivors", "payload", "base", "layout", "mask-digest", "context",
     )  # fmt: skip
-    reasons = {
-        "base": "base",
-        "layout": "layout",
-        "parameters": "shape",
-        "values": "values",
-        "mask": "mask",
-        "rank": "mask",
-        "stride": "mask",
-        "stride-of": "mask",
-        "mask-digest": "mask",
-        "survivors": "shape",
-        "context": "context",
-        "flags": "malformed",
-        "payload": "shape",
-    }
     theirs, ours = dict(zip(names, fields, strict=False)), dict(zip(names, known, strict=False))
-    for name, reason in reasons.items():
+    for name, reason in _HEADER_REASONS.items():
         if theirs[name] != ours[name]:
             raise UpdateError(
                 f"update has {name} {_shown(theirs[name])}, its plan says {_shown(ours[name])}; "

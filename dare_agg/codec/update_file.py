@@ -191,7 +191,7 @@ def _reserve(file: int, size: int) -> None:
 def read_update_file(path: str | os.PathLike[str]) -> tuple[Update, FileHeader]:
     """Open an update file, checked but for what only its base can tell.
 
-    Raises `UpdateError` with a reason of `REASONS`; nothing in the file is trusted, and
+    Raises `UpdateError` with the reason; nothing in the file is trusted, and
     nothing is allocated beyond its header of at most 16 MiB. The payload stays on the disk,
     mapped. Compare ``header.base`` with the base's fingerprint before applying it.
     """

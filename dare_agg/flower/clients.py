@@ -84,10 +84,10 @@ class Clients:
                     reason="refused",
                 )
             if time.monotonic() >= deadline:
-                reason = f"; {len(refusals)} refused: {refusals[0]}" if refusals else ""
+                why = f"; {len(refusals)} refused: {refusals[0]}" if refusals else ""
                 raise RunError(
                     f"{len(ready)} of the {minimum} clients needed are online after {timeout:g} s"
-                    f"{reason}; start more SuperNodes, or lower min_available_nodes and "
+                    f"{why}; start more SuperNodes, or lower min_available_nodes and "
                     "min_train_nodes",
                     reason="nodes",
                 )

@@ -18,14 +18,20 @@ from dare_agg.codec.payload import payload_bytes
 from dare_agg.codec.update import (
     _CHECKSUM_AT,
     HEADER_BYTES,
-    REASONS,
     UpdateSpec,
     _checksum,
     decode_update,
     encode_update,
 )
 from dare_agg.codec.update_file import FILE_MAGIC, read_update_file, write_update_file
-from dare_agg.errors import CheckpointError, ConfigError, DareError, NonFiniteError, UpdateError
+from dare_agg.errors import (
+    REASONS,
+    CheckpointError,
+    ConfigError,
+    DareError,
+    NonFiniteError,
+    UpdateError,
+)
 from dare_agg.vectors.layout import layout_of
 
 SHAPES = {"a.weight": (60, 50), "b": (77,), "c": ()}

@@ -61,7 +61,9 @@ def secure_sum(
     leaving = dropped or {}
     server = SecureServer(terms, roster)
     # All parties are this process: what is more than the terms ask for helps nobody.
-    policy = client.SecurePolicy(terms.base, terms.layout, min_threshold_share=0.5)
+    policy = client.SecurePolicy(
+        terms.base, terms.layout, min_threshold_share=0.5, min_cohort_share=0.0, colluding=0.0
+    )
     states: dict[int, client.ClientState] = {}
 
     def present(stage: str, asked: Collection[int]) -> list[int]:

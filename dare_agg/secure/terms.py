@@ -17,7 +17,7 @@ from dare_agg.codec.derive import derive_key
 from dare_agg.codec.mask import DropRate, Mask
 from dare_agg.errors import ConfigError, ProtocolError
 from dare_agg.secure.encoding import DIGEST_BYTES, Reader, blob, f64, identifiers, u8, u32, u64
-from dare_agg.secure.graph import COMPLETE_UP_TO, degree_for
+from dare_agg.secure.graph import COLLUDING, COMPLETE_UP_TO, degree_for, share_threshold_for
 from dare_agg.secure.packing import AGGREGATES, TRAILER_WORDS, Quantiser
 from dare_agg.secure.roster import MAX_MEMBERS
 
@@ -81,7 +81,7 @@ class SecureTerms:
             f"degree {self.degree} of {n} parties",
             f"n - 1 up to {COMPLETE_UP_TO} parties, an even number below beyond",
         )
-        least = self.threshold if self.degree == n - 1 else self.degree // 2 + 1
+        least = self.threshold if self.degree == n - 1 else share_threshold_for(self.degree)
         _check(
             least <= self.share_threshold <= self.degree + 1,
             f"share threshold {self.share_threshold}",
@@ -174,7 +174,7 @@ def secure_terms(
     bits: int = 16,
     clip: float = 0.02,
     threshold: int | None = None,
-    colluding: float = 0.20,
+    colluding: float = COLLUDING,
     weighting: str = "equal",
     max_weight: float = 1.0,
     dense: int = 0,
@@ -194,7 +194,7 @@ def secure_terms(
         cohort=ids,
         threshold=needed,
         degree=degree,
-        share_threshold=needed if degree == n - 1 else degree // 2 + 1,
+        share_threshold=needed if degree == n - 1 else share_threshold_for(degree),
         base=base,
         layout=layout,
         size=size,

@@ -23,7 +23,7 @@ class Consortium:
     terms: SecureTerms
 
     def policy(self, **other: Any) -> party.SecurePolicy:
-        given = {"min_threshold_share": 0.5, **other}
+        given = {"min_threshold_share": 0.5, "colluding": 0.0, **other}
         return party.SecurePolicy(self.terms.base, self.terms.layout, **given)
 
 

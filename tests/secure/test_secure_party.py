@@ -161,7 +161,7 @@ def test_two_alive_sets_at_once_get_one_signature(tmp_path: Path) -> None:
     group = consortium(5, threshold=3)
     session_ = group.terms.session
     server = SecureServer(group.terms, group.roster)
-    policy = SecurePolicy(BASE, LAYOUT, min_threshold_share=0.5)
+    policy = SecurePolicy(BASE, LAYOUT, min_threshold_share=0.5, colluding=0.0)
     for p in group.terms.cohort:
         mine = contribution(p, group)
         server.take(party(group, p, tmp_path).advertise(group.terms.encode(), policy, mine))

@@ -3,8 +3,11 @@
 Keys of the node config: ``secure-identity`` (private key file), ``secure-roster``,
 ``secure-trust`` (public key files of who must have signed the roster, comma-separated),
 ``secure-passphrase-file``, ``secure-state`` (folder), ``secure-ledger`` (file), and what the
-party insists on: ``secure-min-parties``, ``secure-min-threshold`` (share of the cohort that
-must stay, more than half; two thirds by default), ``secure-max-clip``, ``secure-methods``. For
+party insists on: ``secure-colluding`` (the share of the roster that may collude; a fifth by
+default), ``secure-min-parties`` (honest parties in a sum: those who must stay less those who
+may collude; 3), ``secure-min-cohort`` (the cohort must be more than this share of the roster;
+half), ``secure-min-threshold`` (share of the cohort that must stay, more than half; two
+thirds by default), ``secure-max-clip``, ``secure-methods``. For
 merges ``model-path``, ``base-path`` and ``merged-path``. A node with a ``secure-identity``
 takes part in nothing else, whatever the server asks for: ``secure-evaluate=true`` lets it
 report metrics, ``secure-only=false`` lets it train in the clear too.
@@ -16,6 +19,7 @@ In a simulation on one machine ``DARE_AGG_SECURE_KEYS`` names a folder that has 
 
 from __future__ import annotations
 
+import math
 import os
 from collections.abc import Mapping
 from functools import lru_cache
@@ -25,6 +29,7 @@ from flwr.app import Context, MessageType
 
 from dare_agg.errors import ConfigError
 from dare_agg.secure.client import SecurePolicy
+from dare_agg.secure.graph import COLLUDING, MOST_COLLUDING
 from dare_agg.secure.identity import Identity, need_passphrase, read_identity, read_public
 from dare_agg.secure.ledger import FileLedger
 from dare_agg.secure.packing import AGGREGATES
@@ -67,6 +72,8 @@ def node_policy(context: Context, base: str, layout: str) -> SecurePolicy:
         layout,
         min_parties=int(_number(node, "secure-min-parties", MIN_PARTIES, MIN_PARTIES)),
         min_threshold_share=_number(node, "secure-min-threshold", 2 / 3, 0.5),
+        min_cohort_share=_number(node, "secure-min-cohort", 0.5, 0.0),
+        colluding=_number(node, "secure-colluding", COLLUDING, 0.0, MOST_COLLUDING),
         aggregates=aggregates,
         max_clip=_number(node, "secure-max-clip", 1.0, 0.0),
     )
@@ -106,11 +113,15 @@ def node_models(context: Context) -> tuple[Path, Path | None]:
     )
 
 
-def _number(node: Mapping[str, object], key: str, default: float, least: float) -> float:
+def _number(
+    node: Mapping[str, object], key: str, default: float, least: float, most: float = math.inf
+) -> float:
     value = node.get(key, default)
-    if isinstance(value, bool) or not isinstance(value, int | float) or not value >= least:
-        raise ConfigError(f"node config {key} = {value!r}; a number of at least {least} is needed")
-    return float(value)
+    good = isinstance(value, int | float) and not isinstance(value, bool)
+    if not good or not least <= value <= most:  # type: ignore[operator]
+        bound = f"of at least {least:g}" if most == math.inf else f"from {least:g} to {most:.3g}"
+        raise ConfigError(f"node config {key} = {value!r}; a number {bound} is needed")
+    return float(value)  # type: ignore[arg-type]
 
 
 def _path(node: Mapping[str, str], key: str, folder: str | None, name: str) -> Path:

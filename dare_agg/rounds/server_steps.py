@@ -74,6 +74,16 @@ def _adam(
     np.divide(first * rate, np.sqrt(second) + np.float32(tau), out=step)
 
 
+def _flower_adam(
+    delta: FloatVector,
+    step: FloatVector,
+    vectors: dict[str, FloatVector],
+    count: int,
+    **numbers: float,
+) -> None:
+    _adam(delta, step, vectors, count + 1, **numbers)
+
+
 def _power(base: float, exponent: int) -> float:
     result = 1.0
     while exponent:
@@ -98,6 +108,12 @@ SERVER_STEPS: Mapping[str, Row] = MappingProxyType(
             ("first", "second"),
             _adam,
             "m, v moments of Δ; step = lr·m̂/(√v + tau) (FedAdam with bias correction)",
+        ),
+        "flower-adam": Row(
+            {"lr": 0.1, "beta1": 0.9, "beta2": 0.99, "tau": 0.001},
+            ("first", "second"),
+            _flower_adam,
+            "adam as Flower's FedAdam: corrected as if a round later",
         ),
     }
 )

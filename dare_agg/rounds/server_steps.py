@@ -84,6 +84,19 @@ def _flower_adam(
     _adam(delta, step, vectors, count + 1, **numbers)
 
 
+def _adagrad(
+    delta: FloatVector,
+    step: FloatVector,
+    vectors: dict[str, FloatVector],
+    count: int,
+    lr: float,
+    tau: float,
+) -> None:
+    squares = vectors["squares"]
+    squares += delta * delta
+    np.divide(np.float32(lr) * delta, np.sqrt(squares) + np.float32(tau), out=step)
+
+
 def _power(base: float, exponent: int) -> float:
     result = 1.0
     while exponent:
@@ -114,6 +127,12 @@ SERVER_STEPS: Mapping[str, Row] = MappingProxyType(
             ("first", "second"),
             _flower_adam,
             "adam as Flower's FedAdam: corrected as if a round later",
+        ),
+        "adagrad": Row(
+            {"lr": 0.1, "tau": 0.001},
+            ("squares",),
+            _adagrad,
+            "v = v + Δ²; step = lr·Δ/(√v + tau) (Flower's FedAdagrad)",
         ),
     }
 )

@@ -7,7 +7,7 @@ from unittest.mock import patch
 import numpy as np
 import pytest
 from flwr.app import Array, ArrayRecord
-from flwr.serverapp.strategy import FedAdam, FedAvg
+from flwr.serverapp.strategy import FedAdagrad, FedAdam, FedAvg
 from flwr.serverapp.strategy.fedopt import FedOpt
 
 from dare_agg.rounds.step import StepState, server_step
@@ -55,3 +55,11 @@ def test_adam_corrects_as_the_paper_does_and_flower_a_round_ahead():
     # Bias-corrected, the first step is lr·sign(Δ); Flower's exponents are 2 in round 1.
     np.testing.assert_allclose(ours, 1.0, rtol=1e-6)
     np.testing.assert_allclose(flowers, np.sqrt(1 - 0.99**2) / (1 - 0.9**2), rtol=1e-6)
+
+
+@pytest.mark.parametrize(
+    ("words", "ours"), [({}, "adagrad"), ({"eta": 0.03, "tau": 1e-4}, "adagrad(lr=0.03, tau=1e-4)")]
+)
+def test_adagrad_is_flowers(words, ours):
+    flowers, model = both(FedAdagrad(**words), ours)
+    assert np.array_equal(model, flowers)

@@ -97,6 +97,24 @@ def _adagrad(
     np.divide(np.float32(lr) * delta, np.sqrt(squares) + np.float32(tau), out=step)
 
 
+def _yogi(
+    delta: FloatVector,
+    step: FloatVector,
+    vectors: dict[str, FloatVector],
+    count: int,
+    lr: float,
+    beta1: float,
+    beta2: float,
+    tau: float,
+) -> None:
+    first, second = vectors["first"], vectors["second"]
+    first *= np.float32(beta1)
+    first += np.float32(1 - beta1) * delta
+    squares = delta * delta
+    second -= np.float32(1 - beta2) * squares * np.sign(second - squares)
+    np.divide(np.float32(lr) * first, np.sqrt(second) + np.float32(tau), out=step)
+
+
 def _power(base: float, exponent: int) -> float:
     result = 1.0
     while exponent:
@@ -133,6 +151,13 @@ SERVER_STEPS: Mapping[str, Row] = MappingProxyType(
             ("squares",),
             _adagrad,
             "v = v + Δ²; step = lr·Δ/(√v + tau) (Flower's FedAdagrad)",
+        ),
+        "yogi": Row(
+            {"lr": 0.01, "beta1": 0.9, "beta2": 0.99, "tau": 0.001},
+            ("first", "second"),
+            _yogi,
+            "m moment of Δ, v = v − (1−beta2)·Δ²·sign(v−Δ²); step = lr·m/(√v + tau) "
+            "(Flower's FedYogi)",
         ),
     }
 )

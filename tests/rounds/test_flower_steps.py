@@ -7,7 +7,7 @@ from unittest.mock import patch
 import numpy as np
 import pytest
 from flwr.app import Array, ArrayRecord
-from flwr.serverapp.strategy import FedAdagrad, FedAdam, FedAvg
+from flwr.serverapp.strategy import FedAdagrad, FedAdam, FedAvg, FedYogi
 from flwr.serverapp.strategy.fedopt import FedOpt
 
 from dare_agg.rounds.step import StepState, server_step
@@ -62,4 +62,16 @@ def test_adam_corrects_as_the_paper_does_and_flower_a_round_ahead():
 )
 def test_adagrad_is_flowers(words, ours):
     flowers, model = both(FedAdagrad(**words), ours)
+    assert np.array_equal(model, flowers)
+
+
+@pytest.mark.parametrize(
+    ("words", "ours"),
+    [
+        ({}, "yogi"),
+        ({"eta": 0.03, "beta_1": 0.5, "beta_2": 0.8}, "yogi(lr=0.03, beta1=0.5, beta2=0.8)"),
+    ],
+)
+def test_yogi_is_flowers(words, ours):
+    flowers, model = both(FedYogi(**words), ours)
     assert np.array_equal(model, flowers)

@@ -19,7 +19,7 @@ import tempfile
 from pathlib import Path
 from typing import Any
 
-from simulations.checkpoints import WORDS, llama_shapes, make_checkpoints
+from simulations.runs.checkpoints import WORDS, llama_shapes, make_checkpoints
 
 _BYTES = {"float32": 4, "bfloat16": 2, "float16": 2}
 # A process started from a small one: what its parent holds counts into the peak of a child.

@@ -22,7 +22,7 @@ from pathlib import Path
 from typing import Any
 
 from simulations.federation import Federation, calm_report, finished_rounds, read_report
-from simulations.run import RESULTS, append_row
+from simulations.runs.rows import RESULTS, append_row
 
 TARGETS = ("serverapp", "superlink", "everything")
 ROUNDS = 6

@@ -16,7 +16,7 @@ import time
 from pathlib import Path
 from typing import Any
 
-from simulations.run import RESULTS, append_row, versions
+from simulations.runs.rows import RESULTS, append_row, versions
 
 CONFIG = {
     "data": "fashion-mnist",

@@ -16,7 +16,7 @@ from typing import Any
 
 from simulations.federation import Federation, read_report
 from simulations.link import SlowLink, why_not
-from simulations.run import RESULTS
+from simulations.runs.rows import RESULTS
 
 RUNS: dict[str, dict[str, Any]] = {
     "DARE p=.99, public base": {"drop_rate": "0.99", "public_base": True},

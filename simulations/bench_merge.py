@@ -34,7 +34,7 @@ import yaml
 
 from dare_agg.checkpoint import open_checkpoint
 from dare_agg.files.cache import cache_folder
-from simulations.checkpoints import llama_shapes, make_checkpoints
+from simulations.runs.checkpoints import llama_shapes, make_checkpoints
 
 ROOT = Path(__file__).resolve().parent.parent
 MERGEKIT = "mergekit==0.1.5"

@@ -19,7 +19,9 @@ from typing import Any
 import numpy as np
 
 from dare_agg.vectors.layout import FloatVector, Layout
-from simulations.baselines import COMPRESSORS, Sent, library, stc
+from simulations.runs.baselines import COMPRESSORS, Sent, library, stc
+from simulations.runs.rows import RESULTS, append_row, read_rows, versions
+from simulations.runs.scenario import SCENARIOS, read_scenario
 
 TASKS = ("Reuters R8", "election author")
 OURS = ("f32", "f16", "bf16", "i8", "b4", "b2", "b1")
@@ -92,11 +94,9 @@ def measure(delta: np.ndarray, sent: Sent) -> dict[str, float]:
 
 def run(out: Path, accuracy: bool, tasks: tuple[str, ...] = TASKS) -> list[dict[str, Any]]:
     """Measure what is missing of the results file; returns all rows."""
-    from simulations.run import append_row, read_rows, versions
-    from simulations.scenario import read_scenario
-    from simulations.single import body_layout, tuned_state
+    from simulations.runs.single import body_layout, tuned_state
 
-    scenario = read_scenario(Path(__file__).parent / "scenarios" / "single.toml")
+    scenario = read_scenario(SCENARIOS / "single.toml")
     done = {(r["task"], r["method"], r["setting"]) for r in read_rows(out)}
     for name in tasks:
         task, base, tuned = tuned_state(scenario.cells[name]["task"])
@@ -130,9 +130,7 @@ def main() -> None:
     parser.add_argument("--json", action="store_true", help="print the rows as one JSON object")
     parser.add_argument("--task", choices=TASKS, help="this one only; default: all that lack")
     parser.add_argument("--no-accuracy", action="store_true", help="errors only")
-    parser.add_argument(
-        "--out", type=Path, default=Path(__file__).parent / "results" / "rate.jsonl"
-    )
+    parser.add_argument("--out", type=Path, default=RESULTS / "rate.jsonl")
     options = parser.parse_args()
     os.environ.setdefault("HF_HUB_OFFLINE", "1")
     tasks = (options.task,) if options.task else TASKS

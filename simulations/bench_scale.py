@@ -21,7 +21,7 @@ from typing import Any
 
 import numpy as np
 
-from simulations.run import RESULTS, append_row, read_rows, versions
+from simulations.runs.rows import RESULTS, append_row, read_rows, versions
 
 # (method, clients, parameters, drop rate)
 POINTS = (

@@ -30,8 +30,8 @@ from dare_agg.flower.records import ASK_HELLO, ORDER_KEY, REPLY_KEY, UPDATE_KEY
 from dare_agg.flower.transport import pack
 from dare_agg.rounds.plan import plan_from_record
 from dare_agg.rounds.same_code import package_fingerprint
-from simulations.memory_grid import MemoryGrid, over_the_wire, pretend_task
-from simulations.run import RESULTS, append_row, versions
+from simulations.runs.memory_grid import MemoryGrid, over_the_wire, pretend_task
+from simulations.runs.rows import RESULTS, append_row, versions
 
 PARAMETERS = 22_000_000
 CLIENTS = (4, 8, 16, 32, 64)

@@ -26,7 +26,7 @@ from pathlib import Path
 from typing import Any
 
 from simulations.federation import Federation
-from simulations.run import RESULTS, versions
+from simulations.runs.rows import RESULTS, versions
 
 ROOT = Path(__file__).parents[1]
 CONFIG = {

@@ -312,7 +312,7 @@ def calm_report(
 
     from flwr.app import Context, RecordDict
 
-    from simulations.memory_grid import MemoryGrid, pretend_task
+    from simulations.runs.memory_grid import MemoryGrid, pretend_task
 
     pretend_task()
     if str(APP) not in sys.path:

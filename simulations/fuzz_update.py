@@ -53,7 +53,7 @@ from dare_agg.codec.update_file import (
 )
 from dare_agg.errors import REASONS, DareError
 from dare_agg.vectors.layout import Layout, layout_of
-from simulations.run import append_row, read_rows
+from simulations.runs.rows import append_row, read_rows
 
 FILE_SHARE = 0.2
 MAX_CORPUS = 4000

@@ -1,23 +1,24 @@
 """Fills the tables and pictures of ``docs/RESULTS.md`` from the committed results.
 
 ``python -m simulations.results_page`` replaces what stands between ``<!-- begin NAME -->`` and
-``<!-- end NAME -->``; the words around are written by hand.
+``<!-- end NAME -->``; the words around are written by hand. With ``--only SECTION`` it prints
+it alone.
 """
 
 from __future__ import annotations
 
+import argparse
 import re
 import sys
 from collections.abc import Callable, Mapping
 from pathlib import Path
 
 from simulations import language_page, plots, tables
-from simulations.run import RESULTS, read_rows
-from simulations.scenario import read_scenario
+from simulations.runs.rows import RESULTS, read_rows
+from simulations.runs.scenario import SCENARIOS, read_scenario
 
 PAGE = Path(__file__).parents[1] / "docs" / "RESULTS.md"
 PLOTS = PAGE.parent / "plots"
-SCENARIOS = Path(__file__).parent / "scenarios"
 COMPACT = "DARE p=.995, union down"
 
 
@@ -268,7 +269,13 @@ def fill(text: str) -> str:
 
 def main() -> None:
     """Entry point."""
-    PAGE.write_text(fill(PAGE.read_text(encoding="utf-8")), encoding="utf-8")
+    parser = argparse.ArgumentParser(prog="python -m simulations.results_page", description=__doc__)
+    parser.add_argument("--only", choices=SECTIONS, help="print this section, change no page")
+    only = parser.parse_args().only
+    if only:
+        print(SECTIONS[only]())
+    else:
+        PAGE.write_text(fill(PAGE.read_text(encoding="utf-8")), encoding="utf-8")
 
 
 if __name__ == "__main__":

@@ -8,10 +8,8 @@ from __future__ import annotations
 
 import argparse
 import importlib
-import json
 import multiprocessing
 import os
-import platform
 import sys
 import time
 import tomllib
@@ -20,24 +18,14 @@ from concurrent.futures import FIRST_COMPLETED, Future, ProcessPoolExecutor, wai
 from pathlib import Path
 from typing import Any
 
-RESULTS = Path(__file__).parent / "results"
+from simulations.runs.rows import RESULTS, append_row, read_rows, versions
+from simulations.runs.scenario import KINDS, Row, read_scenario
+
 THREAD_VARIABLES = ("OMP_NUM_THREADS", "MKL_NUM_THREADS", "OPENBLAS_NUM_THREADS")
 
 
-def versions() -> dict[str, str]:
-    """Versions of what decides the figures."""
-    from importlib.metadata import version
-
-    found = {"python": platform.python_version(), "machine": platform.machine()}
-    for name in ("dare-agg", "numpy", "torch", "transformers"):
-        found[name] = version(name)
-    return found
-
-
-def run_row(row: Any) -> dict[str, Any]:
+def run_row(row: Row) -> dict[str, Any]:
     """Run one row in this process; measures its CPU seconds and stamps versions."""
-    from simulations.scenario import KINDS
-
     module = importlib.import_module(KINDS[row.kind][0])
     cpu, wall = time.process_time(), time.monotonic()
     result = module.run_row(row)
@@ -52,32 +40,6 @@ def run_row(row: Any) -> dict[str, Any]:
         "settings": dict(row.settings),
         "versions": versions(),
     }
-
-
-def read_rows(path: Path) -> list[dict[str, Any]]:
-    """Read a results file; a last line cut off by a crash is left out."""
-    if not path.is_file():
-        return []
-    rows = []
-    for line in path.read_text(encoding="utf-8").splitlines():
-        try:
-            rows.append(json.loads(line))
-        except json.JSONDecodeError:
-            continue
-    return rows
-
-
-def append_row(path: Path, row: dict[str, Any]) -> None:
-    """Append one line and flush it to disk, on a line of its own."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    with path.open("a+b") as file:
-        if file.tell() > 0:
-            file.seek(-1, os.SEEK_END)
-            if file.read(1) != b"\n":
-                file.write(b"\n")
-        file.write(json.dumps(row, allow_nan=False).encode() + b"\n")
-        file.flush()
-        os.fsync(file.fileno())
 
 
 def run_scenario(
@@ -101,8 +63,6 @@ def run_scenario(
         TimeElapsedColumn,
         TimeRemainingColumn,
     )
-
-    from simulations.scenario import read_scenario
 
     scenario = read_scenario(path, task or {})
     target = out or RESULTS / f"{scenario.name}.jsonl"
@@ -134,7 +94,7 @@ def run_scenario(
     with Progress(*columns, console=console) as progress:
         bar = progress.add_task(scenario.name, total=len(missing))
 
-        def finish(row: Any, outcome: dict[str, Any] | Exception) -> int:
+        def finish(row: Row, outcome: dict[str, Any] | Exception) -> int:
             progress.advance(bar)
             if isinstance(outcome, Exception):
                 console.print(f"[red]{row.cell} seed {row.seed}: {outcome!r}[/red]")
@@ -153,7 +113,7 @@ def run_scenario(
             return failed
         context = multiprocessing.get_context("spawn")
         with ProcessPoolExecutor(workers, context) as pool:
-            running: dict[Future, Any] = {}
+            running: dict[Future, Row] = {}
             waiting = list(reversed(missing))
             while waiting or running:
                 while waiting and len(running) < workers:

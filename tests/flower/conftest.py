@@ -10,7 +10,7 @@ from flwr.app import Array, ArrayRecord, Context, Message, MetricRecord, RecordD
 from flwr.clientapp import ClientApp
 
 from dare_agg.flower import dare_mod
-from simulations.memory_grid import MemoryGrid, pretend_task
+from simulations.runs.memory_grid import MemoryGrid, pretend_task
 
 
 @pytest.fixture(autouse=True)

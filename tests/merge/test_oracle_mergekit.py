@@ -13,7 +13,7 @@ from dare_agg.merge.wrapped import ScaledSource
 from dare_agg.offline.recipe import MERGEKIT_NORMS
 from dare_agg.vectors.layout import Layout, layout_of
 from dare_agg.vectors.sources import array_source
-from simulations.sparsifiers import dare_given
+from simulations.runs.sparsifiers import dare_given
 
 DATA = Path(__file__).resolve().parent.parent / "data" / "mergekit"
 TENSORS = ("w", "b", "c")

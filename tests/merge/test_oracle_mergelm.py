@@ -10,7 +10,7 @@ from dare_agg.merge.engine import merge_deltas
 from dare_agg.merge.fisher import _sum_of_squares
 from dare_agg.vectors.layout import Layout, layout_of
 from dare_agg.vectors.sources import ArraySource, array_source
-from simulations.sparsifiers import dare_given
+from simulations.runs.sparsifiers import dare_given
 
 DATA = Path(__file__).resolve().parent.parent / "data" / "mergelm"
 TOLERANCE = 1e-6

@@ -12,7 +12,7 @@ from dare_agg.merge.engine import merge_deltas
 from dare_agg.offline.statistics import read_texts, write_statistics
 from dare_agg.vectors.layout import layout_of
 from dare_agg.vectors.sources import array_source
-from simulations.sparsifiers import dare_given
+from simulations.runs.sparsifiers import dare_given
 
 torch = pytest.importorskip("torch")
 DATA = Path(__file__).resolve().parents[1] / "data" / "mergelm"

@@ -8,7 +8,7 @@ from flwr.clientapp import ClientApp
 
 from dare_agg.errors import RunError
 from server.app import ask
-from simulations.memory_grid import MemoryGrid, pretend_task
+from simulations.runs.memory_grid import MemoryGrid, pretend_task
 
 
 @pytest.fixture

@@ -6,8 +6,8 @@ import numpy as np
 import pytest
 
 from dare_agg.errors import ConfigError
-from simulations.baselines import COMPRESSORS, library, make_compressor, qsgd, randk, stc, topk
-from simulations.golomb import decode_positions, encode_positions
+from simulations.runs.baselines import COMPRESSORS, library, make_compressor, qsgd, randk, stc, topk
+from simulations.runs.golomb import decode_positions, encode_positions
 
 
 @pytest.mark.parametrize("keep", [0.001, 0.01, 0.1, 0.5, 1.0])

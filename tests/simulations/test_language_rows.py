@@ -11,9 +11,10 @@ import numpy as np
 import pytest
 
 from simulations import language_page
-from simulations.adapters import own_start, products
-from simulations.run import read_rows, run_row, run_scenario
-from simulations.scenario import KINDS, Row
+from simulations.run import run_row, run_scenario
+from simulations.runs.adapters import own_start, products
+from simulations.runs.rows import read_rows
+from simulations.runs.scenario import KINDS, Row
 
 _SPEC = importlib.util.spec_from_file_location(
     "client_files", Path(__file__).parents[1] / "client" / "conftest.py"

@@ -10,8 +10,8 @@ import pytest
 
 from dare_agg.errors import ConfigError
 from simulations import run as runner
-from simulations.channels import make_channel
-from simulations.scenario import KINDS, read_scenario
+from simulations.runs.channels import make_channel
+from simulations.runs.scenario import KINDS, read_scenario
 
 SCENARIOS = Path(__file__).parents[2] / "simulations" / "scenarios"
 SMALL = """

@@ -5,7 +5,7 @@ import pytest
 
 from dare_agg.codec.mask import Mask, parse_drop_rate
 from dare_agg.errors import ConfigError
-from simulations.sparsifiers import dare, dare_given, drop_only, magnitude, sparsify
+from simulations.runs.sparsifiers import dare, dare_given, drop_only, magnitude, sparsify
 
 VECTORS = Path(__file__).parents[1] / "data" / "mergelm"
 

@@ -22,9 +22,9 @@ from dare_agg.codec.mask import Mask, parse_drop_rate
 from dare_agg.errors import ConfigError, did_you_mean
 from dare_agg.files.cache import cache_folder
 from dare_agg.vectors.layout import FloatVector, Layout, layout_of
-from simulations.channels import HEAD
-from simulations.federated import build
-from simulations.sparsifiers import dare, drop_only, magnitude
+from simulations.runs.channels import HEAD
+from simulations.runs.federated import build
+from simulations.runs.sparsifiers import dare, drop_only, magnitude
 
 State = Mapping[str, NDArray[Any]]
 SWEEPS = ("dare", "dare-bernoulli", "drop-only", "magnitude", "magnitude-rescaled", "weights")

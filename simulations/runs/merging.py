@@ -1,7 +1,7 @@
 """Merging models tuned on different tasks: every method with and without DARE.
 
     python -m simulations.run simulations/scenarios/merging.toml
-    python -m simulations.merging
+    python -m simulations.results_page --only merging
 
 The first makes what is missing of ``simulations/results/merging.jsonl``, the second prints
 it as a Markdown table. A seed tunes a model of its own for each task and draws DARE's masks.
@@ -13,7 +13,6 @@ as in the paper's code), on training rows.
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
-from pathlib import Path
 from statistics import mean
 from typing import Any
 
@@ -25,15 +24,14 @@ from dare_agg.merge.engine import merge_deltas
 from dare_agg.merge.methods import find_method
 from dare_agg.vectors.layout import FloatVector, Layout
 from dare_agg.vectors.sources import array_source
-from simulations.sparsifiers import dare
+from simulations.runs.sparsifiers import dare
 
-RESULTS = Path(__file__).parent / "results" / "merging.jsonl"
 Statistics = Mapping[str, Mapping[str, Any]]
 
 
 def run_row(row: Any) -> dict[str, Any]:
     """Merge each set of tasks by each method and measure each task's accuracy."""
-    from simulations.single import body_layout, tuned_state
+    from simulations.runs.single import body_layout, tuned_state
 
     settings = row.settings
     models = {
@@ -155,14 +153,3 @@ def merged(
         measure=False,
     )
     return result
-
-
-def main() -> None:
-    from simulations.run import read_rows
-    from simulations.tables import merging_table
-
-    print(merging_table(read_rows(RESULTS)))
-
-
-if __name__ == "__main__":
-    main()

@@ -15,9 +15,9 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from simulations.channels import make_channel
-from simulations.federated import build, divide
-from simulations.scenario import KINDS
+from simulations.runs.channels import make_channel
+from simulations.runs.federated import build, divide
+from simulations.runs.scenario import KINDS
 
 State = Mapping[str, NDArray[Any]]
 PREFIX = "base_model.model."

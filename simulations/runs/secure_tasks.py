@@ -1,6 +1,6 @@
 """Four parties, four tasks, one encoder: secure sums beside plain merging.
 
-``python -m simulations.secure_tasks [--limit N] [--kind rounds]`` tunes each task once (kept
+``python -m simulations.runs.secure_tasks [--limit N] [--kind rounds]`` tunes each task once (kept
 in the cache), merges the encoders in one shot and over ten rounds, each party with its own
 local head, and appends to ``simulations/results/secure_tasks.jsonl``; rows that are there are
 skipped, so a run that was cut off goes on. ``--table`` prints the rows as Markdown.
@@ -16,7 +16,6 @@ import argparse
 import sys
 import time
 from collections.abc import Callable, Sequence
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -27,9 +26,10 @@ from dare_agg.merge.engine import merge_deltas
 from dare_agg.secure import Identity, LocalSum, make_roster, secure_sum, secure_terms
 from dare_agg.vectors.layout import FloatVector, Layout, fingerprint
 from dare_agg.vectors.sources import array_source
-from simulations.sparsifiers import dare
+from simulations.runs.rows import RESULTS, append_row, read_rows, versions
+from simulations.runs.sparsifiers import dare
 
-RESULTS = Path(__file__).parent / "results" / "secure_tasks.jsonl"
+OUT = RESULTS / "secure_tasks.jsonl"
 TASKS = {
     "Reuters R8": "reuters-r8",
     "election author": "election",
@@ -134,7 +134,7 @@ def secure_rule(method: str) -> str:
 
 def one_shot(row: dict[str, Any]) -> dict[str, Any]:
     """Merge four tuned models; accuracy of each task with its own head."""
-    from simulations.single import body_layout, tuned_state
+    from simulations.runs.single import body_layout, tuned_state
 
     models = {name: tuned_state(settings_of(name, TUNE_STEPS)) for name in TASKS}
     first = next(iter(models.values()))[1]
@@ -185,8 +185,8 @@ def one_shot(row: dict[str, Any]) -> dict[str, Any]:
 
 def rounds(row: dict[str, Any]) -> dict[str, Any]:
     """Train and merge over rounds: each party its own task and head, one common encoder."""
-    from simulations.federated import build
-    from simulations.single import body_layout
+    from simulations.runs.federated import build
+    from simulations.runs.single import body_layout
 
     tasks = [build(settings_of(name, ROUND_STEPS), 0) for name in TASKS]
     states = [task.initial_state() for task in tasks]
@@ -229,10 +229,8 @@ def rounds(row: dict[str, Any]) -> dict[str, Any]:
 
 
 def run(seeds: Sequence[int], kind: str, limit: int) -> int:
-    from simulations.run import append_row, read_rows, versions
-
     names = ("kind", "method", "drop_rate", "masks", "seed")
-    done = {tuple(r.get(n) for n in names) for r in read_rows(RESULTS)}
+    done = {tuple(r.get(n) for n in names) for r in read_rows(OUT)}
     missing = [
         r
         for r in rows(seeds)
@@ -242,7 +240,7 @@ def run(seeds: Sequence[int], kind: str, limit: int) -> int:
         began = time.process_time()
         measured = one_shot(row) if row["kind"] == "one-shot" else rounds(row)
         append_row(
-            RESULTS,
+            OUT,
             {
                 **row,
                 **measured,
@@ -257,9 +255,7 @@ def run(seeds: Sequence[int], kind: str, limit: int) -> int:
 
 def table() -> str:
     """The results as two Markdown tables, seeds averaged."""
-    from simulations.run import read_rows
-
-    found = read_rows(RESULTS)
+    found = read_rows(OUT)
     names = list(TASKS)
     head = f"| merge | p | how | {' | '.join(names)} | mean |\n"
     head += "|---|---|---|" + "---|" * (len(names) + 1) + "\n"

@@ -13,7 +13,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from simulations.channels import HEAD, make_channel
+from simulations.runs.channels import HEAD, make_channel
 
 
 @lru_cache(maxsize=2)

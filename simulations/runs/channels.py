@@ -4,7 +4,7 @@ A channel holds the global model. `begin` hands it to the clients (and counts th
 `send` takes one client's trained state (and counts the bytes up), `finish` merges.
 
 - `DareChannel`: the product's own round (`dare_agg.rounds.server`), with any downlink.
-- `VectorChannel`: dense FedAvg, and the compressors of `simulations.baselines`.
+- `VectorChannel`: dense FedAvg, and the compressors of `simulations.runs.baselines`.
 """
 
 from __future__ import annotations
@@ -58,7 +58,7 @@ class VectorChannel:
     """Flat vectors, a compressor for the encoder, the head dense in float32, weighted mean."""
 
     def __init__(self, settings: Mapping[str, Any], state: State, seed: int) -> None:
-        from simulations.baselines import make_compressor
+        from simulations.runs.baselines import make_compressor
 
         is_head = re.compile(HEAD).search
         self._body = layout_of({n: a.shape for n, a in state.items() if not is_head(n)})

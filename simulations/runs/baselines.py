@@ -1,7 +1,7 @@
 """The field's other ways to send a delta, written after their papers, for comparison only.
 
 Each is a function ``(vector, rng) -> (restored vector, payload bytes)``; the bytes are those
-of a real payload (indices by `simulations.golomb`), without message headers.
+of a real payload (indices by `simulations.runs.golomb`), without message headers.
 
 - ``fedpaq8``, ``fedpaq4``: QSGD's stochastic levels in buckets of 512, scaled by the largest
   magnitude (Alistarh et al. 2017; Reisizadeh et al. 2020).
@@ -25,7 +25,7 @@ import numpy as np
 
 from dare_agg.errors import ConfigError, did_you_mean
 from dare_agg.vectors.layout import FloatVector
-from simulations.golomb import encode_positions
+from simulations.runs.golomb import encode_positions
 
 BUCKET = 512
 Rng = np.random.Generator

@@ -16,7 +16,7 @@ from dare_agg.errors import ConfigError, did_you_mean
 # settings a cell may carry with their defaults.
 KINDS: Mapping[str, tuple[str, Mapping[str, Any]]] = {
     "federated": (
-        "simulations.federated",
+        "simulations.runs.federated",
         {
             "method": "fedavg",
             "drop_rate": "0.9",
@@ -45,11 +45,11 @@ KINDS: Mapping[str, tuple[str, Mapping[str, Any]]] = {
         },
     ),
     "single": (
-        "simulations.single",
+        "simulations.runs.single",
         {"sweeps": [], "drop_rates": [], "task": {}, "wrong_base": {}},
     ),
     "adapters": (
-        "simulations.adapters",
+        "simulations.runs.adapters",
         {
             "ways": {"factors": [], "product": []},
             "clients": 6,
@@ -60,7 +60,7 @@ KINDS: Mapping[str, tuple[str, Mapping[str, Any]]] = {
         },
     ),
     "merging": (
-        "simulations.merging",
+        "simulations.runs.merging",
         {
             "tasks": {},
             "sets": [],
@@ -72,6 +72,7 @@ KINDS: Mapping[str, tuple[str, Mapping[str, Any]]] = {
         },
     ),
 }
+SCENARIOS = Path(__file__).parents[1] / "scenarios"
 TOP_LEVEL = ("name", "kind", "title", "seeds", "defaults", "cells")
 
 

@@ -286,7 +286,9 @@ def table() -> str:
 
 
 def main() -> int:
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser = argparse.ArgumentParser(
+        prog="python -m simulations.runs.secure_tasks", description=__doc__.partition("\n")[0]
+    )
     parser.add_argument("--seeds", type=int, nargs="*", default=[0])
     parser.add_argument("--kind", choices=["one-shot", "rounds"], default="", help="these alone")
     parser.add_argument("--limit", type=int, default=0, help="rows at most (0: all)")

@@ -6,7 +6,7 @@ from collections.abc import Callable, Iterator
 
 import pytest
 
-from simulations.federation import Federation
+from simulations.bench.federation import Federation
 
 
 @pytest.fixture

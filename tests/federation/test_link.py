@@ -2,8 +2,8 @@
 
 import pytest
 
-from simulations.federation import calm_report, read_report
-from simulations.link import SlowLink, why_not
+from simulations.bench.federation import calm_report, read_report
+from simulations.bench.slow_link import SlowLink, why_not
 
 
 @pytest.mark.slow

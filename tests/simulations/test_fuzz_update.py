@@ -1,6 +1,6 @@
 """A short fuzz of the decoder; the long one is a command."""
 
-from simulations.fuzz_update import fuzz
+from simulations.bench.fuzz_update import fuzz
 
 
 def test_damaged_updates_give_typed_errors_only():

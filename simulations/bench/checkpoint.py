@@ -1,6 +1,6 @@
 """Peak memory and time of `dare-agg diff`, `inspect` and `apply` on large checkpoints.
 
-    python -m simulations.bench_checkpoint --gigabytes 2 --dtype bfloat16 --shards 4
+    python -m simulations.bench.checkpoint --gigabytes 2 --dtype bfloat16 --shards 4
 
 Makes a base and a tuned model of so many bytes each under ``--folder`` (kept if there), runs the
 three commands as a user does, and `apply` once more with the wrong base, which must be refused
@@ -83,7 +83,9 @@ def measure(base: Path, tuned: Path, folder: Path, drop_rate: str, values: str) 
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
+    parser = argparse.ArgumentParser(
+        prog="python -m simulations.bench.checkpoint", description=__doc__.partition("\n")[0]
+    )
     parser.add_argument("--gigabytes", type=float, default=2.0, help="of each model")
     parser.add_argument("--dtype", choices=WORDS, default="bfloat16")
     parser.add_argument("--shards", type=int, default=1, help="files of each model")

@@ -1,6 +1,6 @@
 """Server time and memory against clients and parameters, beside Flower's FedAvg.
 
-``python -m simulations.bench_scale`` checks, decodes and merges synthetic updates as a server
+``python -m simulations.bench.scale`` checks, decodes and merges synthetic updates as a server
 does (`merge_deltas` with all its measurements, one thread); the result is a mapped file, so that
 models that do not fit in memory are no exception. FedAvg is Flower's own function on full
 float32 replies. ``results/scale.jsonl`` gets a line a point; each runs in a process of its own.
@@ -162,7 +162,7 @@ class _Waves:
 
 def main() -> None:
     """Entry point: without ``--point`` every missing point is run in its own process."""
-    parser = argparse.ArgumentParser(prog="python -m simulations.bench_scale", description=__doc__)
+    parser = argparse.ArgumentParser(prog="python -m simulations.bench.scale", description=__doc__)
     parser.add_argument("--point", default="", help="one point: method,clients,parameters,rate")
     parser.add_argument("--out", type=Path, default=RESULTS / "scale.jsonl")
     options = parser.parse_args()
@@ -181,7 +181,7 @@ def main() -> None:
         if point in done:
             continue
         text = ",".join(map(str, point))
-        command = [sys.executable, "-m", "simulations.bench_scale", "--point", text]
+        command = [sys.executable, "-m", "simulations.bench.scale", "--point", text]
         output = subprocess.run(command, env=environment, check=True, capture_output=True).stdout
         row = json.loads(output)
         append_row(options.out, {**row, "versions": versions()})

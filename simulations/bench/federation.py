@@ -32,7 +32,7 @@ from dare_agg.flower.processes.launch import (
     write_connection,
 )
 
-APP = Path(__file__).parents[1] / "tests" / "apps" / "edge"
+APP = Path(__file__).parents[2] / "tests" / "apps" / "edge"
 
 
 @dataclass

@@ -1,6 +1,6 @@
 """A federation of 1,000 simulated clients with Flower's own engine.
 
-``python -m simulations.bench_engine`` runs the app as ``dare-agg run --clients 1000`` does: a
+``python -m simulations.bench.engine`` runs the app as ``dare-agg run --clients 1000`` does: a
 SuperLink, Ray actors, one message a client and exchange. The model is a ResNet of 79,312
 parameters from a seed, the data Fashion-MNIST with a label mixture for each client (about 60
 pictures each). Appends a line to ``results/engine.jsonl``.
@@ -36,7 +36,7 @@ KEPT = ("round", "accuracy", "accepted", "upload_bytes", "message_upload_bytes",
 
 def main() -> None:
     """Entry point."""
-    parser = argparse.ArgumentParser(prog="python -m simulations.bench_engine", description=__doc__)
+    parser = argparse.ArgumentParser(prog="python -m simulations.bench.engine", description=__doc__)
     parser.add_argument("--clients", type=int, default=1000)
     parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--method", default="dare-task-arithmetic", help="or fedavg")

@@ -1,6 +1,6 @@
 """Peak memory of the server against the number of clients, through the strategy itself.
 
-``python -m simulations.bench_server_memory`` runs two rounds of `DareStrategy` with the version
+``python -m simulations.bench.server_memory`` runs two rounds of `DareStrategy` with the version
 downlink on a model of 22 million parameters, for 4 to 64 clients, each point in a process of
 its own. Clients are made up: an update is encoded when its reply is pulled, one after another
 as from a network, from a delta that exists tile by tile only, so that the peak is the server's
@@ -125,7 +125,7 @@ def measure(clients: int, parameters: int, drop_rate: str) -> dict[str, Any]:
 def main() -> None:
     """Entry point: without ``--clients`` every point is run in its own process."""
     parser = argparse.ArgumentParser(
-        prog="python -m simulations.bench_server_memory", description=__doc__
+        prog="python -m simulations.bench.server_memory", description=__doc__
     )
     parser.add_argument("--clients", type=int, default=0, help="one point, printed")
     parser.add_argument("--parameters", type=int, default=PARAMETERS)
@@ -139,7 +139,7 @@ def main() -> None:
     # Coding for 64 clients too, the process would load the compiled loops (115 MiB).
     environment = {**os.environ, "DARE_AGG_KERNEL": "numpy"}
     for clients in CLIENTS:
-        command = [sys.executable, "-m", "simulations.bench_server_memory"]
+        command = [sys.executable, "-m", "simulations.bench.server_memory"]
         command += ["--clients", str(clients), "--parameters", str(options.parameters)]
         command += ["--drop-rate", options.drop_rate]
         done = subprocess.run(command, check=True, capture_output=True, text=True, env=environment)

@@ -1,12 +1,12 @@
 """kill -9 at random moments in a real federation: does every run end with the same bits?
 
-``python -m simulations.bench_crash`` starts a SuperLink with a database and process isolation,
+``python -m simulations.bench.crash`` starts a SuperLink with a database and process isolation,
 a SuperExec and two SuperNodes over TLS, runs the small app of ``tests/apps/edge`` again and
 again and kills, at random moments, the ServerApp, the SuperLink, or everything. What was killed
 is started again; a run that died with it is resumed. Every run must end at the fingerprint of
 an undisturbed run. Appends one row a finished run to ``results/crash.jsonl`` and goes on from
 there when called again, until all runs together were killed ``--kills`` times. (A SuperNode
-killed alone costs its update of the round and so changes the result: tests/edge shows that.)
+killed alone costs its update of the round and so changes the result: tests/federation shows that.)
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ from collections import Counter
 from pathlib import Path
 from typing import Any
 
-from simulations.federation import Federation, calm_report, finished_rounds, read_report
+from simulations.bench.federation import Federation, calm_report, finished_rounds, read_report
 from simulations.runs.rows import RESULTS, append_row
 
 TARGETS = ("serverapp", "superlink", "everything")
@@ -32,7 +32,7 @@ RUN_SECONDS = 1800
 
 def main() -> None:
     """Entry point; the exit status is 1 when a run did not end at the undisturbed bits."""
-    parser = argparse.ArgumentParser(prog="python -m simulations.bench_crash", description=__doc__)
+    parser = argparse.ArgumentParser(prog="python -m simulations.bench.crash", description=__doc__)
     parser.add_argument("--kills", type=int, default=50, help="in all rows of the file")
     parser.add_argument("--seed", type=int, default=1)
     parser.add_argument("--minutes", type=float, default=120, help="Begin no run after so long.")

@@ -1,6 +1,6 @@
 """Seconds a round with and without the warm trainer, in a real deployment of the real app.
 
-``python -m simulations.bench_warm`` starts a SuperLink and two SuperNodes over TLS, fine-tunes
+``python -m simulations.bench.warm`` starts a SuperLink and two SuperNodes over TLS, fine-tunes
 the encoder of the headline for a few rounds, first with Flower's process a message, then with
 ``warm=true`` in the node config; in the middle of the warm run both trainers are killed with
 -9. Writes ``results/warm.jsonl``. The results of both runs must be the same bits.
@@ -25,10 +25,10 @@ import time
 from pathlib import Path
 from typing import Any
 
-from simulations.federation import Federation
+from simulations.bench.federation import Federation
 from simulations.runs.rows import RESULTS, versions
 
-ROOT = Path(__file__).parents[1]
+ROOT = Path(__file__).parents[2]
 CONFIG = {
     "downlink": "auto",
     "drop-rate": "0.99",
@@ -43,7 +43,7 @@ CONFIG = {
 
 def main() -> None:
     """Entry point."""
-    parser = argparse.ArgumentParser(prog="python -m simulations.bench_warm", description=__doc__)
+    parser = argparse.ArgumentParser(prog="python -m simulations.bench.warm", description=__doc__)
     parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--only", choices=("cold", "warm"), help="this one, the other is kept")
     parser.add_argument("--out", type=Path, default=RESULTS / "warm.jsonl")

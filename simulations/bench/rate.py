@@ -1,6 +1,6 @@
 """Error and accuracy by bytes of every way to send one real delta.
 
-``python -m simulations.bench_rate [--json]`` fine-tunes (or reads from the cache) the tasks of
+``python -m simulations.bench.rate [--json]`` fine-tunes (or reads from the cache) the tasks of
 ``scenarios/single.toml``, sends each delta once by every method, and writes
 ``results/rate.jsonl``. NMSE is ‖restored − δ‖²/‖δ‖².
 """
@@ -126,7 +126,7 @@ def run(out: Path, accuracy: bool, tasks: tuple[str, ...] = TASKS) -> list[dict[
 
 def main() -> None:
     """Entry point."""
-    parser = argparse.ArgumentParser(prog="python -m simulations.bench_rate", description=__doc__)
+    parser = argparse.ArgumentParser(prog="python -m simulations.bench.rate", description=__doc__)
     parser.add_argument("--json", action="store_true", help="print the rows as one JSON object")
     parser.add_argument("--task", choices=TASKS, help="this one only; default: all that lack")
     parser.add_argument("--no-accuracy", action="store_true", help="errors only")

@@ -1,8 +1,8 @@
 """Time `dare-agg merge` against mergekit 0.1.5 on the same synthetic checkpoints.
 
-    python -m simulations.bench_merge --json               # mergekit's CPU seconds ÷ ours
-    python -m simulations.bench_merge --updates --json     # ten updates against ten checkpoints
-    python -m simulations.bench_merge --memory --json      # 2 to 32 models, 2 GB and 6 GB
+    python -m simulations.bench.merge --json               # mergekit's CPU seconds ÷ ours
+    python -m simulations.bench.merge --updates --json     # ten updates against ten checkpoints
+    python -m simulations.bench.merge --memory --json      # 2 to 32 models, 2 GB and 6 GB
 
 All run as whole commands in one thread, start-up included; what counts is their CPU seconds
 (medians of ``--repeats`` runs of ours and ``--mergekit-repeats`` of mergekit's, which take
@@ -36,7 +36,7 @@ from dare_agg.checkpoint import open_checkpoint
 from dare_agg.files.cache import cache_folder
 from simulations.runs.checkpoints import llama_shapes, make_checkpoints
 
-ROOT = Path(__file__).resolve().parent.parent
+ROOT = Path(__file__).parents[2]
 MERGEKIT = "mergekit==0.1.5"
 WEIGHT = 0.25
 DENSITY = 0.1
@@ -311,7 +311,9 @@ def memory(arguments: argparse.Namespace, work: Path, outputs: Path) -> list[dic
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser = argparse.ArgumentParser(
+        prog="python -m simulations.bench.merge", description=__doc__.partition("\n")[0]
+    )
     parser.add_argument("--json", action="store_true", help="print one JSON object")
     parser.add_argument("--methods", nargs="+", choices=list(METHODS), default=list(METHODS))
     parser.add_argument(

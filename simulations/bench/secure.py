@@ -1,6 +1,6 @@
 """Time and bytes of a secure sum, beside Flower's SecAgg+ on the same sizes.
 
-``python -m simulations.bench_secure [--json] [--secagg]`` runs whole sessions with all
+``python -m simulations.bench.secure [--json] [--secagg]`` runs whole sessions with all
 parties in this process, one thread. Seconds are CPU time: for a party the median over all
 parties of all five answers, for the server everything it does. ``client_bytes`` is what a
 party uploads, ``client_bytes_down`` what it receives.
@@ -202,7 +202,9 @@ def measure_secagg(clients: int, words: int, dropouts: int) -> dict[str, Any]:
 
 
 def main() -> int:
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser = argparse.ArgumentParser(
+        prog="python -m simulations.bench.secure", description=__doc__.partition("\n")[0]
+    )
     parser.add_argument("--json", action="store_true", help="print one JSON object")
     parser.add_argument("--clients", type=int, default=100)
     parser.add_argument("--words", type=int, default=100_000)

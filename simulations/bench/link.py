@@ -1,6 +1,6 @@
 """Rounds over a slow link: DARE with the version downlink beside Flower's FedAvg.
 
-``sudo python -m simulations.bench_link`` puts one SuperNode behind a `SlowLink` and runs the app
+``sudo python -m simulations.bench.link`` puts one SuperNode behind a `SlowLink` and runs the app
 of ``tests/apps/edge`` with 1.5 million parameters: DARE where the client is sent the base, DARE
 where it makes the public base itself, and FedAvg with Flower's own transport. Writes
 ``results/link.jsonl``. A FedAvg upload of 6 MB takes 160 s at 300 kbit/s at best.
@@ -14,8 +14,8 @@ import tempfile
 from pathlib import Path
 from typing import Any
 
-from simulations.federation import Federation, read_report
-from simulations.link import SlowLink, why_not
+from simulations.bench.federation import Federation, read_report
+from simulations.bench.slow_link import SlowLink, why_not
 from simulations.runs.rows import RESULTS
 
 RUNS: dict[str, dict[str, Any]] = {
@@ -27,7 +27,7 @@ RUNS: dict[str, dict[str, Any]] = {
 
 def main() -> None:
     """Entry point."""
-    parser = argparse.ArgumentParser(prog="python -m simulations.bench_link", description=__doc__)
+    parser = argparse.ArgumentParser(prog="python -m simulations.bench.link", description=__doc__)
     parser.add_argument("--parameters", type=int, default=1_500_000)
     parser.add_argument("--rounds", type=int, default=2)
     parser.add_argument("--deadline", type=float, default=900.0, help="of a round, seconds")

@@ -1,6 +1,6 @@
 """Time encoding and decoding against one subtraction of the model.
 
-    python -m simulations.bench_codec --parameters 1e8 --json
+    python -m simulations.bench.codec --parameters 1e8 --json
 
 One thread, float32. The dense subtraction ``tuned − base`` into a given array is timed just
 before every encoding and decoding, so that a busy machine slows both; a ratio is the median of
@@ -190,7 +190,9 @@ def scaling(codec: Codec, out: FloatVector, threads: int, runs: int) -> dict[str
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
+    parser = argparse.ArgumentParser(
+        prog="python -m simulations.bench.codec", description=__doc__.partition("\n")[0]
+    )
     parser.add_argument("--parameters", type=float, default=1e8)
     parser.add_argument("--values", default=",".join(VALUES), help="formats, by comma")
     parser.add_argument("--drop-rates", default=",".join(DROP_RATES), help="by comma")

@@ -1,6 +1,6 @@
 """Throw damaged updates at the decoder: only typed errors, no memory, no hang.
 
-    python -m simulations.fuzz_update --count 1000000
+    python -m simulations.bench.fuzz_update --count 1000000
 
 Starts from good updates of every value format and mask, in-round and as files. Guided by
 coverage: a mutant that takes a step between two lines of the decoder not taken before, or
@@ -32,6 +32,7 @@ from typing import Any
 
 import numpy as np
 
+from dare_agg import codec, vectors
 from dare_agg.codec.formats import VALUE_FORMATS
 from dare_agg.codec.mask import MASK_KINDS, parse_drop_rate
 from dare_agg.codec.update import (
@@ -62,10 +63,7 @@ PIECE = 50_000
 MAX_ACCEPTED_SIZE = 1 << 22
 HANG_SECONDS = 20
 MEMORY_LIMIT_MIB = 256
-_DECODER_FILES = frozenset(
-    f"{name}.py"
-    for name in ("derive", "layout", "mask", "rotation", "update", "update_file", "values")
-)
+_DECODER = tuple(str(Path(room.__file__).parent) for room in (codec, vectors))
 # In memory where there is such a place: a mutant's file is written and read once.
 _FAST_FOLDER = next((name for name in ("/dev/shm",) if Path(name).is_dir()), None)
 _NUMBERS = (0, 1, 2, 7, 255, 256, 2**15, 2**16, 2**31 - 1, 2**31, 2**32 - 1, 2**40, 2**63 - 1,
@@ -232,7 +230,7 @@ class Steps:
     def _enter(self, frame: FrameType, _: str, __: Any) -> Callable[..., Any] | None:
         code = frame.f_code
         if code not in self._numbers:
-            ours = Path(code.co_filename).name in _DECODER_FILES
+            ours = code.co_filename.startswith(_DECODER)
             self._numbers[code] = len(self._numbers) if ours else None
         number = self._numbers[code]
         if number is None:
@@ -336,7 +334,9 @@ def joined(rows: list[dict[str, Any]]) -> dict[str, Any]:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
+    parser = argparse.ArgumentParser(
+        prog="python -m simulations.bench.fuzz_update", description=__doc__.partition("\n")[0]
+    )
     parser.add_argument("--count", type=int, default=1_000_000)
     parser.add_argument(
         "--seed", type=int, default=0, help="of the first piece; the next is one up"

@@ -42,6 +42,8 @@ ARROWS = {
     "runs": "files offline vectors",
     "cli": "*",
 }
+# The same for simulations/: run.py stands on top, and nothing imports it.
+SIMULATIONS = {"runs": "", "bench": "runs", "pages": "runs", "run": "runs"}
 # The most entries that may stand side by side at the library's root.
 MOST_ENTRIES = 14
 # Rooms of arithmetic: numpy and cryptography, and nothing else from outside.
@@ -60,6 +62,7 @@ def imports(path: Path, *, module_level_only: bool = False) -> set[str]:
                 found.update(alias.name for alias in child.names)
             elif isinstance(child, ast.ImportFrom) and child.level == 0:
                 found.add(child.module or "")
+                found.update(f"{child.module}.{alias.name}" for alias in child.names)
             is_function = isinstance(child, ast.FunctionDef | ast.AsyncFunctionDef)
             if module_level_only and (is_function or _is_type_checking(child)):
                 continue
@@ -104,36 +107,42 @@ def test_no_import_runs_back_up(room: str, forbidden: set[str]) -> None:
     assert not bad
 
 
-def rooms() -> dict[str, list[Path]]:
-    """The library's rooms and their files; a file at the root is a room of its own."""
+def rooms(house: str = "dare_agg") -> dict[str, list[Path]]:
+    """The rooms of a house and their files; a file at the root is a room of its own."""
     found: dict[str, list[Path]] = {}
-    for path in files("dare_agg"):
-        first = path.relative_to(ROOT / "dare_agg").parts[0].removesuffix(".py")
+    for path in files(house):
+        first = path.relative_to(ROOT / house).parts[0].removesuffix(".py")
         if first != "__init__":
             found.setdefault(first, []).append(path)
     return found
 
 
-def library_imports(path: Path) -> set[str]:
-    """The rooms of the library that a file imports from, inside functions too."""
-    names = {name for name in imports(path) if name.startswith("dare_agg.")}
-    return {name.split(".")[1] for name in names}
+def imported_rooms(path: Path) -> set[str]:
+    """The rooms of its own house that a file imports from, inside functions too."""
+    house = path.relative_to(ROOT).parts[0]
+    names = {name for name in imports(path) if name.startswith(f"{house}.")}
+    return {name.split(".")[1] for name in names} & set(rooms(house))
 
 
-def test_the_table_names_every_room() -> None:
+def test_the_tables_name_every_room() -> None:
     assert set(rooms()) == set(ARROWS)
     assert len(ARROWS) <= MOST_ENTRIES
+    assert set(rooms("simulations")) == set(SIMULATIONS)
 
 
-@pytest.mark.parametrize("room", ARROWS)
-def test_a_room_imports_from_its_own_rooms_only(room: str) -> None:
-    if ARROWS[room] == "*":
-        return
-    allowed = {room, "errors", *ARROWS[room].split()}
+@pytest.mark.parametrize(
+    ("house", "room", "below"),
+    [
+        *(("dare_agg", room, f"errors {below}") for room, below in ARROWS.items() if below != "*"),
+        *(("simulations", room, below) for room, below in SIMULATIONS.items()),
+    ],
+)
+def test_a_room_imports_from_its_own_rooms_only(house: str, room: str, below: str) -> None:
+    allowed = {room, *below.split()}
     bad = {
-        str(path.relative_to(ROOT)): sorted(library_imports(path) - allowed)
-        for path in rooms()[room]
-        if library_imports(path) - allowed
+        str(path.relative_to(ROOT)): sorted(imported_rooms(path) - allowed)
+        for path in rooms(house)[room]
+        if imported_rooms(path) - allowed
     }
     assert not bad
 

@@ -1,7 +1,7 @@
 """Merging models tuned on different tasks: every method with and without DARE.
 
     python -m simulations.run simulations/scenarios/merging.toml
-    python -m simulations.results_page --only merging
+    python -m simulations.pages.results --only merging
 
 The first makes what is missing of ``simulations/results/merging.jsonl``, the second prints
 it as a Markdown table. A seed tunes a model of its own for each task and draws DARE's masks.

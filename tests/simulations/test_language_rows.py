@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 import pytest
 
-from simulations import language_page
+from simulations.pages import language
 from simulations.run import run_row, run_scenario
 from simulations.runs.adapters import own_start, products
 from simulations.runs.rows import read_rows
@@ -55,7 +55,7 @@ def test_a_federated_row_has_no_head_and_learns_beyond_the_untouched_base(row):
     assert base["upload_bytes"] == base["rounds"] == 0 and base["curve"][-1]["round"] == 0
     assert tuned["curve"][-1]["loss"] < base["curve"][-1]["loss"]
     assert tuned["head_upload_bytes"] == 0 < tuned["upload_bytes"]
-    table = language_page.federated_loss_table(
+    table = language.federated_loss_table(
         [{**base, "cell": "untouched base"}, {**tuned, "cell": "full, FedAvg"}]
     )
     assert f"| {tuned['curve'][-1]['loss']:.3f} |" in table
@@ -69,10 +69,10 @@ def test_single_rows_carry_the_loss(row, tmp_path, monkeypatch):
     assert sum(found["delta"]["log10_shares"]) == pytest.approx(
         1 - found["delta"]["exact_zeros"], abs=1e-3
     )
-    table = language_page.loss_table([found])
+    table = language.loss_table([found])
     assert table.count("\n") == 4 and f"{base['loss'] - tuned['loss']:+.3f}" in table
-    assert "100.0" not in language_page.sizes_table([found], [])
-    for draw in (language_page.loss_plot, language_page.delta_plot):
+    assert "100.0" not in language.sizes_table([found], [])
+    for draw in (language.loss_plot, language.delta_plot):
         assert draw([found], tmp_path / "plot.svg").stat().st_size > 5000
 
 
@@ -88,7 +88,7 @@ def test_averaged_products_are_exact_and_averaged_factors_are_not(row, own):
         )
     )
     points = {(p["way"], p["drop_rate"]): p for p in found["points"]}
-    assert language_page.adapters_table([found]).count("\n") == 1 + len(points)
+    assert language.adapters_table([found]).count("\n") == 1 + len(points)
     assert points["product", "0"]["nmse"] < 1e-10 < points["factors", "0"]["nmse"]
     assert points["product", "0.5"]["nmse"] > 0.01
     assert points["product", "0"]["bytes"] == 4 * found["product_parameters"]

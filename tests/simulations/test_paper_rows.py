@@ -9,9 +9,9 @@ from typing import Any
 
 import pytest
 
+from simulations.pages.tables import delta_table, merging_table, single_table
 from simulations.run import run_row
 from simulations.runs.scenario import Row, read_scenario
-from simulations.tables import delta_table, merging_table, single_table
 
 ROOT = Path(__file__).parents[2]
 

@@ -6,7 +6,7 @@ from typing import Any
 
 import pytest
 
-from simulations import tables
+from simulations.pages import tables
 
 
 def _row(cell: str, seed: int, scores: list[float], up: int, down: int) -> dict[str, Any]:

@@ -9,7 +9,7 @@ from typing import Any
 
 import numpy as np
 
-from simulations.tables import Rows, by_cell
+from simulations.pages.tables import Rows, by_cell
 
 COLOURS = (
     "#6b7280", "#9d4edd", "#0b7a75", "#2563eb", "#e07a1f", "#be123c", "#4d7c0f", "#b45309",

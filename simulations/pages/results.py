@@ -1,6 +1,6 @@
 """Fills the tables and pictures of ``docs/RESULTS.md`` from the committed results.
 
-``python -m simulations.results_page`` replaces what stands between ``<!-- begin NAME -->`` and
+``python -m simulations.pages.results`` replaces what stands between ``<!-- begin NAME -->`` and
 ``<!-- end NAME -->``; the words around are written by hand. With ``--only SECTION`` it prints
 it alone.
 """
@@ -13,11 +13,11 @@ import sys
 from collections.abc import Callable, Mapping
 from pathlib import Path
 
-from simulations import language_page, plots, tables
+from simulations.pages import language, plots, tables
 from simulations.runs.rows import RESULTS, read_rows
 from simulations.runs.scenario import SCENARIOS, read_scenario
 
-PAGE = Path(__file__).parents[1] / "docs" / "RESULTS.md"
+PAGE = Path(__file__).parents[2] / "docs" / "RESULTS.md"
 PLOTS = PAGE.parent / "plots"
 COMPACT = "DARE p=.995, union down"
 
@@ -108,27 +108,27 @@ def merging() -> str:
 
 def lm_single() -> str:
     rows = _rows("lm-single")
-    curve = language_page.loss_plot(rows, PLOTS / "lm-single.svg")
-    delta = language_page.delta_plot(rows, PLOTS / "lm-delta.svg")
+    curve = language.loss_plot(rows, PLOTS / "lm-single.svg")
+    delta = language.delta_plot(rows, PLOTS / "lm-delta.svg")
     return "\n\n".join(
         (
             _image(curve, "loss by drop rate"),
-            language_page.loss_table(rows),
+            language.loss_table(rows),
             _image(delta, "range of the delta"),
         )
     )
 
 
 def lm() -> str:
-    return language_page.federated_loss_table(_rows("lm"))
+    return language.federated_loss_table(_rows("lm"))
 
 
 def adapters() -> str:
-    return language_page.adapters_table(_rows("adapters"))
+    return language.adapters_table(_rows("adapters"))
 
 
 def sizes() -> str:
-    return language_page.sizes_table(_rows("sizes"), _rows("lm-single"))
+    return language.sizes_table(_rows("sizes"), _rows("lm-single"))
 
 
 def rate() -> str:
@@ -269,7 +269,9 @@ def fill(text: str) -> str:
 
 def main() -> None:
     """Entry point."""
-    parser = argparse.ArgumentParser(prog="python -m simulations.results_page", description=__doc__)
+    parser = argparse.ArgumentParser(
+        prog="python -m simulations.pages.results", description=__doc__
+    )
     parser.add_argument("--only", choices=SECTIONS, help="print this section, change no page")
     only = parser.parse_args().only
     if only:

@@ -11,8 +11,8 @@ from typing import Any
 import numpy as np
 
 from dare_agg.runs.words import human_bytes
-from simulations.plots import COLOURS, make_axes, save
-from simulations.tables import Rows, by_cell, markdown, mean_and_interval, shown
+from simulations.pages.plots import COLOURS, make_axes, save
+from simulations.pages.tables import Rows, by_cell, markdown, mean_and_interval, shown
 
 REFERENCE = "FedAvg"
 

@@ -1,0 +1,1 @@
+"""The results page: its tables and plots, made from the committed rows."""

@@ -19,7 +19,7 @@ from numpy.typing import NDArray
 
 from dare_agg.errors import ConfigError
 from dare_agg.vectors.layout import FloatVector, fingerprint, layout_of
-from simulations.feedback import unsent
+from simulations.runs.feedback import unsent
 
 HEAD = r"(^|\.)(head|classifier)\."
 State = Mapping[str, NDArray[Any]]

@@ -8,7 +8,7 @@ import pytest
 from dare_agg.codec.mask import parse_drop_rate
 from dare_agg.codec.update import UpdateSpec, decode_update, encode_update
 from dare_agg.errors import ConfigError
-from simulations.feedback import unsent
+from simulations.runs.feedback import unsent
 
 SIZE = 4096
 SPEC = UpdateSpec(

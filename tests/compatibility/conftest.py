@@ -6,7 +6,7 @@ from pathlib import Path
 import pytest
 
 from dare_agg.cli.main import main
-from simulations.memory_grid import pretend_task
+from simulations.runs.memory_grid import pretend_task
 
 HERE = Path(__file__).resolve().parent
 # Helpers stand beside the tests; importlib mode puts no test folder on the path.

@@ -19,7 +19,7 @@ from dare_agg.flower import dare_mod
 from dare_agg.runs.report import read_run
 from dare_agg.vectors.model import global_model
 from server.app import main as run_server
-from simulations.memory_grid import MemoryGrid
+from simulations.runs.memory_grid import MemoryGrid
 
 DATA = Path(__file__).resolve().parents[1] / "data" / "made-by-0.1"
 EXPECTED = json.loads((DATA / "runs" / "expected.json").read_text())

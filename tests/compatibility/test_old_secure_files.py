@@ -27,7 +27,7 @@ from dare_agg.secure.party import REQUESTS, Party
 from dare_agg.secure.roster import check_roster, read_roster
 from dare_agg.secure.settings import SecureSettings
 from dare_agg.secure.vault import Vault
-from simulations.memory_grid import MemoryGrid
+from simulations.runs.memory_grid import MemoryGrid
 
 DATA = Path(__file__).resolve().parents[1] / "data" / "made-by-0.1"
 SECURE = json.loads((DATA / "secure" / "expected.json").read_text())

@@ -15,7 +15,7 @@ from dare_agg.flower import DareStrategy, dare_mod
 from dare_agg.flower.resume import resume
 from dare_agg.flower.transport import to_numpy
 from dare_agg.rounds.state import StateFolder
-from simulations.memory_grid import MemoryGrid
+from simulations.runs.memory_grid import MemoryGrid
 
 DATA = Path(__file__).resolve().parents[1] / "data" / "made-by-0.1"
 EXPECTED = json.loads((DATA / "states" / "expected.json").read_text())

@@ -7,6 +7,8 @@ from typing import Annotated
 
 import typer
 
+from dare_agg.vectors.sources import SAFE_DELTA
+
 
 def diagnose(
     base: Annotated[Path, typer.Argument(help="A .safetensors file or a model folder.")],
@@ -69,7 +71,7 @@ def diagnose(
         padding=(0, 1, 0, 0),
     )
     table.add_column("model", overflow="fold")
-    for column in (*(f"q{q:g}" for q in QUANTILES), "max", "> 0.005", "zeros", "norm"):
+    for column in (*(f"q{q:g}" for q in QUANTILES), "max", f"> {SAFE_DELTA}", "zeros", "norm"):
         table.add_column(column, justify="right", no_wrap=True)
     for row in found.models:
         table.add_row(
@@ -104,7 +106,7 @@ def diagnose(
             title="largest tensors by rms of delta", box=box.SIMPLE, padding=(0, 1, 0, 0)
         )
         tensors.add_column("tensor", overflow="fold")
-        for column in ("elements", "rms", "q0.99", "> 0.005"):
+        for column in ("elements", "rms", "q0.99", f"> {SAFE_DELTA}"):
             tensors.add_column(column, justify="right", no_wrap=True)
         for tensor in sorted(found.tensors, key=lambda t: -t.rms)[:layers]:
             tensors.add_row(

@@ -16,9 +16,8 @@ import numpy as np
 from numpy.typing import NDArray
 
 from dare_agg.vectors.layout import FloatVector, Layout
-from dare_agg.vectors.sources import DeltaSource, take
+from dare_agg.vectors.sources import SAFE_DELTA, DeltaSource, take
 
-SMALL = 0.005
 LARGE = 0.01
 QUANTILES = (0.5, 0.9, 0.99, 0.999)
 DROP_RATES = (0.5, 0.7, 0.9, 0.95, 0.99, 0.995, 0.999)
@@ -29,7 +28,7 @@ _SAMPLE = 1 << 16
 
 @dataclass(frozen=True)
 class TensorDiagnosis:
-    """One tensor over all models: quantiles of \\|δ\\| (worst model), rms, share above 0.005."""
+    """One tensor over all models: quantiles of \\|δ\\| (worst model), rms, share not small."""
 
     name: str
     size: int
@@ -126,7 +125,7 @@ def diagnose_deltas(
             signs = np.sign(rows).astype(np.int8)
             for i in range(count):
                 size = np.abs(rows[i])
-                over = int(np.count_nonzero(size > SMALL))
+                over = int(np.count_nonzero(size > SAFE_DELTA))
                 small[i] += over
                 above[i] += over, int(np.count_nonzero(size > LARGE))
                 zeros[i] += size.size - int(np.count_nonzero(size))
@@ -196,11 +195,11 @@ def safe_drop_rate(models: Sequence[ModelDiagnosis], parameters: int) -> tuple[f
     text = f"99 % of |delta| of {worst.name} lie below {bound:.2g}"
     if bound > LARGE:
         return 0.0, f"{text}, above {LARGE}: even p = 0.1 is known to fail; check the base"
-    if bound > SMALL:
-        return 0.5, f"{text}, above {SMALL}: DARE loses accuracy early; try 0.5 and measure"
-    if parameters < 10_000_000 or bound > SMALL / 2.5:
+    if bound > SAFE_DELTA:
+        return 0.5, f"{text}, above {SAFE_DELTA}: DARE loses accuracy early; try 0.5 and measure"
+    if parameters < 10_000_000 or bound > SAFE_DELTA / 2.5:
         return 0.9, f"{text} ({parameters:,} parameters): 0.9 is safe, 0.99 may cost accuracy"
-    return 0.99, f"{text}, at most {SMALL / 2.5:g}: 0.99 is usually safe"
+    return 0.99, f"{text}, at most {SAFE_DELTA / 2.5:g}: 0.99 is usually safe"
 
 
 def _warnings(models: Sequence[ModelDiagnosis], gram: NDArray[np.float64]) -> list[str]:
@@ -210,8 +209,8 @@ def _warnings(models: Sequence[ModelDiagnosis], gram: NDArray[np.float64]) -> li
             found.append(f"{model.name} equals the base: it adds nothing")
         elif model.above_small > 0.01:
             found.append(
-                f"{model.name}: {model.above_small:.1%} of |delta| exceed {SMALL}; DARE is unsafe "
-                "there: use another base, a lower drop rate, or no DARE"
+                f"{model.name}: {model.above_small:.1%} of |delta| exceed {SAFE_DELTA}; DARE is "
+                "unsafe there: use another base, a lower drop rate, or no DARE"
             )
     if len(models) > 1:
         squares = np.diagonal(gram)

@@ -21,6 +21,7 @@ from dare_agg.rounds.statistics import (
 )
 from dare_agg.vectors.layout import FloatVector, check_finite, compile_patterns, matches
 from dare_agg.vectors.model import Arrays, GlobalModel, global_model
+from dare_agg.vectors.sources import SAFE_DELTA
 
 
 @dataclass(frozen=True)
@@ -31,7 +32,7 @@ class ClientUpdate:
     dense_blob: bytes | None
     delta_norm: float
     delta_max: float
-    share_above: float  # of |delta| > 0.005, the range in which DARE is safe
+    share_above: float  # of |delta| > SAFE_DELTA
     statistics: StatisticsUpdate | None = None
 
     @property
@@ -109,5 +110,5 @@ def _measure(base: FloatVector, tuned: FloatVector) -> tuple[float, float, float
         piece = np.abs(tuned[lo : lo + (1 << 16)] - base[lo : lo + (1 << 16)])
         squares += float(np.sum(piece * piece, dtype=np.float64))
         largest = max(largest, float(piece.max()))
-        above += int(np.count_nonzero(piece > np.float32(0.005)))
+        above += int(np.count_nonzero(piece > np.float32(SAFE_DELTA)))
     return math.sqrt(squares), largest, above / base.size

@@ -13,6 +13,8 @@ from numpy.typing import NDArray
 from dare_agg.vectors.layout import FloatVector
 
 Positions = NDArray[np.int64]
+# DARE is safe while almost all |delta| stay below this (arXiv 2311.03099, section 4.4).
+SAFE_DELTA = 0.005
 
 
 @runtime_checkable

@@ -11,6 +11,7 @@ from typing import Any
 import numpy as np
 
 from dare_agg.runs.words import human_bytes
+from dare_agg.vectors.sources import SAFE_DELTA
 from simulations.pages.plots import COLOURS, make_axes, save
 from simulations.pages.tables import Rows, by_cell, markdown, mean_and_interval, shown
 
@@ -109,9 +110,9 @@ def delta_plot(rows: Rows, path: Path) -> Path:
         axes.stairs(100 * np.array(row["delta"]["log10_shares"]), edges, color=colour,
                     label=label, linewidth=1.6)  # fmt: skip
         drawn.add(label)
-    axes.axvline(math.log10(0.005), color="#be123c", linestyle="--", linewidth=1)
-    axes.text(math.log10(0.005) + 0.05, axes.get_ylim()[1] * 0.92, "0.005", color="#be123c",
-              fontsize=8.5)  # fmt: skip
+    axes.axvline(math.log10(SAFE_DELTA), color="#be123c", linestyle="--", linewidth=1)
+    axes.text(math.log10(SAFE_DELTA) + 0.05, axes.get_ylim()[1] * 0.92, f"{SAFE_DELTA}",
+              color="#be123c", fontsize=8.5)  # fmt: skip
     axes.set_xlim(-8, -1)
     axes.set_xticks(range(-8, 0))
     axes.set_xticklabels([f"$10^{{{k}}}$" for k in range(-8, 0)])

@@ -22,6 +22,7 @@ from dare_agg.codec.mask import Mask, parse_drop_rate
 from dare_agg.errors import ConfigError, did_you_mean
 from dare_agg.files.cache import cache_folder
 from dare_agg.vectors.layout import FloatVector, Layout, layout_of
+from dare_agg.vectors.sources import SAFE_DELTA
 from simulations.runs.channels import HEAD
 from simulations.runs.federated import build
 from simulations.runs.sparsifiers import dare, drop_only, magnitude
@@ -120,6 +121,6 @@ def delta_range(delta: FloatVector) -> dict[str, Any]:
         },
         "log10_edges": [float(edge) for edge in edges],
         "log10_shares": [round(float(count) / delta.size, 6) for count in counts],
-        "share_above_0.005": float(np.mean(sizes > 0.005)),
+        "share_above_0.005": float(np.mean(sizes > SAFE_DELTA)),
         "exact_zeros": float(np.mean(sizes == 0)),
     }

@@ -6,14 +6,15 @@ import json
 from pathlib import Path
 
 from dare_agg import __version__
-from dare_agg.offline.diagnose import QUANTILES, SMALL, Diagnosis
+from dare_agg.offline.diagnose import QUANTILES, Diagnosis
 from dare_agg.runs.report.page import render_page
 from dare_agg.runs.report.pictures import agreement_grid, quantiles_by_layer
+from dare_agg.vectors.sources import SAFE_DELTA
 
-COLUMNS = ("Model", *(f"q{q:g}" for q in QUANTILES), "Largest", "> 0.005", "Zeros", "Norm")
+COLUMNS = ("Model", *(f"q{q:g}" for q in QUANTILES), "Largest", f"> {SAFE_DELTA}", "Zeros", "Norm")
 NOTE = (
     "Quantiles of |delta| = |tuned − base|. DARE is safe while almost all of them stay below "
-    "0.005; where 0.01 is common, even a drop rate of 0.1 is known to destroy a model."
+    f"{SAFE_DELTA}; where 0.01 is common, even a drop rate of 0.1 is known to destroy a model."
 )
 
 
@@ -23,8 +24,11 @@ def write_diagnosis(path: Path, found: Diagnosis, *, base: str, command: str = "
     figures = [
         {
             "title": "How far each layer moved",
-            "note": f"|delta| by tensor in the model's order, the worst model. Dashed: {SMALL}.",
-            "svg": quantiles_by_layer([(t.name, t.quantiles) for t in shown], QUANTILES, SMALL),
+            "note": "|delta| by tensor in the model's order, the worst model. "
+            f"Dashed: {SAFE_DELTA}.",
+            "svg": quantiles_by_layer(
+                [(t.name, t.quantiles) for t in shown], QUANTILES, SAFE_DELTA
+            ),
         }
     ]
     names = [model.name for model in found.models]

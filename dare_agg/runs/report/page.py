@@ -17,6 +17,7 @@ from dare_agg.runs.report.pictures import (
 )
 from dare_agg.runs.report.records import RunRecord
 from dare_agg.runs.words import human_bytes
+from dare_agg.vectors.sources import SAFE_DELTA
 
 COLUMNS = (
     "Method",
@@ -90,7 +91,7 @@ def write_report(
         second.append(
             _shown(
                 "How far the parameters moved",
-                "DARE is safe while most deltas stay left of 0.005, the dashed line.",
+                f"DARE is safe while most deltas stay left of {SAFE_DELTA}, the dashed line.",
                 delta_histogram(runs),
             )
         )

@@ -7,6 +7,7 @@ from collections.abc import Sequence
 from typing import Any
 
 from dare_agg.runs.report.records import RunRecord
+from dare_agg.vectors.sources import SAFE_DELTA
 
 COLOURS = ("#6b7280", "#0b7a75", "#e07a1f", "#9d4edd", "#2563eb", "#be123c", "#4d7c0f")
 
@@ -103,9 +104,10 @@ def delta_histogram(runs: Sequence[RunRecord]) -> str:
         total = max(1, sum(counts))
         axes.stairs([100 * c / total for c in counts], edges, color=colour_of(index), linewidth=1.8,
                     label=run.name, fill=False)  # fmt: skip
-    axes.axvline(math.log10(0.005), color="#be123c", linewidth=1.2, linestyle="--")
-    axes.annotate("0.005", (math.log10(0.005), 0.97), xycoords=("data", "axes fraction"),
-                  xytext=(4, 0), textcoords="offset points", color="#be123c", fontsize=9,
+    axes.axvline(math.log10(SAFE_DELTA), color="#be123c", linewidth=1.2, linestyle="--")
+    axes.annotate(f"{SAFE_DELTA}", (math.log10(SAFE_DELTA), 0.97),
+                  xycoords=("data", "axes fraction"), xytext=(4, 0), textcoords="offset points",
+                  color="#be123c", fontsize=9,
                   va="top")  # fmt: skip
     axes.xaxis.set_major_formatter(lambda value, _: f"{10**value:g}")
     _label(axes, "|delta| of a parameter that moved (log scale)", "share of them, %")

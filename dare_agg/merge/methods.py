@@ -68,7 +68,9 @@ class Method:
     """One row: what it computes, what it needs, and the function that prepares it.
 
     ``mean`` tells whether weights default to 1/n (else 1 each); ``statistics`` names the
-    kind of statistics files it needs, if any.
+    kind of statistics it needs, if any, and ``shared_mask`` whether those of dropped deltas
+    must be of the same elements. ``federated`` are the options that a federated round sets,
+    None where rounds do not merge by it.
     """
 
     name: str
@@ -78,6 +80,8 @@ class Method:
     options: Mapping[str, Option]
     mean: bool = False
     statistics: str | None = None
+    shared_mask: bool = False
+    federated: Mapping[str, Any] | None = None
 
     def settle(self, given: Mapping[str, Any]) -> dict[str, Any]:
         """Return all options with the given ones checked; unknown ones are refused."""
@@ -121,6 +125,7 @@ METHODS: dict[str, Method] = {
             average,
             {},
             mean=True,
+            federated={},
         ),
         Method(
             "task-arithmetic",
@@ -128,6 +133,7 @@ METHODS: dict[str, Method] = {
             "https://arxiv.org/abs/2212.04089",
             task_arithmetic,
             {"normalize": Option(False, "divide by the sum of the weights")},
+            federated={},
         ),
         Method(
             "ties",
@@ -165,6 +171,9 @@ METHODS: dict[str, Method] = {
                     "sum", "signs by the sum of the entries or by their count", ("sum", "count")
                 ),
             },
+            # DARE has dropped already; the expected count does not let the result grow with
+            # 1/(1-p) from round to round.
+            federated={"trim": 0.0, "normalize": "expected"},
         ),
         Method(
             "fisher",
@@ -177,6 +186,8 @@ METHODS: dict[str, Method] = {
             },
             mean=True,
             statistics="fisher",
+            shared_mask=True,
+            federated={},
         ),
         Method(
             "regmean",
@@ -191,6 +202,7 @@ METHODS: dict[str, Method] = {
             },
             mean=True,
             statistics="gram",
+            federated={},
         ),
         Method(
             "linear",
@@ -286,6 +298,15 @@ _MERGEKIT_NAMES = {
     "della-linear": "della --option sign-consensus=false",
     "breadcrumbs-ties": "breadcrumbs --option sign-consensus=true",
 }
+
+
+# What a mean of deltas is called here: Σ w·δ, with weights that sum to 1.
+MEAN = "task-arithmetic"
+
+
+def federated_methods() -> list[str]:
+    """The methods that federated rounds merge by."""
+    return [name for name, row in METHODS.items() if row.federated is not None]
 
 
 def find_method(name: str) -> Method:

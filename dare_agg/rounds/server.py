@@ -17,8 +17,9 @@ from dare_agg.errors import (
     UpdateError,
 )
 from dare_agg.merge.engine import merge_deltas
+from dare_agg.merge.methods import MEAN
 from dare_agg.rounds.plan import RoundPlan
-from dare_agg.rounds.settings import FEDERATED_METHODS, FederatedSettings
+from dare_agg.rounds.settings import FederatedSettings
 from dare_agg.rounds.statistics import (
     GramMatrices,
     StatisticsUpdate,
@@ -138,7 +139,7 @@ def merge_round(
         settings.method,
         weights=weights,
         scaling=settings.scaling,
-        options={**FEDERATED_METHODS[settings.method], **settings.options},
+        options={**(settings.row.federated or {}), **settings.options},
         tile=settings.tile,
         threads=settings.threads,
         keep=[reply.plan.drop_rate.keep for reply in ordered],
@@ -150,7 +151,7 @@ def merge_round(
         dense, _ = merge_deltas(
             model.groups.dense_layout,
             dense_updates,
-            "task-arithmetic",
+            MEAN,
             weights=weights,
             tile=settings.tile,
             threads=settings.threads,
@@ -169,17 +170,17 @@ def merge_round(
 def _statistics(
     ordered: Sequence[Accepted], settings: FederatedSettings
 ) -> list[DeltaSource | GramMatrices]:
-    """The statistics of a round's updates; Fisher values must be of the same elements."""
+    """The statistics of a round's updates, of the same elements where the method needs that."""
     if not settings.statistics:
         return []
     first = ordered[0].plan
-    if settings.statistics == "fisher":
+    if settings.row.shared_mask:
         for reply in ordered:
             plan = reply.plan
             if (plan.mask_key, plan.rank) != (first.mask_key, first.rank):
                 raise MergeError(
-                    f"clients {first.client} and {plan.client} have other masks; fisher needs one "
-                    "drop rate for all clients of a round"
+                    f"clients {first.client} and {plan.client} have other masks; "
+                    f"{settings.method} needs one drop rate for all clients of a round"
                 )
     return [reply.statistics for reply in ordered if reply.statistics is not None]
 

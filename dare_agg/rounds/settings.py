@@ -13,20 +13,9 @@ from dare_agg.errors import (
     ConfigError,
     did_you_mean,
 )
-from dare_agg.merge.methods import find_method
+from dare_agg.merge.methods import MEAN, Method, federated_methods, find_method
 from dare_agg.rounds.plan import PlanSettings
 from dare_agg.rounds.step import ServerStep, server_step
-
-# Merge methods of a round, with the options it sets. Fisher and RegMean have the clients send
-# statistics along. TIES: no trim (DARE has dropped already), and the expected count, whose result
-# does not grow with 1/(1-p) from round to round.
-FEDERATED_METHODS: Mapping[str, Mapping[str, Any]] = {
-    "average": {},
-    "task-arithmetic": {},
-    "ties": {"trim": 0.0, "normalize": "expected"},
-    "fisher": {},
-    "regmean": {},
-}
 
 WEIGHTINGS = ("examples", "equal")
 
@@ -40,7 +29,7 @@ class FederatedSettings:
 
     Attributes
     ----------
-    method: merge method, a row of `FEDERATED_METHODS`. Weights are normalised to sum 1, so
+    method: merge method, one of `federated_methods`. Weights are normalised to sum 1, so
         "task-arithmetic" with scaling 1 is the weighted mean.
     scaling: λ, the factor on the merged delta.
     drop_rate, values, mask: of the delta group's updates.
@@ -51,12 +40,12 @@ class FederatedSettings:
     options: further options of the merge method.
     max_weight: largest number of examples a client may claim.
     rescale: False sends unscaled survivors (error feedback needs it).
-    shared_mask: all clients of a round use one mask (secure sums need it; fisher sets it, so
-        that every client's Fisher value of a survivor is known).
+    shared_mask: all clients of a round use one mask (secure sums need it; a method
+        whose statistics are of survivors alone sets it).
     statistics_values: value format of the statistics that fisher and regmean need.
     """
 
-    method: str = "task-arithmetic"
+    method: str = MEAN
     scaling: float = 1.0
     drop_rate: DropRate | float | str = "0.9"
     values: str = "b1"
@@ -75,7 +64,7 @@ class FederatedSettings:
     threads: int = 1
 
     def __post_init__(self) -> None:
-        _check_choice("merge method", self.method, FEDERATED_METHODS)
+        _check_choice("merge method", self.method, federated_methods())
         _check_choice("value format", self.values, VALUE_FORMATS)
         _check_choice("value format of the dense group", self.dense_values, VALUE_FORMATS)
         _check_choice("value format of the statistics", self.statistics_values, STATISTICS_VALUES)
@@ -96,9 +85,14 @@ class FederatedSettings:
             object.__setattr__(self, name, tuple(value))
 
     @property
+    def row(self) -> Method:
+        """The merge method's row."""
+        return find_method(self.method)
+
+    @property
     def statistics(self) -> str:
         """Kind of statistics the merge method needs: "fisher", "gram" or ""."""
-        return find_method(self.method).statistics or ""
+        return self.row.statistics or ""
 
     def plan_settings(self) -> PlanSettings:
         """The part of the settings that round plans carry."""
@@ -110,7 +104,7 @@ class FederatedSettings:
             dense_values=self.dense_values,
             max_weight=float(self.max_weight),
             rescale=self.rescale,
-            shared_mask=self.shared_mask or self.statistics == "fisher",
+            shared_mask=self.shared_mask or self.row.shared_mask,
             dense=self.dense,
             exclude=self.exclude,
             statistics=self.statistics,

@@ -14,8 +14,9 @@ Both are payloads in the form of an update, bound to the round plan like every u
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
+from types import MappingProxyType
 
 import numpy as np
 from numpy.typing import NDArray
@@ -23,9 +24,9 @@ from numpy.typing import NDArray
 from dare_agg.codec.derive import derive_key
 from dare_agg.codec.mask import parse_drop_rate
 from dare_agg.codec.update import Update, UpdateSpec, decode_update, encode_update
-from dare_agg.errors import LayoutError, UpdateError
+from dare_agg.errors import LayoutError, UpdateError, did_you_mean
 from dare_agg.rounds.plan import RoundPlan
-from dare_agg.vectors.layout import Layout, check_finite, layout_of
+from dare_agg.vectors.layout import FloatVector, Layout, check_finite, layout_of
 from dare_agg.vectors.sources import DeltaSource
 
 Statistics = Mapping[str, NDArray[np.generic]]
@@ -64,26 +65,35 @@ class GramMatrices(Mapping[str, NDArray[np.float32]]):
         return len(self.triangles.entries)
 
 
+@dataclass(frozen=True)
+class Kind:
+    """How one kind of statistics travels.
+
+    ``shape`` turns the specification of the plan's update into that of the statistics of the
+    named tensors, ``lay_out`` what a client collected into a vector and those names, and
+    ``read`` checks a decoded payload.
+    """
+
+    shape: Callable[[UpdateSpec, Layout, Sequence[str]], UpdateSpec]
+    lay_out: Callable[[Layout, Statistics], tuple[FloatVector, tuple[str, ...]]]
+    read: Callable[[Update, Layout, Sequence[str]], DeltaSource | GramMatrices]
+
+
 def statistics_spec(plan: RoundPlan, layout: Layout, names: Sequence[str] = ()) -> UpdateSpec:
     """What the statistics' payload of a plan must be; ``names`` are those of Gram matrices.
 
     Raises `LayoutError` where a name is no matrix of the delta group, or is there twice.
     """
     key = derive_key(plan.values_key, "statistics")
-    spec = replace(plan.spec(), values=plan.statistics_values, values_key=key, rescale=False)
     context = hashlib.sha256(plan.statistics.encode() + b"\0" + plan.digest()).digest()
-    if plan.statistics == "fisher":
-        return replace(spec, context=context)
-    triangles = _triangles(layout, names)
-    return replace(
-        spec,
-        size=triangles.size,
-        drop_rate=parse_drop_rate(0),
-        mask="stratified",
-        rank=0,
-        layout=triangles.fingerprint,
+    spec = replace(
+        plan.spec(),
+        values=plan.statistics_values,
+        values_key=key,
+        rescale=False,
         context=context,
     )
+    return _kind(plan).shape(spec, layout, names)
 
 
 def encode_statistics(plan: RoundPlan, layout: Layout, found: Statistics) -> StatisticsUpdate:
@@ -95,22 +105,78 @@ def encode_statistics(plan: RoundPlan, layout: Layout, found: Statistics) -> Sta
     if not found:
         raise LayoutError(
             f"training returned no {plan.statistics} values; merge with a method that needs none, "
-            "or collect them (dare_agg.offline.statistics)"
+            "or collect them (dare_agg.merge.collect)"
         )
-    if plan.statistics == "fisher":
-        vector = np.zeros(layout.size, np.float32)
-        for name, array in found.items():
-            if name not in layout:
-                continue  # of the dense or local tensors
-            entry = layout[name]
-            if array.shape != entry.shape:
-                raise LayoutError(
-                    f"Fisher values of {name!r} have shape {array.shape}, the parameter "
-                    f"{entry.shape}"
-                )
-            vector[entry.offset : entry.stop] = array.reshape(-1)
-        check_finite(layout, vector, "among the Fisher values")
-        return StatisticsUpdate(encode_update(statistics_spec(plan, layout), vector))
+    vector, names = _kind(plan).lay_out(layout, found)
+    return StatisticsUpdate(encode_update(statistics_spec(plan, layout, names), vector), names)
+
+
+def decode_statistics(
+    plan: RoundPlan, layout: Layout, sent: StatisticsUpdate
+) -> DeltaSource | GramMatrices:
+    """Check what a client sent; raises `UpdateError` (or `LayoutError`) for a bad payload."""
+    update = decode_update(sent.blob, statistics_spec(plan, layout, sent.names))
+    return _kind(plan).read(update, layout, sent.names)
+
+
+def _kind(plan: RoundPlan) -> Kind:
+    if plan.statistics not in KINDS:
+        raise UpdateError(
+            f"the round plan asks for {plan.statistics!r} values"
+            f"{did_you_mean(plan.statistics, KINDS)}; run the same dare-agg on server and clients",
+            reason="plan",
+        )
+    return KINDS[plan.statistics]
+
+
+# --- Fisher values -------------------------------------------------------------------------
+
+
+def _survivors(spec: UpdateSpec, layout: Layout, names: Sequence[str]) -> UpdateSpec:
+    return spec
+
+
+def _fisher_vector(layout: Layout, found: Statistics) -> tuple[FloatVector, tuple[str, ...]]:
+    vector = np.zeros(layout.size, np.float32)
+    for name, array in found.items():
+        if name not in layout:
+            continue  # of the dense or local tensors
+        entry = layout[name]
+        if array.shape != entry.shape:
+            raise LayoutError(
+                f"Fisher values of {name!r} have shape {array.shape}, the parameter {entry.shape}"
+            )
+        vector[entry.offset : entry.stop] = array.reshape(-1)
+    check_finite(layout, vector, "among the Fisher values")
+    return vector, ()
+
+
+def _read_fisher(update: Update, layout: Layout, names: Sequence[str]) -> DeltaSource:
+    for lo in range(0, update.survivors, 1 << 16):
+        low = update.values(lo, min(update.survivors, lo + (1 << 16))).min()
+        if low < 0:
+            raise UpdateError(
+                f"a Fisher value is {low:g}; squares are at least 0", reason="statistics"
+            )
+    return update
+
+
+# --- Gram matrices -------------------------------------------------------------------------
+
+
+def _whole(spec: UpdateSpec, layout: Layout, names: Sequence[str]) -> UpdateSpec:
+    triangles = _triangles(layout, names)
+    return replace(
+        spec,
+        size=triangles.size,
+        drop_rate=parse_drop_rate(0),
+        mask="stratified",
+        rank=0,
+        layout=triangles.fingerprint,
+    )
+
+
+def _gram_vector(layout: Layout, found: Statistics) -> tuple[FloatVector, tuple[str, ...]]:
     names = tuple(sorted(name for name in found if name in layout))
     triangles = _triangles(layout, names)
     vector = np.empty(triangles.size, np.float32)
@@ -123,23 +189,11 @@ def encode_statistics(plan: RoundPlan, layout: Layout, found: Statistics) -> Sta
             )
         vector[entry.offset : entry.stop] = gram[np.triu_indices(width)]
     check_finite(triangles, vector, "among the Gram matrices")
-    return StatisticsUpdate(encode_update(statistics_spec(plan, layout, names), vector), names)
+    return vector, names
 
 
-def decode_statistics(
-    plan: RoundPlan, layout: Layout, sent: StatisticsUpdate
-) -> DeltaSource | GramMatrices:
-    """Check what a client sent; raises `UpdateError` (or `LayoutError`) for a bad payload."""
-    update = decode_update(sent.blob, statistics_spec(plan, layout, sent.names))
-    if plan.statistics == "gram":
-        return GramMatrices(update, _triangles(layout, sent.names))
-    for lo in range(0, update.survivors, 1 << 16):
-        low = update.values(lo, min(update.survivors, lo + (1 << 16))).min()
-        if low < 0:
-            raise UpdateError(
-                f"a Fisher value is {low:g}; squares are at least 0", reason="statistics"
-            )
-    return update
+def _read_grams(update: Update, layout: Layout, names: Sequence[str]) -> GramMatrices:
+    return GramMatrices(update, _triangles(layout, names))
 
 
 def _triangles(layout: Layout, names: Sequence[str]) -> Layout:
@@ -161,3 +215,11 @@ def _triangles(layout: Layout, names: Sequence[str]) -> Layout:
 def _width(size: int) -> int:
     """The width w of a triangle of w·(w+1)/2 elements."""
     return (int((8 * size + 1) ** 0.5) - 1) // 2
+
+
+KINDS: Mapping[str, Kind] = MappingProxyType(
+    {
+        "fisher": Kind(_survivors, _fisher_vector, _read_fisher),
+        "gram": Kind(_whole, _gram_vector, _read_grams),
+    }
+)

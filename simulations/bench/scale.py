@@ -40,8 +40,8 @@ def measure(method: str, clients: int, parameters: int, drop_rate: str) -> dict[
     from dare_agg.codec.mask import parse_drop_rate
     from dare_agg.codec.update import decode_update, encode_update
     from dare_agg.merge.engine import merge_deltas
+    from dare_agg.merge.methods import find_method
     from dare_agg.rounds.plan import PlanSettings, make_plans
-    from dare_agg.rounds.settings import FEDERATED_METHODS
     from dare_agg.vectors.layout import layout_of
     from dare_agg.vectors.model import ModelRef
 
@@ -60,7 +60,7 @@ def measure(method: str, clients: int, parameters: int, drop_rate: str) -> dict[
             updates,
             method,
             weights=[1 / clients] * clients,
-            options=FEDERATED_METHODS[method],
+            options=find_method(method).federated,
             out=out,
         )
         seconds = time.process_time() - began

@@ -9,7 +9,8 @@ import pytest
 
 from dare_agg.codec.budget import ClientTerms
 from dare_agg.codec.mask import parse_drop_rate
-from dare_agg.errors import BaseMismatchError, ConfigError, LayoutError, NonFiniteError
+from dare_agg.errors import BaseMismatchError, ConfigError, LayoutError, NonFiniteError, UpdateError
+from dare_agg.merge.methods import federated_methods, find_method
 from dare_agg.rounds.client import make_client_update
 from dare_agg.rounds.plan import make_plans
 from dare_agg.rounds.server import (
@@ -21,6 +22,7 @@ from dare_agg.rounds.server import (
     merge_round,
 )
 from dare_agg.rounds.settings import FederatedSettings
+from dare_agg.rounds.statistics import KINDS, encode_statistics
 from dare_agg.rounds.step import StepState, server_step
 from dare_agg.vectors.model import global_model
 
@@ -285,3 +287,15 @@ def test_another_base_or_layout_is_named():
 def test_settings_are_checked_when_made(words, says):
     with pytest.raises(ConfigError, match=says):
         FederatedSettings(**words)
+
+
+def test_a_plan_that_asks_for_unknown_statistics_is_refused():
+    model, (plan, *_), _ = play(settings_of())
+    found = {"encoder": np.ones((40, 50), np.float32)}
+    with pytest.raises(UpdateError, match="did you mean 'fisher'") as caught:
+        encode_statistics(replace(plan, statistics="fischer"), model.groups.layout, found)
+    assert caught.value.reason == "plan"
+
+
+def test_every_kind_a_method_asks_for_can_travel():
+    assert {find_method(name).statistics or "" for name in federated_methods()} == {"", *KINDS}

@@ -163,8 +163,6 @@ def ledger(
     json_: Json = False,
 ) -> None:
     """Show what this party has put into secure sums; let it forget one that came to nothing."""
-    from dataclasses import asdict
-
     from dare_agg.cli.output import print_json
     from dare_agg.errors import ConfigError
     from dare_agg.secure.ledger import FileLedger
@@ -183,7 +181,8 @@ def ledger(
         book.forget(entry.session)
     found = book.entries()
     if json_:
-        rows = [{k: v for k, v in asdict(entry).items() if k != "claims"} for entry in found]
+        shown = ("session", "run", "number", "time")
+        rows = [{name: getattr(entry, name) for name in shown} for entry in found]
         print_json({"file": str(path), "contributions": rows})
         return
     for entry in found:

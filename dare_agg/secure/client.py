@@ -318,7 +318,7 @@ def contribute(
     if terms.weighting == "examples":
         if not (np.isfinite(examples) and examples > 0):
             raise ConfigError(f"examples = {examples}; a number above 0 is needed")
-        gain = min(float(examples), terms.max_weight) / terms.max_weight
+        gain = min(max(float(examples), terms.min_weight), terms.max_weight) / terms.max_weight
     words = pack_party(values, terms.quantiser, random(16), gain)
     add_mask(words, self_mask_key(state.self_seed, state.shares_digest, me))
     secret = private_key(masking_secret(state.mask_seed, terms.session, me))

@@ -42,6 +42,11 @@ def identifiers(values: Sequence[int]) -> bytes:
     return u32(len(values)) + struct.pack(f"<{len(values)}I", *values)
 
 
+def texts(values: Sequence[str]) -> bytes:
+    """A list of texts."""
+    return u32(len(values)) + b"".join(blob(value.encode()) for value in values)
+
+
 class Reader:
     """Reads canonical bytes front to back; every limit is checked before use.
 
@@ -88,6 +93,16 @@ class Reader:
         if length * each > self.left:
             raise self.bad(f"a list of {length} items does not fit in {self.left} bytes")
         return length
+
+    def texts(self, most: int, limit: int) -> tuple[str, ...]:
+        """A list of up to ``most`` texts of up to ``limit`` bytes each."""
+        count = self.count(4)
+        if count > most:
+            raise self.bad(f"{count} texts; at most {most}")
+        try:
+            return tuple(self.blob(limit).decode() for _ in range(count))
+        except UnicodeDecodeError as error:
+            raise self.bad("a text that is not UTF-8") from error
 
     def identifiers(self) -> tuple[int, ...]:
         """Party ids, strictly ascending: no duplicates, one order."""

@@ -49,12 +49,17 @@ class Contribution:
 
 @dataclass(frozen=True)
 class Party:
-    """One member of a roster, with what outlives a process. ``roster`` has been checked."""
+    """One member of a roster, with what outlives a process. ``roster`` has been checked.
+
+    A delta whose norm is not above ``min_norm`` goes into no sum: a party that stands still
+    hides nobody, and one that is made to stand still is being used to show another.
+    """
 
     identity: Identity
     roster: Roster
     vault: Vault
     ledger: Ledger
+    min_norm: float = 0.0
     random: client.Random = field(default=os.urandom, repr=False)
 
     def advertise(
@@ -69,6 +74,7 @@ class Party:
         with self.vault.alone():
             self.vault.drop_all()
             if contribution is not None:
+                self._check_moved(contribution)
                 self.vault.put(read.session, _DELTA, _encode(contribution))
             self._keep(state)
         return answer
@@ -95,6 +101,8 @@ class Party:
                 state, answer = self._contribute(state, request, deltas)
             elif stage == "sign":
                 state, answer = client.sign_alive(self.identity, state, request)
+                # On disk before the signature leaves, as a claim is before the vector.
+                self.ledger.sign(state.terms, state.alive)
             elif stage == "reveal":
                 state, answer = client.reveal(self.identity, self.roster, state, request)
             else:
@@ -119,6 +127,7 @@ class Party:
                 f"a delta of {given.delta.size} and {given.dense.size} values; the terms have "
                 f"{terms.size} and {terms.dense}"
             )
+        self._check_moved(given)
         values = np.concatenate([state.mask.gather(given.delta), given.dense])
         state, answer = client.contribute(
             self.identity, state, values, examples=given.examples, random=self.random
@@ -127,6 +136,15 @@ class Party:
         self.ledger.claim(terms, np.concatenate([given.delta, given.dense]), given.tensors)
         self.vault.drop(terms.session, _DELTA)
         return state, answer
+
+    def _check_moved(self, given: Contribution) -> None:
+        norm = float(np.linalg.norm(given.delta.astype(np.float64)))
+        if not norm > self.min_norm:
+            raise ProtocolError(
+                f"a delta of norm {norm:.3g}; one above {self.min_norm:.3g} is needed "
+                "(secure-min-norm): nothing was learnt here",
+                reason="norm",
+            )
 
     def seen_through(self, session: bytes) -> tuple[SecureTerms, Mask]:
         """What the result of a session lies on, for a party that has taken its last step."""

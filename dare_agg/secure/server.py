@@ -275,7 +275,9 @@ class SecureServer:
                     add_mask(self._sum, key, negative=other < party)
         cut_words(self._sum, self.terms.quantiser.word_bits)
         self.stage = "finished"
-        return unpack_sums(self._sum, self.terms.quantiser, len(self._alive))
+        sums = unpack_sums(self._sum, self.terms.quantiser, len(self._alive))
+        check_weight_sum(sums, self.terms)
+        return sums
 
     def _recover_self(self, party: int) -> bytes:
         def fits(seed: bytes) -> bool:
@@ -314,6 +316,22 @@ class SecureServer:
             f"the shares of party {party} do not recover its secret; it dealt or others "
             "revealed wrong ones: the sum stays masked",
             reason="shares",
+        )
+
+
+def check_weight_sum(sums: Sums, terms: SecureTerms) -> None:
+    """Refuse a sum of weights that so many parties cannot have.
+
+    Equal weights are exactly equal; weights by examples lie between the signed bounds. One
+    party that sends another weight would else divide the whole mean by what it likes.
+    Raises `ProtocolError` (reason "words").
+    """
+    least, most = (sums.parties * unit for unit in terms.weight_units)
+    if not least <= sums.weight <= most:
+        raise ProtocolError(
+            f"the weights add up to {sums.weight}; {sums.parties} parties have {least} to {most}: "
+            "a party sent another weight than it may, nothing was merged",
+            reason="words",
         )
 
 

@@ -11,7 +11,7 @@ from dare_agg.errors import ConfigError, did_you_mean
 from dare_agg.secure.packing import MAX_BITS, Quantiser
 from dare_agg.secure.roster import Roster
 from dare_agg.secure.stream import MAX_WORD_BITS
-from dare_agg.secure.terms import MIN_PARTIES, SecureTerms, secure_terms
+from dare_agg.secure.terms import MIN_PARTIES, NO_TRAINING, SecureTerms, secure_terms
 
 # Name → (what is summed, how the sums are read).
 SECURE_METHODS: Mapping[str, tuple[str, str]] = {
@@ -38,7 +38,9 @@ class SecureSettings:
     clip: largest magnitude of a value; more is cut off, and the share reported.
     min_parties: fewest parties a sum is made of, at least 3.
     threshold: parties that must stay to the end; 0 takes two thirds and one more.
-    weighting: "equal", or "examples" (a mean alone), whose numbers stay hidden.
+    weighting: "equal", or "examples" (a mean alone), whose numbers stay hidden. Fewer than
+        ``min_weight`` examples count as that many, more than ``max_weight`` as those: the two
+        bound by how much one dishonest weight can scale the mean.
     colluding: share of parties assumed to collude, beyond 100 parties.
     options: merge options; a magnitude trim is refused.
     """
@@ -50,7 +52,8 @@ class SecureSettings:
     min_parties: int = MIN_PARTIES
     threshold: int = 0
     weighting: str = "equal"
-    max_weight: float = 1e5
+    min_weight: float = 10.0
+    max_weight: float = 1000.0
     scaling: float = 1.0
     colluding: float = 0.20
     options: Mapping[str, Any] = field(default_factory=dict)
@@ -140,6 +143,9 @@ class SecureSettings:
         layout: str,
         size: int,
         dense: int = 0,
+        dense_patterns: Sequence[str] = (),
+        exclude: Sequence[str] = (),
+        training: bytes = NO_TRAINING,
     ) -> SecureTerms:
         """The terms of one sum among ``cohort``. Raises `ConfigError`."""
         self.check(len(cohort))
@@ -159,6 +165,10 @@ class SecureSettings:
             threshold=self.threshold or None,
             colluding=self.colluding,
             weighting=self.weighting,
+            min_weight=float(self.min_weight) if self.weighting == "examples" else 1.0,
             max_weight=float(self.max_weight) if self.weighting == "examples" else 1.0,
             dense=dense,
+            dense_patterns=dense_patterns,
+            exclude=exclude,
+            training=training,
         )

@@ -16,16 +16,29 @@ from itertools import pairwise
 from dare_agg.codec.derive import derive_key
 from dare_agg.codec.mask import DropRate, Mask
 from dare_agg.errors import ConfigError, ProtocolError
-from dare_agg.secure.encoding import DIGEST_BYTES, Reader, blob, f64, identifiers, u8, u32, u64
+from dare_agg.secure.encoding import (
+    DIGEST_BYTES,
+    Reader,
+    blob,
+    f64,
+    identifiers,
+    texts,
+    u8,
+    u32,
+    u64,
+)
 from dare_agg.secure.graph import COLLUDING, COMPLETE_UP_TO, degree_for, share_threshold_for
 from dare_agg.secure.packing import AGGREGATES, TRAILER_WORDS, Quantiser
 from dare_agg.secure.roster import MAX_MEMBERS
 
-PROTOCOL_VERSION = 1
+PROTOCOL_VERSION = 2
 MIN_PARTIES = 3
 MAX_WORDS = 1 << 28
 WEIGHTINGS = ("equal", "examples")
-_MAX_TERMS_BYTES = 4 * MAX_MEMBERS + 1024
+MAX_PATTERNS, MAX_PATTERN_BYTES = 64, 256
+# Sums of models that parties already have: nothing is trained.
+NO_TRAINING = bytes(32)
+_MAX_TERMS_BYTES = 4 * MAX_MEMBERS + 1024 + 2 * MAX_PATTERNS * (MAX_PATTERN_BYTES + 4)
 
 
 @dataclass(frozen=True)
@@ -35,9 +48,12 @@ class SecureTerms:
     ``cohort`` are roster ids, ascending. At least ``threshold`` parties must stay to the
     end; each secret is shared among ``degree`` neighbours and its owner, and
     ``share_threshold`` of those recover it. ``base`` and ``layout`` are fingerprints (hex).
-    ``weighting`` "examples" weighs a mean by min(examples, max_weight), summed in secret.
-    ``dense`` values beside the survivors are summed whole (a common head); ``base`` and
-    ``layout`` then name both parts.
+    ``weighting`` "examples" weighs a mean by the examples, at least ``min_weight`` and at most
+    ``max_weight``, summed in secret. ``dense`` values beside the survivors are summed whole (a
+    common head); ``base`` and ``layout`` then name both parts. ``dense_patterns`` and
+    ``exclude`` are the patterns that cut the model into these parts. ``training`` is the
+    digest of everything that enters the training (`dare_agg.secure.training`), `NO_TRAINING`
+    where nothing is trained.
     """
 
     run: str
@@ -55,8 +71,12 @@ class SecureTerms:
     bits: int
     clip: float
     weighting: str = "equal"
+    min_weight: float = 1.0
     max_weight: float = 1.0
     dense: int = 0
+    dense_patterns: tuple[str, ...] = ()
+    exclude: tuple[str, ...] = ()
+    training: bytes = NO_TRAINING
 
     def __post_init__(self) -> None:
         n = len(self.cohort)
@@ -102,7 +122,24 @@ class SecureTerms:
             "weighting by examples with TIES",
             "equal: TIES counts parties",
         )
-        _check(1 <= self.max_weight < 1 << 53, f"max weight {self.max_weight}", "1 to 2**53")
+        _check(
+            0 < self.min_weight <= self.max_weight < 1 << 53,
+            f"weights from {self.min_weight} to {self.max_weight}",
+            "above 0, at most 2**53, and the lower one first",
+        )
+        _check(
+            self.weighting == "examples" or self.min_weight == self.max_weight,
+            f"equal weights from {self.min_weight} to {self.max_weight}",
+            "one weight for all",
+        )
+        for patterns in (self.dense_patterns, self.exclude):
+            _check(len(patterns) <= MAX_PATTERNS, f"{len(patterns)} patterns", f"{MAX_PATTERNS}")
+            _check(
+                all(0 < len(text.encode()) <= MAX_PATTERN_BYTES for text in patterns),
+                "a pattern",
+                f"1 to {MAX_PATTERN_BYTES} bytes",
+            )
+        _check(len(self.training) == DIGEST_BYTES, "training digest", "32 bytes")
         assert self.quantiser  # its own bounds
 
     @cached_property
@@ -122,6 +159,12 @@ class SecureTerms:
     @property
     def words(self) -> int:
         return self.values + TRAILER_WORDS
+
+    @property
+    def weight_units(self) -> tuple[int, int]:
+        """The least and the largest weight word of a party; the latter is ``max_weight``."""
+        top = self.quantiser.top
+        return max(1, round(self.min_weight / self.max_weight * top)), top
 
     def encode(self) -> bytes:
         """Canonical bytes; equal terms have equal bytes."""
@@ -144,15 +187,19 @@ class SecureTerms:
                 u8(self.bits),
                 f64(self.clip),
                 u8(WEIGHTINGS.index(self.weighting)),
+                f64(self.min_weight),
                 f64(self.max_weight),
                 u64(self.dense),
+                texts(self.dense_patterns),
+                texts(self.exclude),
+                self.training,
             )
         )
 
     @cached_property
     def session(self) -> bytes:
         """SHA-256 of the terms: the name of this sum."""
-        return hashlib.sha256(b"dare-agg secure terms 1\0" + self.encode()).digest()
+        return hashlib.sha256(b"dare-agg secure terms 2\0" + self.encode()).digest()
 
     def mask(self, shares_digest: bytes) -> Mask:
         """The one mask of the session, fixed by the nonces of all who shared keys."""
@@ -176,8 +223,12 @@ def secure_terms(
     threshold: int | None = None,
     colluding: float = COLLUDING,
     weighting: str = "equal",
+    min_weight: float = 1.0,
     max_weight: float = 1.0,
     dense: int = 0,
+    dense_patterns: Sequence[str] = (),
+    exclude: Sequence[str] = (),
+    training: bytes = NO_TRAINING,
 ) -> SecureTerms:
     """Terms with the defaults that follow from the number of parties.
 
@@ -203,8 +254,12 @@ def secure_terms(
         bits=bits,
         clip=clip,
         weighting=weighting,
+        min_weight=min_weight,
         max_weight=max_weight,
         dense=dense,
+        dense_patterns=tuple(dense_patterns),
+        exclude=tuple(exclude),
+        training=training,
     )
 
 
@@ -239,8 +294,12 @@ def decode_terms(data: bytes) -> SecureTerms:
             bits=read.u8(),
             clip=read.f64(),
             weighting=_row(WEIGHTINGS, read),
+            min_weight=read.f64(),
             max_weight=read.f64(),
             dense=read.u64(),
+            dense_patterns=read.texts(MAX_PATTERNS, MAX_PATTERN_BYTES),
+            exclude=read.texts(MAX_PATTERNS, MAX_PATTERN_BYTES),
+            training=read.take(DIGEST_BYTES),
         )
     except (ConfigError, UnicodeDecodeError) as error:
         raise ProtocolError(f"terms: {error}", reason="terms") from error

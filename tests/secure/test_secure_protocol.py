@@ -234,7 +234,7 @@ def test_terms_have_one_encoding() -> None:
     terms = consortium(4, aggregate="ties").terms
     data = terms.encode()
     assert decode_terms(data) == terms and decode_terms(data).session == terms.session
-    assert hashlib.sha256(b"dare-agg secure terms 1\0" + data).digest() == terms.session
+    assert hashlib.sha256(b"dare-agg secure terms 2\0" + data).digest() == terms.session
     for cut in range(len(data)):
         with pytest.raises(ProtocolError):
             decode_terms(data[:cut])

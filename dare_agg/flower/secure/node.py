@@ -7,10 +7,11 @@ party insists on: ``secure-colluding`` (the share of the roster that may collude
 default), ``secure-min-parties`` (honest parties in a sum: those who must stay less those who
 may collude; 3), ``secure-min-cohort`` (the cohort must be more than this share of the roster;
 half), ``secure-min-threshold`` (share of the cohort that must stay, more than half; two
-thirds by default), ``secure-max-clip``, ``secure-methods``. For
-merges ``model-path``, ``base-path`` and ``merged-path``. A node with a ``secure-identity``
-takes part in nothing else, whatever the server asks for: ``secure-evaluate=true`` lets it
-report metrics, ``secure-only=false`` lets it train in the clear too.
+thirds by default), ``secure-min-norm`` (a delta must be larger; 0), ``secure-max-clip``,
+``secure-methods``. For merges ``model-path``, ``base-path`` and ``merged-path``. A node with a
+``secure-identity`` takes part in nothing else, whatever the server asks for:
+``secure-evaluate=true`` lets it report metrics, ``secure-only=false`` lets it train in the
+clear too.
 
 In a simulation on one machine ``DARE_AGG_SECURE_KEYS`` names a folder that has it all:
 ``party-0.key`` and so on by partition, ``roster.json``, ``coordinator.pub``, and for merges
@@ -54,7 +55,8 @@ def secure_party(context: Context) -> Party:
     check_roster(roster, _trusted(node, folder))
     state = Path(node["secure-state"]) if "secure-state" in node else default_folder()
     ledger = node.get("secure-ledger", str(identity_file.with_suffix(".ledger")))
-    return Party(identity, roster, Vault(state, identity), FileLedger(Path(ledger)))
+    least = _number(context.node_config, "secure-min-norm", 0.0, 0.0)
+    return Party(identity, roster, Vault(state, identity), FileLedger(Path(ledger)), least)
 
 
 def node_policy(context: Context, base: str, layout: str) -> SecurePolicy:

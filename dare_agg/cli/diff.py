@@ -14,7 +14,7 @@ def diff(
     out: Annotated[Path, typer.Option("--out", "-o", help="The update file, x.dare.")],
     drop_rate: Annotated[str, typer.Option("--drop-rate", help="Share dropped, 0 to 1.")] = "0.9",
     values: Annotated[
-        str, typer.Option("--values", help="b1, b2, b4, i8, f16, bf16 or f32.")
+        str, typer.Option("--values", help="Value format, such as b1, i8 or f16 (docs/CODEC.md).")
     ] = "b1",
     mask: Annotated[str, typer.Option("--mask", help="stratified or bernoulli.")] = "stratified",
     seed: Annotated[int, typer.Option("--seed", help="Same models and seed, same bytes.")] = 0,

@@ -22,6 +22,7 @@ from dare_agg.errors import BudgetError, ConfigError
 # Above this stride (p = 0.9999) rounds of tens of clients were seen to break down.
 MAX_BUDGET_STRIDE = 10_000
 _FINE_STRIDE = 10
+_SMALLEST = min(VALUE_FORMATS.values(), key=lambda row: row.bits).name
 _UNITS = {
     "": 1, "b": 1, "kb": 10**3, "mb": 10**6, "gb": 10**9,
     "kib": 2**10, "mib": 2**20, "gib": 2**30,
@@ -72,7 +73,7 @@ def plan_budget(
     """Choose drop rate and value format for an update of ``parameters`` elements.
 
     The budget is ``nbytes``, or what ``kbit_s`` carries in ``seconds``, or the smaller of both.
-    Raises `BudgetError` where not even b1 at a stride of ``max_stride`` fits.
+    Raises `BudgetError` where not even the fewest bits at a stride of ``max_stride`` fits.
     """
     if (seconds is None) != (kbit_s is None):
         raise ConfigError("a budget in time needs both seconds and kbit_s")
@@ -93,7 +94,7 @@ def plan_budget(
         if (budget := _fit(name, parameters, room, clients, mask, max_stride)) is not None
     ]
     if not found:
-        least = _budget("b1", parameters, DropRate(max_stride, 1), clients, mask)
+        least = _budget(_SMALLEST, parameters, DropRate(max_stride, 1), clients, mask)
         raise BudgetError(
             f"{room:.0f} bytes are too few for an update of {parameters} parameters; at least "
             f"{least.bytes} are needed ({least.values}, drop rate {least.drop_rate}): allow more "
@@ -169,7 +170,7 @@ class UploadBudget:
             try:
                 slow = plan_budget(parameters, nbytes=max(1, room), mask=mask)
             except BudgetError:
-                slow = _budget("b1", parameters, DropRate(MAX_BUDGET_STRIDE, 1), 1, mask)
+                slow = _budget(_SMALLEST, parameters, DropRate(MAX_BUDGET_STRIDE, 1), 1, mask)
             if chosen is None or slow.nmse > chosen.nmse:
                 chosen = slow
         return chosen.terms if chosen else None
@@ -178,7 +179,8 @@ class UploadBudget:
         if nbytes <= dense_bytes:
             raise BudgetError(
                 f"an upload budget of {nbytes} bytes leaves nothing beside the dense tensors' "
-                f"{dense_bytes}; allow more, or send those in fewer bits (dense-values = b1)"
+                f"{dense_bytes}; allow more, or send those in fewer bits (dense-values = "
+                f"{_SMALLEST})"
             )
         return nbytes - dense_bytes
 

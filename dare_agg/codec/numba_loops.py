@@ -19,11 +19,11 @@ from numba.extending import intrinsic
 from numpy.typing import NDArray
 
 from dare_agg.codec.buffers import borrowed
-from dare_agg.codec.formats import VALUE_FORMATS, gaussian_levels
+from dare_agg.codec.plain_formats import F16_END, encode_f16
+from dare_agg.codec.rotated_formats import LEVELS
 from dare_agg.codec.rotation import BLOCK, GROUP
+from dare_agg.codec.value_format import NOTHING, Bytes, Decode, Encode
 from dare_agg.vectors.layout import FloatVector
-
-Bytes = NDArray[np.uint8]
 
 _COLUMNS = GROUP // BLOCK
 _SIDE = 32
@@ -418,8 +418,7 @@ def decode_levels(codes, scales, signs, levels, bits, work, out):  # type: ignor
 
 # --- as rows of the table of value formats --------------------------------------------------
 
-_NOTHING = np.empty(0, np.float32)
-_F16_END = int(np.array(65520, np.float32).view(np.uint32))
+_F16_END = int(F16_END.view(np.uint32))
 
 
 def _words(keystream: Bytes) -> NDArray[np.uint64]:
@@ -431,11 +430,11 @@ def _encode_f16(
     values: FloatVector, keystream: Bytes | None, room: Bytes
 ) -> tuple[FloatVector, FloatVector]:
     if largest(values) >= _F16_END:
-        return VALUE_FORMATS["f16"].encode_group(values, keystream, room)  # says what is wrong
+        return encode_f16(values, keystream, room)  # says what is wrong
     with borrowed(GROUP, np.uint16) as codes:
         to_f16(values, codes)
         room[:] = codes.view(np.uint8)
-    return _NOTHING, _NOTHING
+    return NOTHING, NOTHING
 
 
 def _decode_f16(
@@ -451,7 +450,7 @@ def _encode_i8(
 ) -> tuple[FloatVector, FloatVector]:
     scales = np.empty(_COLUMNS, np.float32)
     encode_i8(values, keystream, room.view(np.int8), scales)
-    return scales, _NOTHING
+    return scales, NOTHING
 
 
 def _decode_i8(
@@ -468,7 +467,7 @@ def _encode_b1(
     with borrowed(GROUP) as work, borrowed(BLOCK, np.uint64) as codes:
         encode_b1(values, _words(keystream), work, codes, scales)
         room[:] = codes.view(np.uint8)
-    return scales, _NOTHING
+    return scales, NOTHING
 
 
 def _decode_b1(
@@ -480,8 +479,8 @@ def _decode_b1(
         decode_b1(codes, scales, _words(keystream), work, out)
 
 
-def _rotated(bits: int) -> tuple[Any, Any]:
-    levels, thresholds = gaussian_levels(bits)
+def _rotated(name: str) -> tuple[Encode, Decode]:
+    bits, levels, thresholds = LEVELS[name]
 
     def encode(
         values: FloatVector, keystream: Bytes | None, room: Bytes
@@ -490,7 +489,7 @@ def _rotated(bits: int) -> tuple[Any, Any]:
         scales = np.empty(_COLUMNS, np.float32)
         with borrowed(GROUP) as work:
             encode_levels(values, _words(keystream), work, levels, thresholds, bits, room, scales)
-        return scales, _NOTHING
+        return scales, NOTHING
 
     def decode(
         room: Bytes, scales: FloatVector, _: FloatVector, out: FloatVector, keystream: Bytes | None
@@ -502,18 +501,11 @@ def _rotated(bits: int) -> tuple[Any, Any]:
     return encode, decode
 
 
-# For whole groups; the formats that are missing here are as fast in numpy.
-ENCODERS = {
-    "f16": _encode_f16,
-    "i8": _encode_i8,
-    "b4": _rotated(4)[0],
-    "b2": _rotated(2)[0],
-    "b1": _encode_b1,
-}
-DECODERS = {
-    "f16": _decode_f16,
-    "i8": _decode_i8,
-    "b4": _rotated(4)[1],
-    "b2": _rotated(2)[1],
-    "b1": _decode_b1,
+# Encoder and decoder of whole groups by the format's name; what is missing is as fast in numpy.
+GROUPS: dict[str, tuple[Encode, Decode]] = {
+    "f16": (_encode_f16, _decode_f16),
+    "i8": (_encode_i8, _decode_i8),
+    "b4": _rotated("b4"),
+    "b2": _rotated("b2"),
+    "b1": (_encode_b1, _decode_b1),
 }

@@ -8,19 +8,9 @@ from dataclasses import dataclass
 import numpy as np
 
 from dare_agg.codec.derive import Keystream
-from dare_agg.codec.formats import (
-    _NOTHING,
-    _PLAIN_ENDS,
-    Bytes,
-    check_magnitude,
-    find_values,
-)
-from dare_agg.codec.kernels import compiled
-from dare_agg.codec.rotation import (
-    BLOCK,
-    GROUP,
-    count_blocks,
-)
+from dare_agg.codec.formats import find_values
+from dare_agg.codec.rotation import BLOCK, GROUP, count_blocks
+from dare_agg.codec.value_format import NOTHING, Bytes, check_magnitude
 from dare_agg.errors import ConfigError, UpdateError
 from dare_agg.files.pages import Pages
 from dare_agg.vectors.layout import FloatVector
@@ -88,10 +78,7 @@ def encode_values(
         )
         coded = values.size - (count_blocks(values.size)[1] if row.blocks else 0)
         room = target[at * row.bits // 8 :][: -(-coded * row.bits // 8)]
-        loops = compiled(values.size)
-        encode = row.encode_group
-        if loops is not None and values.size == GROUP:
-            encode = loops.ENCODERS.get(name, encode)
+        encode, _ = row.coder(values.size)
         scales, rest = encode(values, keystream, room)
         scale_at = sections.codes + 4 * (at // BLOCK)
         target[scale_at : scale_at + 4 * scales.size] = scales.view(np.uint8)
@@ -117,7 +104,7 @@ def decode_values(
     keystream = None
     if need := row.keystream_bytes(count):
         keystream = Keystream(key).read(group * row.keystream_bytes(GROUP), need)
-    scales = rest = _NOTHING
+    scales = rest = NOTHING
     coded = count
     if row.blocks:
         blocks, left = count_blocks(count)
@@ -128,10 +115,7 @@ def decode_values(
             lo = sections.codes + sections.scales
             rest = payload[lo : lo + 4 * left].copy().view("<f4").astype(np.float32)
     lo = first * row.bits // 8
-    loops = compiled(count)
-    decode = row.decode_group
-    if loops is not None and count == GROUP:
-        decode = loops.DECODERS.get(name, decode)
+    _, decode = row.coder(count)
     decode(payload[lo : lo + -(-coded * row.bits // 8)], scales, rest, values, keystream)
     return values
 
@@ -140,23 +124,10 @@ def check_payload(name: str, payload: Bytes, survivors: int, pages: Pages | None
     """Refuse a payload of the right size whose contents are out of bounds.
 
     Raises `NonFiniteError` for values that are NaN, infinite or above 2**60, `UpdateError`
-    for negative scales, a code of −128 and padding bits that are not 0.
+    for negative scales, codes that the format has not, and padding bits that are not 0.
     """
     row = find_values(name)
     sections = payload_sections(name, survivors)
-    if not row.blocks:
-        dtype, end = _PLAIN_ENDS[name]
-        sign = np.array(1 << (row.bits - 1), dtype)
-        for first in range(0, survivors, GROUP):
-            piece = payload[first * row.bits // 8 :][: GROUP * row.bits // 8]
-            # Without its sign, the larger the magnitude the larger the code, up to NaN.
-            if (piece.view(dtype) & ~sign).max() > end:
-                values = np.empty(piece.size * 8 // row.bits, np.float32)
-                row.decode_group(piece, _NOTHING, _NOTHING, values, None)
-                check_magnitude(values, first)
-            if pages is not None:
-                pages.passed(piece.size)
-        return
     numbers = payload[sections.codes :].copy().view("<f4")
     scales = numbers[: sections.scales // 4]
     # A code stands for at most 1024 (rotated) or 127 (i8) scales.
@@ -169,12 +140,13 @@ def check_payload(name: str, payload: Bytes, survivors: int, pages: Pages | None
             reason="malformed",
         )
     codes = payload[: sections.codes]
-    for at in range(0, codes.size if name == "i8" else 0, GROUP):
-        piece = codes[at : at + GROUP]
-        if int(piece.view(np.int8).min()) == -128:
-            raise UpdateError("i8 code -128; codes run from -127 to 127", reason="malformed")
-        if pages is not None:
-            pages.passed(piece.size)
+    if row.check_codes is not None:
+        each = GROUP * row.bits // 8
+        for number, at in enumerate(range(0, codes.size, each)):
+            piece = codes[at : at + each]
+            row.check_codes(piece, number * GROUP)
+            if pages is not None:
+                pages.passed(piece.size)
     used = (survivors - sections.rest // 4) * row.bits % 8
     if used and int(codes[-1]) >> used:
         raise UpdateError("padding bits of the last code byte are not 0", reason="malformed")

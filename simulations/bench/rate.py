@@ -18,13 +18,14 @@ from typing import Any
 
 import numpy as np
 
+from dare_agg.codec.formats import VALUE_FORMATS
 from dare_agg.vectors.layout import FloatVector, Layout
 from simulations.runs.baselines import COMPRESSORS, Sent, library, stc
 from simulations.runs.rows import RESULTS, append_row, read_rows, versions
 from simulations.runs.scenario import SCENARIOS, read_scenario
 
 TASKS = ("Reuters R8", "election author")
-OURS = ("f32", "f16", "bf16", "i8", "b4", "b2", "b1")
+OURS = tuple(VALUE_FORMATS)
 OUR_RATES = ("0", "0.9", "0.99", "0.999")
 BETWEEN = ("0.995", "0.998")
 KEEPS = (0.1, 0.01)

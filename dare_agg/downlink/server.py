@@ -10,14 +10,13 @@ and either. Every way ends in the same integers, hence in the same parameters.
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 import numpy as np
 
 from dare_agg.codec.derive import derive_key
 from dare_agg.codec.formats import find_values
 from dare_agg.codec.mask import parse_drop_rate
-from dare_agg.codec.payload import PayloadReader, decode_payload, encode_payload
 from dare_agg.downlink.base import (
     BASE,
     BASE_VERSION,
@@ -26,45 +25,22 @@ from dare_agg.downlink.base import (
     STEPS,
     write_base,
 )
+from dare_agg.downlink.forms import find_form
 from dare_agg.downlink.grid import Counts, VersionGrid, add_steps, grid_of
+from dare_agg.downlink.lossless import LOSSLESS, encode_counts
 from dare_agg.downlink.protocol import Broadcast, DrawnMask
+from dare_agg.downlink.step_form import StepForm, StepHead
 from dare_agg.downlink.steps import (
-    Family,
     Step,
-    StepHead,
     apply_step,
-    dense_key,
-    encode_lossless,
+    dense_head,
     families_of,
-    positions_of,
     read_steps,
     write_step,
 )
-from dare_agg.errors import ConfigError, StateError, did_you_mean
+from dare_agg.errors import ConfigError, StateError
 from dare_agg.vectors.layout import FloatVector
 from dare_agg.vectors.model import Arrays, GlobalModel
-
-
-@dataclass(frozen=True)
-class Form:
-    """A row of `FORMS`: where the values of a step lie and whether the rest is kept."""
-
-    form: str
-    values: str
-    feedback: bool
-    about: str
-
-
-FORMS: Mapping[str, Form] = {
-    "auto": Form("auto", "b1", True, "union-b1 while the step lies on the masks, else dense-b1"),
-    "union-b1": Form("union", "b1", True, "1-bit values on the union of the round's masks"),
-    "union-i8": Form("union", "i8", True, "8-bit values on the union of the round's masks"),
-    "union-f32": Form("union", "f32", True, "exact values on the union of the round's masks"),
-    "dense-b1": Form("dense", "b1", True, "1-bit values of every parameter"),
-    "dense-i8": Form("dense", "i8", True, "8-bit values of every parameter"),
-    "dare-b1": Form("dare", "b1", False, "unbiased DARE with 1-bit values"),
-    "lossless": Form("lossless", "f32", True, "the exact change on the grid"),
-}
 
 
 @dataclass
@@ -109,8 +85,7 @@ class VersionDownlink:
     _base_payload: bytes = b""
 
     def __post_init__(self) -> None:
-        if self.form not in FORMS:
-            raise ConfigError(f"downlink {self.form!r} is unknown{did_you_mean(self.form, FORMS)}")
+        find_form(self.form)
         find_values(self.dense_values)
         parse_drop_rate(self.drop_rate)
         if not isinstance(self.keep_bytes, int) or self.keep_bytes < 0:
@@ -148,7 +123,9 @@ class VersionDownlink:
                 f"{self.version[:12]}; resume both from the same round"
             )
         families = families_of(plans)
-        row = self._row(step, families)
+        row = find_form(self.form)
+        if not row.fits(step, families):
+            row = find_form(row.otherwise)
         number = max((plan.round for plan in plans), default=0)
         key = derive_key(
             bytes.fromhex(self.version),
@@ -156,21 +133,19 @@ class VersionDownlink:
             number,
             *(family.key for family in families),
         )
-        if row.form == "dare":
-            families = (Family("stratified", parse_drop_rate(self.drop_rate), 0, 1, key),)
-        elif row.form != "union":
-            families = ()
+        form, none = row.step, "00" * 32
+        families = form.masks(families, parse_drop_rate(self.drop_rate), key)
         head = StepHead(
-            row.form, row.values, self.dense_values, number, self.version, "00" * 32, key, families
+            form.name, row.values, self.dense_values, number, self.version, none, key, families
         )
-        head, payload = self._move_delta(delta, head, step, row.feedback)
+        head, payload = self._move(delta, form, head, step, row.feedback)
         dense_payload = b""
         if dense_step is not None and dense.grid.size:
-            dense_payload = self._move_dense(dense, head, dense_step)
+            own = dense_head(head, dense.grid.size)
+            _, dense_payload = self._move(dense, form.of_dense, own, dense_step, True)
         moved = model.placed(delta.values(), dense.values())
         self._model, self.version = moved, moved.ref.version
-        done = StepHead(**{**vars(head), "child": self.version})
-        self.steps.append(write_step(done, payload, dense_payload))
+        self.steps.append(write_step(replace(head, child=self.version), payload, dense_payload))
         self._sums.clear()
         while len(self.steps) > 1 and sum(s.nbytes for s in self.steps) > self.keep_bytes:
             self.steps.pop(0)
@@ -236,11 +211,11 @@ class VersionDownlink:
             for step in self.steps[self.parents().index(start) :]:
                 apply_step(step, delta.grid, counts, dense.grid, dense_counts)
         number = self.steps[-1].head.round if self.steps else 0
-        head = StepHead("lossless", "f32", "f32", number, start, self.version, bytes(16))
+        head = StepHead(LOSSLESS.name, "f32", "f32", number, start, self.version, bytes(16))
         total = write_step(
             head,
-            encode_lossless(counts),
-            encode_lossless(dense_counts) if dense.grid.size else b"",
+            encode_counts(counts),
+            encode_counts(dense_counts) if dense.grid.size else b"",
         )
         self._sums[start, self.version] = total
         return total
@@ -295,65 +270,19 @@ class VersionDownlink:
             raise StateError("the version store has no base yet; call start first")
         return self._delta, self._dense
 
-    def _row(self, step: FloatVector, families: Sequence[Family]) -> Form:
-        row = FORMS[self.form]
-        if row.form == "union" and not families:
-            return FORMS["dense-" + row.values] if row.values != "f32" else FORMS["lossless"]
-        if row.form != "auto":
-            return row
-        if not families:
-            return FORMS["dense-b1"]
-        head = StepHead("union", "b1", "f32", 0, "", "", b"", tuple(families))
-        kept = sum(
-            int(np.count_nonzero(step[positions])) for positions, _ in positions_of(head, step.size)
-        )
-        return FORMS["union-b1" if kept == np.count_nonzero(step) else "dense-b1"]
-
-    def _move_delta(
-        self, group: _Group, head: StepHead, step: FloatVector, feedback: bool
+    def _move(
+        self, group: _Group, form: StepForm, head: StepHead, step: FloatVector, feedback: bool
     ) -> tuple[StepHead, bytes]:
         """Move the group's counts by what its clients will decode; returns the payload."""
-        target = step
         if feedback:
             group.rest += step
-            target = group.rest
-        if head.form == "lossless":
-            everything = np.arange(step.size, dtype=np.int64)
-            steps = group.grid.round_at(everything, target)
-            before = group.counts.copy()
-            add_steps(group.counts, everything, steps)
-            group.rest -= group.grid.value_at(everything, steps)
-            return head, encode_lossless(group.counts - before)
-        # Twice over the masks, tile by tile: the values of a union of many clients, held at
-        # once, would be a good part of the server's memory.
-        survivors = sum(positions.size for positions, _ in positions_of(head, step.size))
-        head = StepHead(**{**vars(head), "survivors": survivors})
-        pieces = (target[positions] for positions, _ in positions_of(head, step.size))
-        payload = encode_payload(head.values, pieces, survivors, head.key)
-        decoded = PayloadReader(head.values, payload, head.survivors, head.key)
-        for positions, scale in positions_of(head, step.size):
-            steps = group.grid.round_at(positions, decoded.take(positions.size) * scale)
+        payload, count = form.encode(head, group.rest if feedback else step, group.grid)
+        head = replace(head, survivors=count)
+        for positions, steps in form.decode(head, payload, group.grid):
             add_steps(group.counts, positions, steps)
             if feedback:
                 group.rest[positions] -= group.grid.value_at(positions, steps)
         return head, payload
-
-    def _move_dense(self, group: _Group, head: StepHead, step: FloatVector) -> bytes:
-        group.rest += step
-        places = np.arange(step.size, dtype=np.int64)
-        if head.form == "lossless":
-            steps = group.grid.round_at(places, group.rest)
-            before = group.counts.copy()
-            add_steps(group.counts, places, steps)
-            group.rest -= group.grid.value_at(places, steps)
-            return encode_lossless(group.counts - before)
-        key = dense_key(head.key)
-        payload = encode_payload(self.dense_values, [group.rest], step.size, key)
-        decoded = decode_payload(self.dense_values, payload, step.size, key)
-        steps = group.grid.round_at(places, decoded)
-        add_steps(group.counts, places, steps)
-        group.rest -= group.grid.value_at(places, steps)
-        return payload
 
     def base_arrays(self) -> Arrays:
         """The base's arrays, as the run started with them."""

@@ -11,71 +11,31 @@ payload and (apart, so that it can be counted apart) the dense group's payload::
     survivors u64 · payload bytes u64 · dense bytes u64 · checksum 8 B (SHA-256 of all else)
     family: kind u8 · stride u32 · stride-of u32 · first rank u32 · ranks u32 · key 16 B
 
-Forms: **union** (the elements that any mask of the families keeps), **dense** (all),
-**dare** (one stratified mask, rescaled by the receiver), **lossless** (the very integers,
-bytewise planes of zigzag counts in tiles of 2^20, each a u32 length and a zlib stream).
+Forms are rows of `dare_agg.downlink.forms.STEP_FORMS`.
 """
 
 from __future__ import annotations
 
 import hashlib
 import struct
-import zlib
-from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
-
-import numpy as np
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
 
 from dare_agg.codec.formats import VALUE_FORMATS
-from dare_agg.codec.mask import MASK_KINDS, DropRate, Mask
-from dare_agg.codec.payload import (
-    PayloadReader,
-    decode_payload,
-)
-from dare_agg.downlink.grid import TILE, Counts, Positions, VersionGrid, add_steps
+from dare_agg.codec.mask import MASK_KINDS, DropRate
+from dare_agg.downlink.forms import STEP_FORMS
+from dare_agg.downlink.grid import Counts, VersionGrid, add_steps
 from dare_agg.downlink.protocol import DrawnMask
+from dare_agg.downlink.step_form import Family, StepHead
 from dare_agg.errors import ConfigError, UpdateError
-from dare_agg.vectors.layout import FloatVector
 
 MAGIC = b"DVST"
 STEP_VERSION = 1
-FORMS = ("union", "dense", "dare", "lossless")
 MAX_FAMILIES = 1 << 15
 HEAD = struct.Struct("<4sBBBBI32s32s16sHHQQQ8s")
 FAMILY = struct.Struct("<BIIII16s")
 _VALUES = {row.code: row.name for row in VALUE_FORMATS.values()}
-
-
-@dataclass(frozen=True)
-class Family:
-    """Masks of one key with consecutive ranks, as the clients of a round drew them."""
-
-    kind: str
-    drop_rate: DropRate
-    first: int
-    ranks: int
-    key: bytes
-
-    def masks(self, size: int) -> list[Mask]:
-        return [
-            Mask(self.kind, size, self.drop_rate, self.key, rank)
-            for rank in range(self.first, self.first + self.ranks)
-        ]
-
-
-@dataclass(frozen=True)
-class StepHead:
-    """Everything of a step but its payloads."""
-
-    form: str
-    values: str
-    dense_values: str
-    round: int
-    parent: str
-    child: str
-    key: bytes
-    families: tuple[Family, ...] = ()
-    survivors: int = 0
+_FORMS = {row.code: row for row in STEP_FORMS.values()}
 
 
 @dataclass(frozen=True)
@@ -107,24 +67,6 @@ def families_of(plans: Sequence[DrawnMask]) -> tuple[Family, ...]:
     return tuple(sorted(found, key=lambda f: (f.key, f.first, f.kind)))
 
 
-def positions_of(head: StepHead, size: int) -> Iterator[tuple[Positions, FloatVector | np.float32]]:
-    """Yield ``(positions, rescale)`` of a step, ascending, tile by tile."""
-    one = np.float32(1)
-    if head.form == "dense":
-        for lo in range(0, size, TILE):
-            yield np.arange(lo, min(size, lo + TILE), dtype=np.int64), one
-    elif head.form == "dare":
-        yield from head.families[0].masks(size)[0].blocks()
-    else:
-        masks = [mask for family in head.families for mask in family.masks(size)]
-        for lo in range(0, size, TILE):
-            hi = min(size, lo + TILE)
-            kept = np.zeros(hi - lo, np.bool_)
-            for mask in masks:
-                kept[mask.indices(lo, hi) - lo] = True
-            yield np.flatnonzero(kept) + lo, one
-
-
 def write_step(head: StepHead, payload: bytes, dense: bytes) -> Step:
     """Put a step together."""
     families = b"".join(
@@ -145,7 +87,7 @@ def write_step(head: StepHead, payload: bytes, dense: bytes) -> Step:
         return HEAD.pack(
             MAGIC,
             STEP_VERSION,
-            FORMS.index(head.form),
+            STEP_FORMS[head.form].code,
             VALUE_FORMATS[head.values].code,
             VALUE_FORMATS[head.dense_values].code,
             head.round,
@@ -204,7 +146,7 @@ def _read_step(body: bytes, at: int, dense: bytes, dense_at: int) -> Step:
     rest = mine[HEAD.size :]
     if _checksum(mine[: HEAD.size - 8] + bytes(8), rest, my_dense) != checksum:
         raise UpdateError("step's checksum does not fit its bytes", reason="checksum")
-    if form >= len(FORMS) or values not in _VALUES or dense_values not in _VALUES:
+    if form not in _FORMS or values not in _VALUES or dense_values not in _VALUES:
         raise UpdateError(f"step of form {form}, values {values}", reason="malformed")
     found = []
     for place in range(families):
@@ -212,10 +154,10 @@ def _read_step(body: bytes, at: int, dense: bytes, dense_at: int) -> Step:
         if kind >= len(MASK_KINDS) or not 1 <= ranks <= 1 << 20:
             raise UpdateError(f"mask family of kind {kind}, {ranks} ranks", reason="malformed")
         found.append(Family(MASK_KINDS[kind], DropRate(num, den), first, ranks, mask_key))
-    if FORMS[form] in ("union", "dare") and not found:
+    if _FORMS[form].masked and not found:
         raise UpdateError("step without the masks it is made of", reason="malformed")
     head = StepHead(
-        FORMS[form],
+        _FORMS[form].name,
         _VALUES[values],
         _VALUES[dense_values],
         number,
@@ -244,9 +186,10 @@ def payload_of(step: Step) -> bytes:
     return step.body[HEAD.size + len(step.head.families) * FAMILY.size :]
 
 
-def dense_key(key: bytes) -> bytes:
-    """The values key of the dense group's payload."""
-    return hashlib.sha256(b"dare-agg dense step\0" + key).digest()[:16]
+def dense_head(head: StepHead, size: int) -> StepHead:
+    """The head as it stands for the dense group: all its values, in its own format and key."""
+    key = hashlib.sha256(b"dare-agg dense step\0" + head.key).digest()[:16]
+    return replace(head, values=head.dense_values, key=key, families=(), survivors=size)
 
 
 def apply_step(
@@ -257,65 +200,10 @@ def apply_step(
     Raises `UpdateError` for a step that does not fit the model, `StateError` beyond int32.
     """
     head = step.head
-    if head.form == "lossless":
-        _add_lossless(payload_of(step), counts)
-        if dense_grid.size:
-            _add_lossless(step.dense, dense_counts)
-        return
-    # The number of values is bounded by the model before anything is decoded.
-    if head.survivors > grid.size:
-        raise UpdateError(
-            f"step of {head.survivors} values for {grid.size} parameters", reason="shape"
-        )
-    values = PayloadReader(head.values, payload_of(step), head.survivors, head.key)
-    for positions, scale in positions_of(head, grid.size):
-        piece = values.take(positions.size)
-        add_steps(counts, positions, grid.round_at(positions, piece * scale))
-    if values.left:
-        raise UpdateError("step holds more values than its masks keep", reason="mask")
+    form = STEP_FORMS[head.form]
+    for positions, steps in form.decode(head, payload_of(step), grid):
+        add_steps(counts, positions, steps)
     if dense_grid.size and step.dense:
-        moved = decode_payload(head.dense_values, step.dense, dense_grid.size, dense_key(head.key))
-        places = np.arange(dense_grid.size, dtype=np.int64)
-        add_steps(dense_counts, places, dense_grid.round_at(places, moved))
-
-
-# --- the lossless form ---------------------------------------------------------------------
-
-
-def encode_lossless(counts: Counts) -> bytes:
-    """Write whole steps exactly: planes of bytes, so that unmoved parameters cost nothing."""
-    parts = []
-    for lo in range(0, counts.size, TILE):
-        piece = counts[lo : lo + TILE]
-        zigzag = ((piece << 1) ^ (piece >> 31)).astype("<u4")
-        planes = np.ascontiguousarray(zigzag.view(np.uint8).reshape(-1, 4).T)
-        packed = zlib.compress(planes.tobytes(), 6)
-        parts.append(struct.pack("<I", len(packed)) + packed)
-    return b"".join(parts)
-
-
-def _add_lossless(payload: bytes, counts: Counts) -> None:
-    at = 0
-    for lo in range(0, counts.size, TILE):
-        hi = min(counts.size, lo + TILE)
-        if len(payload) - at < 4:
-            raise _broken(f"lossless step ends at parameter {lo} of {counts.size}")
-        (length,) = struct.unpack_from("<I", payload, at)
-        at += 4
-        unpack = zlib.decompressobj()
-        try:
-            # One byte of room more than is due tells a bomb from a fitting tile.
-            raw = unpack.decompress(payload[at : at + length], 4 * (hi - lo) + 1)
-        except zlib.error as error:
-            raise UpdateError(f"lossless step: {error}", reason="malformed") from error
-        if len(raw) != 4 * (hi - lo) or not unpack.eof:
-            raise UpdateError(
-                f"lossless step: a tile of {len(raw)} bytes, {4 * (hi - lo)} are due",
-                reason="malformed",
-            )
-        at += length
-        planes = np.frombuffer(raw, np.uint8).reshape(4, hi - lo)
-        zigzag = np.ascontiguousarray(planes.T).view("<u4").reshape(-1).astype(np.int64)
-        add_steps(counts, slice(lo, hi), (zigzag >> 1) ^ -(zigzag & 1))
-    if at != len(payload):
-        raise UpdateError(f"lossless step: {len(payload) - at} bytes too many", reason="trailing")
+        own = dense_head(head, dense_grid.size)
+        for positions, steps in form.of_dense.decode(own, step.dense, dense_grid):
+            add_steps(dense_counts, positions, steps)

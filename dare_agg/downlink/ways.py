@@ -9,8 +9,9 @@ from typing import Any
 
 from dare_agg.downlink.base import BASE_VERSION, DOWNLINK_NAME
 from dare_agg.downlink.client import VersionReceiver
+from dare_agg.downlink.forms import FORMS
 from dare_agg.downlink.protocol import Downlink, FullDownlink, FullReceiver, Receiver
-from dare_agg.downlink.server import FORMS, VersionDownlink
+from dare_agg.downlink.server import VersionDownlink
 from dare_agg.errors import ConfigError, did_you_mean
 
 

@@ -10,8 +10,8 @@ from hypothesis import strategies as st
 from dare_agg.codec.mask import parse_drop_rate
 from dare_agg.downlink.base import BASE, STEPS, read_base, write_base
 from dare_agg.downlink.client import VersionReceiver
+from dare_agg.downlink.forms import FORMS
 from dare_agg.downlink.grid import add_steps, grid_of
-from dare_agg.downlink.server import FORMS
 from dare_agg.downlink.steps import HEAD, apply_step, read_steps
 from dare_agg.downlink.ways import make_downlink
 from dare_agg.errors import BaseMismatchError, ConfigError, DareError, StateError, UpdateError
@@ -204,7 +204,8 @@ def test_a_lossless_bomb_is_refused():
     import struct
     import zlib
 
-    from dare_agg.downlink.steps import StepHead, write_step
+    from dare_agg.downlink.step_form import StepHead
+    from dare_agg.downlink.steps import write_step
 
     downlink, _ = started()
     delta, dense = downlink._groups()

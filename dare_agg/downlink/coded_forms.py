@@ -1,0 +1,87 @@
+"""Steps in a value format of the codec, rounded to the grid by whoever decodes them.
+
+**dense**: every element; **union**: the elements that any mask of the round keeps; **dare**:
+one stratified mask of the step's own, rescaled by the receiver.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import numpy as np
+
+from dare_agg.codec.payload import PayloadReader, encode_payload
+from dare_agg.downlink.grid import TILE, Positions, VersionGrid
+from dare_agg.downlink.step_form import Families, Family, StepForm, StepHead
+from dare_agg.errors import UpdateError
+from dare_agg.vectors.layout import FloatVector
+
+# Yields (positions, rescale), ascending, tile by tile.
+Places = Callable[[Families, int], Iterator[tuple[Positions, FloatVector | np.float32]]]
+_ONE = np.float32(1)
+
+
+def coded_form(name: str, code: int, places: Places, **words: Any) -> StepForm:
+    """A form whose values lie where ``places`` says."""
+
+    def encode(head: StepHead, change: FloatVector, grid: VersionGrid) -> tuple[bytes, int]:
+        # Twice over the masks, tile by tile: the values of a union of many clients, held at
+        # once, would be a good part of the server's memory.
+        count = sum(positions.size for positions, _ in places(head.families, grid.size))
+        pieces = (change[positions] for positions, _ in places(head.families, grid.size))
+        return encode_payload(head.values, pieces, count, head.key), count
+
+    def decode(
+        head: StepHead, payload: bytes, grid: VersionGrid
+    ) -> Iterator[tuple[Positions, Positions]]:
+        # The number of values is bounded by the model before anything is decoded.
+        if head.survivors > grid.size:
+            raise UpdateError(
+                f"step of {head.survivors} values for {grid.size} parameters", reason="shape"
+            )
+        values = PayloadReader(head.values, payload, head.survivors, head.key)
+        for positions, scale in places(head.families, grid.size):
+            yield positions, grid.round_at(positions, values.take(positions.size) * scale)
+        if values.left:
+            raise UpdateError("step holds more values than its masks keep", reason="mask")
+
+    return StepForm(name, code, encode, decode, **words)
+
+
+def _everywhere(_: Families, size: int) -> Iterator[tuple[Positions, FloatVector | np.float32]]:
+    for lo in range(0, size, TILE):
+        yield np.arange(lo, min(size, lo + TILE), dtype=np.int64), _ONE
+
+
+def on_any_mask(
+    families: Families, size: int
+) -> Iterator[tuple[Positions, FloatVector | np.float32]]:
+    """Yield the places that any mask keeps."""
+    masks = [mask for family in families for mask in family.masks(size)]
+    for lo in range(0, size, TILE):
+        hi = min(size, lo + TILE)
+        kept = np.zeros(hi - lo, np.bool_)
+        for mask in masks:
+            kept[mask.indices(lo, hi) - lo] = True
+        yield np.flatnonzero(kept) + lo, _ONE
+
+
+def _on_one_mask(
+    families: Families, size: int
+) -> Iterator[tuple[Positions, FloatVector | np.float32]]:
+    yield from families[0].masks(size)[0].blocks()
+
+
+DENSE = coded_form("dense", 1, _everywhere)
+UNION = coded_form(
+    "union", 0, on_any_mask, masks=lambda families, rate, key: families, masked=True, dense=DENSE
+)
+DARE = coded_form(
+    "dare",
+    2,
+    _on_one_mask,
+    masks=lambda families, rate, key: (Family("stratified", rate, 0, 1, key),),
+    masked=True,
+    dense=DENSE,
+)

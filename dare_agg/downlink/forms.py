@@ -1,0 +1,71 @@
+"""The tables of forms: of version steps on the wire, and of what a run may ask for."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+
+import numpy as np
+
+from dare_agg.downlink.coded_forms import DARE, DENSE, UNION, on_any_mask
+from dare_agg.downlink.lossless import LOSSLESS
+from dare_agg.downlink.step_form import Families, StepForm
+from dare_agg.errors import ConfigError, did_you_mean
+from dare_agg.vectors.layout import FloatVector
+
+STEP_FORMS: Mapping[str, StepForm] = {row.name: row for row in (UNION, DENSE, DARE, LOSSLESS)}
+
+
+@dataclass(frozen=True)
+class Form:
+    """A row of `FORMS`: the steps' form and value format, and whether the rest is kept.
+
+    Where a round's change and masks do not fit, the row named ``otherwise`` is taken.
+    """
+
+    step: StepForm
+    values: str
+    about: str
+    feedback: bool = True
+    fits: Callable[[FloatVector, Families], bool] = lambda change, families: True
+    otherwise: str = ""
+
+
+def _has_masks(_: FloatVector, families: Families) -> bool:
+    return bool(families)
+
+
+def _lies_on_masks(change: FloatVector, families: Families) -> bool:
+    kept = (np.count_nonzero(change[at]) for at, _ in on_any_mask(families, change.size))
+    return bool(families) and sum(kept) == np.count_nonzero(change)
+
+
+FORMS: Mapping[str, Form] = {
+    "auto": Form(
+        UNION, "b1", "union-b1 while the step lies on the masks, else dense-b1",
+        fits=_lies_on_masks, otherwise="dense-b1",
+    ),
+    "union-b1": Form(
+        UNION, "b1", "1-bit values on the union of the round's masks",
+        fits=_has_masks, otherwise="dense-b1",
+    ),
+    "union-i8": Form(
+        UNION, "i8", "8-bit values on the union of the round's masks",
+        fits=_has_masks, otherwise="dense-i8",
+    ),
+    "union-f32": Form(
+        UNION, "f32", "exact values on the union of the round's masks",
+        fits=_has_masks, otherwise="lossless",
+    ),
+    "dense-b1": Form(DENSE, "b1", "1-bit values of every parameter"),
+    "dense-i8": Form(DENSE, "i8", "8-bit values of every parameter"),
+    "dare-b1": Form(DARE, "b1", "unbiased DARE with 1-bit values", feedback=False),
+    "lossless": Form(LOSSLESS, "f32", "the exact change on the grid"),
+}  # fmt: skip
+
+
+def find_form(name: str) -> Form:
+    """Return a row of `FORMS`; an unknown name raises `ConfigError`."""
+    if name not in FORMS:
+        raise ConfigError(f"downlink {name!r} is unknown{did_you_mean(name, FORMS)}")
+    return FORMS[name]

@@ -1,0 +1,74 @@
+"""What a form of version steps is: one row of `dare_agg.downlink.forms.STEP_FORMS`."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+
+from dare_agg.codec.mask import DropRate, Mask
+from dare_agg.downlink.grid import Positions, VersionGrid
+from dare_agg.vectors.layout import FloatVector
+
+Families = tuple["Family", ...]
+
+
+@dataclass(frozen=True)
+class Family:
+    """Masks of one key with consecutive ranks, as the clients of a round drew them."""
+
+    kind: str
+    drop_rate: DropRate
+    first: int
+    ranks: int
+    key: bytes
+
+    def masks(self, size: int) -> list[Mask]:
+        return [
+            Mask(self.kind, size, self.drop_rate, self.key, rank)
+            for rank in range(self.first, self.first + self.ranks)
+        ]
+
+
+@dataclass(frozen=True)
+class StepHead:
+    """Everything of a step but its payloads."""
+
+    form: str
+    values: str
+    dense_values: str
+    round: int
+    parent: str
+    child: str
+    key: bytes
+    families: Families = ()
+    survivors: int = 0
+
+
+@dataclass(frozen=True)
+class StepForm:
+    """One row: how the change of a group of tensors becomes a payload, and back.
+
+    Attributes
+    ----------
+    name, code: the word in heads, the number on the wire.
+    encode: a head and the change, float32 over the grid; returns the payload and how many
+        values the head says it holds.
+    decode: a head and a payload; yields ascending positions and whole grid steps, the same at
+        both ends. Raises `UpdateError` for a payload that does not fit.
+    masks: what a step's head names, from the round's masks, the drop rate and the step's key.
+    masked: whether a step without masks cannot be read.
+    dense: the form of the dense group beside it; None for the same.
+    """
+
+    name: str
+    code: int
+    encode: Callable[[StepHead, FloatVector, VersionGrid], tuple[bytes, int]]
+    decode: Callable[[StepHead, bytes, VersionGrid], Iterator[tuple[Positions, Positions]]]
+    masks: Callable[[Families, DropRate, bytes], Families] = lambda families, rate, key: ()
+    masked: bool = False
+    dense: StepForm | None = None
+
+    @property
+    def of_dense(self) -> StepForm:
+        """The dense group's form."""
+        return self.dense or self

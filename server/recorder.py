@@ -44,7 +44,8 @@ class Recorder:
     """Appends one row a round to ``metrics.jsonl`` and to TensorBoard where it is installed.
 
     Rows and states also go into the log, for a follower on another machine, and to
-    ``exporter``. ``token`` tells such a follower whether it sees this very folder.
+    ``exporter``. ``token`` tells such a follower whether it sees this very folder, and which
+    lines of the log are ours; no client learns it.
     """
 
     folder: Path
@@ -77,7 +78,7 @@ class Recorder:
         path = self.folder / "metrics.jsonl"
         with _named_failure(path), path.open("a", encoding="utf-8") as file:
             file.write(json.dumps(clean, allow_nan=False) + "\n")
-        LOG.info("%s", row_line(clean))
+        LOG.info("%s", row_line(clean, self.token))
         self._rows.append(clean)
         if self.exporter is not None:
             self.exporter.row(clean, seconds_left(self._rows, self.config))

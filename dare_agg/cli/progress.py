@@ -15,7 +15,8 @@ if TYPE_CHECKING:
     from rich.console import Console
     from rich.table import Table
 
-_ROUND = re.compile(r"\[ROUND (\d+)/(\d+)\]")
+# The whole line: what a client says stands behind other words, and is no progress.
+_ROUND = re.compile(r"INFO(?:\x1b\[0m|[\s:])*\[ROUND (\d+)/(\d+)\]\s*$")
 
 
 def load_rows(folder: Path) -> list[dict[str, Any]]:

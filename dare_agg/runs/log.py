@@ -3,59 +3,69 @@
 A server may run on another machine than whoever follows its log. So each row of measurements
 and each state of the run also goes into the log, one line of JSON behind a mark, and
 `Mirror` makes the run folder of the follower from it: progress, report and resume work there.
+
+What clients say is in that log too. Each of our lines therefore carries the run's token, drawn
+by the server, told in its first line before any client is asked anything, and never sent to one:
+a line without it is talk.
 """
 
 from __future__ import annotations
 
 import json
 import os
+import re
 import statistics
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-ROW_MARK = "dare-agg row "
-STATE_MARK = "dare-agg state "
+_LINE = re.compile(r"dare-agg (row|state) ([0-9a-f]{16,64}) (\{.*)")
 ROWS = "metrics.jsonl"
 STATE = "run.json"
 
 Row = Mapping[str, Any]
 
 
-def row_line(row: Row) -> str:
-    """The log line of a round's measurements."""
-    return ROW_MARK + json.dumps(row, allow_nan=False)
+def row_line(row: Row, token: str) -> str:
+    """The log line of a round's measurements, of the run with this token (hex)."""
+    return f"dare-agg row {token} {json.dumps(row, allow_nan=False)}"
 
 
 def state_line(state: Mapping[str, Any]) -> str:
-    """The log line of the run's state, as run.json holds it."""
-    return STATE_MARK + json.dumps(state)
+    """The log line of the run's state, as run.json holds it; its ``token`` is the run's."""
+    return f"dare-agg state {state['token']} {json.dumps(state)}"
 
 
 @dataclass
 class Mirror:
     """Copies rows and states from log lines into ``folder``, unless they are written there.
 
-    The folder is the server's own when its run.json has the token that the log names.
+    The folder is the server's own when its run.json has the token that the log names. The
+    first state in the log gives the token that all further lines must have.
     """
 
     folder: Path
+    _token: str = ""
     _foreign: bool = False
 
     def take(self, line: str) -> bool:
         """Read one log line; returns whether it was one of ours."""
-        for mark, keep in ((STATE_MARK, self._state), (ROW_MARK, self._row)):
-            _, found, text = line.partition(mark)
-            if found:
-                try:
-                    value = json.loads(text)
-                except ValueError:  # cut off
-                    return True
-                if isinstance(value, dict):
-                    keep(value)
-                return True
-        return False
+        found = _LINE.search(line)
+        if found is None:
+            return False
+        kind, token, text = found.groups()
+        try:
+            value = json.loads(text)
+        except ValueError:  # cut off
+            value = None
+        if not self._token and kind == "state" and isinstance(value, dict):
+            self._token = token
+        if token != self._token:
+            return False
+        if isinstance(value, dict):
+            (self._state if kind == "state" else self._row)(value)
+        return True
 
     def _state(self, state: dict[str, Any]) -> None:
         path = self.folder / STATE

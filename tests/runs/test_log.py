@@ -12,6 +12,7 @@ from dare_agg.runs.prometheus import exporter
 from dare_agg.runs.report import read_run
 from server.recorder import Recorder
 
+TOKEN = "ab" * 8
 CONFIG = {"num-rounds": 5, "methods": ["dare-ties"], "model": "minilm", "data": "x"}
 
 
@@ -64,20 +65,23 @@ def test_the_servers_own_folder_is_left_alone(tmp_path, said):
     recorder.status("completed")
     mirror = Mirror(tmp_path)
     for line in said():
-        mirror.take(line)
+        assert mirror.take(line)
     assert load_rows(tmp_path) == [a_row(1)]
     assert json.loads((tmp_path / "run.json").read_text())["status"] == "completed"
 
 
 def test_a_resumed_run_makes_rounds_again(tmp_path):
     mirror = Mirror(tmp_path)
-    mirror.take(state_line({"status": "running", "token": "t", "config": CONFIG}))
+    mirror.take(state_line({"status": "running", "token": TOKEN, "config": CONFIG}))
     for number in (1, 2, 3, 2, 3):
-        mirror.take(row_line(a_row(number)))
+        mirror.take(row_line(a_row(number), TOKEN))
     assert [row["round"] for row in load_rows(tmp_path)] == [1, 2, 3]
 
 
-@pytest.mark.parametrize("line", ["", "round 3", "dare-agg row {", "dare-agg state [1]"])
+@pytest.mark.parametrize(
+    "line",
+    ["", "round 3", "dare-agg row {", f"dare-agg state {TOKEN} [1]"],
+)
 def test_other_lines_and_cut_ones_change_nothing(tmp_path, line):
     Mirror(tmp_path / "here").take(line)
     assert not (tmp_path / "here").exists()
@@ -91,9 +95,9 @@ def test_progress_says_who_was_rejected_and_how_long_it_takes(tmp_path):
             said.append(line)
 
     watch = follow(tmp_path, Console())
-    watch(state_line({"status": "running", "token": "t", "config": CONFIG}))
+    watch(state_line({"status": "running", "token": TOKEN, "config": CONFIG}))
     late = {"client": 1, "reason": "late", "detail": "", "name": "south"}
-    watch(row_line(a_row(1, accepted=1, rejected=[late])))
+    watch(row_line(a_row(1, accepted=1, rejected=[late]), TOKEN))
     (line,) = said
     assert "round 1 of 5: accuracy 0.600" in line and "1 rejected: south: late" in line
     assert "1.0 kB up and 2.0 kB down" in line and "about 40 s left" in line

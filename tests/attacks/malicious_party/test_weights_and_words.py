@@ -1,12 +1,7 @@
 """One party lies about its weight or its words, to move the whole mean."""
 
-import sys
-from pathlib import Path
-
 import numpy as np
 import pytest
-
-sys.path.insert(0, str(Path(__file__).parents[2] / "secure"))
 from parties import consortium
 
 import dare_agg.secure.client as client

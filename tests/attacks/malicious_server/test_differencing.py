@@ -1,12 +1,7 @@
 """The server has nearly the same data summed twice, over parties that differ by one."""
 
-import sys
-from pathlib import Path
-
 import numpy as np
 import pytest
-
-sys.path.insert(0, str(Path(__file__).parents[2] / "secure"))
 from parties import consortium
 
 from dare_agg.errors import ProtocolError

@@ -1,12 +1,8 @@
 """The server proposes a graph or a cohort in which single parties stand alone."""
 
-import sys
 from dataclasses import replace
-from pathlib import Path
 
 import pytest
-
-sys.path.insert(0, str(Path(__file__).parents[2] / "secure"))
 from parties import BASE, LAYOUT, consortium
 
 from dare_agg.codec.mask import parse_drop_rate

@@ -1,0 +1,17 @@
+"""Attacks, a folder an adversary, each test named after what it attempts."""
+
+import sys
+from pathlib import Path
+
+import pytest
+
+from simulations.runs.memory_grid import pretend_task
+
+# The consortium and the toy app of the other tests.
+for room in ("secure", "flower"):
+    sys.path.insert(0, str(Path(__file__).parents[1] / room))
+
+
+@pytest.fixture(autouse=True)
+def task_identity():
+    pretend_task()

@@ -20,7 +20,8 @@ THEIRS = {"model": "/attacker/model", "data": "/attacker.csv", "num-rounds": 1}
 STATE = {"status": "completed", "token": "ab" * 8, "config": THEIRS}
 ROW = {"method": "dare", "round": 1, "accuracy": 0.999, "rejected": []}
 OURS = {
-    "method": "dare", "round": 1, "rejected": [], "accepted": 3, "seconds": 1.0, "round_seconds": 1.0,
+    "method": "dare", "round": 1, "rejected": [], "accepted": 3,
+    "seconds": 1.0, "round_seconds": 1.0,
     "upload_bytes_per_client": 1, "download_bytes_per_client": 1,
 }  # fmt: skip
 WORDS = [

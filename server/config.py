@@ -13,7 +13,8 @@ from dare_agg.codec.mask import parse_drop_rate
 from dare_agg.downlink.ways import DOWNLINKS
 from dare_agg.errors import ConfigError, did_you_mean
 from dare_agg.rounds.step import ServerStep, server_step
-from dare_agg.secure.settings import SECURE_METHODS, SecureSettings
+from dare_agg.secure.aggregates import SECURE_METHODS
+from dare_agg.secure.settings import SecureSettings
 from dare_agg.vectors.layout import compile_patterns
 
 # What a run can compare: name → what differs from the run config.
@@ -151,7 +152,7 @@ class RunConfig(BaseModel):
 
     def secure_settings(self) -> SecureSettings:
         """The settings of secure sums; raises `ConfigError` for unsafe ones."""
-        weighed = self.secure == "mean" and not self.secure_merge
+        weighed = SECURE_METHODS[self.secure].weighed and not self.secure_merge
         return SecureSettings(
             method=self.secure,
             drop_rate=self.drop_rate,

@@ -4,9 +4,10 @@ Bonawitz et al. 2017 (malicious setting) with the graph of Bell et al. 2020, and
 sum by packed words. See SECURITY.md for what it protects and what not.
 """
 
+from dare_agg.secure.aggregate import SecureMeasurements, Sums
 from dare_agg.secure.identity import Identity, new_identity, read_identity, write_identity
 from dare_agg.secure.local import LocalSum, secure_sum
-from dare_agg.secure.packing import Quantiser, SecureMeasurements, Sums, merge_sums
+from dare_agg.secure.packing import Quantiser, merge_sums
 from dare_agg.secure.roster import (
     Roster,
     check_roster,

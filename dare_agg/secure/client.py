@@ -19,6 +19,7 @@ from cryptography.hazmat.primitives.ciphers.aead import ChaCha20Poly1305
 from dare_agg.codec.mask import Mask
 from dare_agg.errors import ConfigError, ProtocolError
 from dare_agg.secure import messages as wire
+from dare_agg.secure.aggregates import AGGREGATES
 from dare_agg.secure.graph import COLLUDING, corrupt_of, draw_neighbours, is_safe
 from dare_agg.secure.identity import Identity, verify
 from dare_agg.secure.keys import (
@@ -65,7 +66,7 @@ class SecurePolicy:
     min_threshold_share: float = 2 / 3
     min_cohort_share: float = 0.5
     colluding: float = COLLUDING
-    aggregates: tuple[str, ...] = ("mean", "ties")
+    aggregates: tuple[str, ...] = tuple(AGGREGATES)
     max_clip: float = 1.0
 
 

@@ -12,8 +12,8 @@ from dataclasses import dataclass
 from dare_agg.codec.mask import Mask
 from dare_agg.errors import ProtocolError
 from dare_agg.secure import client
+from dare_agg.secure.aggregate import SecureMeasurements, Sums
 from dare_agg.secure.identity import Identity
-from dare_agg.secure.packing import SecureMeasurements, Sums
 from dare_agg.secure.roster import Roster
 from dare_agg.secure.server import SecureServer, merged_parts
 from dare_agg.secure.terms import SecureTerms

@@ -20,6 +20,7 @@ from cryptography.hazmat.primitives.asymmetric.x25519 import X25519PrivateKey
 from dare_agg.codec.mask import Mask
 from dare_agg.errors import ConfigError, ProtocolError
 from dare_agg.secure import messages as wire
+from dare_agg.secure.aggregate import SecureMeasurements, Sums
 from dare_agg.secure.keys import (
     agree,
     masking_secret,
@@ -30,7 +31,7 @@ from dare_agg.secure.keys import (
     self_commitment,
     self_mask_key,
 )
-from dare_agg.secure.packing import SecureMeasurements, Sums, merge_sums, unpack_sums
+from dare_agg.secure.packing import merge_dense, merge_sums, unpack_sums
 from dare_agg.secure.roster import Roster
 from dare_agg.secure.shamir import correct, recover
 from dare_agg.secure.stream import (
@@ -339,11 +340,11 @@ def merged_parts(
     sums: Sums, terms: SecureTerms, mask: Mask, rule: str | None = None, scaling: float = 1.0
 ) -> tuple[FloatVector, FloatVector | None, SecureMeasurements]:
     """Return ``(delta, dense, measurements)``: the merged delta over the whole vector,
-    rescaled, times ``scaling``; and the mean of the dense part (None where there is none)."""
+    rescaled, times ``scaling``; and the merged dense part (None where there is none)."""
     count = terms.survivors
     values, measured = merge_sums(sums.part(0, count), terms.quantiser, rule)
     values *= np.float32(scaling)
     dense = None
     if terms.dense:
-        dense, _ = merge_sums(sums.part(count, terms.values), terms.quantiser, "mean")
+        dense = merge_dense(sums.part(count, terms.values), terms.quantiser)
     return mask.scatter(values), dense, measured

@@ -8,19 +8,13 @@ from typing import Any
 
 from dare_agg.codec.mask import DropRate, parse_drop_rate
 from dare_agg.errors import ConfigError, did_you_mean
-from dare_agg.secure.packing import MAX_BITS, Quantiser
+from dare_agg.secure.aggregate import MAX_BITS
+from dare_agg.secure.aggregates import AGGREGATES, SECURE_METHODS
+from dare_agg.secure.packing import Quantiser
 from dare_agg.secure.roster import Roster
 from dare_agg.secure.stream import MAX_WORD_BITS
 from dare_agg.secure.terms import MIN_PARTIES, NO_TRAINING, SecureTerms, secure_terms
 
-# Name → (what is summed, how the sums are read).
-SECURE_METHODS: Mapping[str, tuple[str, str]] = {
-    "mean": ("mean", "mean"),
-    "task-arithmetic": ("mean", "sum"),
-    "ties": ("ties", "ties"),
-}
-# Below these, rounding drowns what small deltas say (TIES also counts signs).
-LEAST_BITS = {"mean": 6, "ties": 8}
 DEFAULT_BITS = 16
 # A weight of few examples beside max_weight shrinks its party's values: bits to make up for it.
 WEIGHTED_BITS = MAX_BITS
@@ -82,15 +76,17 @@ class SecureSettings:
                 f"secure-min-parties = {self.min_parties}; at least {MIN_PARTIES} are needed: a "
                 "sum of two shows each the other's delta"
             )
-        least = LEAST_BITS[self.aggregate]
+        row = AGGREGATES[self.aggregate]
+        least = row.least_bits
         if self.bits and not least <= self.bits <= MAX_BITS:
             raise ConfigError(
                 f"secure-bits = {self.bits} for {self.method}; {least} to {MAX_BITS}, or 0 to "
                 "have them chosen"
             )
-        if self.method == "ties" and self.weighting != "equal":
+        if self.weighting != "equal" and not row.weighable:
             raise ConfigError(
-                f"weighting = {self.weighting!r} with secure TIES; set equal: TIES counts parties"
+                f"weighting = {self.weighting!r} with secure {row.title}; set equal: {row.title} "
+                "counts parties"
             )
         if not 0 < self.scaling < float("inf"):
             raise ConfigError(f"scaling = {self.scaling}; a finite number above 0 is needed")
@@ -98,24 +94,24 @@ class SecureSettings:
 
     @property
     def aggregate(self) -> str:
-        return SECURE_METHODS[self.method][0]
+        return SECURE_METHODS[self.method].aggregate
 
     @property
     def rule(self) -> str:
-        return SECURE_METHODS[self.method][1]
+        return SECURE_METHODS[self.method].rule
 
     def bits_for(self, parties: int) -> int:
         """Bits of a value among ``parties``. Raises `ConfigError` when none is left that fits."""
         if self.bits:
             return Quantiser(self.aggregate, self.bits, self.clip, parties).bits
-        carry = parties.bit_length()
-        room = MAX_WORD_BITS // 2 - 2 * carry if self.aggregate == "ties" else 63 - carry
-        bits = min(WEIGHTED_BITS if self.weighting == "examples" else DEFAULT_BITS, room)
-        least = LEAST_BITS[self.aggregate]
-        if bits < least:
+        row = AGGREGATES[self.aggregate]
+        wanted = WEIGHTED_BITS if self.weighting == "examples" else DEFAULT_BITS
+        bits = min(wanted, row.most_bits(parties.bit_length()))
+        if bits < row.least_bits:
             raise ConfigError(
                 f"secure {self.method} of {parties} parties leaves {bits} bits a value in a word "
-                f"of {MAX_WORD_BITS}; {least} are needed: sum in smaller cohorts, or a mean"
+                f"of {MAX_WORD_BITS}; {row.least_bits} are needed: sum in smaller cohorts, or a "
+                "mean"
             )
         return bits
 

@@ -16,6 +16,8 @@ from itertools import pairwise
 from dare_agg.codec.derive import derive_key
 from dare_agg.codec.mask import DropRate, Mask
 from dare_agg.errors import ConfigError, ProtocolError
+from dare_agg.secure.aggregate import TRAILER_WORDS
+from dare_agg.secure.aggregates import AGGREGATES
 from dare_agg.secure.encoding import (
     DIGEST_BYTES,
     Reader,
@@ -28,7 +30,7 @@ from dare_agg.secure.encoding import (
     u64,
 )
 from dare_agg.secure.graph import COLLUDING, COMPLETE_UP_TO, degree_for, share_threshold_for
-from dare_agg.secure.packing import AGGREGATES, TRAILER_WORDS, Quantiser
+from dare_agg.secure.packing import Quantiser
 from dare_agg.secure.roster import MAX_MEMBERS
 
 PROTOCOL_VERSION = 2
@@ -116,11 +118,12 @@ class SecureTerms:
         _check(0 < self.size < 1 << 40, f"size {self.size}", "1 to 2**40 - 1")
         _check(0 <= self.dense < MAX_WORDS, f"dense {self.dense}", f"0 to {MAX_WORDS - 1}")
         _check(self.words <= MAX_WORDS, f"{self.words} words", f"at most {MAX_WORDS}: raise p")
+        row = AGGREGATES[self.quantiser.aggregate]  # with bounds of its own
         _check(self.weighting in WEIGHTINGS, f"weighting {self.weighting!r}", ", ".join(WEIGHTINGS))
         _check(
-            self.weighting == "equal" or self.aggregate == "mean",
-            "weighting by examples with TIES",
-            "equal: TIES counts parties",
+            self.weighting == "equal" or row.weighable,
+            f"weighting by examples with {row.title}",
+            f"equal: {row.title} counts parties",
         )
         _check(
             0 < self.min_weight <= self.max_weight < 1 << 53,
@@ -140,7 +143,6 @@ class SecureTerms:
                 f"1 to {MAX_PATTERN_BYTES} bytes",
             )
         _check(len(self.training) == DIGEST_BYTES, "training digest", "32 bytes")
-        assert self.quantiser  # its own bounds
 
     @cached_property
     def quantiser(self) -> Quantiser:
@@ -183,7 +185,7 @@ class SecureTerms:
                 u64(self.size),
                 u32(self.drop_rate.numerator),
                 u32(self.drop_rate.denominator),
-                u8(AGGREGATES.index(self.aggregate)),
+                u8(AGGREGATES[self.aggregate].code),
                 u8(self.bits),
                 f64(self.clip),
                 u8(WEIGHTINGS.index(self.weighting)),
@@ -290,7 +292,7 @@ def decode_terms(data: bytes) -> SecureTerms:
             layout=read.take(32).hex(),
             size=read.u64(),
             drop_rate=DropRate(read.u32(), read.u32()),
-            aggregate=_row(AGGREGATES, read),
+            aggregate=_row(tuple(AGGREGATES), read),
             bits=read.u8(),
             clip=read.f64(),
             weighting=_row(WEIGHTINGS, read),

@@ -25,6 +25,7 @@ from dare_agg.cli.output import print_json
 from dare_agg.codec.mask import parse_drop_rate
 from dare_agg.secure import SecureServer, make_roster, new_identity, secure_terms
 from dare_agg.secure import client as party
+from dare_agg.secure.aggregates import AGGREGATES
 
 DROP_RATE = parse_drop_rate("0.9")
 
@@ -213,7 +214,7 @@ def main() -> int:
     parser.add_argument("--secagg", action="store_true", help="measure Flower's SecAgg+ too")
     options = parser.parse_args()
     size = options.clients, options.words, options.dropouts
-    rows = [measure(aggregate, *size, options.bits) for aggregate in ("mean", "ties")]
+    rows = [measure(aggregate, *size, options.bits) for aggregate in AGGREGATES]
     found: dict[str, Any] = {"rows": rows}
     if options.secagg:
         found["secagg_plus"] = [measure_secagg(*size)]

@@ -24,6 +24,7 @@ from dare_agg.codec.derive import Keystream, derive_key, seed_secret
 from dare_agg.codec.mask import Mask, parse_drop_rate
 from dare_agg.merge.engine import merge_deltas
 from dare_agg.secure import Identity, LocalSum, make_roster, secure_sum, secure_terms
+from dare_agg.secure.aggregates import SECURE_METHODS
 from dare_agg.vectors.layout import FloatVector, Layout, fingerprint
 from dare_agg.vectors.sources import array_source
 from simulations.runs.rows import RESULTS, append_row, read_rows, versions
@@ -101,7 +102,7 @@ def secure_merge(
         layout=layout.fingerprint,
         size=layout.size,
         drop_rate=parse_drop_rate(row["drop_rate"]),
-        aggregate="ties" if row["method"] == "ties" else "mean",
+        aggregate=SECURE_METHODS[row["method"]].aggregate,
         bits=BITS,
         clip=CLIP,
     )
@@ -128,10 +129,6 @@ def plain_merge(
     return merged
 
 
-def secure_rule(method: str) -> str:
-    return "ties" if method == "ties" else "sum"
-
-
 def one_shot(row: dict[str, Any]) -> dict[str, Any]:
     """Merge four tuned models; accuracy of each task with its own head."""
     from simulations.runs.single import body_layout, tuned_state
@@ -156,7 +153,7 @@ def one_shot(row: dict[str, Any]) -> dict[str, Any]:
 
     began = time.process_time()
     result = secure_merge(deltas, fingerprint(layout, start), layout, row, 0)
-    secure, measured = result.merged(secure_rule(method), scaling)
+    secure, measured = result.merged(SECURE_METHODS[method].rule, scaling)
     seconds = time.process_time() - began
     shared = [dare(delta, result.mask) for delta in deltas]
     same = plain_merge(layout, shared, method, scaling, 1.0)
@@ -207,7 +204,7 @@ def rounds(row: dict[str, Any]) -> dict[str, Any]:
             deltas.append(layout.flatten(tuned) - body)
         if row["masks"] == "secure":
             result = secure_merge(deltas, fingerprint(layout, body), layout, row, number)
-            step, measured = result.merged(secure_rule(method), scaling)
+            step, measured = result.merged(SECURE_METHODS[method].rule, scaling)
             lone.append(measured.lone_share)
         else:
             if row["masks"] == "independent":

@@ -216,10 +216,10 @@ def test_sums_of_words_equal_sums_of_integers(
     assert (sums.total == tau.sum(0)).all()
     assert sums.weight == parties * quantiser.top
     if aggregate == "ties":
-        assert (sums.positive == np.maximum(tau, 0).sum(0)).all()
-        assert (sums.negative == np.maximum(-tau, 0).sum(0)).all()
-        assert (sums.positive_count == (tau > 0).sum(0)).all()
-        assert (sums.negative_count == (tau < 0).sum(0)).all()
+        assert (sums.fields["positive"] == np.maximum(tau, 0).sum(0)).all()
+        assert (sums.fields["negative"] == np.maximum(-tau, 0).sum(0)).all()
+        assert (sums.fields["positive_count"] == (tau > 0).sum(0)).all()
+        assert (sums.fields["negative_count"] == (tau < 0).sum(0)).all()
 
 
 def test_ties_elects_by_the_sum_and_averages_who_agrees() -> None:

@@ -66,8 +66,8 @@ def run_and_compare(
     )
     assert (result.sums.total == tau.sum(0)).all()
     if terms.aggregate == "ties":
-        assert (result.sums.positive == np.maximum(tau, 0).sum(0)).all()
-        assert (result.sums.negative_count == (tau < 0).sum(0)).all()
+        assert (result.sums.fields["positive"] == np.maximum(tau, 0).sum(0)).all()
+        assert (result.sums.fields["negative_count"] == (tau < 0).sum(0)).all()
     return result
 
 
@@ -169,7 +169,7 @@ def test_order_of_answers_does_not_matter() -> None:
                 run.server.take(answer)
         runs.append(run.server.finish())
     assert (runs[0].total == runs[1].total).all()
-    assert (runs[0].positive == runs[1].positive).all()
+    assert (runs[0].fields["positive"] == runs[1].fields["positive"]).all()
 
 
 @pytest.mark.slow

@@ -217,8 +217,8 @@ def strategy_base(strategy: DareStrategy, initial: ArrayRecord) -> str:
     """Fingerprint of the state a run starts from."""
     from dare_agg.vectors.model import global_model
 
-    settings = strategy.settings
-    model = global_model(to_numpy(initial), dense=settings.dense, exclude=settings.exclude)
+    terms = strategy.settings.terms
+    model = global_model(to_numpy(initial), dense=terms.dense, exclude=terms.exclude)
     return model.ref.version
 
 

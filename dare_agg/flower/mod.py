@@ -233,10 +233,10 @@ def _content_for_server(
         )
     tuned = to_numpy(found[key])
     base_arrays = {name: array.numpy() for name, array in base.items()}
-    if plan.statistics and collected is None:
+    if plan.terms.statistics and collected is None:
         raise UpdateError(
-            f"the server merges by {plan.statistics} values, the training code returned none; "
-            f"return them as an ArrayRecord under {STATISTICS_KEY!r}",
+            f"the server merges by {plan.terms.statistics} values, the training code returned "
+            f"none; return them as an ArrayRecord under {STATISTICS_KEY!r}",
             reason="statistics",
         )
     update = make_client_update(
@@ -290,8 +290,8 @@ def _keep_local(
     context: Context,
 ) -> None:
     """Keep this client's own tensors (heads, buffers) for its next round."""
-    local = set(split_tensors(base, dense=plan.dense, exclude=plan.exclude).local)
-    patterns = compile_patterns(plan.exclude)
+    local = set(split_tensors(base, dense=plan.terms.dense, exclude=plan.terms.exclude).local)
+    patterns = compile_patterns(plan.terms.exclude)
     kept = {
         name: array for name, array in tuned.items() if name in local or matches(name, patterns)
     }

@@ -223,7 +223,7 @@ def _read_statistics(
     plan: RoundPlan, layout: Layout | None, content: RecordDict, receipt: ConfigRecord
 ) -> StatisticsUpdate | None:
     """Read the statistics' payload where the plan asks for one."""
-    if not plan.statistics or layout is None:
+    if not plan.terms.statistics or layout is None:
         return None
     named = receipt.get("statistics", [])
     names = tuple(str(name) for name in named) if isinstance(named, list) else ()

@@ -76,8 +76,8 @@ def resume(strategy: DareStrategy, folder: StateFolder) -> Resumed | None:
         LOG.warning("%s; going on from the round before", problem)
     if state is None:
         return None
-    settings = strategy.settings
-    base = global_model(folder.load_base(), dense=settings.dense, exclude=settings.exclude)
+    terms = strategy.settings.terms
+    base = global_model(folder.load_base(), dense=terms.dense, exclude=terms.exclude)
     model = unpack_model(state, base, strategy.downlink)
     strategy.secret = bytes.fromhex(state.facts["secret"])
     LOG.info("resuming after round %d, version %s", state.round, model.ref.version[:12])

@@ -15,7 +15,7 @@ from flwr.serverapp.strategy import Result, Strategy
 
 from dare_agg.codec.budget import ClientTerms, UploadBudget
 from dare_agg.codec.derive import derive_key
-from dare_agg.codec.mask import DropRate
+from dare_agg.codec.mask import DropRate, parse_drop_rate
 from dare_agg.codec.payload import payload_bytes
 from dare_agg.codec.update import CODEC_VERSION, HEADER_BYTES
 from dare_agg.deploy.identities import check_identities
@@ -43,6 +43,7 @@ from dare_agg.rounds.same_code import package_fingerprint
 from dare_agg.rounds.server import Rejection, advance, check_weight, merge_round
 from dare_agg.rounds.settings import FederatedSettings
 from dare_agg.rounds.step import ServerStep, StepState
+from dare_agg.rounds.terms import UpdateTerms
 from dare_agg.vectors.model import GlobalModel, global_model
 
 LOG = logging.getLogger("flwr")
@@ -62,7 +63,7 @@ class DareStrategy(Strategy):
     dense, dense_values : patterns of tensors that travel whole, and their value format.
     exclude : patterns of tensors that never leave a client.
     weighting : "examples" (``weighted_by_key`` of each reply) or "equal".
-    server_step : "plain", "momentum", "adam", or a `ServerStep`.
+    server_step : a row of `SERVER_STEPS`, with numbers as in "adam(tau=1e-4)", or made.
     max_weight : largest number of examples a client may claim.
     seed : makes masks, keys and samples the same in every run; None draws a secret.
     deadline : seconds after which a round closes with the replies that are there.
@@ -90,19 +91,19 @@ class DareStrategy(Strategy):
         train_metrics_aggr_fn: MetricsFn | None = None,
         evaluate_metrics_aggr_fn: MetricsFn | None = None,
         *,
-        method: str = "task-arithmetic",
-        scaling: float = 1.0,
-        drop_rate: DropRate | float | str = "0.9",
-        values: str = "b1",
-        mask: str = "stratified",
-        dense: Sequence[str] = (),
-        exclude: Sequence[str] = (),
-        dense_values: str = "f16",
-        weighting: str = "examples",
+        method: str = FederatedSettings.method,
+        scaling: float = FederatedSettings.scaling,
+        drop_rate: DropRate | float | str = UpdateTerms.drop_rate,
+        values: str = UpdateTerms.values,
+        mask: str = UpdateTerms.mask,
+        dense: Sequence[str] = UpdateTerms.dense,
+        exclude: Sequence[str] = UpdateTerms.exclude,
+        dense_values: str = UpdateTerms.dense_values,
+        weighting: str = FederatedSettings.weighting,
         server_step: str | ServerStep = "plain",
         options: Mapping[str, Any] | None = None,
-        max_weight: float = 1e7,
-        threads: int = 1,
+        max_weight: float = UpdateTerms.max_weight,
+        threads: int = FederatedSettings.threads,
         seed: int | None = None,
         run: str = "",
         deadline: float | None = None,
@@ -126,18 +127,20 @@ class DareStrategy(Strategy):
         self.train_metrics_aggr_fn = train_metrics_aggr_fn
         self.evaluate_metrics_aggr_fn = evaluate_metrics_aggr_fn
         self.settings = FederatedSettings(
+            UpdateTerms(
+                drop_rate=parse_drop_rate(drop_rate),
+                values=values,
+                mask=mask,
+                dense=dense,  # type: ignore[arg-type]
+                exclude=exclude,  # type: ignore[arg-type]
+                dense_values=dense_values,
+                max_weight=max_weight,
+            ),
             method=method,
             scaling=scaling,
-            drop_rate=drop_rate,
-            values=values,
-            mask=mask,
-            dense=dense,  # type: ignore[arg-type]
-            exclude=exclude,  # type: ignore[arg-type]
-            dense_values=dense_values,
-            weighting=weighting,
-            step=arguments.as_step(server_step),
             options=dict(options or {}),
-            max_weight=max_weight,
+            weighting=weighting,
+            server_step=arguments.as_step(server_step),
             threads=threads,
         )
         self.run = run
@@ -166,7 +169,7 @@ class DareStrategy(Strategy):
 
     def summary(self) -> None:
         """Log what the run is set to."""
-        settings = self.settings
+        settings, terms = self.settings, self.settings.terms
         LOG.info(
             "\t├── Sampling: fraction %.2f train, %.2f evaluate; at least %d to train, %d to "
             "evaluate, %d online",
@@ -178,20 +181,20 @@ class DareStrategy(Strategy):
         )
         LOG.info(
             "\t├── Updates: drop rate %.6g, values %s, mask %s; dense %s as %s; local %s",
-            settings.drop_rate.p,  # type: ignore[union-attr]
-            settings.values,
-            settings.mask,
-            list(settings.dense),
-            settings.dense_values,
-            list(settings.exclude),
+            terms.drop_rate.p,
+            terms.values,
+            terms.mask,
+            list(terms.dense),
+            terms.dense_values,
+            list(terms.exclude),
         )
         LOG.info(
             "\t└── Merge: %s, scaling %g, weights by %s, server step %s %s; downlink %s",
             settings.method,
             settings.scaling,
             settings.weighting,
-            settings.step.name,
-            dict(settings.step.numbers),
+            settings.server_step.name,
+            dict(settings.server_step.numbers),
             self.downlink.name,
         )
 
@@ -321,9 +324,10 @@ class DareStrategy(Strategy):
             derive_key(self.secret, "round", server_round, length=32),
             server_round,
             terms,
-            self.settings.plan_settings(),
+            self.settings.terms,
             self._model.ref,
             run=self.run,
+            shared_mask=self.settings.shared_mask,
         )
         by_node = {client.node: plan for client, plan in zip(chosen, plans, strict=True)}
         signers = {
@@ -341,19 +345,17 @@ class DareStrategy(Strategy):
         opened = OpenRound(server_round, chosen, by_node, inbox)
         self._open = opened
         config["server-round"] = server_round
-        if self.settings.statistics:
-            config["statistics"] = self.settings.statistics
+        if self.settings.terms.statistics:
+            config["statistics"] = self.settings.terms.statistics
         return [self._train_message(opened, client, config) for client in chosen]
 
     def _terms(self, hello: Hello) -> ClientTerms | None:
         """What a client is given of its own: by its budget, or by the app's function."""
         if self.upload_budget is None or self._model is None:
             return self.client_terms(hello) if self.client_terms else None
-        ref, settings = self._model.ref, self.settings
-        dense = ref.dense_size and HEADER_BYTES + payload_bytes(
-            settings.dense_values, ref.dense_size
-        )
-        return self.upload_budget.terms(ref.size, dense, hello.uplink_kbit_s, mask=settings.mask)
+        ref, terms = self._model.ref, self.settings.terms
+        dense = ref.dense_size and HEADER_BYTES + payload_bytes(terms.dense_values, ref.dense_size)
+        return self.upload_budget.terms(ref.size, dense, hello.uplink_kbit_s, mask=terms.mask)
 
     def _train_message(self, opened: OpenRound, client: Client, config: ConfigRecord) -> Message:
         order = ConfigRecord({**opened.plans[client.node].to_record(), **self._order(ASK_TRAIN)})
@@ -511,7 +513,9 @@ class DareStrategy(Strategy):
         if metrics is None:
             return None
         try:
-            weight = check_weight(metrics.get(self.weighted_by_key, 1.0), self.settings.max_weight)
+            weight = check_weight(
+                metrics.get(self.weighted_by_key, 1.0), self.settings.terms.max_weight
+            )
         except DareError as error:
             LOG.warning("evaluation of node %d left out: %s", reply.metadata.src_node_id, error)
             return None
@@ -523,15 +527,14 @@ class DareStrategy(Strategy):
         """Take over arrays that are not the ones this strategy made itself."""
         if self._model is not None and arrays is self._arrays:
             return
-        given = global_model(
-            to_numpy(arrays), dense=self.settings.dense, exclude=self.settings.exclude
-        )
+        terms = self.settings.terms
+        given = global_model(to_numpy(arrays), dense=terms.dense, exclude=terms.exclude)
         self._model = self.downlink.start(given)
         facts = self.downlink.facts()
         self._clients.facts = {
             **facts,
-            **({"dense": list(self.settings.dense)} if facts and self.settings.dense else {}),
-            **({"exclude": list(self.settings.exclude)} if facts and self.settings.exclude else {}),
+            **({"dense": list(terms.dense)} if facts and terms.dense else {}),
+            **({"exclude": list(terms.exclude)} if facts and terms.exclude else {}),
         }
         # A downlink may have rounded the model: then its arrays are not the given ones.
         self._arrays = arrays if self._model is given else None

@@ -3,7 +3,7 @@
 The Flower strategy and mod call these functions, and so does any in-process simulation, so
 both run the same round::
 
-    plans = make_plans(secret, 1, [None] * n, settings.plan_settings(), model.ref)
+    plans = make_plans(secret, 1, [None] * n, settings.terms, model.ref)
     update = make_client_update(plans[i], base_arrays, tuned_arrays)          # on each client
     reply = check_reply(plans[i], update.blob, update.dense_blob, weight)     # on the server
     merged = merge_round(model, accepted, settings)

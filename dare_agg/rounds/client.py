@@ -56,7 +56,7 @@ def make_client_update(
     check_same_code(plan.codec, plan.package, "the round plan", "this client")
     model = model_of_plan(plan, base)
     groups = model.groups
-    patterns = compile_patterns(plan.exclude)
+    patterns = compile_patterns(plan.terms.exclude)
     known = set(groups.names)
     strangers = sorted(n for n in tuned if n not in known and not matches(n, patterns))
     if strangers:
@@ -73,7 +73,9 @@ def make_client_update(
         tuned_dense = groups.dense_layout.flatten(tuned)
         check_finite(groups.dense_layout, tuned_dense, "after training")
         dense_blob = encode_update(dense_spec, (model.dense, tuned_dense))
-    encoded = encode_statistics(plan, groups.layout, statistics or {}) if plan.statistics else None
+    encoded = None
+    if plan.terms.statistics:
+        encoded = encode_statistics(plan, groups.layout, statistics or {})
     return ClientUpdate(blob, dense_blob, norm, largest, above, encoded)
 
 
@@ -82,7 +84,7 @@ def model_of_plan(plan: RoundPlan, arrays: Arrays) -> GlobalModel:
 
     Raises `LayoutError` (other tensors) or `BaseMismatchError` (other values).
     """
-    model = global_model(arrays, dense=plan.dense, exclude=plan.exclude)
+    model = global_model(arrays, dense=plan.terms.dense, exclude=plan.terms.exclude)
     for what, ours, asked in (
         ("delta", model.groups.layout.fingerprint, plan.model.layout),
         ("dense", model.ref.dense_layout, plan.model.dense_layout),

@@ -11,7 +11,9 @@ from __future__ import annotations
 import hashlib
 import json
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, fields, replace
+from dataclasses import dataclass, replace
+from operator import attrgetter
+from typing import Any
 
 from dare_agg.codec.budget import ClientTerms
 from dare_agg.codec.derive import derive_key
@@ -19,9 +21,11 @@ from dare_agg.codec.mask import DropRate, parse_drop_rate
 from dare_agg.codec.update import CODEC_VERSION, UpdateSpec
 from dare_agg.errors import ConfigError, UpdateError
 from dare_agg.rounds.same_code import package_fingerprint
+from dare_agg.rounds.terms import UpdateTerms
 from dare_agg.vectors.model import ModelRef
 
 KEY_BYTES = 16
+Plain = int | float | bool | str | bytes | list[str]
 
 
 @dataclass(frozen=True)
@@ -29,10 +33,8 @@ class RoundPlan:
     """One client's orders for one round (see the module's text).
 
     ``client`` is its place in the round (0, 1, …), which fixes the order of merging;
-    ``rank`` its offset in the mask family of ``mask_key``. ``max_weight`` bounds the weight
-    it may claim. ``dense`` and ``exclude`` are the patterns of the two other groups.
-    ``statistics`` is the kind to be sent along ("fisher", "gram" or none) in the value format
-    ``statistics_values``.
+    ``rank`` its offset in the mask family of ``mask_key``. ``terms`` are the round's, with the
+    client's own drop rate and value format.
     """
 
     codec: int
@@ -41,20 +43,19 @@ class RoundPlan:
     round: int
     client: int
     model: ModelRef
-    drop_rate: DropRate
-    mask: str
+    terms: UpdateTerms
     mask_key: bytes
     rank: int
-    values: str
     values_key: bytes
-    dense_values: str
     dense_values_key: bytes
-    max_weight: float
-    rescale: bool = True
-    dense: tuple[str, ...] = ()
-    exclude: tuple[str, ...] = ()
-    statistics: str = ""
-    statistics_values: str = ""
+
+    @property
+    def drop_rate(self) -> DropRate:
+        return self.terms.drop_rate
+
+    @property
+    def mask(self) -> str:
+        return self.terms.mask
 
     def digest(self) -> bytes:
         """SHA-256 over the plan's canonical text; equal plans have equal digests."""
@@ -74,10 +75,10 @@ class RoundPlan:
             mask_key=self.mask_key,
             values_key=self.values_key,
             rank=self.rank,
-            values=self.values,
+            values=self.terms.values,
             base=self.model.base,
             layout=self.model.layout,
-            rescale=self.rescale,
+            rescale=self.terms.rescale,
             context=self.digest(),
         )
 
@@ -92,78 +93,58 @@ class RoundPlan:
             mask_key=bytes(KEY_BYTES),
             values_key=self.dense_values_key,
             rank=0,
-            values=self.dense_values,
+            values=self.terms.dense_values,
             base=self.model.dense_base,
             layout=self.model.dense_layout,
             rescale=True,
             context=hashlib.sha256(b"dense\0" + self.digest()).digest(),
         )
 
-    def to_record(self) -> dict[str, int | float | bool | str | bytes | list[str]]:
+    def to_record(self) -> dict[str, Plain]:
         """Return the plan as plain values; empty ones are left out."""
-        record: dict[str, int | float | bool | str | bytes | list[str]] = {
-            "codec": self.codec,
-            "package": self.package,
-            "run": self.run,
-            "round": self.round,
-            "client": self.client,
-            "base": self.model.base,
-            "layout": self.model.layout,
-            "size": self.model.size,
-            "dense-base": self.model.dense_base,
-            "dense-layout": self.model.dense_layout,
-            "dense-size": self.model.dense_size,
-            "stride": self.drop_rate.numerator,
-            "stride-of": self.drop_rate.denominator,
-            "mask": self.mask,
-            "mask-key": self.mask_key,
-            "rank": self.rank,
-            "values": self.values,
-            "values-key": self.values_key,
-            "dense-values": self.dense_values,
-            "dense-values-key": self.dense_values_key,
-            "max-weight": self.max_weight,
-            "rescale": self.rescale,
-            "dense": list(self.dense),
-            "exclude": list(self.exclude),
-            "statistics": self.statistics,
-            "statistics-values": self.statistics_values,
-        }
+        record: dict[str, Plain] = {}
+        for key, (_, path) in _FIELDS.items():
+            value = attrgetter(path)(self)
+            record[key] = list(value) if isinstance(value, tuple) else value
+        if not self.terms.statistics:
+            del record["statistics-values"]
         # Flower's byte counters raise on empty strings and lists.
         return {key: value for key, value in record.items() if value != "" and value != []}
 
 
-_RECORD_TYPES: Mapping[str, type | tuple[type, ...]] = {
-    "codec": int,
-    "package": str,
-    "run": str,
-    "round": int,
-    "client": int,
-    "base": str,
-    "layout": str,
-    "size": int,
-    "dense-base": str,
-    "dense-layout": str,
-    "dense-size": int,
-    "stride": int,
-    "stride-of": int,
-    "mask": str,
-    "mask-key": bytes,
-    "rank": int,
-    "values": str,
-    "values-key": bytes,
-    "dense-values": str,
-    "dense-values-key": bytes,
-    "max-weight": (int, float),
-    "rescale": bool,
-    "dense": list,
-    "exclude": list,
-    "statistics": str,
-    "statistics-values": str,
+# Key of the record → its type, and where it stands in a plan.
+_FIELDS: Mapping[str, tuple[type | tuple[type, ...], str]] = {
+    "codec": (int, "codec"),
+    "package": (str, "package"),
+    "run": (str, "run"),
+    "round": (int, "round"),
+    "client": (int, "client"),
+    "base": (str, "model.base"),
+    "layout": (str, "model.layout"),
+    "size": (int, "model.size"),
+    "dense-base": (str, "model.dense_base"),
+    "dense-layout": (str, "model.dense_layout"),
+    "dense-size": (int, "model.dense_size"),
+    "stride": (int, "terms.drop_rate.numerator"),
+    "stride-of": (int, "terms.drop_rate.denominator"),
+    "mask": (str, "terms.mask"),
+    "mask-key": (bytes, "mask_key"),
+    "rank": (int, "rank"),
+    "values": (str, "terms.values"),
+    "values-key": (bytes, "values_key"),
+    "dense-values": (str, "terms.dense_values"),
+    "dense-values-key": (bytes, "dense_values_key"),
+    "max-weight": ((int, float), "terms.max_weight"),
+    "rescale": (bool, "terms.rescale"),
+    "dense": (list, "terms.dense"),
+    "exclude": (list, "terms.exclude"),
+    "statistics": (str, "terms.statistics"),
+    "statistics-values": (str, "terms.statistics_values"),
 }
-_OPTIONAL: Mapping[str, str | list[str]] = {
+# What an absent field means; the others are needed.
+_ABSENT: Mapping[str, str | list[str]] = {
     "run": "", "dense-base": "", "dense-layout": "", "dense": [], "exclude": [],
-    "statistics": "", "statistics-values": "",
+    "statistics": "", "statistics-values": UpdateTerms.statistics_values,
 }  # fmt: skip
 
 
@@ -173,14 +154,11 @@ def plan_from_record(record: Mapping[str, object]) -> RoundPlan:
     Raises `UpdateError` (reason "plan") naming the first field that is missing, of another
     type or out of bounds.
     """
-    values: dict[str, object] = {}
-    for key, kind in _RECORD_TYPES.items():
-        if key not in record:
-            if key not in _OPTIONAL:
-                raise _bad_plan(f"field {key!r} is missing")
-            values[key] = _OPTIONAL[key]
-            continue
-        value = record[key]
+    parts: dict[str, dict[str, Any]] = {"": {}, "model": {}, "terms": {}, "terms.drop_rate": {}}
+    for key, (kind, path) in _FIELDS.items():
+        if key not in record and key not in _ABSENT:
+            raise _bad_plan(f"field {key!r} is missing")
+        value = record.get(key, _ABSENT.get(key))
         if not isinstance(value, kind) or (kind is not bool and isinstance(value, bool)):
             raise _bad_plan(f"field {key!r} is a {type(value).__name__}")
         if isinstance(value, str | bytes | list) and len(value) > 4096:
@@ -189,33 +167,16 @@ def plan_from_record(record: Mapping[str, object]) -> RoundPlan:
             raise _bad_plan(f"field {key!r} must hold text only")
         if isinstance(value, int) and value < 0:
             raise _bad_plan(f"field {key!r} is {value}, at least 0 is allowed")
-        values[key] = value
-    for key in ("mask-key", "values-key", "dense-values-key"):
-        if len(values[key]) != KEY_BYTES:  # type: ignore[arg-type]
+        if isinstance(value, bytes) and len(value) != KEY_BYTES:
             raise _bad_plan(f"field {key!r} needs {KEY_BYTES} bytes")
+        part, _, name = path.rpartition(".")
+        parts[part][name] = value
     try:
-        drop_rate = DropRate(values["stride"], values["stride-of"])  # type: ignore[arg-type]
+        drop_rate = DropRate(**parts["terms.drop_rate"])
+        terms = UpdateTerms(drop_rate=drop_rate, **parts["terms"])
     except ConfigError as error:
         raise _bad_plan(str(error)) from error
-    model = ModelRef(
-        *(
-            values[key]  # type: ignore[arg-type]
-            for key in ("base", "layout", "size", "dense-base", "dense-layout", "dense-size")
-        )
-    )
-    rest = {
-        field.name: values[field.name.replace("_", "-")]
-        for field in fields(RoundPlan)
-        if field.name not in ("model", "drop_rate", "dense", "exclude", "max_weight")
-    }
-    return RoundPlan(
-        model=model,
-        drop_rate=drop_rate,
-        max_weight=float(values["max-weight"]),  # type: ignore[arg-type]
-        dense=tuple(values["dense"]),  # type: ignore[arg-type]
-        exclude=tuple(values["exclude"]),  # type: ignore[arg-type]
-        **rest,  # type: ignore[arg-type]
-    )
+    return RoundPlan(model=ModelRef(**parts["model"]), terms=terms, **parts[""])
 
 
 def _bad_plan(what: str) -> UpdateError:
@@ -224,37 +185,21 @@ def _bad_plan(what: str) -> UpdateError:
     )
 
 
-@dataclass(frozen=True)
-class PlanSettings:
-    """The part of a run's settings that plans carry."""
-
-    drop_rate: DropRate
-    values: str = "b1"
-    mask: str = "stratified"
-    dense_values: str = "f16"
-    max_weight: float = 1e7
-    rescale: bool = True
-    shared_mask: bool = False
-    dense: tuple[str, ...] = ()
-    exclude: tuple[str, ...] = ()
-    statistics: str = ""
-    statistics_values: str = ""
-
-
 def make_plans(
     round_secret: bytes,
     round_number: int,
     clients: Sequence[ClientTerms | None],
-    settings: PlanSettings,
+    terms: UpdateTerms,
     model: ModelRef,
     *,
     run: str = "",
+    shared_mask: bool = False,
 ) -> list[RoundPlan]:
     """Make the plans of one round, one per client, in the order of merging.
 
-    ``clients`` gives each client's own terms, or None for the settings' drop rate and value
-    format. Same secret, round and clients → same plans. With ``shared_mask`` every client
-    of a class has rank 0 (secure sums need it).
+    ``clients`` gives each client's own terms, or None for those of the round. Same secret,
+    round and clients → same plans. With ``shared_mask`` every client of a class has rank 0
+    (secure sums need it).
     """
     if not clients:
         raise ConfigError("a round needs at least one client")
@@ -265,36 +210,28 @@ def make_plans(
         round=round_number,
         client=0,
         model=model,
-        drop_rate=settings.drop_rate,
-        mask=settings.mask,
+        terms=terms,
         mask_key=bytes(KEY_BYTES),
         rank=0,
-        values=settings.values,
         values_key=bytes(KEY_BYTES),
-        dense_values=settings.dense_values,
         dense_values_key=bytes(KEY_BYTES),
-        max_weight=settings.max_weight,
-        rescale=settings.rescale,
-        dense=settings.dense,
-        exclude=settings.exclude,
-        statistics=settings.statistics,
-        statistics_values=settings.statistics_values,
     )
     met: dict[tuple[int, int], int] = {}
     plans = []
     for client, own in enumerate(clients):
-        terms = own or ClientTerms(settings.drop_rate, settings.values)
-        stride = (terms.drop_rate.numerator, terms.drop_rate.denominator)
+        agreed = (
+            terms if own is None else replace(terms, drop_rate=own.drop_rate, values=own.values)
+        )
+        stride = (agreed.drop_rate.numerator, agreed.drop_rate.denominator)
         place = met.get(stride, 0)
         met[stride] = place + 1
         ranks = stride[0] // stride[1]
-        family, offset = (0, 0) if settings.shared_mask else divmod(place, ranks)
+        family, offset = (0, 0) if shared_mask else divmod(place, ranks)
         plans.append(
             replace(
                 blank,
                 client=client,
-                drop_rate=terms.drop_rate,
-                values=terms.values,
+                terms=agreed,
                 mask_key=derive_key(round_secret, "mask", round_number, *stride, family),
                 rank=offset,
                 values_key=derive_key(round_secret, "values", round_number, client),

@@ -65,7 +65,7 @@ def check_reply(
     ``layout``, the delta group's, is needed where the plan asks for statistics.
     """
     try:
-        checked = check_weight(weight, plan.max_weight)
+        checked = check_weight(weight, plan.terms.max_weight)
         update = decode_update(blob, plan.spec())
         dense_spec, dense = plan.dense_spec(), None
         if dense_spec is None and dense_blob:
@@ -78,9 +78,11 @@ def check_reply(
                 raise UpdateError("the dense group's update is missing", reason="truncated")
             dense = decode_update(dense_blob, dense_spec)
         found = None
-        if plan.statistics:
+        if plan.terms.statistics:
             if statistics is None or layout is None:
-                raise UpdateError(f"the {plan.statistics} values are missing", reason="statistics")
+                raise UpdateError(
+                    f"the {plan.terms.statistics} values are missing", reason="statistics"
+                )
             found = decode_statistics(plan, layout, statistics)
     except DareError as error:
         return Rejection(plan.client, error.reason, str(error))
@@ -171,7 +173,7 @@ def _statistics(
     ordered: Sequence[Accepted], settings: FederatedSettings
 ) -> list[DeltaSource | GramMatrices]:
     """The statistics of a round's updates, of the same elements where the method needs that."""
-    if not settings.statistics:
+    if not settings.terms.statistics:
         return []
     first = ordered[0].plan
     if settings.row.shared_mask:
@@ -198,7 +200,7 @@ def advance(
     ``downlink`` decides what becomes of the step (it may round it); ``plans`` are those of
     the merged updates, for a downlink that draws their masks again.
     """
-    next_state, step = settings.step.apply(state, merged.delta)
+    next_state, step = settings.server_step.apply(state, merged.delta)
     check_finite(model.groups.layout, step, "server step")
     carrier = downlink or FullDownlink()
     return carrier.advance(model, step, merged.dense, plans), next_state

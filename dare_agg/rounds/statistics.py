@@ -85,10 +85,10 @@ def statistics_spec(plan: RoundPlan, layout: Layout, names: Sequence[str] = ()) 
     Raises `LayoutError` where a name is no matrix of the delta group, or is there twice.
     """
     key = derive_key(plan.values_key, "statistics")
-    context = hashlib.sha256(plan.statistics.encode() + b"\0" + plan.digest()).digest()
+    context = hashlib.sha256(plan.terms.statistics.encode() + b"\0" + plan.digest()).digest()
     spec = replace(
         plan.spec(),
-        values=plan.statistics_values,
+        values=plan.terms.statistics_values,
         values_key=key,
         rescale=False,
         context=context,
@@ -104,8 +104,8 @@ def encode_statistics(plan: RoundPlan, layout: Layout, found: Statistics) -> Sta
     """
     if not found:
         raise LayoutError(
-            f"training returned no {plan.statistics} values; merge with a method that needs none, "
-            "or collect them (dare_agg.merge.collect)"
+            f"training returned no {plan.terms.statistics} values; merge with a method that needs "
+            "none, or collect them (dare_agg.merge.collect)"
         )
     vector, names = _kind(plan).lay_out(layout, found)
     return StatisticsUpdate(encode_update(statistics_spec(plan, layout, names), vector), names)
@@ -120,13 +120,14 @@ def decode_statistics(
 
 
 def _kind(plan: RoundPlan) -> Kind:
-    if plan.statistics not in KINDS:
+    asked = plan.terms.statistics
+    if asked not in KINDS:
         raise UpdateError(
-            f"the round plan asks for {plan.statistics!r} values"
-            f"{did_you_mean(plan.statistics, KINDS)}; run the same dare-agg on server and clients",
+            f"the round plan asks for {asked!r} values{did_you_mean(asked, KINDS)}; run the same "
+            "dare-agg on server and clients",
             reason="plan",
         )
-    return KINDS[plan.statistics]
+    return KINDS[asked]
 
 
 # --- Fisher values -------------------------------------------------------------------------

@@ -41,14 +41,15 @@ def measure(method: str, clients: int, parameters: int, drop_rate: str) -> dict[
     from dare_agg.codec.update import decode_update, encode_update
     from dare_agg.merge.engine import merge_deltas
     from dare_agg.merge.methods import find_method
-    from dare_agg.rounds.plan import PlanSettings, make_plans
+    from dare_agg.rounds.plan import make_plans
+    from dare_agg.rounds.terms import UpdateTerms
     from dare_agg.vectors.layout import layout_of
     from dare_agg.vectors.model import ModelRef
 
     layout = layout_of({"w": (parameters,)})
     ref = ModelRef("00" * 32, layout.fingerprint, parameters)
     secret = derive_key(seed_secret(0), "round", 1)
-    plans = make_plans(secret, 1, [None] * clients, PlanSettings(parse_drop_rate(drop_rate)), ref)
+    plans = make_plans(secret, 1, [None] * clients, UpdateTerms(parse_drop_rate(drop_rate)), ref)
     start = own_memory()
     blobs = [encode_update(plan.spec(), _Waves(parameters)) for plan in plans]
     with tempfile.NamedTemporaryFile() as file, Peak() as peak:

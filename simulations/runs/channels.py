@@ -123,24 +123,28 @@ class DareChannel:
 
     def __init__(self, settings: Mapping[str, Any], state: State, seed: int, clients: int) -> None:
         from dare_agg.codec.derive import seed_secret
+        from dare_agg.codec.mask import parse_drop_rate
         from dare_agg.downlink.ways import make_downlink
         from dare_agg.rounds.settings import FederatedSettings
         from dare_agg.rounds.step import StepState, server_step
+        from dare_agg.rounds.terms import UpdateTerms
         from dare_agg.vectors.model import global_model
 
         self._settings = FederatedSettings(
+            UpdateTerms(
+                drop_rate=parse_drop_rate(str(settings["drop_rate"])),
+                values=settings["values"],
+                mask=settings["mask"],
+                dense=(HEAD,),
+                dense_values=settings["dense_values"],
+                rescale=not settings["feedback"],
+            ),
             method=settings["merge"],
             scaling=settings["scaling"],
-            drop_rate=str(settings["drop_rate"]),
-            values=settings["values"],
-            mask=settings["mask"],
-            dense=(HEAD,),
-            dense_values=settings["dense_values"],
             weighting=settings["weighting"],
-            step=server_step(settings["server_step"], **settings["server_step_numbers"]),
+            server_step=server_step(settings["server_step"], **settings["server_step_numbers"]),
             options=settings["merge_options"],
             shared_mask=settings["masks"] == "shared",
-            rescale=not settings["feedback"],
         )
         self._independent = settings["masks"] == "independent"
         self._secret = seed_secret(seed)
@@ -165,8 +169,9 @@ class DareChannel:
             derive_key(self._secret, "round", number),
             number,
             [None] * len(clients),
-            self._settings.plan_settings(),
+            self._settings.terms,
             self._model.ref,
+            shared_mask=self._settings.shared_mask,
         )
         if self._independent:
             plans = [

@@ -15,7 +15,8 @@ from dare_agg.downlink.grid import add_steps, grid_of
 from dare_agg.downlink.steps import HEAD, apply_step, read_steps
 from dare_agg.downlink.ways import make_downlink
 from dare_agg.errors import BaseMismatchError, ConfigError, DareError, StateError, UpdateError
-from dare_agg.rounds.plan import PlanSettings, make_plans
+from dare_agg.rounds.plan import make_plans
+from dare_agg.rounds.terms import UpdateTerms
 from dare_agg.vectors.model import global_model
 
 
@@ -38,9 +39,9 @@ def base_arrays(size: int = 5000) -> dict[str, np.ndarray]:
 def grow(downlink, model, rounds, *, p="0.9", clients=4, dense_steps=False, seed=0):
     """Advance some rounds with sparse steps on the rounds' masks; yields each model."""
     rng = np.random.default_rng(seed)
-    plan_settings = PlanSettings(parse_drop_rate(p))
+    terms = UpdateTerms(parse_drop_rate(p))
     for number in rounds:
-        plans = make_plans(b"s" * 32, number, [None] * clients, plan_settings, model.ref)
+        plans = make_plans(b"s" * 32, number, [None] * clients, terms, model.ref)
         step = np.zeros(model.delta.size, np.float32)
         for plan in plans:
             kept = plan.spec().draw_mask().indices(0, step.size)
@@ -127,7 +128,7 @@ def test_feedback_keeps_what_coding_left(form):
     first = model.delta.astype(np.float64)
     for number in range(1, 30):
         plans = make_plans(
-            b"s" * 32, number, [None], PlanSettings(parse_drop_rate("0.9")), model.ref
+            b"s" * 32, number, [None], UpdateTerms(parse_drop_rate("0.9")), model.ref
         )
         step = (rng.normal(size=asked.size) * 0.01).astype(np.float32)
         asked += step

@@ -22,7 +22,7 @@ def test_a_round_of_different_uplinks(memory_grid, toys):
     grid = memory_grid(toys.app(), 3, node_config=node_config)
     strategy.start(grid, toys.record(toys.arrays()), num_rounds=1, timeout=30)
     plans = sorted(outcomes[0].plans, key=lambda plan: plan.client)
-    assert [plan.values for plan in plans[-1:]] == ["f32"]
+    assert [plan.terms.values for plan in plans[-1:]] == ["f32"]
     assert plans[0].drop_rate.p > plans[1].drop_rate.p >= plans[2].drop_rate.p == 0
     sent = np.array(outcomes[0].measurements["update_bytes"])
     sent += np.array(outcomes[0].measurements["dense_bytes"])

@@ -12,7 +12,8 @@ from dare_agg.codec.mask import parse_drop_rate
 from dare_agg.codec.update import Update, decode_update, encode_update
 from dare_agg.merge import ties_listed
 from dare_agg.merge.engine import merge_deltas
-from dare_agg.rounds.plan import PlanSettings, make_plans
+from dare_agg.rounds.plan import make_plans
+from dare_agg.rounds.terms import UpdateTerms
 from dare_agg.vectors.layout import layout_of
 from dare_agg.vectors.model import ModelRef
 
@@ -20,9 +21,9 @@ from dare_agg.vectors.model import ModelRef
 def updates_of(clients: int, size: int, drop_rate: str, mask: str = "stratified") -> list[Update]:
     layout = layout_of({"w": (size,)})
     ref = ModelRef("00" * 32, layout.fingerprint, size)
-    settings = PlanSettings(parse_drop_rate(drop_rate), mask=mask)
+    terms = UpdateTerms(parse_drop_rate(drop_rate), mask=mask)
     delta = np.random.default_rng(0).normal(0, 1e-3, size).astype(np.float32)
-    plans = make_plans(bytes(32), 1, [None] * clients, settings, ref)
+    plans = make_plans(bytes(32), 1, [None] * clients, terms, ref)
     return [decode_update(encode_update(p.spec(), delta), p.spec()) for p in plans]
 
 

@@ -24,6 +24,7 @@ from dare_agg.rounds.server import (
 from dare_agg.rounds.settings import FederatedSettings
 from dare_agg.rounds.statistics import KINDS, encode_statistics
 from dare_agg.rounds.step import StepState, server_step
+from dare_agg.rounds.terms import UpdateTerms
 from dare_agg.vectors.model import global_model
 
 SIZE = 2000
@@ -48,14 +49,21 @@ def tuned_arrays(client: int, same: bool = False) -> dict[str, np.ndarray]:
 
 
 def settings_of(**words) -> FederatedSettings:
-    return FederatedSettings(**{"dense": ("head",), "exclude": ("mine",), **words})
+    return settings_from({"dense": ("head",), "exclude": ("mine",), **words})
+
+
+def settings_from(words) -> FederatedSettings:
+    of_terms = {key: words[key] for key in words if key in UpdateTerms.__dataclass_fields__}
+    rest = {key: words[key] for key in words if key not in of_terms}
+    return FederatedSettings(UpdateTerms(**of_terms), **rest)
 
 
 def play(settings, seed=0, terms=(None, None, None), same=False):
     """One round of three clients; returns model, plans, accepted replies."""
-    model = global_model(base_arrays(), dense=settings.dense, exclude=settings.exclude)
+    agreed = settings.terms
+    model = global_model(base_arrays(), dense=agreed.dense, exclude=agreed.exclude)
     secret = seed.to_bytes(32, "little")
-    plans = make_plans(secret, 1, terms, settings.plan_settings(), model.ref)
+    plans = make_plans(secret, 1, terms, agreed, model.ref)
     accepted = []
     for client, plan in enumerate(plans):
         update = make_client_update(plan, base_arrays(), tuned_arrays(client, same))
@@ -136,13 +144,14 @@ def test_tiles_and_threads_do_not_matter():
 
 
 def test_the_model_moves_and_clients_agree_on_the_new_base():
-    settings = settings_of(step=server_step("momentum"))
+    settings = settings_of(server_step=server_step("momentum"))
     model, _, accepted = play(settings)
     merged = merge_round(model, accepted, settings)
     moved, state = advance(model, StepState(), merged, settings)
     assert state.count == 1
     assert np.array_equal(moved.arrays()["mine"], base_arrays()["mine"])
-    received = global_model(moved.arrays(), dense=settings.dense, exclude=settings.exclude)
+    terms = settings.terms
+    received = global_model(moved.arrays(), dense=terms.dense, exclude=terms.exclude)
     assert received.ref == moved.ref != model.ref
 
 
@@ -256,7 +265,8 @@ def test_damaged_payloads_are_rejected_with_a_reason():
 def test_an_update_fits_its_own_plan_alone(change):
     _, (plan, *_), _ = play(settings_of())
     update = make_client_update(plan, base_arrays(), tuned_arrays(0))
-    other = replace(plan, **change)
+    own = {key: change[key] for key in change if key in UpdateTerms.__dataclass_fields__}
+    other = replace(plan, **(change if not own else {"terms": replace(plan.terms, **own)}))
     assert isinstance(check_reply(other, update.blob, update.dense_blob, 10), Rejection)
 
 
@@ -286,14 +296,18 @@ def test_another_base_or_layout_is_named():
 )
 def test_settings_are_checked_when_made(words, says):
     with pytest.raises(ConfigError, match=says):
-        FederatedSettings(**words)
+        settings_from(words)
 
 
 def test_a_plan_that_asks_for_unknown_statistics_is_refused():
     model, (plan, *_), _ = play(settings_of())
     found = {"encoder": np.ones((40, 50), np.float32)}
     with pytest.raises(UpdateError, match="did you mean 'fisher'") as caught:
-        encode_statistics(replace(plan, statistics="fischer"), model.groups.layout, found)
+        encode_statistics(
+            replace(plan, terms=replace(plan.terms, statistics="fischer")),
+            model.groups.layout,
+            found,
+        )
     assert caught.value.reason == "plan"
 
 

@@ -236,8 +236,8 @@ class SecureStrategy(DareStrategy):
         secure = secure_content(
             TRAIN,
             terms=terms.encode(),
-            dense=list(self.settings.dense),
-            exclude=list(self.settings.exclude),
+            dense=list(self.settings.terms.dense),
+            exclude=list(self.settings.terms.exclude),
             **{
                 "arrays-key": self.arrayrecord_key,
                 "weighted-by-key": (
@@ -285,7 +285,7 @@ class SecureStrategy(DareStrategy):
             "upload_bytes": [log.upload[party] for party in alive],
             "download_bytes": [log.download[party] for party in sorted(log.download)],
             "examples": [],
-            "drop_rates": [self.settings.drop_rate.p for _ in alive],  # type: ignore[union-attr]
+            "drop_rates": [self.settings.terms.drop_rate.p for _ in alive],
             "delta_norms": [],
             "delta_max": [],
             "share_above": [],

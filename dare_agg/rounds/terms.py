@@ -1,0 +1,78 @@
+"""What a round's updates must be: said by the run's settings, carried by every plan."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable
+from dataclasses import dataclass
+from typing import Any
+
+from dare_agg.codec.formats import VALUE_FORMATS
+from dare_agg.codec.mask import MASK_KINDS, DropRate, parse_drop_rate
+from dare_agg.errors import ConfigError, did_you_mean
+
+# Rotated formats blur neighbours and may turn a small positive value negative.
+STATISTICS_VALUES = ("f32", "bf16")
+
+
+@dataclass(frozen=True)
+class UpdateTerms:
+    """What the updates of a round must be; checked when made.
+
+    Attributes
+    ----------
+    drop_rate, values, mask: of the delta group's updates (text or a number is read as
+        `parse_drop_rate` does).
+    dense, exclude: patterns of the dense and the local tensors.
+    dense_values: value format of the dense group.
+    max_weight: largest number of examples a client may claim.
+    rescale: False sends unscaled survivors (error feedback needs it).
+    statistics: kind of statistics to be sent along ("" for none); a run's settings take it
+        from the merge method.
+    statistics_values: value format of the statistics.
+
+    Raises `ConfigError` naming the first value that is out of bounds.
+    """
+
+    drop_rate: DropRate = DropRate(10, 1)  # noqa: RUF009 (frozen)
+    values: str = "b1"
+    mask: str = "stratified"
+    dense: tuple[str, ...] = ()
+    exclude: tuple[str, ...] = ()
+    dense_values: str = "f16"
+    max_weight: float = 1e7
+    rescale: bool = True
+    statistics: str = ""
+    statistics_values: str = "bf16"
+
+    def __post_init__(self) -> None:
+        check_choice("value format", self.values, VALUE_FORMATS)
+        check_choice("value format of the dense group", self.dense_values, VALUE_FORMATS)
+        check_choice("value format of the statistics", self.statistics_values, STATISTICS_VALUES)
+        check_choice("mask", self.mask, MASK_KINDS)
+        check_positive("max_weight", self.max_weight)
+        settled: dict[str, Any] = {
+            "drop_rate": parse_drop_rate(self.drop_rate),
+            "max_weight": float(self.max_weight),
+        }
+        for name in ("dense", "exclude"):
+            value = getattr(self, name)
+            if isinstance(value, str):
+                raise ConfigError(f"{name} = {value!r}; a list of patterns is needed: [{value!r}]")
+            settled[name] = tuple(value)
+        for name, value in settled.items():
+            object.__setattr__(self, name, value)
+
+
+def check_choice(what: str, value: object, known: Iterable[str]) -> None:
+    """Raise `ConfigError` with the nearest of ``known`` where the value is none of them."""
+    if value not in tuple(known):
+        raise ConfigError(f"{what} {value!r} is unknown{did_you_mean(str(value), known)}")
+
+
+def check_positive(name: str, value: object) -> None:
+    """Raise `ConfigError` where the value is no finite number above 0."""
+    if isinstance(value, bool) or not isinstance(value, int | float):
+        raise ConfigError(f"{name} = {value!r}; a number is needed")
+    if not math.isfinite(value) or value <= 0:
+        raise ConfigError(f"{name} = {value}; it must be finite and above 0")

@@ -16,7 +16,6 @@ import struct
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
-from typing import Protocol
 
 import numpy as np
 from cryptography.hazmat.primitives.poly1305 import Poly1305
@@ -39,6 +38,7 @@ from dare_agg.codec.rotation import GROUP
 from dare_agg.errors import ConfigError, UpdateError
 from dare_agg.files.pages import Pages
 from dare_agg.vectors.layout import FloatVector
+from dare_agg.vectors.sources import DeltaSource
 
 CODEC_VERSION = 1
 MAGIC = b"DARE"
@@ -68,16 +68,6 @@ _HEADER_REASONS = {
     "flags": "malformed",
     "payload": "shape",
 }
-
-
-class DeltaSource(Protocol):
-    """Anything that yields a delta tile by tile."""
-
-    @property
-    def size(self) -> int: ...
-
-    def read(self, lo: int, hi: int, out: FloatVector) -> None:
-        """Overwrite ``out`` (hi − lo elements) with ``delta[lo:hi]``."""
 
 
 @dataclass(frozen=True)

@@ -22,7 +22,6 @@ from typing import Any
 
 from dare_agg.codec.mask import DropRate
 from dare_agg.codec.update import (
-    DeltaSource,
     Update,
     UpdateSpec,
     decode_described,
@@ -40,6 +39,7 @@ from dare_agg.vectors.layout import (
     Layout,
     layout_of,
 )
+from dare_agg.vectors.sources import DeltaSource
 
 FILE_MAGIC = b"DAREFILE"
 FILE_VERSION = 1

@@ -54,6 +54,8 @@ def _python() -> list[Check]:
 def _versions() -> list[Check]:
     from importlib.metadata import PackageNotFoundError, version
 
+    from dare_agg.deploy.packages import is_supported, pip_install
+
     wanted = {
         "numpy": "dare-agg",
         "cryptography": "dare-agg",
@@ -69,9 +71,10 @@ def _versions() -> list[Check]:
             found, ok = version(name), True
         except PackageNotFoundError:
             found, ok = "not installed", False
-        if name == "flwr" and ok and not found.startswith("1.41."):
-            ok = False
-        checks.append((name, ok, found, f"pip install -c constraints.txt '{extra}'"))
+        remedy = f"pip install -c constraints.txt '{extra}'"
+        if name == "flwr" and ok:
+            ok, remedy = is_supported(name, found), pip_install(name)
+        checks.append((name, ok, found, remedy))
     return checks
 
 

@@ -150,6 +150,12 @@ class ProtocolError(DareError):
     reason = "protocol"
 
 
+class FlowerVersionError(DareError):
+    """This Flower lacks a part that the library leans on, or is none it was made for."""
+
+    reason = "flower"
+
+
 class RunError(DareError):
     """A federated run did not reach its end."""
 

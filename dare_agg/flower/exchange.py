@@ -17,12 +17,11 @@ from flwr.app import Message
 from flwr.serverapp import Grid
 
 from dare_agg.errors import RunError
+from dare_agg.flower.internals import LOST, pushed_id
 from dare_agg.flower.patience import be_patient, named
 
 LOG = logging.getLogger("flwr")
 PULLERS = 8
-# Flower's ErrorCode: the message, its reply or the node itself is gone.
-_LOST = (3, 4, 5)
 POLL_SECONDS = 0.05
 POLL_SECONDS_MOST = 1.0
 
@@ -44,7 +43,7 @@ def went_away(reply: Message) -> bool:
     A node that was killed counts as online for up to a minute, may be asked in that time, and
     may be back a moment after Flower noticed.
     """
-    return reply.has_error() and reply.error.code in _LOST
+    return reply.has_error() and reply.error.code in LOST
 
 
 def exchange(
@@ -100,8 +99,8 @@ def _push(grid: Grid, messages: Sequence[Message]) -> dict[str, int]:
         # Flower's in-memory grid leaves refused messages out: match by the id it set.
         accepted = set(ids)
         for index, message in enumerate(messages):
-            if message.metadata.message_id in accepted:
-                sent[message.metadata.message_id] = index
+            if pushed_id(message) in accepted:
+                sent[pushed_id(message)] = index
     if not sent:
         raise RunError(
             f"the SuperLink accepted none of {len(messages)} messages; see its log for the reason",

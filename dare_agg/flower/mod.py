@@ -13,7 +13,6 @@ from pathlib import Path
 
 import numpy as np
 from flwr.app import Array, ArrayRecord, ConfigRecord, Context, Message, RecordDict
-from flwr.clientapp.typing import ClientAppCallable
 from numpy.typing import NDArray
 
 from dare_agg.codec.update import CODEC_VERSION
@@ -29,6 +28,7 @@ from dare_agg.errors import (
     UpdateError,
 )
 from dare_agg.files.cache import cache_folder
+from dare_agg.flower.internals import ClientAppCallable
 from dare_agg.flower.records import (
     ASK_EVALUATE,
     ASK_HELLO,

@@ -1,6 +1,6 @@
 """Patience with a SuperLink that fails for a moment.
 
-Flower 1.41 repeats a request when the SuperLink cannot be reached, but not when it answers
+Flower repeats a request when the SuperLink cannot be reached, but not when it answers
 500. A SuperLink with a database answers so whenever SQLite was locked for five seconds, which
 a busy disk is enough for, and the ServerApp, hours of rounds with it, would end. The request
 changed nothing then (its transaction was rolled back), so it is sent again.
@@ -10,11 +10,11 @@ from __future__ import annotations
 
 import threading
 import time
-from collections.abc import Callable
 
 from flwr.serverapp import Grid
 
 from dare_agg.errors import RunError
+from dare_agg.flower.internals import GiveUp, change_give_up
 
 PATIENCE_SECONDS = 180.0
 # Failures further apart than this are not one and the same.
@@ -25,7 +25,7 @@ _SERVER_ERROR = 500
 class _Patience:
     """Decides when to give up: as Flower does, except for 500, which gets some time."""
 
-    def __init__(self, flower: Callable[[Exception], bool], seconds: float) -> None:
+    def __init__(self, flower: GiveUp, seconds: float) -> None:
         self.flower, self.seconds = flower, seconds
         self._first = self._last = float("-inf")
         self._lock = threading.Lock()
@@ -46,10 +46,11 @@ def be_patient(grid: Grid, seconds: float = PATIENCE_SECONDS) -> None:
 
     A grid without Flower's retries (in memory, simulation) stays as it is.
     """
-    invoker = getattr(grid, "_retry_invoker", None)
-    flower = getattr(invoker, "should_giveup", None)
-    if callable(flower) and not isinstance(flower, _Patience):
-        invoker.should_giveup = _Patience(flower, seconds)  # type: ignore[union-attr]
+
+    def patient(flower: GiveUp) -> GiveUp:
+        return flower if isinstance(flower, _Patience) else _Patience(flower, seconds)
+
+    change_give_up(grid, patient)
 
 
 def status_of(error: BaseException) -> int:

@@ -24,6 +24,7 @@ from dare_agg.errors import ConfigError, DareError, RunError
 from dare_agg.flower import arguments
 from dare_agg.flower.clients import Client, Clients, sample
 from dare_agg.flower.exchange import exchange
+from dare_agg.flower.internals import set_lifetime
 from dare_agg.flower.records import (
     ASK_EVALUATE,
     ASK_TRAIN,
@@ -261,7 +262,7 @@ class DareStrategy(Strategy):
         messages = list(self.configure_train(number, arrays, config, grid))
         limit = min(timeout, self.deadline) if self.deadline else timeout
         for message in messages:
-            message.metadata.ttl = limit + 60
+            set_lifetime(message, limit + 60)
         opened = self._open
         if opened is not None:
             self._collect(grid, messages, opened, config, limit)

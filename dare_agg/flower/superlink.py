@@ -1,6 +1,6 @@
 """``python -m dare_agg.flower.superlink``: flower-superlink, with more patience at its database.
 
-Takes the same options. Flower 1.41 keeps all that travels in SQLite and waits five seconds for
+Takes the same options. Flower keeps all that travels in SQLite and waits five seconds for
 its lock; then it answers 500, upon which SuperExec and SuperNodes end or hang. On a busy machine
 that a whole model passes through, five seconds are not enough.
 """
@@ -9,6 +9,8 @@ from __future__ import annotations
 
 import sqlite3
 import sys
+
+from dare_agg.flower.internals import on_database_connection, run_program
 
 # Below the 30 s after which Flower's clients think a request lost and send it again.
 LOCK_SECONDS = 25
@@ -22,19 +24,13 @@ def wait_longer(connection: object, *_: object) -> None:
 
 def be_patient_with_sqlite() -> None:
     """Have every connection that this process takes from a pool wait longer."""
-    from sqlalchemy import event
-    from sqlalchemy.pool import Pool
-
-    event.listen(Pool, "checkout", wait_longer)
+    on_database_connection(wait_longer)
 
 
 def main() -> None:
     """Entry point."""
-    from flwr.superlink.cli import flower_superlink
-
     be_patient_with_sqlite()
-    sys.argv[0] = "flower-superlink"
-    flower_superlink()
+    run_program("flower-superlink", sys.argv[1:])
 
 
 if __name__ == "__main__":

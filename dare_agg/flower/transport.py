@@ -14,6 +14,7 @@ from flwr.app import Array, ArrayRecord, ConfigRecord, MetricRecord, RecordDict
 from numpy.typing import NDArray
 
 from dare_agg.errors import UpdateError
+from dare_agg.flower.internals import record_bytes
 
 PAYLOAD_STYPE = "dare.payload.v1"
 PIECE_BYTES = 128 * 1024
@@ -78,7 +79,7 @@ def to_record(arrays: Mapping[str, NDArray[np.generic]]) -> ArrayRecord:
 def message_bytes(content: RecordDict) -> int:
     """Bytes of a message's content as Flower serialises it, object identifiers left out.
 
-    Flower 1.41's simulation does not count traffic and its own ``count_bytes`` raises on
+    Flower's simulation does not count traffic and its own ``count_bytes`` raises on
     empty text, so this is counted here.
     """
     total = 0
@@ -87,5 +88,5 @@ def message_bytes(content: RecordDict) -> int:
         if isinstance(record, ArrayRecord):
             total += sum(len(name) + len(array.data) for name, array in record.items())
         elif isinstance(record, ConfigRecord | MetricRecord):
-            total += len(record.deflate())
+            total += record_bytes(record)
     return total

@@ -33,18 +33,16 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from flwr.app import Context, Message
-from flwr.clientapp.typing import ClientAppCallable
-from flwr.common.serde import (
-    context_from_proto,
-    context_to_proto,
-    message_from_proto,
-    message_to_proto,
-)
-from flwr.proto.message_pb2 import Context as ProtoContext
-from flwr.proto.message_pb2 import Message as ProtoMessage
-from flwr.supercore.task_identity import TaskIdentity
 
-from dare_agg.errors import ConfigError, RunError
+from dare_agg.errors import ConfigError, FlowerVersionError, RunError
+from dare_agg.flower.internals import (
+    ClientAppCallable,
+    context_from_bytes,
+    context_to_bytes,
+    current_task,
+    message_from_bytes,
+    message_to_bytes,
+)
 
 LOG = logging.getLogger("flwr")
 HANDLE = "/dare_agg.Warm/Handle"
@@ -90,7 +88,7 @@ def warm_trainer(
         try:
             trainer = find_trainer(reference, ctxt)
             answer = call_trainer(trainer, pack_call(msg, ctxt))
-        except RunError as error:
+        except (RunError, FlowerVersionError) as error:
             LOG.warning("%s; this message is handled without it", error)
             return call_next(msg, ctxt)
         return unpack_answer(answer, ctxt)
@@ -207,9 +205,8 @@ def _start(trainer: Trainer) -> subprocess.Popen[bytes]:
 
 def pack_call(message: Message, context: Context) -> bytes:
     """A message (or a reply) and its context, as Flower's protobuf behind this task's id."""
-    first = message_to_proto(message).SerializeToString()
-    second = context_to_proto(context).SerializeToString()
-    return b"".join((_HEAD.pack(TaskIdentity.task_id, len(first), len(second)), first, second))
+    first, second = message_to_bytes(message), context_to_bytes(context)
+    return b"".join((_HEAD.pack(current_task(), len(first), len(second)), first, second))
 
 
 def unpack_call(call: bytes) -> tuple[int, Message, Context]:
@@ -217,9 +214,8 @@ def unpack_call(call: bytes) -> tuple[int, Message, Context]:
     task, first, second = _HEAD.unpack_from(call)
     if len(call) != _HEAD.size + first + second:
         raise RunError(f"a call of {len(call)} bytes, {_HEAD.size + first + second} announced")
-    message = ProtoMessage.FromString(call[_HEAD.size : _HEAD.size + first])
-    context = ProtoContext.FromString(call[_HEAD.size + first :])
-    return task, message_from_proto(message), context_from_proto(context)
+    message = message_from_bytes(call[_HEAD.size : _HEAD.size + first])
+    return task, message, context_from_bytes(call[_HEAD.size + first :])
 
 
 def unpack_answer(answer: bytes, context: Context) -> Message:

@@ -30,7 +30,7 @@ from dare_agg.flower.records import ASK_HELLO, ORDER_KEY, REPLY_KEY, UPDATE_KEY
 from dare_agg.flower.transport import pack
 from dare_agg.rounds.plan import plan_from_record
 from dare_agg.rounds.same_code import package_fingerprint
-from simulations.runs.memory_grid import MemoryGrid, over_the_wire, pretend_task
+from simulations.runs.memory_grid import MemoryGrid, over_the_wire, pretend_task, stamp
 from simulations.runs.rows import RESULTS, append_row, versions
 
 PARAMETERS = 22_000_000
@@ -85,7 +85,7 @@ class MadeUpClients(MemoryGrid):
         for message in messages:
             self._count += 1
             ids.append(f"message-{self._count}")
-            message.metadata.__dict__["_message_id"] = ids[-1]
+            stamp(message, message_id=ids[-1])
             self._waiting[ids[-1]] = message
         return ids
 

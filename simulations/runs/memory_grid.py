@@ -10,19 +10,28 @@ import random
 import threading
 from collections.abc import Callable, Iterable
 
-from flwr.app import Context, Error, Message, RecordDict
+from flwr.app import Context, Message, RecordDict
 from flwr.clientapp import ClientApp
 from flwr.serverapp import Grid
 from flwr.supercore.inflatable.inflatable_object import get_all_nested_objects
 from flwr.supercore.inflatable.inflatable_utils import inflate_object_from_contents
-from flwr.supercore.task_identity import TaskIdentity
+
+from dare_agg.flower.internals import failure, set_task
 
 Tamper = Callable[[int, Message], Message | None]
 
 
 def pretend_task() -> None:
     """Set what Flower's message code wants to know of the process it runs in."""
-    TaskIdentity.task_id = TaskIdentity.run_id = TaskIdentity.node_id = 1
+    set_task(1, 1, 1)
+
+
+def stamp(message: Message, **fields: str | int) -> None:
+    """Set what only Flower's own processes set of a message: message_id, src_node_id, run_id."""
+    for name, value in fields.items():
+        if not hasattr(message.metadata, name):
+            raise AttributeError(f"Flower's metadata has no {name}")
+        message.metadata.__dict__[f"_{name}"] = value
 
 
 def over_the_wire(message: Message) -> Message:
@@ -30,7 +39,7 @@ def over_the_wire(message: Message) -> Message:
     objects = get_all_nested_objects(message)
     contents = {object_id: item.deflate() for object_id, item in objects.items()}
     received = inflate_object_from_contents(message.object_id, contents)
-    received.metadata.__dict__["_message_id"] = message.metadata.message_id
+    stamp(received, message_id=message.metadata.message_id)
     return received
 
 
@@ -100,7 +109,7 @@ class MemoryGrid(Grid):
             with self._lock:
                 self._count += 1
                 message_id = f"message-{self._count}"
-                message.metadata.__dict__["_message_id"] = message_id
+                stamp(message, message_id=message_id)
                 self._waiting[message_id] = over_the_wire(message)
                 self._holds[message_id] = self.random.randrange(4)
             self.sent.append(message)
@@ -128,8 +137,7 @@ class MemoryGrid(Grid):
         try:
             reply = self.app(message, self.contexts[node])
         except Exception as error:
-            # Flower sends the text of the exception with code 2.
-            reply = Message(Error(code=2, reason=f"{type(error)}:<'{error}'>"), reply_to=message)
+            reply = failure(error, message)
         if self.tamper is not None:
             changed = self.tamper(self.partitions[node], reply)
             if changed is None:

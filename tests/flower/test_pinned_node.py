@@ -10,8 +10,6 @@ from pathlib import Path
 
 import pytest
 from flwr.app import Message, RecordDict
-from flwr.cli.build import build_fab_from_disk
-from flwr.common.constant import ErrorCode
 from flwr.supercore.fab import Fab
 from flwr.supercore.inflatable.inflatable_object import get_all_nested_objects, get_object_tree
 from flwr.supercore.object_store import ObjectStoreFactory
@@ -19,8 +17,11 @@ from flwr.supercore.run import Run
 from flwr.supernode import start_client_internal as supernode
 from flwr.supernode.nodestate import NodeStateFactory
 
-from dare_agg.errors import ConfigError
+from dare_agg.errors import ConfigError, FlowerVersionError
+from dare_agg.flower import internals
+from dare_agg.flower.internals import FailureCode, app_bundle
 from dare_agg.flower.processes import pinned_node
+from simulations.runs.memory_grid import stamp
 
 APP = Path(__file__).parents[1] / "apps" / "secure"
 
@@ -32,11 +33,11 @@ def own(tmp_path: Path) -> Path:
 
 def test_a_bundle_is_compared_file_by_file(own: Path, tmp_path: Path) -> None:
     ours = pinned_node.own_bundle(own)
-    good = build_fab_from_disk(APP)
+    good = app_bundle(APP)
     assert pinned_node.differences(good, ours) == ""
     code = own / "private" / "client_app.py"
     code.write_text(code.read_text() + "\nprint(open('north.key').read())\n")
-    assert "private/client_app.py" in pinned_node.differences(build_fab_from_disk(own), ours)
+    assert "private/client_app.py" in pinned_node.differences(app_bundle(own), ours)
     with zipfile.ZipFile(io.BytesIO(good)) as archive:
         files = {name: archive.read(name) for name in archive.namelist()}
 
@@ -67,7 +68,7 @@ def test_a_run_of_another_app_gets_an_error_and_runs_nothing(
     pinned_node.pin(pinned_node.own_bundle(own))
     code = own / "private" / "client_app.py"
     code.write_text(code.read_text() + "\nprint(open('north.key').read())\n")
-    good, bad = build_fab_from_disk(APP), build_fab_from_disk(own)
+    good, bad = app_bundle(APP), app_bundle(own)
     factory = ObjectStoreFactory()
     state = NodeStateFactory(objectstore_factory=factory).state()
     state.set_node_id(7)
@@ -75,8 +76,7 @@ def test_a_run_of_another_app_gets_an_error_and_runs_nothing(
 
     def receive(run_id: int, bundle: bytes) -> int | None:
         message = Message(RecordDict(), 7, "query.secure")
-        message.metadata.__dict__["_run_id"] = run_id
-        message.metadata.__dict__["_message_id"] = message.object_id
+        stamp(message, run_id=run_id, message_id=message.object_id)
         content = {message.object_id: message.deflate()}
         for key, value in get_all_nested_objects(message).items():
             content[key] = value.deflate()
@@ -96,7 +96,7 @@ def test_a_run_of_another_app_gets_an_error_and_runs_nothing(
 
     assert receive(1, bad) == 1
     (answer,) = state.get_messages_legacy(is_reply=True)
-    assert answer.error.code == ErrorCode.INVALID_FAB and state.get_run(1) is None
+    assert answer.error.code == FailureCode.WRONG_BUNDLE and state.get_run(1) is None
     assert confirmed == []
     assert receive(2, good) == 2
     assert confirmed == [2] and state.get_run(2) is not None
@@ -105,5 +105,12 @@ def test_a_run_of_another_app_gets_an_error_and_runs_nothing(
 
 def test_flower_that_has_changed_is_not_pinned(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.delattr(supernode, "_verify_fab")
-    with pytest.raises(ConfigError, match=r"no _verify_fab; install flwr 1\.41"):
+    with pytest.raises(FlowerVersionError, match=r"_verify_fab .*run pip install 'flwr>=1\.41,<"):
         pinned_node.pin({})
+
+
+def test_a_version_that_was_not_looked_at_is_not_pinned(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(internals, "flower_version", lambda: "1.99.0")
+    with pytest.raises(FlowerVersionError, match=r"made for 1\.99\.0; run pip install"):
+        pinned_node.pin({})
+    assert supernode._verify_fab.__module__ == supernode.__name__

@@ -9,15 +9,17 @@ import numpy as np
 import pytest
 from flwr.app import ArrayRecord, Context, Error, Message, MetricRecord, RecordDict
 from flwr.clientapp import ClientApp
-from flwr.serverapp.strategy import FedAvg
+from flwr.serverapp.strategy import FedAvg, Strategy
 
 from dare_agg.codec.budget import ClientTerms
 from dare_agg.codec.mask import parse_drop_rate
 from dare_agg.errors import ConfigError, RunError
 from dare_agg.flower import DareStrategy, dare_mod
 from dare_agg.flower import strategy as strategy_module
+from dare_agg.flower.internals import FailureCode
 from dare_agg.flower.records import REPLY_KEY, UPDATE_KEY
 from dare_agg.rounds.step import StepState
+from simulations.runs.memory_grid import stamp
 
 
 def run(grid, toys, rounds=2, arrays=None, evaluate_fn=None, start=None, **words):
@@ -412,7 +414,7 @@ def test_a_diverged_client_refuses_itself_and_the_round_goes_on(memory_grid, toy
 
 def test_an_answer_for_another_node_is_rejected(memory_grid, toys):
     def tamper(reply):
-        reply.metadata.__dict__["_src_node_id"] = 424242
+        stamp(reply, src_node_id=424242)
         return reply
 
     def only_first(partition, reply):
@@ -425,8 +427,11 @@ def test_an_answer_for_another_node_is_rejected(memory_grid, toys):
 
 def test_error_replies_from_the_superlink_count_for_their_node(memory_grid, toys):
     def tamper(reply):
-        error = Message(Error(code=5, reason="Node unavailable"), reply_to=as_instruction(reply))
-        error.metadata.__dict__["_src_node_id"] = 1
+        error = Message(
+            Error(code=FailureCode.NODE_GONE, reason="Node unavailable"),
+            reply_to=as_instruction(reply),
+        )
+        stamp(error, src_node_id=1)
         return error
 
     rejection = rejected(memory_grid, toys, tamper)
@@ -441,18 +446,27 @@ def test_a_node_lost_when_asked_who_it_is_takes_part_once_it_is_back(memory_grid
         if partition != 1 or lost:
             return reply
         lost.append(reply)
-        return Message(Error(code=5, reason="Node unavailable"), reply_to=as_instruction(reply))
+        return Message(
+            Error(code=FailureCode.NODE_GONE, reason="Node unavailable"),
+            reply_to=as_instruction(reply),
+        )
 
     grid = memory_grid(toys.app(), 3, tamper=tamper)
     _, outcomes = run(grid, toys, 1, min_available_nodes=3, node_timeout=30)
     assert outcomes[0].measurements["clients"] == ["0", "1", "2"] and len(lost) == 1
 
 
+def gone(reply: Message) -> Message:
+    """What Flower answers in place of a reply when its node is lost."""
+    error = Error(code=FailureCode.NODE_GONE, reason="Node unavailable")
+    return Message(error, reply_to=as_instruction(reply))
+
+
 def as_instruction(reply: Message) -> Message:
     instruction = Message(
         RecordDict(), dst_node_id=reply.metadata.src_node_id, message_type="train"
     )
-    instruction.metadata.__dict__["_message_id"] = reply.metadata.reply_to_message_id
+    stamp(instruction, message_id=reply.metadata.reply_to_message_id)
     return instruction
 
 
@@ -490,15 +504,13 @@ def test_duplicates_same_bytes_count_once_different_bytes_not_at_all(memory_grid
         ),
         reply_to=as_instruction(replies[0]),
     )
-    other.metadata.__dict__["_src_node_id"] = replies[0].metadata.src_node_id
+    stamp(other, src_node_id=replies[0].metadata.src_node_id)
     strategy.aggregate_train(1, [*replies, other])
     assert strategy.outcome.measurements["accepted"] == 2
     assert [r.reason for r in strategy.outcome.rejections] == ["duplicate"]
 
 
 def test_flowers_own_loop_drives_the_strategy_too(memory_grid, toys):
-    from flwr.serverapp.strategy.strategy import Strategy
-
     words = {"seed": 7, "fraction_evaluate": 0.0}
     ours, _ = run(memory_grid(toys.app(), 3), toys, 2)
     flowers = Strategy.start(

@@ -8,7 +8,7 @@ from flwr.clientapp import ClientApp
 
 from dare_agg.errors import RunError
 from server.app import ask
-from simulations.runs.memory_grid import MemoryGrid, pretend_task
+from simulations.runs.memory_grid import MemoryGrid, pretend_task, stamp
 
 
 @pytest.fixture
@@ -33,7 +33,7 @@ def failing(code: int, times: int):
             return reply
         left[0] -= 1
         asked = Message(RecordDict(), reply.metadata.src_node_id, "query.describe")
-        asked.metadata.__dict__["_message_id"] = reply.metadata.reply_to_message_id
+        stamp(asked, message_id=reply.metadata.reply_to_message_id)
         return Message(Error(code=code, reason="gone"), reply_to=asked)
 
     return tamper

@@ -11,7 +11,6 @@ from typing import Any
 import numpy as np
 import pytest
 from flwr.app import Context, RecordDict
-from flwr.supercore.task_identity import TaskIdentity
 from safetensors.numpy import load_file, save_file
 
 from client.app import app as client_app
@@ -19,6 +18,7 @@ from dare_agg.secure import identity as identities
 from dare_agg.secure.practice import practice_consortium
 from server.app import main as run_server
 from server.config import RunConfig
+from simulations.runs.memory_grid import pretend_task
 
 HERE = Path(__file__).resolve().parent
 
@@ -39,7 +39,7 @@ tiny_model, review_files = FILES.tiny_model, FILES.review_files
 
 @pytest.fixture
 def run(tiny_model: Path, review_files: Any, tmp_path: Path, monkeypatch: Any) -> Any:
-    TaskIdentity.task_id = TaskIdentity.run_id = TaskIdentity.node_id = 1
+    pretend_task()
     monkeypatch.setattr(identities, "_SCRYPT_N", 1 << 4)
     monkeypatch.setenv("XDG_RUNTIME_DIR", str(tmp_path))
     monkeypatch.setenv("DARE_AGG_CACHE", str(tmp_path))

@@ -8,13 +8,13 @@ from pathlib import Path
 import numpy as np
 import pytest
 from flwr.app import Context, RecordDict
-from flwr.supercore.task_identity import TaskIdentity
 from safetensors.numpy import load_file
 
 from client.app import app as client_app
 from dare_agg.errors import ConfigError, RunError
 from server.app import main as run_server
 from server.config import RunConfig
+from simulations.runs.memory_grid import pretend_task
 
 HERE = Path(__file__).resolve().parent
 
@@ -35,7 +35,7 @@ tiny_language_model, SAVED = FILES.tiny_language_model, "model.safetensors"
 
 @pytest.fixture(autouse=True)
 def task_identity():
-    TaskIdentity.task_id = TaskIdentity.run_id = TaskIdentity.node_id = 1
+    pretend_task()
 
 
 @pytest.fixture

@@ -3,8 +3,8 @@
 Flower sends the app's code to every SuperNode with the run, so whoever can start a run could
 send code that reads a party's keys, model and data. Here the SuperNode compares each bundle
 (FAB) with the one it builds from a folder of the party's own, file by file, and answers any
-other with Flower's "the FAB could not be verified". Made for Flower 1.41; with another version
-whose SuperNode has changed it refuses to start.
+other with Flower's "the FAB could not be verified". With a Flower whose SuperNode was not looked
+at it refuses to start.
 """
 
 from __future__ import annotations
@@ -12,23 +12,14 @@ from __future__ import annotations
 import hashlib
 import io
 import logging
-import sys
 import zipfile
-from collections.abc import Callable, Sequence
-from dataclasses import replace
+from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
-
-from flwr.cli.build import build_fab_from_disk
-from flwr.supernode import start_client_internal as supernode
-from flwr.supernode.cli import flower_supernode
 
 from dare_agg.errors import ConfigError
+from dare_agg.flower.internals import app_bundle, guard_bundles, run_program
 
 LOG = logging.getLogger("flwr")
-_PARTS = ("_pull_and_store_message", "_verify_fab", "get_fused_config_from_fab")
-# What the patched SuperNode hands its own check, which asks for these where Flower's hub signs.
-_PIN = "pinned"
 
 
 def bundle_files(bundle: bytes) -> dict[str, str]:
@@ -43,7 +34,7 @@ def bundle_files(bundle: bytes) -> dict[str, str]:
 def own_bundle(app: Path) -> dict[str, str]:
     """The files of the bundle that the app in this folder makes. Raises `ConfigError`."""
     try:
-        return bundle_files(build_fab_from_disk(app))
+        return bundle_files(app_bundle(app))
     except (OSError, ValueError, KeyError) as error:
         why = " ".join(str(error).split())
         raise ConfigError(f"{app} makes no Flower app bundle: {why}") from error
@@ -62,29 +53,14 @@ def differences(theirs: bytes, ours: dict[str, str]) -> str:
 
 def pin(ours: dict[str, str]) -> None:
     """Let this process's SuperNode take bundles of exactly these files and no others."""
-    missing = [name for name in _PARTS if not callable(getattr(supernode, name, None))]
-    if missing:
-        raise ConfigError(
-            f"this Flower's SuperNode has no {missing[0]}; install flwr 1.41 to pin an app"
-        )
-    pull = supernode._pull_and_store_message
 
-    def verified(fab: Any, trusted_entities: dict[str, str]) -> bool:
-        why = differences(fab.content, ours)
+    def accept(bundle: bytes) -> bool:
+        why = differences(bundle, ours)
         if why:
             LOG.error("the run's app is not this party's own: %s; it is not run", why)
         return not why
 
-    def pinned_pull(**words: Any) -> int | None:
-        fetch: Callable[[str, int], Any] = words["get_fab"]
-
-        def get_fab(fab_hash: str, run_id: int) -> Any:
-            return replace(fetch(fab_hash, run_id), verifications={"valid_license": _PIN})
-
-        return pull(**{**words, "get_fab": get_fab, "trusted_entities": {_PIN: _PIN}})
-
-    supernode._verify_fab = verified
-    supernode._pull_and_store_message = pinned_pull  # type: ignore[assignment]
+    guard_bundles(accept)
 
 
 def run_pinned(app: Path, arguments: Sequence[str]) -> None:
@@ -92,5 +68,4 @@ def run_pinned(app: Path, arguments: Sequence[str]) -> None:
     ours = own_bundle(app)
     pin(ours)
     LOG.info("this SuperNode runs the app of %s alone (%d files)", app, len(ours))
-    sys.argv = ["flower-supernode", *arguments]
-    flower_supernode()
+    run_program("flower-supernode", arguments)

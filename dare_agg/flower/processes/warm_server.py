@@ -16,15 +16,13 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
-from flwr.app import Error, Message
 from flwr.clientapp import ClientApp
-from flwr.supercore.task_identity import TaskIdentity
 
 from dare_agg.errors import ConfigError
+from dare_agg.flower.internals import failure, set_task
 from dare_agg.flower.warm import HANDLE, IDLE_SECONDS, UNLIMITED, pack_call, unpack_call
 
 LOG = logging.getLogger("flwr")
-RAISED = 2  # Flower's code of an exception in the ClientApp
 
 
 class Handler:
@@ -39,14 +37,12 @@ class Handler:
         with self.busy:
             began = time.monotonic()
             task, message, context = unpack_call(call)
-            TaskIdentity.task_id = task
-            TaskIdentity.run_id, TaskIdentity.node_id = context.run_id, context.node_id
+            set_task(task, context.run_id, context.node_id)
             try:
                 reply = self.app(message, context)
-            except Exception as error:  # as Flower reports it from its own process
+            except Exception as error:
                 LOG.exception("the app raised")
-                reason = f"{type(error)}:<'{error}'>"
-                reply = Message(Error(code=RAISED, reason=reason), reply_to=message)
+                reply = failure(error, message)
             self.used = time.monotonic()
             LOG.info("%s in %.2f s", message.metadata.message_type, self.used - began)
             return pack_call(reply, context)

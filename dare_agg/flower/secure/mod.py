@@ -18,7 +18,6 @@ from collections.abc import Callable
 import numpy as np
 from flwr.app import ArrayRecord, ConfigRecord, Context, Error, Message, MetricRecord, RecordDict
 from flwr.clientapp import ClientApp
-from flwr.clientapp.typing import ClientAppCallable
 
 from dare_agg.errors import (
     BaseMismatchError,
@@ -28,6 +27,7 @@ from dare_agg.errors import (
     LayoutError,
     ProtocolError,
 )
+from dare_agg.flower.internals import ClientAppCallable, FailureCode
 from dare_agg.flower.mod import LOCAL_KEY, receive_base, receiver_of
 from dare_agg.flower.records import (
     ASK_HELLO,
@@ -66,8 +66,6 @@ from dare_agg.vectors.model import Arrays, GlobalModel, global_model
 
 LOG = logging.getLogger("flwr")
 MAX_MESSAGE = 1 << 31
-# Flower's code for an error of the ClientApp itself.
-_APP_ERROR = 2
 
 FindBase = Callable[[str], str]
 
@@ -181,7 +179,7 @@ def secure_mod(msg: Message, ctxt: Context, call_next: ClientAppCallable) -> Mes
                 check_in_clear(ctxt, msg.metadata.message_type)
         except DareError as error:
             LOG.warning("%s", error)
-            return Message(Error(_APP_ERROR, str(error)), reply_to=msg)
+            return Message(Error(FailureCode.APP_RAISED, str(error)), reply_to=msg)
         return call_next(msg, ctxt)
     try:
         same_code(order, "server", "this client")

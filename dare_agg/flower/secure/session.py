@@ -18,6 +18,7 @@ from flwr.serverapp import Grid
 
 from dare_agg.errors import DareError, ProtocolError
 from dare_agg.flower.exchange import exchange
+from dare_agg.flower.internals import FailureCode
 from dare_agg.flower.records import one_line, read_config, read_refusal
 from dare_agg.flower.secure.records import (
     HELLO,
@@ -226,8 +227,9 @@ def _record(reply: Message):  # type: ignore[no-untyped-def]
     """The record of an answer; raises `ProtocolError` for a failure or a refusal."""
     if reply.has_error():
         lines = (reply.error.reason or "no text").strip().splitlines()
-        # Flower's INVALID_FAB, of a SuperNode that is pinned to an app (dare-agg supernode).
-        hint = " Its SuperNode runs another copy of the app" if reply.error.code == 7 else ""
+        # A SuperNode that is pinned to an app (dare-agg supernode).
+        other = reply.error.code == FailureCode.WRONG_BUNDLE
+        hint = " Its SuperNode runs another copy of the app" if other else ""
         raise ProtocolError(
             f"Flower error code {reply.error.code}: {one_line(lines[-1] if lines else '')}{hint}",
             reason="client-error",

@@ -1,0 +1,319 @@
+"""Everything of Flower that is not public and that we lean on, in one place.
+
+`INTERNALS` says of each part why, and what would be lost without it; the rest of the library
+reaches them through the functions below and imports ``flwr.app``, ``flwr.serverapp``,
+``flwr.serverapp.strategy`` and ``flwr.clientapp`` alone. ``tests/flower/test_internals.py``
+holds each row against every supported Flower and fails with the row's words. At run time a part
+that is missing raises `FlowerVersionError`, where it is used and not before.
+"""
+
+from __future__ import annotations
+
+import importlib
+import inspect
+import sys
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
+from enum import IntEnum
+from importlib.metadata import PackageNotFoundError, distribution
+from pathlib import Path
+from typing import Any, NoReturn
+
+from flwr.app import ConfigRecord, Context, Error, Message, MetricRecord
+from flwr.serverapp import Grid
+
+from dare_agg.deploy.packages import is_supported, pip_install
+from dare_agg.errors import FlowerVersionError
+
+# What a mod calls to go on; Flower's own name for it is not public.
+ClientAppCallable = Callable[[Message, Context], Message]
+GiveUp = Callable[[Exception], bool]
+
+
+@dataclass(frozen=True)
+class Internal:
+    """One part of Flower: where it stands ("module:attribute"), and what it is to us."""
+
+    where: str
+    why: str
+
+
+INTERNALS = {
+    "bundle": Internal(
+        "flwr.cli.build:build_fab_from_disk",
+        "makes an app's bundle as `flwr run` does; without it no SuperNode can be pinned to an app",
+    ),
+    "reception": Internal(
+        "flwr.supernode.start_client_internal:_pull_and_store_message",
+        "takes a message and its run's bundle; wrapped so that every bundle is asked about, "
+        "without which a SuperNode would run whatever app it is sent",
+    ),
+    "verification": Internal(
+        "flwr.supernode.start_client_internal:_verify_fab",
+        "accepts or refuses a bundle; replaced by the comparison with the party's own app",
+    ),
+    "give-up": Internal(
+        "flwr.superlink.grid:HttpGrid._retry_invoker.should_giveup",
+        "ends a request for good; replaced so that a SuperLink that answers 500 for a moment does "
+        "not end a run of hours",
+    ),
+    "database": Internal(
+        "flwr.supercore.sql_mixin:SqlMixin",
+        "keeps the SuperLink's database behind SQLAlchemy's pool and waits five seconds for its "
+        "lock; a connection that is taken from the pool is told to wait longer, without which a "
+        "busy SuperLink answers 500",
+    ),
+    "message-to-bytes": Internal(
+        "flwr.common.serde:message_to_proto",
+        "writes a message for the warm trainer; without it there is none and each message pays "
+        "for a new process",
+    ),
+    "bytes-to-message": Internal(
+        "flwr.common.serde:message_from_proto",
+        "reads a message in the warm trainer, and its reply",
+    ),
+    "context-to-bytes": Internal(
+        "flwr.common.serde:context_to_proto",
+        "writes the context for the warm trainer: node and run config, and the app's state",
+    ),
+    "bytes-to-context": Internal(
+        "flwr.common.serde:context_from_proto",
+        "reads the context in the warm trainer, and the state that comes back",
+    ),
+    "message-on-the-wire": Internal(
+        "flwr.proto.message_pb2:Message",
+        "is the protobuf of a message, for the warm trainer",
+    ),
+    "context-on-the-wire": Internal(
+        "flwr.proto.message_pb2:Context",
+        "is the protobuf of a context, for the warm trainer",
+    ),
+    "task": Internal(
+        "flwr.supercore.task_identity:TaskIdentity",
+        "says which task, run and node a process works for; no reply can be made without, so the "
+        "warm trainer takes it over from Flower's own process",
+    ),
+    "error-codes": Internal(
+        "flwr.common.constant:ErrorCode",
+        "numbers failures on the wire (`FailureCode`): a node that is gone is not one whose app "
+        "failed, and a pinned SuperNode's refusal is told as one",
+    ),
+    "message-id": Internal(
+        "flwr.app:Message.metadata.message_id",
+        "is set by the grid when it pushes; the simulation's grid leaves refused messages out of "
+        "its list, and replies find their message by it",
+    ),
+    "lifetime": Internal(
+        "flwr.app:Message.metadata.ttl",
+        "can be set after a message was made, so that SuperLinks drop what no round waits for",
+    ),
+    "deflate": Internal(
+        "flwr.app:ConfigRecord.deflate",
+        "gives a small record's bytes on the wire; a simulation counts no traffic itself",
+    ),
+    "logger": Internal(
+        "flwr.supercore.logger:LOGGER_NAME",
+        "names the logger whose lines `flwr log` and a run's terminal show; ours go there too",
+    ),
+    "no-installs": Internal(
+        "flwr.common.constant:FLWR_DISABLE_RUNTIME_DEPENDENCY_INSTALLATION",
+        "names the variable that keeps a SuperLink from installing every app's dependencies",
+    ),
+}
+
+
+class FailureCode(IntEnum):
+    """Flower's error codes that we read or send, by value; they travel."""
+
+    APP_RAISED = 2
+    MESSAGE_GONE = 3
+    REPLY_GONE = 4
+    NODE_GONE = 5
+    WRONG_BUNDLE = 7
+
+
+# The message, its reply or the node itself was lost: Flower's word, not the app's.
+LOST = (FailureCode.MESSAGE_GONE, FailureCode.REPLY_GONE, FailureCode.NODE_GONE)
+
+
+def flower_version() -> str:
+    """The version of Flower that runs here; "unknown" where it is no installed package."""
+    try:
+        return distribution("flwr").version
+    except PackageNotFoundError:
+        return "unknown"
+
+
+def check_version(what: str) -> None:
+    """Raise `FlowerVersionError` where ``what`` would run on a Flower that it was not made for."""
+    version = flower_version()
+    if version == "unknown" or not is_supported("flwr", version):
+        raise FlowerVersionError(
+            f"{what} hooks into Flower and was not made for {version}; run {pip_install('flwr')}"
+        )
+
+
+def internal(name: str) -> Any:
+    """The part itself. Raises `FlowerVersionError` where this Flower has none."""
+    module, _, path = INTERNALS[name].where.partition(":")
+    try:
+        found: Any = importlib.import_module(module)
+        for attribute in path.split("."):
+            found = getattr(found, attribute)
+    except (ImportError, AttributeError) as error:
+        _changed(name, error)
+    return found
+
+
+def _changed(name: str, cause: object) -> NoReturn:
+    row = INTERNALS[name]
+    error = FlowerVersionError(
+        f"Flower {flower_version()} has changed {row.where} ({cause}), which {row.why}; run "
+        f"{pip_install('flwr')}"
+    )
+    raise error from (cause if isinstance(cause, BaseException) else None)
+
+
+def _replace(name: str, by: Any) -> None:
+    module, _, attribute = INTERNALS[name].where.partition(":")
+    setattr(importlib.import_module(module), attribute, by)
+
+
+# --- programs, bundles and the SuperNode ---------------------------------------------------
+
+
+def run_program(name: str, arguments: Sequence[str]) -> None:
+    """Run one of Flower's programs in this process, as its console script would."""
+    try:
+        (script,) = distribution("flwr").entry_points.select(group="console_scripts", name=name)
+    except (PackageNotFoundError, ValueError):
+        raise FlowerVersionError(
+            f"Flower {flower_version()} brings no program {name}; run {pip_install('flwr')}"
+        ) from None
+    sys.argv = [name, *arguments]
+    script.load()()
+
+
+def app_bundle(app: Path) -> bytes:
+    """The bundle (FAB) of the app in a folder. Raises what Flower raises for a faulty app."""
+    return bytes(internal("bundle")(app))
+
+
+def guard_bundles(accept: Callable[[bytes], bool]) -> None:
+    """Have this process's SuperNode ask ``accept`` about each run's bundle.
+
+    One that is not accepted is answered with Flower's "the FAB could not be verified" and not
+    run. Raises `FlowerVersionError` with a Flower whose SuperNode was not looked at.
+    """
+    check_version("a pinned SuperNode")
+    pull, verify = internal("reception"), internal("verification")
+    _check_words("reception", pull, ("get_fab", "trusted_entities"))
+    _check_words("verification", verify, ("fab", "trusted_entities"))
+    # Flower asks only for bundles that carry a licence, of nodes that trust someone.
+    licence = "pinned"
+
+    def verified(fab: Any, trusted_entities: dict[str, str]) -> bool:
+        return accept(bytes(fab.content))
+
+    def guarded_pull(**words: Any) -> int | None:
+        fetch: Callable[[str, int], Any] = words["get_fab"]
+
+        def get_fab(fab_hash: str, run_id: int) -> Any:
+            return replace(fetch(fab_hash, run_id), verifications={"valid_license": licence})
+
+        found: int | None = pull(
+            **{**words, "get_fab": get_fab, "trusted_entities": {licence: licence}}
+        )
+        return found
+
+    _replace("verification", verified)
+    _replace("reception", guarded_pull)
+
+
+def _check_words(name: str, function: Any, words: Sequence[str]) -> None:
+    known = inspect.signature(function).parameters
+    for word in words:
+        if word not in known:
+            _changed(name, f"it takes no {word}")
+
+
+# --- requests and the database -------------------------------------------------------------
+
+
+def change_give_up(grid: Grid, change: Callable[[GiveUp], GiveUp]) -> None:
+    """Replace the rule by which a grid's requests are given up; ``change`` gets the one it has.
+
+    A grid without Flower's retries (in memory, simulation) stays as it is.
+    """
+    invoker = getattr(grid, "_retry_invoker", None)
+    rule = getattr(invoker, "should_giveup", None)
+    if callable(rule):
+        invoker.should_giveup = change(rule)  # type: ignore[union-attr]
+
+
+def on_database_connection(act: Callable[..., None]) -> None:
+    """Have this process call ``act(connection, …)`` when one is taken from SQLAlchemy's pools.
+
+    That is after Flower set its own pragmas, which it does when it connects.
+    """
+    from sqlalchemy import event
+    from sqlalchemy.pool import Pool
+
+    event.listen(Pool, "checkout", act)
+
+
+# --- messages ------------------------------------------------------------------------------
+
+
+def message_to_bytes(message: Message) -> bytes:
+    """A message, content included, as Flower's protobuf."""
+    return bytes(internal("message-to-bytes")(message).SerializeToString())
+
+
+def message_from_bytes(raw: bytes) -> Message:
+    """Read `message_to_bytes` back."""
+    message: Message = internal("bytes-to-message")(internal("message-on-the-wire").FromString(raw))
+    return message
+
+
+def context_to_bytes(context: Context) -> bytes:
+    """A context, state included, as Flower's protobuf."""
+    return bytes(internal("context-to-bytes")(context).SerializeToString())
+
+
+def context_from_bytes(raw: bytes) -> Context:
+    """Read `context_to_bytes` back."""
+    context: Context = internal("bytes-to-context")(internal("context-on-the-wire").FromString(raw))
+    return context
+
+
+def current_task() -> int:
+    """The id of the task that this process works for."""
+    return int(internal("task").task_id)
+
+
+def set_task(task: int, run: int, node: int) -> None:
+    """Say which task, run and node this process works for from now on."""
+    identity = internal("task")
+    identity.task_id, identity.run_id, identity.node_id = task, run, node
+
+
+def failure(error: Exception, message: Message) -> Message:
+    """The reply for an app that raised, in the words of Flower's own process."""
+    reason = f"{type(error)}:<'{error}'>"
+    return Message(Error(code=FailureCode.APP_RAISED, reason=reason), reply_to=message)
+
+
+def pushed_id(message: Message) -> str:
+    """The id that the grid gave a message when it pushed it."""
+    return message.metadata.message_id
+
+
+def set_lifetime(message: Message, seconds: float) -> None:
+    """Have the SuperLink drop a message that was not answered after so long."""
+    message.metadata.ttl = seconds
+
+
+def record_bytes(record: ConfigRecord | MetricRecord) -> int:
+    """How many bytes a record takes on the wire."""
+    return len(record.deflate())

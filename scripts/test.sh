@@ -12,5 +12,6 @@ ruff format --check .
 mypy
 if [ -n "${CI:-}" ]; then
     bash scripts/golden_matrix.sh --quick
+    bash scripts/flower_matrix.sh
 fi
 exec python -m pytest -n 2 --dist worksteal -q "${arguments[@]+"${arguments[@]}"}"

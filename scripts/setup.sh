@@ -5,7 +5,7 @@ set -euo pipefail
 root=$(cd "$(dirname "${BASH_SOURCE[0]}")/.." && pwd)
 venv=${DARE_AGG_VENV:-$root/.venv}
 extras=all
-[ "${1:-}" = dev ] && extras=all,dev
+[ "${1:-}" = dev ] && extras=all,dev,docs
 
 python=""
 for candidate in "${PYTHON:-python3}" python3.11 python3.12 python3.13; do

@@ -40,7 +40,8 @@ def test_the_wheel_holds_the_library_only(wheel: Path) -> None:
     names = zipfile.ZipFile(wheel).namelist()
     tops = {name.partition("/")[0] for name in names if ".dist-info" not in name}
     assert tops == {"dare_agg"}
-    assert {"dare_agg/codec/UPDATE_FORMAT.md", "dare_agg/runs/report/page.html.j2"} <= set(names)
+    carried = ("py.typed", "codec/UPDATE_FORMAT.md", "runs/report/page.html.j2")
+    assert {f"dare_agg/{name}" for name in carried} <= set(names)
 
 
 @pytest.mark.slow

@@ -54,10 +54,12 @@ class TensorInfo:
 
     @property
     def size(self) -> int:
+        """Number of elements; 1 for a scalar."""
         return math.prod(self.shape)
 
     @property
     def is_float(self) -> bool:
+        """Whether its values are floating point, so that a delta can be formed."""
         return self.dtype in FLOAT_DTYPES
 
 
@@ -83,14 +85,17 @@ class Checkpoint:
 
     @property
     def names(self) -> tuple[str, ...]:
+        """Names of all tensors, those that are no parameters included, in the file's order."""
         return tuple(self.tensors)
 
     @property
     def shapes(self) -> dict[str, tuple[int, ...]]:
+        """Shapes by name, as `layout_of` takes them."""
         return {name: info.shape for name, info in self.tensors.items()}
 
     @property
     def dtypes(self) -> dict[str, str]:
+        """Dtypes by name, in safetensors' words (``BF16``)."""
         return {name: info.dtype for name, info in self.tensors.items()}
 
     @cached_property
@@ -151,6 +156,7 @@ class Checkpoint:
         return CheckpointReader(self, layout)
 
     def check_layout(self, layout: Layout) -> None:
+        """Raise `LayoutError` unless all of ``layout`` is here: names, shapes, floating point."""
         for entry in layout.entries:
             info = self.tensors.get(entry.name)
             if info is None:

@@ -60,6 +60,7 @@ class CheckpointWriter:
 
     @property
     def single(self) -> bool:
+        """Whether ``out`` is one ``.safetensors`` file; else it is a folder of shards."""
         return self.out.suffix == _SUFFIX
 
     def __enter__(self) -> CheckpointWriter:

@@ -62,9 +62,11 @@ class LazyGroup(TyperGroup):
     """A group that lists its commands from the table and imports one only to run it."""
 
     def list_commands(self, ctx: click.Context) -> list[str]:
+        """Names of the commands, in the table's order; imports none of them."""
         return list(COMMANDS)
 
     def get_command(self, ctx: click.Context, cmd_name: str) -> click.Command | None:
+        """Return a command that knows its help line only: enough for ``dare-agg --help``."""
         if cmd_name not in COMMANDS:
             return None
         return click.Command(cmd_name, help=COMMANDS[cmd_name])
@@ -72,6 +74,7 @@ class LazyGroup(TyperGroup):
     def resolve_command(
         self, ctx: click.Context, args: list[str]
     ) -> tuple[str | None, click.Command | None, list[str]]:
+        """Import the command that was called; a wrong name fails with the nearest right one."""
         name = args[0]
         if name not in COMMANDS:
             ctx.fail(f"no command {name!r}{did_you_mean(name, COMMANDS)}")

@@ -37,15 +37,24 @@ class DrawnMask(Protocol):
     """The mask of a round's update, to be drawn again; a `RoundPlan` is one."""
 
     @property
-    def round(self) -> int: ...
+    def round(self) -> int:
+        """The round in which the mask was drawn, from 1."""
+
     @property
-    def mask(self) -> str: ...
+    def mask(self) -> str:
+        """The kind of mask, one of `dare_agg.codec.mask.MASK_KINDS`."""
+
     @property
-    def drop_rate(self) -> DropRate: ...
+    def drop_rate(self) -> DropRate:
+        """The share p that the mask drops."""
+
     @property
-    def mask_key(self) -> bytes: ...
+    def mask_key(self) -> bytes:
+        """The 16 bytes that all masks of a round are drawn from."""
+
     @property
-    def rank(self) -> int: ...
+    def rank(self) -> int:
+        """The client's rank, which rotates its mask away from the others'."""
 
 
 @dataclass(frozen=True)

@@ -48,6 +48,7 @@ class Step:
 
     @property
     def nbytes(self) -> int:
+        """Bytes that travel and are stored: body and dense part."""
         return len(self.body) + len(self.dense)
 
 

@@ -45,6 +45,7 @@ class Agreement:
         self._tile = _Tile()
 
     def begin(self, lo: int, hi: int, scratch: Scratch) -> None:
+        """Start the tile [lo, hi) in this thread; its counts live in ``scratch``."""
         tile = self._tile
         tile.lo, tile.hi, tile.scratch = lo, hi, scratch
         tile.counts = scratch.get("agreement", hi - lo, np.uint8)
@@ -78,6 +79,7 @@ class Agreement:
         return hi <= tile.hi and lo < hi and tile.reached[number] == lo
 
     def count_row(self, number: int, lo: int, hi: int, row: FloatVector) -> None:
+        """Count source ``number``'s non-zero elements of [lo, hi), read as a whole ``row``."""
         tile = self._tile
         counts = tile.counts[lo - tile.lo : hi - tile.lo]
         counts += _entries(row, tile.scratch)
@@ -85,6 +87,7 @@ class Agreement:
         tile.reached[number] = hi
 
     def count_listed(self, positions: Positions, values: FloatVector) -> None:
+        """Count the non-zero ``values`` that a source listed at ``positions`` of the vector."""
         tile = self._tile
         at = positions - tile.lo
         counts = tile.counts.take(at)

@@ -69,13 +69,16 @@ class MergeTask:
 
     @property
     def count(self) -> int:
+        """Number of models."""
         return len(self.sources)
 
     @property
     def tensor_spans(self) -> tuple[Span, ...]:
+        """Spans of the tensors that have elements, in layout order."""
         return tuple((e.offset, e.stop) for e in self.layout.entries if e.size)
 
     def need_base(self, method: str) -> DeltaSource:
+        """Return the base, or raise `MergeError`: for methods on whole models."""
         if self.base is None:
             raise MergeError(f"{method} works on whole models; give it the base beside the deltas")
         return self.base
@@ -126,4 +129,5 @@ def cut(
 
 
 def span_starts(spans: Sequence[Span]) -> NDArray[np.int64]:
+    """First element of each span: the ``starts`` that `cut` searches."""
     return np.array([lo for lo, _ in spans], np.int64)

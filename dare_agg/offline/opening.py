@@ -87,6 +87,7 @@ def _open_update(path: Path, base: Checkpoint, layout: Layout) -> DeltaSource:
 
 
 def described(model: OpenedModel, name: bytes) -> dict[str, Any]:
+    """What a card says of one input: path, kind, weight, seed, content (16 hex digits)."""
     described: dict[str, Any] = {"path": str(model.given.path), "kind": model.kind}
     if model.given.weight is not None:
         described["weight"] = model.given.weight

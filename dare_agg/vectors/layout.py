@@ -40,6 +40,7 @@ class Entry:
 
     @property
     def stop(self) -> int:
+        """The first element behind the tensor."""
         return self.offset + self.size
 
 
@@ -66,6 +67,7 @@ class Layout:
 
     @property
     def names(self) -> tuple[str, ...]:
+        """Names of the tensors in the vector, in order."""
         return tuple(e.name for e in self.entries)
 
     def __contains__(self, name: str) -> bool:
@@ -239,6 +241,7 @@ class FingerprintStream:
         self._position = 0
 
     def update(self, piece: FloatVector) -> None:
+        """Take the next ``piece`` of the vector; `LayoutError` where the layout ends before it."""
         start, stop = self._position, self._position + piece.size
         if stop > self._layout.size:
             raise LayoutError(f"{stop} values; this layout has {self._layout.size} parameters")
@@ -253,6 +256,7 @@ class FingerprintStream:
         self._position = stop
 
     def hexdigest(self) -> str:
+        """The fingerprint (64 hex digits); `LayoutError` unless the whole vector was seen."""
         if self._position != self._layout.size:
             raise LayoutError(
                 f"{self._position} values seen; this layout has {self._layout.size} parameters"

@@ -22,7 +22,8 @@ class DeltaSource(Protocol):
     """A delta of ``size`` elements, readable in any part."""
 
     @property
-    def size(self) -> int: ...
+    def size(self) -> int:
+        """Number of elements."""
 
     def read(self, lo: int, hi: int, out: FloatVector) -> None:
         """Overwrite ``out`` (hi − lo elements) with ``delta[lo:hi]``."""
@@ -33,7 +34,8 @@ class SparseSource(DeltaSource, Protocol):
     """A delta that is zero but for a few elements, which it can list."""
 
     @property
-    def survivors(self) -> int: ...
+    def survivors(self) -> int:
+        """Number of elements it can list."""
 
     def sparse(self, lo: int, hi: int) -> Iterator[tuple[Positions, FloatVector]]:
         """Yield ``(positions, values)`` of the survivors in ``[lo, hi)``, ascending."""
@@ -53,6 +55,7 @@ class ArraySource:
         out[:] = self.delta[lo:hi]
 
     def take(self, positions: Positions) -> FloatVector:
+        """Return the delta's elements at ``positions``."""
         return self.delta.take(positions)
 
 
@@ -82,6 +85,7 @@ class CachedSource:
         out[:] = self.tile(lo, hi)
 
     def take(self, positions: Positions) -> FloatVector:
+        """Return the elements at ``positions`` (ascending), from the kept tile where it can."""
         known = getattr(self._tiles, "range", None)
         if known and positions.size and known[0] <= positions[0] and positions[-1] < known[1]:
             return self._tiles.buffer.take(positions - known[0])
@@ -104,6 +108,7 @@ class DifferenceSource:
         np.subtract(out, self.base.tile(lo, hi), out=out)
 
     def take(self, positions: Positions) -> FloatVector:
+        """Return the difference at ``positions`` (ascending); nothing else is read."""
         picked = take(self.tuned, positions)
         picked -= self.base.take(positions)
         return picked

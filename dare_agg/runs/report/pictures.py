@@ -47,6 +47,7 @@ def _label(axes: Any, x: str, y: str) -> None:
 
 
 def colour_of(index: int) -> str:
+    """Colour of the curve number ``index``; after the last the first comes again."""
     return COLOURS[index % len(COLOURS)]
 
 

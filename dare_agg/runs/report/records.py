@@ -67,14 +67,17 @@ class RunRecord:
 
     @property
     def head_upload(self) -> float:
+        """Bytes of the dense head that a client sent up in a round, mean over the rounds."""
         return _mean([r.head_upload for r in self.rounds])
 
     @property
     def download(self) -> float:
+        """Bytes that a client received in a round, mean over the rounds."""
         return _mean([r.download for r in self.rounds])
 
     @property
     def clients(self) -> int:
+        """The most clients that one round merged."""
         return max((r.clients for r in self.rounds), default=0)
 
 

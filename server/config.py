@@ -15,7 +15,7 @@ from dare_agg.errors import ConfigError, did_you_mean
 from dare_agg.rounds.step import ServerStep, server_step
 from dare_agg.secure.aggregates import SECURE_METHODS
 from dare_agg.secure.settings import SecureSettings
-from dare_agg.vectors.layout import compile_patterns
+from dare_agg.vectors.patterns import compile_patterns
 
 # What a run can compare: name → what differs from the run config.
 METHODS: Mapping[str, Mapping[str, Any]] = {

@@ -14,7 +14,7 @@ from dare_agg.errors import ConfigError
 from dare_agg.flower.secure.merge import secure_merge
 from dare_agg.flower.secure.strategy import SecureStrategy
 from dare_agg.secure.roster import Roster, read_roster
-from dare_agg.vectors.layout import compile_patterns
+from dare_agg.vectors.patterns import compile_patterns
 from server.config import RunConfig
 from server.export import base_folder
 from server.recorder import Recorder, write_json

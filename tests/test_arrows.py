@@ -46,7 +46,8 @@ ARROWS = {
 SIMULATIONS = {"runs": "", "bench": "runs", "pages": "runs", "run": "runs"}
 # The most entries that may stand side by side at the library's root.
 MOST_ENTRIES = 14
-# Rooms of arithmetic: numpy and cryptography, and nothing else from outside.
+# Rooms of arithmetic: numpy and cryptography (and RE2 for patterns of names), and nothing else
+# from outside.
 ARITHMETIC = ("vectors", "codec", "merge")
 # Imported by nothing at module level: `dare_agg.codec.kernels` loads it when it pays.
 COMPILED = ROOT / "dare_agg" / "codec" / "numba_loops.py"
@@ -189,7 +190,7 @@ def test_only_the_flower_room_of_the_library_imports_flwr() -> None:
 
 @pytest.mark.parametrize("room", ARITHMETIC)
 def test_the_rooms_of_arithmetic_need_numpy_and_cryptography_alone(room: str) -> None:
-    known = {"numpy", "cryptography", "dare_agg"} | set(sys.stdlib_module_names)
+    known = {"numpy", "cryptography", "re2", "dare_agg"} | set(sys.stdlib_module_names)
     bad = {
         str(path.relative_to(ROOT)): sorted(tops(imports(path, module_level_only=True)) - known)
         for path in rooms()[room]

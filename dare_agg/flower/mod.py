@@ -49,8 +49,8 @@ from dare_agg.rounds.client import ClientUpdate, make_client_update
 from dare_agg.rounds.plan import RoundPlan, plan_from_record
 from dare_agg.rounds.same_code import check_same_code, package_fingerprint
 from dare_agg.rounds.signing import reply_digest
-from dare_agg.vectors.layout import compile_patterns, matches
 from dare_agg.vectors.model import Arrays, split_tensors
+from dare_agg.vectors.patterns import compile_patterns, matches
 
 LOG = logging.getLogger("flwr")
 LOCAL_KEY = "dare.local"

@@ -7,7 +7,6 @@ which they were named changes nothing; weights, seeds and statistics travel with
 
 from __future__ import annotations
 
-import re
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -34,6 +33,7 @@ from dare_agg.offline.recipe import Recipe
 from dare_agg.offline.sparsify import sparsified
 from dare_agg.vectors.contents import content_order, sketch
 from dare_agg.vectors.layout import Layout
+from dare_agg.vectors.patterns import compile_patterns, matches
 from dare_agg.vectors.sources import CachedSource, DeltaSource, SparseSource
 
 # Elements of a tile, and at most of all models' tiles together: memory does not grow with them.
@@ -166,7 +166,8 @@ def tensor_weights(
     table = np.tile(weights[:, None], (1, len(layout.entries)))
     scaling = np.full(len(layout.entries), recipe.scaling)
     for rule in recipe.rules:
-        hits = [i for i, e in enumerate(layout.entries) if re.search(rule.match, e.name)]
+        pattern = compile_patterns([rule.match])
+        hits = [i for i, e in enumerate(layout.entries) if matches(e.name, pattern)]
         if not hits:
             raise ConfigError(f"rule {rule.match!r} matches no tensor; see the model's names")
         if rule.scaling is not None:

@@ -12,7 +12,8 @@ from dare_agg.checkpoint.names import renamed
 from dare_agg.errors import BaseMismatchError, LayoutError
 from dare_agg.offline.adapter import adapter_base, adapter_source, is_adapter
 from dare_agg.offline.recipe import ModelInput
-from dare_agg.vectors.layout import Layout, compile_patterns, matches
+from dare_agg.vectors.layout import Layout
+from dare_agg.vectors.patterns import compile_patterns, matches
 from dare_agg.vectors.sources import CachedSource, DeltaSource, DifferenceSource
 
 

@@ -16,7 +16,7 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_valida
 from dare_agg.codec.mask import parse_drop_rate
 from dare_agg.errors import ConfigError, did_you_mean
 from dare_agg.merge.methods import Method, find_method
-from dare_agg.vectors.layout import compile_patterns
+from dare_agg.vectors.patterns import compile_patterns
 
 # Sparsifiers that restore a tensor's norm after a random drop, as mergekit does.
 MERGEKIT_NORMS = {"mergekit-dare": "l1", "mergekit-dare-l2": "l2", "mergekit-dare-linf": "linf"}

@@ -19,8 +19,9 @@ from dare_agg.rounds.statistics import (
     StatisticsUpdate,
     encode_statistics,
 )
-from dare_agg.vectors.layout import FloatVector, check_finite, compile_patterns, matches
+from dare_agg.vectors.layout import FloatVector, check_finite
 from dare_agg.vectors.model import Arrays, GlobalModel, global_model
+from dare_agg.vectors.patterns import compile_patterns, matches
 from dare_agg.vectors.sources import SAFE_DELTA
 
 

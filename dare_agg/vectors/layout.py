@@ -10,9 +10,8 @@ are never in a delta.
 from __future__ import annotations
 
 import hashlib
-import re
 import struct
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
 from functools import cached_property
 
@@ -20,6 +19,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from dare_agg.errors import LayoutError, NonFiniteError
+from dare_agg.vectors.patterns import compile_patterns, matches
 
 FloatVector = NDArray[np.float32]
 
@@ -151,24 +151,6 @@ class Layout:
                 piece = piece.astype(dtypes[entry.name], copy=False)
             arrays[entry.name] = piece
         return arrays
-
-
-def compile_patterns(patterns: Iterable[str]) -> tuple[re.Pattern[str], ...]:
-    """Compile exclusion patterns; a bad one raises `LayoutError` naming it."""
-    compiled = []
-    for pattern in patterns:
-        try:
-            compiled.append(re.compile(pattern))
-        except re.error as error:
-            raise LayoutError(
-                f"exclusion pattern {pattern!r} is not a regular expression: {error}"
-            ) from error
-    return tuple(compiled)
-
-
-def matches(name: str, patterns: Sequence[re.Pattern[str]]) -> bool:
-    """Whether any pattern is found anywhere in ``name`` (`re.search`)."""
-    return any(pattern.search(name) for pattern in patterns)
 
 
 def layout_of(

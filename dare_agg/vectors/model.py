@@ -18,14 +18,8 @@ import numpy as np
 from numpy.typing import NDArray
 
 from dare_agg.errors import LayoutError
-from dare_agg.vectors.layout import (
-    FloatVector,
-    Layout,
-    compile_patterns,
-    fingerprint,
-    layout_of,
-    matches,
-)
+from dare_agg.vectors.layout import FloatVector, Layout, fingerprint, layout_of
+from dare_agg.vectors.patterns import compile_patterns, matches
 
 Arrays = Mapping[str, NDArray[np.generic]]
 

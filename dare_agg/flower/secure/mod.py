@@ -61,8 +61,9 @@ from dare_agg.flower.transport import to_numpy, to_record
 from dare_agg.secure.own_model import OwnModel, open_own
 from dare_agg.secure.party import REQUESTS, Contribution
 from dare_agg.secure.terms import SecureTerms
-from dare_agg.vectors.layout import check_finite, compile_patterns, fingerprint, matches
+from dare_agg.vectors.layout import check_finite, fingerprint
 from dare_agg.vectors.model import Arrays, GlobalModel, global_model
+from dare_agg.vectors.patterns import compile_patterns, matches
 
 LOG = logging.getLogger("flwr")
 MAX_MESSAGE = 1 << 31

@@ -46,6 +46,7 @@ class Budget:
 
     @property
     def terms(self) -> ClientTerms:
+        """Drop rate and value format that fit, as a client's terms."""
         return ClientTerms(self.drop_rate, self.values)
 
 

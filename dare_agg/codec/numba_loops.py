@@ -198,6 +198,7 @@ def from_f16(codes, values):  # type: ignore[no-untyped-def]
 
 @_compiled(_read(_F32), _read(types.uint8), _write(types.int8), _write(_F32))
 def encode_i8(values, dither, codes, scales):  # type: ignore[no-untyped-def]
+    """One group (65,536 float32) to int8 codes and (64,) scales, one byte of ``dither`` a value."""
     inverse = np.empty(_COLUMNS, np.float32)
     scales[:] = 0
     for row in range(0, GROUP, _COLUMNS):
@@ -217,6 +218,7 @@ def encode_i8(values, dither, codes, scales):  # type: ignore[no-untyped-def]
 
 @_compiled(_read(types.int8), _read(_F32), _write(_F32))
 def decode_i8(codes, scales, out):  # type: ignore[no-untyped-def]
+    """A group of int8 codes times the (64,) scales of their blocks, into ``out``."""
     for row in range(0, GROUP, _COLUMNS):
         for c in range(_COLUMNS):
             out[row + c] = np.float32(codes[row + c]) * scales[c]
@@ -309,6 +311,7 @@ def _scale(energy, sums, scales):  # type: ignore[no-untyped-def]
 
 @_compiled(_read(_F32), _read(_U64), _write(_F32), _write(_U64), _write(_F32))
 def encode_b1(values, signs, work, codes, scales):  # type: ignore[no-untyped-def]
+    """A group, rotated, to one sign bit a value ((1024,) uint64 codes) and (64,) scales."""
     energy = _rotate(values, signs, work)
     tile, sums = np.empty(_TILE, np.float32), np.empty(_TILE, np.float32)
     for a in range(_SIDE):
@@ -331,6 +334,7 @@ def encode_b1(values, signs, work, codes, scales):  # type: ignore[no-untyped-de
     _write(_F32),
 )  # fmt: skip
 def encode_levels(values, signs, work, levels, thresholds, bits, codes, scales):  # type: ignore[no-untyped-def]
+    """A group, rotated, to the nearest of 2**``bits`` levels: packed codes, (64,) scales."""
     energy = _rotate(values, signs, work)
     deviation = np.sqrt(energy)
     tile, sums = np.empty(_TILE, np.float32), np.empty(_TILE, np.float32)
@@ -378,6 +382,7 @@ def _unrotate(work, scales, signs, out):  # type: ignore[no-untyped-def]
 
 @_compiled(_read(_U64), _read(_F32), _read(_U64), _write(_F32), _write(_F32))
 def decode_b1(codes, scales, signs, work, out):  # type: ignore[no-untyped-def]
+    """The group that `encode_b1` wrote: ±1 turned back and scaled, into ``out``."""
     tile = np.empty(_TILE, np.float32)
     for i in range(_SIDE):
         for k in range(_SIDE):
@@ -397,6 +402,7 @@ def decode_b1(codes, scales, signs, work, out):  # type: ignore[no-untyped-def]
     _read(types.uint8), _read(_F32), _read(_U64), _read(_F32), _I64, _write(_F32), _write(_F32)
 )
 def decode_levels(codes, scales, signs, levels, bits, work, out):  # type: ignore[no-untyped-def]
+    """The group that `encode_levels` wrote: levels turned back and scaled, into ``out``."""
     tile = np.empty(_TILE, np.float32)
     each = 8 // bits
     low = np.uint32((1 << bits) - 1)

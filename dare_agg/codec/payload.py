@@ -26,6 +26,7 @@ class Sections:
 
     @property
     def total(self) -> int:
+        """Bytes of the whole payload."""
         return self.codes + self.scales + self.rest
 
 

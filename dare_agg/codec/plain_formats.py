@@ -28,6 +28,7 @@ def _decode_f32(
 
 
 def encode_f16(values: FloatVector, _: Bytes | None, codes: Bytes) -> Coded:
+    """Round each value to binary16; `NonFiniteError` for what would become infinite."""
     if values.size and not (values.max() < F16_END and values.min() > -F16_END):
         worst = float(np.abs(values).max())
         raise NonFiniteError(

@@ -42,6 +42,7 @@ class VersionGrid:
 
     @property
     def size(self) -> int:
+        """Number of parameters on the grid."""
         return self.layout.size
 
     def round_at(self, positions: Positions, values: FloatVector) -> Positions:

@@ -23,6 +23,7 @@ class Family:
     key: bytes
 
     def masks(self, size: int) -> list[Mask]:
+        """The masks over a vector of ``size`` elements, in order of rank."""
         return [
             Mask(self.kind, size, self.drop_rate, self.key, rank)
             for rank in range(self.first, self.first + self.ranks)

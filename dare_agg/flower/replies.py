@@ -114,6 +114,7 @@ class Inbox:
         return sorted(self.replies.values(), key=lambda reply: reply.accepted.plan.client)
 
     def all_rejections(self) -> list[Rejection]:
+        """Rejected replies by client, then those of nodes that were asked nothing."""
         ordered = sorted(self.rejections.values(), key=lambda rejection: rejection.client)
         return [*ordered, *self.strangers]
 

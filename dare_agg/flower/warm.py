@@ -67,10 +67,12 @@ class Trainer:
 
     @property
     def socket(self) -> Path:
+        """The Unix socket it listens on."""
         return self.folder / f"{self.key}.sock"
 
     @property
     def log(self) -> Path:
+        """The file it logs to."""
         return self.folder / f"{self.key}.log"
 
 

@@ -38,6 +38,7 @@ class ClientUpdate:
 
     @property
     def nbytes(self) -> int:
+        """Bytes of the payloads that travel: update, dense part and statistics."""
         statistics = self.statistics.blob if self.statistics else b""
         return len(self.blob) + len(self.dense_blob or b"") + len(statistics)
 

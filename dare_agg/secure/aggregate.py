@@ -22,15 +22,24 @@ class FixedPoint(Protocol):
     """How values become integers (`dare_agg.secure.packing.Quantiser` is one)."""
 
     @property
-    def bits(self) -> int: ...
+    def bits(self) -> int:
+        """Bits of a value's magnitude."""
+
     @property
-    def clip(self) -> float: ...
+    def clip(self) -> float:
+        """The largest magnitude; more is cut off."""
+
     @property
-    def carry(self) -> int: ...
+    def carry(self) -> int:
+        """Bits that the sum over all parties adds."""
+
     @property
-    def top(self) -> int: ...
+    def top(self) -> int:
+        """The integer that stands for ``clip``."""
+
     @property
-    def word_bits(self) -> int: ...
+    def word_bits(self) -> int:
+        """Bits of a word: all fields of a value with room for their sums."""
 
 
 @dataclass(frozen=True)
@@ -113,11 +122,13 @@ class Aggregate:
 
 
 def bound(values: NDArray[np.int64], most: int, what: str) -> None:
+    """Raise `ProtocolError` "words" for a sum above what honest parties add up to."""
     if values.size and int(values.max()) > most:
         raise bad_words(f"a {what} of {int(values.max())}, at most {most} is possible")
 
 
 def bad_words(why: str) -> ProtocolError:
+    """The error for a sum that no honest parties add up to; ``why`` names what is wrong with it."""
     return ProtocolError(
         f"the unmasked sum is malformed: {why}; a party sent bad words or was shown another "
         "round: nothing was merged",

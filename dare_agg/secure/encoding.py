@@ -17,18 +17,22 @@ DIGEST_BYTES = 32
 
 
 def u8(value: int) -> bytes:
+    """One byte."""
     return struct.pack("<B", value)
 
 
 def u32(value: int) -> bytes:
+    """Four bytes, little-endian."""
     return struct.pack("<I", value)
 
 
 def u64(value: int) -> bytes:
+    """Eight bytes, little-endian."""
     return struct.pack("<Q", value)
 
 
 def f64(value: float) -> bytes:
+    """IEEE 754 binary64, little-endian."""
     return struct.pack("<d", value)
 
 
@@ -60,9 +64,11 @@ class Reader:
 
     @property
     def left(self) -> int:
+        """Bytes not read yet."""
         return len(self._data) - self._at
 
     def take(self, count: int) -> bytes:
+        """The next ``count`` bytes."""
         if count > self.left:
             raise self.bad(f"{self.left} bytes are left where {count} are needed")
         piece = self._data[self._at : self._at + count]
@@ -70,18 +76,23 @@ class Reader:
         return piece
 
     def u8(self) -> int:
+        """The next byte."""
         return self.take(1)[0]
 
     def u32(self) -> int:
+        """A little-endian integer of four bytes."""
         return int.from_bytes(self.take(4), "little")
 
     def u64(self) -> int:
+        """A little-endian integer of eight bytes."""
         return int.from_bytes(self.take(8), "little")
 
     def f64(self) -> float:
+        """A binary64 number; may be NaN or infinite."""
         return float(struct.unpack("<d", self.take(8))[0])
 
     def blob(self, limit: int) -> bytes:
+        """Bytes behind their length, of at most ``limit``."""
         length = self.u32()
         if length > limit:
             raise self.bad(f"a field of {length} bytes, at most {limit} are allowed")
@@ -113,10 +124,12 @@ class Reader:
         return ids
 
     def done(self) -> None:
+        """Raise unless everything was read."""
         if self.left:
             raise self.bad(f"{self.left} bytes follow its end")
 
     def bad(self, why: str) -> ProtocolError:
+        """The error to raise for these bytes, with ``why``."""
         return ProtocolError(
             f"{self.what}: {why}; run the same dare-agg at every party", reason="malformed"
         )

@@ -48,9 +48,11 @@ class Identity:
 
     @property
     def public(self) -> bytes:
+        """The 32-byte Ed25519 public key."""
         return Ed25519PrivateKey.from_private_bytes(self.secret).public_key().public_bytes_raw()
 
     def sign(self, message: bytes) -> bytes:
+        """The 64-byte Ed25519 signature of ``message``."""
         return Ed25519PrivateKey.from_private_bytes(self.secret).sign(message)
 
     def sealing_key(self, purpose: str) -> bytes:
@@ -82,6 +84,7 @@ def verify(public: bytes, signature: bytes, message: bytes, who: str) -> None:
 
 
 def check_name(name: str) -> None:
+    """Raise `ConfigError` unless a roster can hold the name."""
     if not 0 < len(name) <= MAX_NAME or not name.isprintable() or name != name.strip():
         raise ConfigError(
             f"name {name[:80]!r}; 1 to {MAX_NAME} printable characters without outer spaces "

@@ -26,6 +26,7 @@ def private_key(secret: bytes) -> X25519PrivateKey:
 
 
 def public_of(secret: bytes) -> bytes:
+    """The 32-byte X25519 public key of a 32-byte secret."""
     return private_key(secret).public_key().public_bytes_raw()
 
 
@@ -46,6 +47,7 @@ def sealing_key(agreed: bytes, keys_digest: bytes, sender: int, receiver: int) -
 
 
 def sealing_context(session: bytes, sender: int, receiver: int) -> bytes:
+    """Associated data of sealed shares: whose they are, for whom, in which session."""
     return b"dare-agg secure shares 1\0" + session + u32(sender) + u32(receiver)
 
 
@@ -56,12 +58,15 @@ def pair_mask_key(agreed: bytes, shares_digest: bytes, one: int, other: int) -> 
 
 
 def self_mask_key(seed: bytes, shares_digest: bytes, party: int) -> bytes:
+    """Key of the mask that a party adds alone; shares of ``seed`` recover it where it stays."""
     return derive_key(seed, "secure self mask", shares_digest, party, length=32)
 
 
 def self_commitment(seed: bytes, session: bytes, party: int) -> bytes:
+    """SHA-256 that binds a party to the seed of its own mask before it sees the others' keys."""
     return hashlib.sha256(b"dare-agg secure self 1\0" + session + u32(party) + seed).digest()
 
 
 def nonce_commitment(nonce: bytes, session: bytes, party: int) -> bytes:
+    """SHA-256 that binds a party to its nonce before it sees the others': nobody picks the mask."""
     return hashlib.sha256(b"dare-agg secure nonce 1\0" + session + u32(party) + nonce).digest()

@@ -32,6 +32,7 @@ ADVERT_BYTES = _ADVERT.size
 
 
 def header(kind: int, session: bytes) -> bytes:
+    """First bytes of a message of this kind: magic, version, kind, session (32 bytes)."""
     return _MAGIC + u8(kind) + session
 
 
@@ -50,6 +51,7 @@ def open_message(data: bytes, kind: int, session: bytes, what: str) -> Reader:
 
 
 def signed(identity: Identity, body: bytes) -> bytes:
+    """``body`` with the party's signature behind it: a whole message."""
     return body + identity.sign(signing_input(body))
 
 
@@ -95,11 +97,13 @@ def encode_advert(
     nonce_commitment: bytes,
     self_commitment: bytes,
 ) -> bytes:
+    """A party's first message: its ephemeral X25519 keys and its commitments (32 bytes each)."""
     keys = sealing_key + masking_key + nonce_commitment + self_commitment
     return signed(identity, header(ADVERT, session) + u32(party) + keys)
 
 
 def decode_advert(data: bytes, terms: SecureTerms, roster: Roster) -> Advert:
+    """Read one advert of `ADVERT_BYTES`; refuses strangers to the cohort and bad signatures."""
     open_message(data, ADVERT, terms.session, "advert")
     advert = split_advert(data)
     if advert.party not in terms.cohort:
@@ -124,6 +128,7 @@ def split_advert(data: bytes) -> Advert:
 
 
 def encode_keys(session: bytes, adverts: list[Advert]) -> bytes:
+    """The server's list of all adverts, as their parties signed them, ascending by party."""
     return header(KEYS, session) + u32(len(adverts)) + b"".join(a.data for a in adverts)
 
 
@@ -151,6 +156,8 @@ def keys_digest(terms: SecureTerms, adverts: tuple[Advert, ...]) -> bytes:
 
 @dataclass(frozen=True)
 class ShareUpload:
+    """A party's nonce, opened, and its shares ``sealed`` for each neighbour by id."""
+
     party: int
     nonce: bytes
     sealed: tuple[tuple[int, bytes], ...]
@@ -163,11 +170,13 @@ def encode_shares(
     nonce: bytes,
     sealed: list[tuple[int, bytes]],
 ) -> bytes:
+    """A party's second message; ``sealed`` are (receiver, `SEALED_BYTES`), ascending."""
     body = header(SHARES, session) + u32(party) + nonce + u32(len(sealed))
     return signed(identity, body + b"".join(u32(to) + data for to, data in sealed))
 
 
 def decode_shares(data: bytes, terms: SecureTerms, roster: Roster) -> ShareUpload:
+    """Read a share upload; refuses receivers outside the cohort, twice or out of order."""
     read = open_message(data, SHARES, terms.session, "share upload")
     party = _party(read, terms)
     nonce = read.take(NONCE_BYTES)
@@ -195,6 +204,7 @@ class Delivery:
 
 
 def encode_delivery(session: bytes, delivery: Delivery) -> bytes:
+    """What the server passes on to one party: all nonces, and the shares sealed for it."""
     parts = [header(DELIVERY, session)]
     for pairs in (delivery.nonces, delivery.sealed):
         parts.append(u32(len(pairs)))
@@ -203,6 +213,7 @@ def encode_delivery(session: bytes, delivery: Delivery) -> bytes:
 
 
 def decode_delivery(data: bytes, terms: SecureTerms) -> Delivery:
+    """Read a delivery; `ProtocolError` "duplicate" unless parties are strictly ascending."""
     read = open_message(data, DELIVERY, terms.session, "share delivery")
     count = read.count(4 + NONCE_BYTES)
     nonces = tuple((_party(read, terms), read.take(NONCE_BYTES)) for _ in range(count))
@@ -223,6 +234,8 @@ def shares_digest(keys: bytes, nonces: tuple[tuple[int, bytes], ...]) -> bytes:
 
 @dataclass(frozen=True)
 class VectorUpload:
+    """A party's masked words, ``packed``, with the digest of the ``shares`` they hang on."""
+
     party: int
     shares: bytes
     packed: bytes
@@ -231,10 +244,12 @@ class VectorUpload:
 def encode_vector(
     identity: Identity, session: bytes, party: int, shares: bytes, packed: bytes
 ) -> bytes:
+    """A party's third message: its packed masked words, under its signature."""
     return signed(identity, header(VECTOR, session) + u32(party) + shares + blob(packed))
 
 
 def decode_vector(data: bytes, terms: SecureTerms, roster: Roster, limit: int) -> VectorUpload:
+    """Read a masked vector of at most ``limit`` bytes; the words are not unpacked here."""
     read = open_message(data, VECTOR, terms.session, "masked vector")
     upload = VectorUpload(_party(read, terms), read.take(DIGEST_BYTES), read.blob(limit))
     read.take(SIGNATURE_BYTES)
@@ -251,10 +266,12 @@ def alive_digest(shares: bytes, alive: tuple[int, ...], dead: tuple[int, ...]) -
 
 
 def encode_alive_list(session: bytes, alive: tuple[int, ...], dead: tuple[int, ...]) -> bytes:
+    """The server's word on who stayed and who fell out, for the parties to sign."""
     return header(ALIVE_LIST, session) + identifiers(alive) + identifiers(dead)
 
 
 def decode_alive_list(data: bytes, terms: SecureTerms) -> tuple[tuple[int, ...], tuple[int, ...]]:
+    """Return ``(alive, dead)``, each ascending; whether the sets are sound the caller judges."""
     read = open_message(data, ALIVE_LIST, terms.session, "alive list")
     lists = read.identifiers(), read.identifiers()
     read.done()
@@ -287,6 +304,7 @@ def encode_signatures(
     dead: tuple[int, ...],
     signatures: list[tuple[int, bytes]],
 ) -> bytes:
+    """All parties' signatures over one alive set, with the set: the leave to unmask."""
     body = header(SIGNATURES, session) + identifiers(alive) + identifiers(dead)
     return body + u32(len(signatures)) + b"".join(u32(p) + s for p, s in signatures)
 
@@ -294,6 +312,7 @@ def encode_signatures(
 def decode_signatures(
     data: bytes, terms: SecureTerms
 ) -> tuple[tuple[int, ...], tuple[int, ...], tuple[tuple[int, bytes], ...]]:
+    """Return ``(alive, dead, ((party, signature), …))``; the signatures are not verified here."""
     read = open_message(data, SIGNATURES, terms.session, "signature list")
     alive, dead = read.identifiers(), read.identifiers()
     count = read.count(4 + SIGNATURE_BYTES)
@@ -311,6 +330,7 @@ def encode_reveal(
     alive: bytes,
     shares: list[tuple[int, bytes]],
 ) -> bytes:
+    """A party's last message: its shares by owner, for the alive set with digest ``alive`` only."""
     body = header(REVEAL, session) + u32(party) + alive + u32(len(shares))
     return signed(identity, body + b"".join(u32(owner) + share for owner, share in shares))
 

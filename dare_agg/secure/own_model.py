@@ -35,6 +35,7 @@ class OwnModel:
 
     @cached_property
     def base_fingerprint(self) -> str:
+        """Name of the base (SHA-256, hex) over the layout that is merged."""
         return self.base.fingerprint(self.layout)
 
     @cached_property

@@ -62,6 +62,7 @@ class Quantiser:
 
     @property
     def word_bits(self) -> int:
+        """Bits of a word, all fields of the aggregate together."""
         return AGGREGATES[self.aggregate].word_bits(self.bits, self.carry)
 
     @property

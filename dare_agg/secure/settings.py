@@ -94,10 +94,12 @@ class SecureSettings:
 
     @property
     def aggregate(self) -> str:
+        """What is summed: a row of `dare_agg.secure.aggregates.AGGREGATES`."""
         return SECURE_METHODS[self.method].aggregate
 
     @property
     def rule(self) -> str:
+        """How the server reads the sums: one of the rules of the aggregate."""
         return SECURE_METHODS[self.method].rule
 
     def bits_for(self, parties: int) -> int:

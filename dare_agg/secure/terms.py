@@ -146,6 +146,7 @@ class SecureTerms:
 
     @cached_property
     def quantiser(self) -> Quantiser:
+        """The fixed point that these terms fix."""
         return Quantiser(self.aggregate, self.bits, self.clip, len(self.cohort))
 
     @property
@@ -160,6 +161,7 @@ class SecureTerms:
 
     @property
     def words(self) -> int:
+        """Words a party sends: its values, its weight and its clipped share."""
         return self.values + TRAILER_WORDS
 
     @property

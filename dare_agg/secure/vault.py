@@ -50,6 +50,7 @@ class Vault:
 
     @property
     def folder(self) -> Path:
+        """The folder of this identity's secrets, named by its key."""
         return self.root / key_fingerprint(self.identity.public).replace("-", "")
 
     def put(self, session: bytes, name: str, content: bytes) -> None:
@@ -117,6 +118,7 @@ class Vault:
         return b"".join(pieces)
 
     def holds(self, session: bytes, name: str) -> bool:
+        """Whether a secret of this name was sealed for the session and not removed."""
         return self._path(session, name).is_file()
 
     def drop(self, session: bytes, name: str | None = None) -> None:

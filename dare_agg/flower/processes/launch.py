@@ -38,6 +38,7 @@ class RunStatus:
 
     @property
     def ok(self) -> bool:
+        """Whether the run completed: what the exit status says."""
         return self.status == "finished:completed"
 
 

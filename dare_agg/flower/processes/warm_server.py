@@ -34,6 +34,7 @@ class Handler:
         self.busy = threading.Lock()
 
     def handle(self, call: bytes, _: object = None) -> bytes:
+        """Run one packed call; what the app raises becomes Flower's error reply."""
         with self.busy:
             began = time.monotonic()
             task, message, context = unpack_call(call)

@@ -54,6 +54,7 @@ def read_message(content: RecordDict, limit: int) -> bytes:
 
 
 def read_bytes(record: ConfigRecord, key: str, length: int | None = None) -> bytes:
+    """The bytes under ``key``, of ``length`` where given; else `ProtocolError` "malformed"."""
     value = record.get(key)
     if not isinstance(value, bytes) or (length is not None and len(value) != length):
         raise ProtocolError(f"{key!r} is missing or of another form", reason="malformed")
@@ -61,11 +62,13 @@ def read_bytes(record: ConfigRecord, key: str, length: int | None = None) -> byt
 
 
 def read_words(record: ConfigRecord, key: str) -> tuple[str, ...]:
+    """The texts under ``key``; none where it is absent or no list."""
     value = record.get(key, [])
     return tuple(str(item) for item in value) if isinstance(value, list) else ()
 
 
 def same_code(record: ConfigRecord, theirs: str, ours: str) -> None:
+    """Raise `ProtocolError` unless both ends run the same codec and package."""
     check_same_code(record.get("codec"), record.get("package"), theirs, ours)
 
 

@@ -56,11 +56,13 @@ class SessionLog:
     rejections: list[Rejection] = field(default_factory=list)
 
     def reject(self, party: int, reason: str, detail: str) -> None:
+        """Note a party that fell out, and why, and log it."""
         self.rejections.append(Rejection(party, reason, detail))
         LOG.warning("secure sum: party %d rejected: %s: %s", party, reason, detail)
 
 
 def query(content: RecordDict, node: int, seconds: float) -> Message:
+    """A message of a secure sum for one node; it lives a minute longer than its stage."""
     return Message(content, node, f"query.{QUERY}", ttl=seconds + 60)
 
 

@@ -20,6 +20,7 @@ from dare_agg.errors import DareError, RunError, StateError
 from dare_agg.flower import DareStrategy, RoundOutcome
 from dare_agg.flower.exchange import exchange, online_nodes, went_away
 from dare_agg.flower.resume import keep_base, resume, save
+from dare_agg.flower.round_strategy import RoundStrategy
 from dare_agg.flower.transport import to_numpy, to_record
 from dare_agg.rounds.state import StateFolder
 from dare_agg.runs.prometheus import exporter
@@ -213,7 +214,7 @@ def _facts(outcome: RoundOutcome) -> dict[str, Any]:
     }
 
 
-def strategy_base(strategy: DareStrategy, initial: ArrayRecord) -> str:
+def strategy_base(strategy: RoundStrategy, initial: ArrayRecord) -> str:
     """Fingerprint of the state a run starts from."""
     from dare_agg.vectors.model import global_model
 
@@ -222,7 +223,7 @@ def strategy_base(strategy: DareStrategy, initial: ArrayRecord) -> str:
     return model.ref.version
 
 
-def make_strategy(config: RunConfig, name: str, record: Any) -> DareStrategy:
+def make_strategy(config: RunConfig, name: str, record: Any) -> RoundStrategy:
     """Build the strategy of one method from the run config."""
     if config.secure:
         return secure_strategy(config, record)

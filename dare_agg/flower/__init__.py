@@ -6,7 +6,8 @@ Two lines turn a FedAvg app into a DARE one::
     app = ClientApp(mods=[dare_mod])        # training code untouched
 """
 
-from dare_agg.flower.mod import dare_mod, offer_base
+from dare_agg.flower.mod import dare_mod
+from dare_agg.flower.reception import offer_base
 from dare_agg.flower.records import STATISTICS_KEY
 from dare_agg.flower.round_outcome import RoundOutcome
 from dare_agg.flower.strategy import DareStrategy

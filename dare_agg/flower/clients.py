@@ -11,26 +11,23 @@ from __future__ import annotations
 import logging
 import time
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 from flwr.app import ConfigRecord, Message, MessageType, RecordDict
 from flwr.serverapp import Grid
 
 from dare_agg.codec.derive import derive_key
-from dare_agg.codec.update import CODEC_VERSION
-from dare_agg.errors import RunError
+from dare_agg.errors import DareError, RunError
 from dare_agg.flower.exchange import exchange, online_nodes, went_away
 from dare_agg.flower.records import (
-    ASK_HELLO,
     ORDER_KEY,
-    REPLY_KEY,
     Hello,
+    Order,
+    Refusal,
+    failure_of,
     one_line,
-    read_config,
-    read_hello,
-    read_refusal,
+    read_answer,
 )
-from dare_agg.rounds.same_code import package_fingerprint
 
 LOG = logging.getLogger("flwr")
 WAIT_SECONDS = 1.0
@@ -44,25 +41,48 @@ class Client:
     hello: Hello
 
 
+@dataclass(frozen=True)
+class Draw:
+    """How the clients of an exchange are drawn: a share of those online, at least ``least``.
+
+    ``what`` they are asked is also the label of the key they are drawn by.
+    """
+
+    what: str
+    round: int
+    secret: bytes
+    fraction: float
+    least: int
+
+
 @dataclass
 class Clients:
     """The nodes met so far; those refused are asked no second time, those lost meanwhile are.
 
-    ``facts`` and ``config`` go with the question who they are: the base of the run, and the
-    app's own config, from which a client may make the base itself. With ``identities`` (name
-    → public key) only those clients take part.
+    ``config``, the app's own, goes with the question who they are: a client may make the base
+    from it by itself. With ``identities`` (name → public key) only those clients take part.
     """
 
-    downlink: str = "full"
-    facts: Mapping[str, str | list[str]] = field(default_factory=dict)
     config: ConfigRecord | None = None
     identities: Mapping[str, str] = field(default_factory=dict)
     hello_timeout: float = 600.0
     known: dict[int, Client] = field(default_factory=dict)
     refused: dict[int, str] = field(default_factory=dict)
 
-    def wait(self, grid: Grid, minimum: int, timeout: float) -> list[Client]:
+    def choose(
+        self, grid: Grid, hello: Order, drawn: Draw, *, least: int, timeout: float
+    ) -> list[Client]:
+        """Draw the clients of a round once ``least`` are online; raises as `wait`."""
+        ready = self.wait(grid, hello, max(least, drawn.least, 1), timeout)
+        count = max(int(len(ready) * drawn.fraction), drawn.least, 1)
+        chosen = sample(ready, count, derive_key(drawn.secret, drawn.what, length=32), drawn.round)
+        LOG.info("%s: %d of %d clients", drawn.what, len(chosen), len(ready))
+        return chosen
+
+    def wait(self, grid: Grid, hello: Order, minimum: int, timeout: float) -> list[Client]:
         """Return the clients that are online, by name, once there are ``minimum`` of them.
+
+        ``hello`` asks new ones who they are.
 
         Raises `RunError` after ``timeout`` seconds (reason "nodes"), and at once when every
         node that is online has refused (reason "refused").
@@ -73,7 +93,7 @@ class Clients:
             online = online_nodes(grid)
             new = [node for node in online if node not in self.known and node not in self.refused]
             left = max(1.0, deadline - time.monotonic())
-            self._meet(grid, new, min(left, self.hello_timeout))
+            self._meet(grid, hello, new, min(left, self.hello_timeout))
             ready = [self.known[node] for node in online if node in self.known]
             if len(ready) >= minimum:
                 return sorted(ready, key=lambda client: (*client.hello.order(), client.node))
@@ -96,18 +116,12 @@ class Clients:
                 said = len(ready)
             time.sleep(min(WAIT_SECONDS, max(0.01, deadline - time.monotonic())))
 
-    def _meet(self, grid: Grid, nodes: Sequence[int], timeout: float) -> None:
+    def _meet(self, grid: Grid, hello: Order, nodes: Sequence[int], timeout: float) -> None:
         """Ask each node who it is."""
-        order = ConfigRecord(
-            {
-                "ask": ASK_HELLO,
-                "codec": CODEC_VERSION,
-                "package": package_fingerprint(),
-                "downlink": self.downlink,
-                **self.facts,
-            }
-        )
-        content = {ORDER_KEY: order, **({"config": self.config} if self.config else {})}
+        content = {
+            ORDER_KEY: hello.to_record(),
+            **({"config": self.config} if self.config else {}),
+        }
         messages = [
             Message(RecordDict({**content}), node, MessageType.TRAIN, ttl=timeout + 60)
             for node in nodes
@@ -125,18 +139,20 @@ class Clients:
     def _read(self, node: int, reply: Message) -> str | None:
         """Learn the client's name; returns what is wrong with it, or None."""
         if reply.has_error():
-            lines = (reply.error.reason or "no text").strip().splitlines()
             return (
-                f"it failed to say who it is ({one_line(lines[-1] if lines else 'no text')}); is "
-                "dare_mod in ClientApp(mods=[dare_mod])?"
+                f"it failed to say who it is ({failure_of(reply)}); is dare_mod in "
+                "ClientApp(mods=[dare_mod])?"
             )
-        record = read_config(reply.content, REPLY_KEY)
-        if record is None:
+        try:
+            answer = read_answer(reply.content, Hello)
+        except DareError as error:
+            return f"{error.reason}: {one_line(error)}"
+        if answer is None:
             return "its app does not answer; put dare_mod into ClientApp(mods=[dare_mod])"
-        refusal = read_refusal(record)
-        if refusal is not None:
-            return f"{refusal[0]}: {refusal[1]}"
-        hello = read_hello(record, node)
+        if isinstance(answer, Refusal):
+            return f"{answer.reason}: {answer.detail}"
+        # A client without a name of its own goes by its node id.
+        hello = replace(answer, name=answer.name or str(node))
         if self.identities and hello.name not in self.identities:
             return (
                 f"signature: client {hello.name!r} is not among the {len(self.identities)} known "

@@ -1,50 +1,132 @@
-"""The records that strategy and mod add to Flower's messages, and how they are read.
+"""The records that strategy and mod add to Flower's messages, as frozen classes.
 
-To a client: ``dare.order`` (what is asked, and the round plan) and, where the downlink sends
-payloads, ``dare.down.<name>``. Back: ``dare.reply`` with the update's payloads
-``dare.update``, ``dare.dense`` and ``dare.statistics``. The app's own records travel beside them
-untouched.
+To a client: ``dare.order`` (`Order`) and, where the downlink sends payloads,
+``dare.down.<name>``. Back: ``dare.reply`` (`Hello`, `Receipt`, `Held` or `Refusal`) with the
+update's payloads ``dare.update``, ``dare.dense`` and ``dare.statistics``. The app's own records
+travel beside them untouched.
 """
 
 from __future__ import annotations
 
-import re
+import math
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
+from typing import Any, Self, TypeVar
 
-from flwr.app import ArrayRecord, ConfigRecord, RecordDict
+from flwr.app import ArrayRecord, ConfigRecord, Message, RecordDict
 
-from dare_agg.errors import UpdateError
+from dare_agg.codec.update import CODEC_VERSION
+from dare_agg.downlink.ways import WAYS
+from dare_agg.errors import REASONS, BaseMismatchError, ConfigError, DareError, UpdateError
+from dare_agg.flower.fields import (
+    Record,
+    flag,
+    number,
+    raw,
+    read_fields,
+    said,
+    text,
+    texts,
+    whole,
+    words_of,
+)
 from dare_agg.flower.transport import unpack
+from dare_agg.rounds.plan import RoundPlan, plan_from_record
+from dare_agg.rounds.same_code import check_same_code, package_fingerprint
 
-ORDER_KEY = "dare.order"
-REPLY_KEY = "dare.reply"
-UPDATE_KEY = "dare.update"
-DENSE_KEY = "dare.dense"
-STATISTICS_KEY = "dare.statistics"
-DOWN_PREFIX = "dare.down."
+# Every record of this library begins so; all others are the app's.
+OURS = "dare."
+ORDER_KEY = OURS + "order"
+REPLY_KEY = OURS + "reply"
+UPDATE_KEY = OURS + "update"
+DENSE_KEY = OURS + "dense"
+STATISTICS_KEY = OURS + "statistics"
+DOWN_PREFIX = OURS + "down."
 
 ASK_HELLO = "hello"
 ASK_TRAIN = "train"
 ASK_EVALUATE = "evaluate"
+ASKS = (ASK_HELLO, ASK_TRAIN, ASK_EVALUATE)
 
-MAX_NAME = 64
 MAX_DOWN_BYTES = 1 << 40
-_SLUG = re.compile(r"[a-z][a-z-]{0,31}")
-_NAME = re.compile(r"[\w.:@ -]{1,64}")
+VERSION = "[0-9a-f]{1,64}"
+_NAME = r"[\w.:@ -]{1,64}"
+_PLAN_BYTES = 16
+
+Answer = TypeVar("Answer", bound="Record")
 
 
-@dataclass(frozen=True)
-class Hello:
+@dataclass(frozen=True, kw_only=True)
+class SameCode(Record):
+    """What both ends compare before anything else is read."""
+
+    codec: int = said(CODEC_VERSION)
+    package: str = said(make=lambda: package_fingerprint())
+
+    @classmethod
+    def check_sender(cls, record: Mapping[str, Any], theirs: str, ours: str) -> None:
+        """Raise `UpdateError` (reason "version" or "package") where the sender's code is other."""
+        words = words_of(SameCode)
+        codec, package = record.get(words["codec"]), record.get(words["package"])
+        check_same_code(codec, package, theirs, ours)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Order(SameCode):
+    """What is asked of a client, of which version of the model, and how that comes to it.
+
+    ``downlink`` is a row of `dare_agg.downlink.ways.WAYS`, ``facts`` what that says of versions;
+    ``dense`` and ``exclude`` are the patterns of the model's groups. To train, ``plan`` says the
+    rest; a secure sum says it in its own record.
+    """
+
+    ask: str = text()
+    downlink: str = text(_NAME)
+    version: str = text(VERSION, "")
+    arrays_key: str = text(default="arrays")
+    dense: tuple[str, ...] = texts()
+    exclude: tuple[str, ...] = texts()
+    facts: Mapping[str, str] = field(default_factory=dict)
+    plan: RoundPlan | None = None
+
+    def to_record(self) -> ConfigRecord:
+        plan = {} if self.plan is None else self.plan.to_record()
+        return ConfigRecord({**plan, **super().to_record(), **self.facts})
+
+    @classmethod
+    def read(cls, record: Mapping[str, Any], *, planned: bool = True) -> Self:
+        """Read an order; ``planned`` orders to train must hold a plan.
+
+        Raises `UpdateError` (an unknown ask or other code first, then what is malformed),
+        `ConfigError` for a downlink that this client does not know.
+        """
+        ask = record.get(words_of(cls)["ask"])
+        if ask not in ASKS:
+            raise UpdateError(f"order {one_line(ask)!r} is unknown", reason="version")
+        cls.check_sender(record, "server", "this client")
+        found = read_fields(cls, record, lambda what: UpdateError(f"order: {what}"))
+        way = WAYS.get(found["downlink"])
+        if way is None:
+            raise ConfigError(
+                f"downlink {one_line(found['downlink'])!r} is unknown to this client; known: "
+                f"{', '.join(sorted(WAYS))}"
+            )
+        facts = {word: one_line(record[word]) for word in way.facts if word in record}
+        plan = plan_from_record(record) if planned and ask == ASK_TRAIN else None
+        return cls(**found, facts=facts, plan=plan)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Hello(SameCode):
     """What a client says of itself before its first round.
 
     ``name`` orders clients the same way in every run; ``have`` is the version it holds;
     ``uplink_kbit_s`` is 0 where the node does not state it.
     """
 
-    name: str
-    have: str = ""
-    uplink_kbit_s: float = 0.0
+    name: str = text(_NAME, "")
+    have: str = text(VERSION, "")
+    uplink_kbit_s: float = number(0.0, least=0, below=1e12)
 
     def order(self) -> tuple[int, int, str]:
         """Numbers before names, numbers by value."""
@@ -52,28 +134,106 @@ class Hello:
             return (0, int(self.name), self.name)
         return (1, 0, self.name)
 
-
-def read_hello(record: ConfigRecord, node: int) -> Hello:
-    """Read a hello; a client without a name of its own goes by its node id."""
-    name = _text(record, "name", _NAME) or str(node)
-    uplink = record.get("uplink-kbit-s", 0.0)
-    if isinstance(uplink, bool) or not isinstance(uplink, int | float) or not 0 <= uplink < 1e12:
-        uplink = 0.0
-    return Hello(name, _text(record, "have", re.compile(r"[0-9a-f]{1,64}")), float(uplink))
+    @classmethod
+    def read(cls, record: Mapping[str, Any]) -> Self:
+        """Read a hello; raises `UpdateError` for other code, and leaves out what is malformed."""
+        cls.check_sender(record, "the client", "this server")
+        return cls(**read_fields(cls, record))
 
 
-def read_have(record: ConfigRecord) -> str:
-    """Return the version a client says it holds, "" for none."""
-    return _text(record, "have", re.compile(r"[0-9a-f]{1,64}"))
+@dataclass(frozen=True, kw_only=True)
+class Receipt(SameCode):
+    """What a client says of the update beside it.
+
+    ``plan`` begins the digest of the plan it answers, ``have`` is the version it holds,
+    ``statistics`` names the statistics sent along.
+    """
+
+    round: int = whole(-1)
+    plan: bytes = raw(_PLAN_BYTES, b"")
+    have: str = text(VERSION, "")
+    delta_norm: float = number(math.nan)
+    delta_max: float = number(math.nan)
+    share_above: float = number(math.nan)
+    statistics: tuple[str, ...] = texts()
+    signature: bytes = raw(64, b"")
+
+    @classmethod
+    def of(cls, plan: RoundPlan, **said: Any) -> Self:
+        """The receipt of an answer to ``plan``."""
+        return cls(round=plan.round, plan=plan.digest()[:_PLAN_BYTES], **said)
+
+    @classmethod
+    def read(cls, record: Mapping[str, Any]) -> Self:
+        """Read a receipt; raises `UpdateError` for other code. What is malformed is absent."""
+        cls.check_sender(record, "the client", "this server")
+        return cls(**read_fields(cls, record))
+
+    def check_answers(self, plan: RoundPlan) -> None:
+        """Raise `UpdateError` (reason "round" or "plan") for the answer to another plan."""
+        if self.round != plan.round:
+            raise UpdateError(
+                f"the reply is of round {self.round}, this is round {plan.round}", reason="round"
+            )
+        if self.plan != plan.digest()[:_PLAN_BYTES]:
+            raise UpdateError("the reply answers another plan than this client's", reason="plan")
 
 
-def read_refusal(record: ConfigRecord) -> tuple[str, str] | None:
-    """Return ``(reason, detail)`` when the client refused, else None."""
-    reason = record.get("refused")
-    if reason is None:
+@dataclass(frozen=True, kw_only=True)
+class Held(Record):
+    """The version a client holds after an evaluation."""
+
+    have: str = text(VERSION, "")
+
+    @classmethod
+    def read(cls, record: Mapping[str, Any]) -> Self:
+        return cls(**read_fields(cls, record))
+
+
+@dataclass(frozen=True, kw_only=True)
+class Refusal(Record):
+    """Why a client does not do what it was asked: a row of `dare_agg.errors.REASONS`.
+
+    ``lost`` says that it cannot make the version from what it was sent, and from ``have`` could.
+    """
+
+    reason: str = text(word="refused")
+    detail: str = text(default="")
+    lost: bool = flag()
+    have: str = text(VERSION, "")
+
+    @classmethod
+    def of(cls, error: DareError, have: str = "") -> Self:
+        """The refusal that an error becomes, of a client that holds ``have``."""
+        lost = isinstance(error, BaseMismatchError)
+        held = have if lost else ""
+        return cls(reason=error.reason, detail=one_line(error), lost=lost, have=held)
+
+    @classmethod
+    def read(cls, record: Mapping[str, Any]) -> Self | None:
+        """Read a refusal, None where the record is none; unknown reasons become "refused"."""
+        if words_of(cls)["reason"] not in record:
+            return None
+        found = {"detail": "", **read_fields(cls, record)}
+        if found.get("reason") not in REASONS:
+            found["reason"] = "refused"
+        return cls(**{**found, "detail": one_line(found["detail"])})
+
+
+def read_answer(
+    content: RecordDict, kind: type[Answer], key: str = REPLY_KEY
+) -> Answer | Refusal | None:
+    """Read a client's record as ``kind`` or as a refusal; None where there is none."""
+    record = read_config(content, key)
+    if record is None:
         return None
-    slug = reason if isinstance(reason, str) and _SLUG.fullmatch(reason) else "refused"
-    return slug, one_line(record.get("detail", ""))
+    return Refusal.read(record) or kind.read(record)  # type: ignore[attr-defined,no-any-return]
+
+
+def read_refusal(message: Message, key: str = REPLY_KEY) -> Refusal | None:
+    """The refusal that a message holds, None where it is none."""
+    record = None if message.has_error() else read_config(message.content, key)
+    return None if record is None else Refusal.read(record)
 
 
 def one_line(text: object, limit: int = 300) -> str:
@@ -81,6 +241,13 @@ def one_line(text: object, limit: int = 300) -> str:
     flat = " ".join(str(text).split())
     printable = "".join(ch if ch.isprintable() else "?" for ch in flat)
     return printable if len(printable) <= limit else printable[: limit - 1] + "…"
+
+
+def failure_of(message: Message) -> str:
+    """The error of a failed message in one line."""
+    # The exception itself is the last line of the text Flower sends.
+    lines = (message.error.reason or "").strip().splitlines()
+    return one_line(lines[-1] if lines else "no text")
 
 
 def read_payload(content: RecordDict, key: str, limit: int) -> bytes | None:
@@ -113,8 +280,3 @@ def down_payloads(content: RecordDict) -> dict[str, bytes]:
         for key, record in content.items()
         if key.startswith(DOWN_PREFIX) and isinstance(record, ArrayRecord)
     }
-
-
-def _text(record: Mapping[str, object], key: str, pattern: re.Pattern[str]) -> str:
-    value = record.get(key, "")
-    return value if isinstance(value, str) and pattern.fullmatch(value) else ""

@@ -7,30 +7,28 @@ from __future__ import annotations
 
 import hashlib
 import logging
-import math
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass, field
-from typing import cast
 
-from flwr.app import ConfigRecord, Message, MetricRecord, RecordDict
+from flwr.app import Message, MetricRecord, RecordDict
 
 from dare_agg.codec.payload import payload_bytes
 from dare_agg.codec.update import UpdateSpec
 from dare_agg.errors import DareError, UpdateError
 from dare_agg.flower.records import (
     DENSE_KEY,
-    REPLY_KEY,
     STATISTICS_KEY,
     UPDATE_KEY,
+    Receipt,
+    Refusal,
+    failure_of,
     metrics_of,
     one_line,
-    read_config,
+    read_answer,
     read_payload,
-    read_refusal,
 )
 from dare_agg.flower.transport import message_bytes
 from dare_agg.rounds.plan import RoundPlan
-from dare_agg.rounds.same_code import check_same_code
 from dare_agg.rounds.server import Accepted, Rejection, check_reply
 from dare_agg.rounds.signing import check_signature, reply_digest
 from dare_agg.rounds.statistics import StatisticsUpdate, statistics_spec
@@ -40,7 +38,6 @@ LOG = logging.getLogger("flwr")
 
 # Header, checksum and block scales' slack; the decoder checks the exact length.
 HEADER_ROOM = 1024
-MetricsFn = Callable[[list[RecordDict], str], MetricRecord]
 
 
 @dataclass(frozen=True)
@@ -54,10 +51,7 @@ class TrainReply:
     dense_bytes: int
     statistics_bytes: int
     message_bytes: int
-    delta_norm: float
-    delta_max: float
-    share_above: float
-    have: str
+    receipt: Receipt
     digest: bytes
 
 
@@ -163,41 +157,33 @@ def judge(
     ``signer`` is the name and public key of the client that must have signed it.
     """
     if message.has_error():
-        return Rejection(plan.client, *_flower_error(message))
+        detail = f"Flower error code {message.error.code}: {failure_of(message)}"
+        return Rejection(plan.client, "client-error", detail)
     content = message.content
     try:
-        receipt = read_config(content, REPLY_KEY)
+        receipt = read_answer(content, Receipt)
         if receipt is None:
             raise UpdateError(
                 "the reply holds no update; put dare_mod into ClientApp(mods=[dare_mod])",
                 reason="mod",
             )
-        refusal = read_refusal(receipt)
-        if refusal is not None:
-            return Rejection(plan.client, *refusal)
-        check_same_code(receipt.get("codec"), receipt.get("package"), "the client", "this server")
-        if receipt.get("round") != plan.round:
-            raise UpdateError(
-                f"the reply is of round {one_line(receipt.get('round'), 32)}, this is round "
-                f"{plan.round}",
-                reason="round",
-            )
-        if receipt.get("plan") != plan.digest()[:16]:
-            raise UpdateError("the reply answers another plan than this client's", reason="plan")
+        if isinstance(receipt, Refusal):
+            return Rejection(plan.client, receipt.reason, receipt.detail)
+        receipt.check_answers(plan)
         blob = read_payload(content, UPDATE_KEY, _limit(plan.spec()))
         if blob is None:
             raise UpdateError("the reply holds no update payload", reason="truncated")
         dense_spec = plan.dense_spec()
         dense_limit = _limit(dense_spec) if dense_spec else 0
         dense_blob = read_payload(content, DENSE_KEY, dense_limit)
-        statistics = _read_statistics(plan, layout, content, receipt)
+        statistics = _read_statistics(plan, layout, content, receipt.statistics)
         statistics_blob = statistics.blob if statistics else b""
         if signer is not None:
             name, public = signer
             signed = reply_digest(
                 plan.digest(), blob, dense_blob, metrics_of(content), statistics_blob
             )
-            check_signature(public, signed, receipt.get("signature"), name)
+            check_signature(public, signed, receipt.signature, name)
         metrics, weight = _metrics_and_weight(content, weighted_by_key, weighting)
     except DareError as error:
         return Rejection(plan.client, error.reason, one_line(error))
@@ -212,22 +198,17 @@ def judge(
         dense_bytes=len(dense_blob or b""),
         statistics_bytes=len(statistics_blob),
         message_bytes=message_bytes(content),
-        delta_norm=_number(receipt.get("delta-norm")),
-        delta_max=_number(receipt.get("delta-max")),
-        share_above=_number(receipt.get("share-above")),
-        have=str(receipt.get("have", ""))[:64],
+        receipt=receipt,
         digest=_reply_digest(blob + statistics_blob, dense_blob, checked.weight),
     )
 
 
 def _read_statistics(
-    plan: RoundPlan, layout: Layout | None, content: RecordDict, receipt: ConfigRecord
+    plan: RoundPlan, layout: Layout | None, content: RecordDict, names: tuple[str, ...]
 ) -> StatisticsUpdate | None:
     """Read the statistics' payload where the plan asks for one."""
     if not plan.terms.statistics or layout is None:
         return None
-    named = receipt.get("statistics", [])
-    names = tuple(str(name) for name in named) if isinstance(named, list) else ()
     limit = _limit(statistics_spec(plan, layout, names))
     blob = read_payload(content, STATISTICS_KEY, limit)
     return None if blob is None else StatisticsUpdate(blob, names)
@@ -239,13 +220,6 @@ def _limit(spec: UpdateSpec) -> int:
     strata = -(-spec.size * stride.denominator // stride.numerator)
     survivors = spec.size if spec.mask == "bernoulli" else strata
     return payload_bytes(spec.values, survivors) + HEADER_ROOM
-
-
-def _flower_error(message: Message) -> tuple[str, str]:
-    # The exception itself is the last line of the text Flower sends.
-    lines = (message.error.reason or "").strip().splitlines()
-    detail = one_line(lines[-1] if lines else "no text")
-    return "client-error", f"Flower error code {message.error.code}: {detail}"
 
 
 def _metrics_and_weight(
@@ -264,47 +238,8 @@ def _metrics_and_weight(
     return metrics, metrics[weighted_by_key]
 
 
-def _number(value: object) -> float:
-    if isinstance(value, bool) or not isinstance(value, int | float) or not math.isfinite(value):
-        return math.nan
-    return float(value)
-
-
 def _reply_digest(blob: bytes, dense_blob: bytes | None, weight: float) -> bytes:
     digest = hashlib.sha256(blob)
     digest.update(dense_blob or b"")
     digest.update(repr(weight).encode())
     return digest.digest()
-
-
-def weighted_metrics(
-    records: Sequence[RecordDict], weights: Sequence[float], weighted_by_key: str
-) -> MetricRecord:
-    """Weighted mean of every metric that all records have as a finite number.
-
-    The weight itself is left out, as Flower's FedAvg does.
-
-    Lists of one length are averaged element by element. Anything else a client may have put
-    there is left out.
-    """
-    rows = [next(iter(record.metric_records.values()), MetricRecord()) for record in records]
-    result = MetricRecord()
-    if not rows:
-        return result
-    for key in sorted(set(rows[0]).intersection(*rows[1:])):
-        if key == weighted_by_key or len(key) > 128 or not key.isprintable():
-            continue
-        values = [row[key] for row in rows]
-        if all(isinstance(value, int | float) and math.isfinite(value) for value in values):
-            pairs = zip(cast(list[float], values), weights, strict=True)
-            result[key] = math.fsum(value * weight for value, weight in pairs)
-        elif all(isinstance(value, list) for value in values):
-            lists = cast(list[list[float]], values)
-            if len({len(item) for item in lists}) == 1 and all(
-                math.isfinite(number) for item in lists for number in item
-            ):
-                result[key] = [
-                    math.fsum(v * w for v, w in zip(column, weights, strict=True))
-                    for column in zip(*lists, strict=True)
-                ]
-    return result

@@ -21,7 +21,7 @@ from typing import Any
 from flwr.app import ArrayRecord
 
 from dare_agg.flower.round_outcome import RoundOutcome
-from dare_agg.flower.strategy import DareStrategy
+from dare_agg.flower.round_strategy import RoundStrategy
 from dare_agg.flower.transport import to_numpy, to_record
 from dare_agg.rounds.state import StateFolder, pack_round, unpack_model, unpack_step
 from dare_agg.rounds.step import StepState
@@ -47,7 +47,7 @@ def keep_base(folder: StateFolder, arrays: ArrayRecord) -> None:
 
 
 def save(
-    strategy: DareStrategy,
+    strategy: RoundStrategy,
     folder: StateFolder,
     outcome: RoundOutcome,
     facts: Mapping[str, Any] | None = None,
@@ -64,7 +64,7 @@ def save(
     )
 
 
-def resume(strategy: DareStrategy, folder: StateFolder) -> Resumed | None:
+def resume(strategy: RoundStrategy, folder: StateFolder) -> Resumed | None:
     """Bring a new strategy to the last finished round; None where there is none.
 
     Raises `StateError` where rounds were kept and none is whole, where the strategy is set

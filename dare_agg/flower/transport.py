@@ -7,7 +7,7 @@ large ones never arrive. Nothing here is pickled or parsed by NumPy.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 
 import numpy as np
 from flwr.app import Array, ArrayRecord, ConfigRecord, MetricRecord, RecordDict
@@ -64,6 +64,22 @@ def unpack(record: ArrayRecord, limit: int) -> bytes:
             )
         pieces.append(array.data)
     return b"".join(pieces)
+
+
+class SentArrays(Mapping[str, NDArray[np.generic]]):
+    """An ArrayRecord as named arrays, each read only when it is asked for."""
+
+    def __init__(self, record: ArrayRecord) -> None:
+        self.record = record
+
+    def __getitem__(self, name: str) -> NDArray[np.generic]:
+        return self.record[name].numpy()
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self.record)
+
+    def __len__(self) -> int:
+        return len(self.record)
 
 
 def to_numpy(record: ArrayRecord) -> dict[str, NDArray[np.generic]]:

@@ -20,16 +20,21 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from flwr.app import Array, ArrayRecord, ConfigRecord, Message, MetricRecord, RecordDict
+from flwr.app import Array, ArrayRecord, Message, MetricRecord, RecordDict
 from flwr.clientapp import ClientApp
 
-from dare_agg.codec.update import CODEC_VERSION, encode_update
+from dare_agg.codec.update import encode_update
 from dare_agg.downlink.ways import make_downlink
 from dare_agg.flower import DareStrategy
-from dare_agg.flower.records import ASK_HELLO, ORDER_KEY, REPLY_KEY, UPDATE_KEY
+from dare_agg.flower.records import (
+    ORDER_KEY,
+    REPLY_KEY,
+    UPDATE_KEY,
+    Hello,
+    Order,
+    Receipt,
+)
 from dare_agg.flower.transport import pack
-from dare_agg.rounds.plan import plan_from_record
-from dare_agg.rounds.same_code import package_fingerprint
 from simulations.runs.memory_grid import MemoryGrid, over_the_wire, pretend_task, stamp
 from simulations.runs.rows import RESULTS, append_row, versions
 
@@ -52,28 +57,19 @@ class MadeUpClients(MemoryGrid):
     """Nodes that hold the base and answer each plan with an update of a `Ripple`."""
 
     def _answer(self, message: Message) -> Message:
-        order = message.content.config_records[ORDER_KEY]
-        same = {"codec": CODEC_VERSION, "package": package_fingerprint()}
+        order = Order.read(message.content.config_records[ORDER_KEY])
         number = self.partitions[message.metadata.dst_node_id]
-        if order["ask"] == ASK_HELLO:
-            have = order["base-version"]
-            hello = ConfigRecord({**same, "name": str(number), "have": have})  # type: ignore[dict-item]
-            content = RecordDict({REPLY_KEY: hello})
+        plan = order.plan
+        if plan is None:
+            hello = Hello(name=str(number), have=order.version)
+            content = RecordDict({REPLY_KEY: hello.to_record()})
         else:
-            plan = plan_from_record(order)
-            receipt = ConfigRecord(
-                {
-                    **same,
-                    "round": plan.round,
-                    "plan": plan.digest()[:16],
-                    "have": str(order["version"]),
-                }
-            )
+            receipt = Receipt.of(plan, have=order.version)
             blob = encode_update(plan.spec(), Ripple(plan.spec().size))
             content = RecordDict(
                 {
                     UPDATE_KEY: pack(blob),
-                    REPLY_KEY: receipt,
+                    REPLY_KEY: receipt.to_record(),
                     "metrics": MetricRecord({"num-examples": 1 + number}),
                 }
             )

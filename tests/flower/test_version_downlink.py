@@ -7,7 +7,7 @@ import pytest
 from flwr.app import RecordDict
 
 from dare_agg.downlink.ways import make_downlink
-from dare_agg.flower import DareStrategy, mod, offer_base
+from dare_agg.flower import DareStrategy, offer_base, reception
 from dare_agg.vectors.model import global_model
 
 
@@ -50,7 +50,7 @@ def test_after_the_base_only_small_steps_travel(memory_grid, toys, cache):
     assert model.ref.version == strategy.downlink.version == outcomes[-1].model.ref.version
     assert all(o.measurements["accepted"] == 3 for o in outcomes)
     # The evaluation brought every client to the newest version.
-    assert set(strategy._have.values()) == {strategy.downlink.version}
+    assert set(strategy.broadcasting.have.values()) == {strategy.downlink.version}
 
 
 @pytest.mark.parametrize("got_it", [True, False])
@@ -101,7 +101,7 @@ def test_lost_contexts_and_broken_files_change_nothing(memory_grid, toys, cache)
 
 
 def test_a_client_that_makes_the_base_itself_is_not_sent_it(memory_grid, toys, cache, monkeypatch):
-    monkeypatch.setattr(mod, "_OFFERS", [])
+    monkeypatch.setattr(reception, "_OFFERS", [])
     offer_base(lambda message, context: {"other": np.ones(3, np.float32)})
     offer_base(lambda message, context: toys.arrays())
     grid = memory_grid(toys.app(), 3)

@@ -20,10 +20,17 @@ from flwr.app import Message
 from flwr.serverapp import Grid
 
 from dare_agg.checkpoint import open_checkpoint
-from dare_agg.errors import ConfigError, RunError
+from dare_agg.errors import ConfigError, DareError, RunError
 from dare_agg.flower.exchange import exchange, online_nodes
-from dare_agg.flower.records import one_line, read_config, read_refusal
-from dare_agg.flower.secure.records import ADVERTISE, RESULT, SECURE_KEY, secure_content
+from dare_agg.flower.records import one_line
+from dare_agg.flower.secure.records import (
+    RESULT,
+    Begin,
+    Merged,
+    Sources,
+    answer_record,
+    content_of,
+)
 from dare_agg.flower.secure.session import (
     STAGE_SECONDS,
     SessionLog,
@@ -90,11 +97,11 @@ def secure_merge(
         size=layout.size,
     )
     server, log = SecureServer(terms, roster), SessionLog()
-    context: dict[str, object] = {"exclude": list(exclude), "model": model}
+    sources = Sources(model=model, exclude=tuple(exclude))
 
     def first(node: int) -> Message:
-        content = secure_content(ADVERTISE, terms=terms.encode(), **context)
-        return query(content, node, stage_seconds)
+        begin = Begin(model=model, exclude=tuple(exclude), terms=terms.encode())
+        return query(content_of(begin), node, stage_seconds)
 
     sums = run_session(
         grid,
@@ -104,7 +111,7 @@ def secure_merge(
         log,
         first_seconds=stage_seconds,
         stage_seconds=stage_seconds,
-        context=context,
+        sources=sources,
         begin_with=needed,
     )
     values, measured = merge_sums(sums, terms.quantiser, settings.rule)
@@ -116,7 +123,7 @@ def secure_merge(
         write_model(public, layout, merged, out)
     alive = {party: nodes[party] for party in server.alive}
     message = values.astype("<f4").tobytes()
-    told = _tell(grid, alive, terms.session, message, context, log, stage_seconds)
+    told = _tell(grid, alive, terms.session, message, sources, log, stage_seconds)
     name = fingerprint(layout, merged)
     for party, theirs in told.items():
         if theirs != name:
@@ -190,7 +197,7 @@ def _tell(
     nodes: dict[int, int],
     session: bytes,
     message: bytes,
-    context: dict[str, object],
+    sources: Sources,
     log: SessionLog,
     seconds: float,
 ) -> dict[int, str]:
@@ -198,18 +205,16 @@ def _tell(
     parties = list(nodes)
     told: dict[int, str] = {}
     for some in waves(parties, len(message)):
-        content = {p: secure_content(RESULT, session, message, **context) for p in some}
+        content = {p: content_of(sources.step(RESULT, session), message) for p in some}
         messages = [query(content[p], nodes[p], seconds) for p in some]
         for party in some:
             log.download[party] += message_bytes(content[party])
         for index, reply in exchange(grid, messages, seconds):
             party = some[index]
-            record = None if reply.has_error() else read_config(reply.content, SECURE_KEY)
-            refusal = read_refusal(record) if record is not None else ("client-error", "no answer")
-            if record is None or refusal is not None:
-                log.reject(party, *(refusal or ("client-error", "no answer")))
-                continue
-            told[party] = str(record.get("merged", ""))
+            try:
+                told[party] = Merged.read(answer_record(reply)).merged
+            except DareError as error:
+                log.reject(party, error.reason, one_line(error))
     for party in parties:
         if party not in told and party not in {r.client for r in log.rejections}:
             log.reject(party, "late", "it did not take the result in time")

@@ -14,26 +14,29 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Callable
+from dataclasses import dataclass
 
 import numpy as np
-from flwr.app import ArrayRecord, ConfigRecord, Context, Error, Message, MetricRecord, RecordDict
+from flwr.app import ConfigRecord, Context, Error, Message, MetricRecord, RecordDict
 from flwr.clientapp import ClientApp
 
+from dare_agg.downlink.protocol import Receiver
 from dare_agg.errors import (
     BaseMismatchError,
     CheckpointError,
     ConfigError,
     DareError,
-    LayoutError,
     ProtocolError,
 )
+from dare_agg.flower.app_records import content_for_app, keep_local, trained_record
+from dare_agg.flower.fields import words_of
 from dare_agg.flower.internals import ClientAppCallable, FailureCode
-from dare_agg.flower.mod import LOCAL_KEY, receive_base, receiver_of
+from dare_agg.flower.reception import open_receiver, receive_base
 from dare_agg.flower.records import (
     ASK_HELLO,
-    DOWN_PREFIX,
     ORDER_KEY,
-    one_line,
+    Order,
+    Refusal,
     read_config,
 )
 from dare_agg.flower.secure.node import (
@@ -43,27 +46,32 @@ from dare_agg.flower.secure.node import (
     secure_party,
 )
 from dare_agg.flower.secure.records import (
-    ADVERTISE,
-    HELLO,
     QUERY,
     RESULT,
     SECURE_KEY,
     TRAIN,
+    Answered,
+    Begin,
+    Introduce,
+    Merged,
+    Proof,
+    Request,
+    Sources,
+    Step,
+    Train,
+    content_of,
     hello_input,
     names_of,
-    read_bytes,
     read_message,
-    read_words,
-    same_code,
-    secure_content,
+    read_request,
+    stage_of,
 )
-from dare_agg.flower.transport import to_numpy, to_record
+from dare_agg.flower.transport import to_numpy
 from dare_agg.secure.own_model import OwnModel, open_own
-from dare_agg.secure.party import REQUESTS, Contribution
+from dare_agg.secure.party import Contribution, Party
 from dare_agg.secure.terms import SecureTerms
 from dare_agg.vectors.layout import check_finite, fingerprint
 from dare_agg.vectors.model import Arrays, GlobalModel, global_model
-from dare_agg.vectors.patterns import compile_patterns, matches
 
 LOG = logging.getLogger("flwr")
 MAX_MESSAGE = 1 << 31
@@ -80,87 +88,96 @@ def secure_queries(app: ClientApp, find_base: FindBase = str) -> None:
 
     @app.query(QUERY)
     def secure(msg: Message, context: Context) -> Message:
-        order = read_config(msg.content, SECURE_KEY) or ConfigRecord()
+        record = read_config(msg.content, SECURE_KEY) or ConfigRecord()
         try:
-            same_code(order, "server", "this client")
-            content = _answer(msg.content, order, context, find_base)
+            content = _answer(msg.content, read_request(record), context, find_base)
         except DareError as error:
-            content = _refusal(order, error)
+            content = _refusal(record, error)
         return Message(content, reply_to=msg)
 
 
-def _refusal(order: ConfigRecord, error: DareError, **more: str) -> RecordDict:
-    LOG.warning("secure sum, stage %s: %s", one_line(order.get("stage"), 32), error)
-    return secure_content(
-        one_line(order.get("stage"), 32), refused=error.reason, detail=one_line(error), **more
-    )
+def _refusal(
+    record: ConfigRecord, error: DareError, receiver: Receiver | None = None
+) -> RecordDict:
+    LOG.warning("secure sum, stage %s: %s", stage_of(record), error)
+    return content_of(Refusal.of(error, receiver.have() if receiver else ""))
 
 
 def _answer(
-    content: RecordDict, order: ConfigRecord, context: Context, find_base: FindBase
+    content: RecordDict, request: Request, context: Context, find_base: FindBase
 ) -> RecordDict:
-    stage = str(order.get("stage"))
     party = secure_party(context)
-    if stage == HELLO:
-        challenge = read_bytes(order, "challenge", 32)
-        signature = party.identity.sign(hello_input(challenge, context.node_id))
-        return secure_content(stage, public=party.identity.public, signature=signature)
-    if stage == ADVERTISE:
-        own = _own_model(order, context, find_base)
-        _check_target(context)
-        policy = node_policy(context, own.base_fingerprint, own.layout.fingerprint)
-        advert = party.advertise(read_bytes(order, "terms"), policy)
-        return secure_content(stage, b"", advert)
-    session = read_bytes(order, "session", 32)
-    if stage in REQUESTS:
+    if isinstance(request, Introduce):
+        signature = party.identity.sign(hello_input(request.challenge, context.node_id))
+        return content_of(Proof(public=party.identity.public, signature=signature))
+    if isinstance(request, Train):
+        raise ProtocolError("training is asked for by a query", reason="stage")
+    own = _OwnFiles(request, context, find_base)
+    if isinstance(request, Begin):
+        opened = own.open()
+        own.check_target()
+        policy = node_policy(context, opened.base_fingerprint, opened.layout.fingerprint)
+        advert = party.advertise(request.terms, policy)
+        return content_of(Answered(stage=request.stage), advert)
+    if request.stage == RESULT:
+        return _take_result(content, request, party, own)
 
-        def deltas(terms: SecureTerms) -> Contribution:
-            own = _checked(_own_model(order, context, find_base), terms)
-            delta = own.delta()
-            return Contribution(delta, tensors=own.claims(delta))
+    def deltas(terms: SecureTerms) -> Contribution:
+        opened = own.open(terms)
+        delta = opened.delta()
+        return Contribution(delta, tensors=opened.claims(delta))
 
-        request = read_message(content, MAX_MESSAGE)
-        answer = party.answer(stage, session, request, deltas)
-        return secure_content(stage, session, answer)
-    if stage == RESULT:
-        terms, mask = party.seen_through(session)
-        own = _checked(_own_model(order, context, find_base), terms)
-        data = read_message(content, 4 * terms.survivors)
-        if len(data) != 4 * terms.survivors:
-            raise ProtocolError(
-                f"a result of {len(data)} bytes; {4 * terms.survivors} are due", reason="malformed"
-            )
-        delta = mask.scatter(np.frombuffer(data, "<f4").astype(np.float32))
-        check_finite(own.layout, delta, "in the result")
-        _, out = node_models(context)
-        if out is not None:
-            own.write_merged(out, delta)
-        merged = own.base.vector(own.layout) + delta
-        party.end(session)
-        return secure_content(stage, session, merged=fingerprint(own.layout, merged))
-    raise ProtocolError(f"stage {one_line(stage, 32)!r} is unknown", reason="stage")
+    message = read_message(content, MAX_MESSAGE)
+    answer = party.answer(request.stage, request.session, message, deltas)
+    return content_of(Answered(stage=request.stage), answer)
 
 
-def _own_model(order: ConfigRecord, context: Context, find_base: FindBase) -> OwnModel:
-    node = context.node_config
-    mine, _ = node_models(context)
-    base = str(node["base-path"]) if "base-path" in node else find_base(str(order.get("model")))
-    return open_own(base, mine, read_words(order, "exclude"))
-
-
-def _checked(own: OwnModel, terms: SecureTerms) -> OwnModel:
-    """Refuse patterns or files that have changed since this party saw the terms."""
-    if own.layout.fingerprint != terms.layout or own.base_fingerprint != terms.base:
-        raise BaseMismatchError(
-            "base, model or patterns are not those of the terms this party agreed to"
+def _take_result(content: RecordDict, step: Step, party: Party, own: _OwnFiles) -> RecordDict:
+    """Put the merged survivors on this party's model; says what it then holds."""
+    terms, mask = party.seen_through(step.session)
+    opened = own.open(terms)
+    data = read_message(content, 4 * terms.survivors)
+    if len(data) != 4 * terms.survivors:
+        raise ProtocolError(
+            f"a result of {len(data)} bytes; {4 * terms.survivors} are due", reason="malformed"
         )
-    return own
+    delta = mask.scatter(np.frombuffer(data, "<f4").astype(np.float32))
+    check_finite(opened.layout, delta, "in the result")
+    _, out = node_models(own.context)
+    if out is not None:
+        opened.write_merged(out, delta)
+    merged = opened.base.vector(opened.layout) + delta
+    party.end(step.session)
+    return content_of(Merged(merged=fingerprint(opened.layout, merged)))
 
 
-def _check_target(context: Context) -> None:
-    _, out = node_models(context)
-    if out is not None and out.exists():
-        raise CheckpointError(f"merged-path {out} exists; name another, it is not overwritten")
+@dataclass(frozen=True)
+class _OwnFiles:
+    """The model this node has, and the public base it was made from."""
+
+    sources: Sources
+    context: Context
+    find_base: FindBase
+
+    def open(self, terms: SecureTerms | None = None) -> OwnModel:
+        """Open both; refuses what has changed since this party saw the terms."""
+        node = self.context.node_config
+        mine, _ = node_models(self.context)
+        base = str(node["base-path"]) if "base-path" in node else self.find_base(self.sources.model)
+        own = open_own(base, mine, self.sources.exclude)
+        if terms is not None and (own.layout.fingerprint, own.base_fingerprint) != (
+            terms.layout,
+            terms.base,
+        ):
+            raise BaseMismatchError(
+                "base, model or patterns are not those of the terms this party agreed to"
+            )
+        return own
+
+    def check_target(self) -> None:
+        _, out = node_models(self.context)
+        if out is not None and out.exists():
+            raise CheckpointError(f"merged-path {out} exists; name another, it is not overwritten")
 
 
 # --- training ------------------------------------------------------------------------------
@@ -173,8 +190,8 @@ def secure_mod(msg: Message, ctxt: Context, call_next: ClientAppCallable) -> Mes
     with a ``secure-identity`` refuses to train in the clear and, without ``secure-evaluate``,
     to evaluate; messages of other nodes pass through.
     """
-    order = read_config(msg.content, SECURE_KEY)
-    if order is None or order.get("stage") != TRAIN:
+    record = read_config(msg.content, SECURE_KEY)
+    if record is None or stage_of(record) != TRAIN:
         try:
             if not _says_hello(msg.content):
                 check_in_clear(ctxt, msg.metadata.message_type)
@@ -182,67 +199,42 @@ def secure_mod(msg: Message, ctxt: Context, call_next: ClientAppCallable) -> Mes
             LOG.warning("%s", error)
             return Message(Error(FailureCode.APP_RAISED, str(error)), reply_to=msg)
         return call_next(msg, ctxt)
+    receiver: Receiver | None = None
     try:
-        same_code(order, "server", "this client")
-        terms = read_bytes(order, "terms")
+        request = read_request(record)
+        assert isinstance(request, Train)
+        order = Order.read(read_config(msg.content, ORDER_KEY) or ConfigRecord(), planned=False)
         party = secure_party(ctxt)
-        key = str(order.get("arrays-key", "arrays"))
-        down = read_config(msg.content, ORDER_KEY) or ConfigRecord()
-        base = {n: a.numpy() for n, a in receive_base(msg.content, down, ctxt).items()}
-        dense, exclude = read_words(order, "dense"), read_words(order, "exclude")
-        model = global_model(base, dense=dense, exclude=exclude)
+        receiver = open_receiver(order, ctxt)
+        base = receive_base(msg.content, order, receiver)
+        model = global_model(
+            {name: array.numpy() for name, array in base.items()},
+            dense=order.dense,
+            exclude=order.exclude,
+        )
         policy = node_policy(ctxt, *names_of(model.ref))
-        party.check(terms, policy)
-        msg.content = _for_app(msg.content, key, base, ctxt)
-    except BaseMismatchError as error:
-        have = receiver_of(down, ctxt).have()
-        return Message(_refusal(order, error, have=have or "-"), reply_to=msg)
+        party.check(request.terms, policy)
+        msg.content = content_for_app(msg.content, order.arrays_key, base, ctxt)
     except DareError as error:
-        return Message(_refusal(order, error), reply_to=msg)
+        return Message(_refusal(record, error, receiver), reply_to=msg)
     reply = call_next(msg, ctxt)
     if reply.has_error():
         return reply
     try:
-        tuned = _tuned(reply.content, key)
-        examples = _examples(reply.content, str(order.get("weighted-by-key", "")))
+        tuned = to_numpy(trained_record(reply.content, order.arrays_key)[1])
+        examples = _examples(reply.content, request.weighted_by_key)
         contribution = _contribution(model, tuned, examples)
-        advert = party.advertise(terms, policy, contribution)
-        _keep_local(model, tuned, exclude, ctxt)
+        advert = party.advertise(request.terms, policy, contribution)
+        keep_local(model.groups.local, order.exclude, tuned, ctxt)
     except DareError as error:
-        return Message(_refusal(order, error), reply_to=msg)
-    return Message(secure_content(TRAIN, b"", advert), reply_to=msg)
+        return Message(_refusal(record, error), reply_to=msg)
+    return Message(content_of(Answered(stage=TRAIN), advert), reply_to=msg)
 
 
 def _says_hello(content: RecordDict) -> bool:
     """Whether `dare_mod` answers this message by itself, with the client's name."""
-    order = read_config(content, ORDER_KEY)
-    return order is not None and order.get("ask") == ASK_HELLO and not content.array_records
-
-
-def _for_app(content: RecordDict, key: str, base: Arrays, context: Context) -> RecordDict:
-    """What the app's own code sees: full arrays, with this client's local tensors."""
-    arrays = to_record(base)
-    kept = context.state.get(LOCAL_KEY)
-    if isinstance(kept, ArrayRecord):
-        arrays = ArrayRecord({**dict(arrays.items()), **dict(kept.items())})
-    others = {
-        name: r
-        for name, r in content.items()
-        if name not in (SECURE_KEY, ORDER_KEY, key) and not name.startswith(DOWN_PREFIX)
-    }
-    return RecordDict({key: arrays, **others})
-
-
-def _tuned(content: RecordDict, key: str) -> Arrays:
-    found = {name: r for name, r in content.items() if isinstance(r, ArrayRecord)}
-    if key not in found and len(found) == 1:
-        key = next(iter(found))
-    if key not in found:
-        raise LayoutError(
-            f"the training code returned {len(found)} ArrayRecords, none under {key!r}; return "
-            f"the trained arrays as RecordDict({{{key!r}: ArrayRecord(...)}})"
-        )
-    return to_numpy(found[key])
+    order = read_config(content, ORDER_KEY) or ConfigRecord()
+    return order.get(words_of(Order)["ask"]) == ASK_HELLO and not content.array_records
 
 
 def _examples(content: RecordDict, key: str) -> float:
@@ -265,14 +257,3 @@ def _contribution(model: GlobalModel, tuned: Arrays, examples: float) -> Contrib
     if dense.size:
         check_finite(groups.dense_layout, dense, "after training")
     return Contribution(delta - model.delta, dense - model.dense, examples)
-
-
-def _keep_local(
-    model: GlobalModel, tuned: Arrays, exclude: tuple[str, ...], context: Context
-) -> None:
-    """Keep this client's own tensors (heads, buffers) for its next round."""
-    patterns = compile_patterns(exclude)
-    local = set(model.groups.local)
-    kept = {n: array for n, array in tuned.items() if n in local or matches(n, patterns)}
-    if kept:
-        context.state[LOCAL_KEY] = to_record(kept)

@@ -1,75 +1,194 @@
 """The records of secure sums inside Flower's messages, and who a node is.
 
-To a party: ``dare.secure`` (stage, session, terms, patterns) and, from the second stage on,
-the protocol's message as ``dare.secure.message``. Back: the same two, or a refusal.
+To a party: ``dare.secure`` (`Introduce`, `Train`, `Begin` or `Step`) and, from the second stage
+on, the protocol's message as ``dare.secure.message``. Back: ``dare.secure`` (`Proof`, `Answered`,
+`Merged` or a `Refusal`) and the protocol's message.
 """
 
 from __future__ import annotations
 
 import hashlib
 import struct
-from typing import Any
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any, Self
 
-from flwr.app import ConfigRecord, RecordDict
+from flwr.app import ConfigRecord, Message, RecordDict
 
-from dare_agg.codec.update import CODEC_VERSION
 from dare_agg.errors import ProtocolError
-from dare_agg.flower.records import read_payload
+from dare_agg.flower.fields import Record, raw, read_fields, said, text, texts, words_of
+from dare_agg.flower.internals import FailureCode
+from dare_agg.flower.records import (
+    OURS,
+    SameCode,
+    failure_of,
+    one_line,
+    read_config,
+    read_payload,
+    read_refusal,
+)
 from dare_agg.flower.transport import pack
-from dare_agg.rounds.same_code import check_same_code, package_fingerprint
+from dare_agg.secure.party import REQUESTS
 from dare_agg.vectors.model import ModelRef
 
-SECURE_KEY = "dare.secure"
-MESSAGE_KEY = "dare.secure.message"
+SECURE_KEY = OURS + "secure"
+MESSAGE_KEY = SECURE_KEY + ".message"
 QUERY = "secure"
 
 HELLO, TRAIN, ADVERTISE, RESULT = "hello", "train", "advertise", "result"
 
 
-def secure_content(
-    stage: str, session: bytes = b"", message: bytes | None = None, /, **more: Any
-) -> RecordDict:
-    """Make the records of one request or answer."""
-    record = ConfigRecord(
-        {
-            "stage": stage,
-            "session": session,
-            "codec": CODEC_VERSION,
-            "package": package_fingerprint(),
-            **more,
-        }
-    )
-    content = RecordDict({SECURE_KEY: record})
+@dataclass(frozen=True, kw_only=True)
+class Staged(SameCode):
+    """What every record of a secure sum says: the stage it belongs to."""
+
+    stage: str = said("")
+
+
+@dataclass(frozen=True, kw_only=True)
+class Introduce(Staged):
+    """Asks a node to prove which party it is, over a fresh challenge."""
+
+    stage: str = said(HELLO)
+    challenge: bytes = raw(32)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Train(Staged):
+    """Asks a party to train for a sum on these terms; the order beside it says on what.
+
+    ``weighted_by_key`` names the metric that weighs it, "" where all count alike.
+    """
+
+    stage: str = said(TRAIN)
+    terms: bytes = raw()
+    weighted_by_key: str = text(default="")
+
+
+@dataclass(frozen=True, kw_only=True)
+class Sources(Staged):
+    """How a party finds its own model: the run's word for the base, the patterns left out."""
+
+    model: str = text(default="")
+    exclude: tuple[str, ...] = texts()
+
+    def step(self, stage: str, session: bytes) -> Step:
+        """The request for a later stage of a session."""
+        return Step(stage=stage, session=session, model=self.model, exclude=self.exclude)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Begin(Sources):
+    """Asks a party to take part with the model it has, on these terms."""
+
+    stage: str = said(ADVERTISE)
+    terms: bytes = raw()
+
+
+@dataclass(frozen=True, kw_only=True)
+class Step(Sources):
+    """Asks for a later stage of a session; the protocol's message is beside it."""
+
+    session: bytes = raw(32)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Proof(Staged):
+    """Which party a node is: its public key, and its signature over `hello_input`."""
+
+    stage: str = said(HELLO)
+    public: bytes = raw(32)
+    signature: bytes = raw(64)
+
+    @classmethod
+    def read(cls, record: Mapping[str, Any]) -> Self:
+        return cls(**read_fields(cls, record, _malformed))
+
+
+@dataclass(frozen=True, kw_only=True)
+class Answered(Staged):
+    """A party's answer; the protocol's message is beside it."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Merged(Staged):
+    """The fingerprint of what a party holds with the result put on."""
+
+    stage: str = said(RESULT)
+    merged: str = text("[0-9a-f]{64}")
+
+    @classmethod
+    def read(cls, record: Mapping[str, Any]) -> Self:
+        return cls(**read_fields(cls, record, _malformed))
+
+
+Request = Introduce | Train | Begin | Step
+_REQUESTS: Mapping[str, type[Introduce | Train | Begin | Step]] = {
+    HELLO: Introduce,
+    TRAIN: Train,
+    ADVERTISE: Begin,
+    RESULT: Step,
+    **dict.fromkeys(REQUESTS, Step),
+}
+
+
+def stage_of(record: Mapping[str, Any]) -> str:
+    """The stage a record names, fit to be logged."""
+    return one_line(record.get(words_of(Staged)["stage"], ""), 32)
+
+
+def read_request(record: Mapping[str, Any]) -> Request:
+    """Read what the server asks of a party.
+
+    Raises `UpdateError` for other code, `ProtocolError` for an unknown stage (reason "stage") or
+    a field that is missing or of another form (reason "malformed").
+    """
+    SameCode.check_sender(record, "server", "this client")
+    stage = stage_of(record)
+    kind = _REQUESTS.get(stage)
+    if kind is None:
+        raise ProtocolError(f"stage {stage!r} is unknown", reason="stage")
+    return kind(stage=stage, **read_fields(kind, record, _malformed))
+
+
+def content_of(record: Record, message: bytes | None = None) -> RecordDict:
+    """The records of one request or answer, with the protocol's message where there is one."""
+    content = RecordDict({SECURE_KEY: record.to_record()})
     if message is not None:
         content[MESSAGE_KEY] = pack(message)
     return content
+
+
+def answer_record(reply: Message) -> ConfigRecord:
+    """The record of an answer; raises `ProtocolError` for a failure or a refusal."""
+    if reply.has_error():
+        # A SuperNode that is pinned to an app (dare-agg supernode).
+        other = reply.error.code == FailureCode.WRONG_BUNDLE
+        hint = " Its SuperNode runs another copy of the app" if other else ""
+        raise ProtocolError(
+            f"Flower error code {reply.error.code}: {failure_of(reply)}{hint}",
+            reason="client-error",
+        )
+    record = read_config(reply.content, SECURE_KEY)
+    if record is None:
+        raise ProtocolError(
+            "its app does not answer secure sums; call secure_queries(app) and put secure_mod "
+            "first among its mods",
+            reason="mod",
+        )
+    refusal = read_refusal(reply, SECURE_KEY)
+    if refusal is not None:
+        raise ProtocolError(f"it refused: {refusal.detail}", reason=refusal.reason)
+    SameCode.check_sender(record, "the client", "this server")
+    return record
 
 
 def read_message(content: RecordDict, limit: int) -> bytes:
     """Return the protocol's message; raises `ProtocolError` where there is none."""
     found = read_payload(content, MESSAGE_KEY, limit)
     if found is None:
-        raise ProtocolError("the record holds no message of the protocol", reason="malformed")
+        raise _malformed("the protocol's message is missing")
     return found
-
-
-def read_bytes(record: ConfigRecord, key: str, length: int | None = None) -> bytes:
-    """The bytes under ``key``, of ``length`` where given; else `ProtocolError` "malformed"."""
-    value = record.get(key)
-    if not isinstance(value, bytes) or (length is not None and len(value) != length):
-        raise ProtocolError(f"{key!r} is missing or of another form", reason="malformed")
-    return value
-
-
-def read_words(record: ConfigRecord, key: str) -> tuple[str, ...]:
-    """The texts under ``key``; none where it is absent or no list."""
-    value = record.get(key, [])
-    return tuple(str(item) for item in value) if isinstance(value, list) else ()
-
-
-def same_code(record: ConfigRecord, theirs: str, ours: str) -> None:
-    """Raise `ProtocolError` unless both ends run the same codec and package."""
-    check_same_code(record.get("codec"), record.get("package"), theirs, ours)
 
 
 def names_of(ref: ModelRef) -> tuple[str, str]:
@@ -83,3 +202,7 @@ def names_of(ref: ModelRef) -> tuple[str, str]:
 def hello_input(challenge: bytes, node: int) -> bytes:
     """What a node signs to say which party it is: fresh, and of no use to another node."""
     return b"dare-agg secure hello 1\0" + challenge + struct.pack("<Q", node % (1 << 64))
+
+
+def _malformed(what: str) -> ProtocolError:
+    return ProtocolError(f"secure sum: {what}", reason="malformed")

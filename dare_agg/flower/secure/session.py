@@ -18,17 +18,16 @@ from flwr.serverapp import Grid
 
 from dare_agg.errors import DareError, ProtocolError
 from dare_agg.flower.exchange import exchange
-from dare_agg.flower.internals import FailureCode
-from dare_agg.flower.records import one_line, read_config, read_refusal
+from dare_agg.flower.records import one_line
 from dare_agg.flower.secure.records import (
-    HELLO,
     QUERY,
-    SECURE_KEY,
+    Introduce,
+    Proof,
+    Sources,
+    answer_record,
+    content_of,
     hello_input,
-    read_bytes,
     read_message,
-    same_code,
-    secure_content,
 )
 from dare_agg.flower.transport import message_bytes
 from dare_agg.rounds.server import Rejection
@@ -75,18 +74,17 @@ def meet_parties(
     """
     challenges = {node: os.urandom(32) for node in nodes}
     messages = [
-        query(secure_content(HELLO, challenge=challenges[node]), node, seconds) for node in nodes
+        query(content_of(Introduce(challenge=challenges[node])), node, seconds) for node in nodes
     ]
     parties: dict[int, int] = {}
     problems = dict.fromkeys(nodes, "it did not answer in time")
     for index, reply in exchange(grid, messages, seconds):
         node = nodes[index]
         try:
-            record = _record(reply)
-            public = read_bytes(record, "public", 32)
-            party = roster.id_of(public)
+            proof = Proof.read(answer_record(reply))
+            party = roster.id_of(proof.public)
             said = hello_input(challenges[node], node)
-            verify(public, read_bytes(record, "signature", 64), said, f"node {node}")
+            verify(proof.public, proof.signature, said, f"node {node}")
             if party in parties:
                 raise ProtocolError(
                     f"party {party} is there already, as node {parties[party]}", reason="duplicate"
@@ -119,18 +117,19 @@ def run_session(
     *,
     first_seconds: float,
     stage_seconds: float = STAGE_SECONDS,
-    context: Mapping[str, object] | None = None,
+    sources: Sources | None = None,
     begin_with: int = 0,
     again: Callable[[int, Message], Message | None] = lambda party, reply: None,
 ) -> Sums:
     """Run the stages among ``nodes`` (party → node) and return the sums.
 
-    ``first(party)`` makes the message that the adverts answer; ``context`` goes with every
-    later request. With fewer adverts than ``begin_with`` the session ends there, before anyone
+    ``first(party)`` makes the message that the adverts answer; ``sources`` go with every later
+    request. With fewer adverts than ``begin_with`` the session ends there, before anyone
     has put data in. ``again(party, answer)`` may answer a first answer with another first
     message, once. Raises `ProtocolError` as `SecureServer` does; ``log`` is filled anyhow.
     """
     limit = _most_bytes(server)
+    own = sources or Sources()
     messages = {party: first(nodes[party]) for party in sorted(nodes)}
     began = time.monotonic()
     taken = _take_stage(grid, server, messages, "advertise", first_seconds, limit, log, again)
@@ -148,7 +147,7 @@ def run_session(
         for some in waves(list(requests), limit if stage == "contribute" else 0):
             messages = {
                 party: query(
-                    secure_content(stage, server.terms.session, requests[party], **(context or {})),
+                    content_of(own.step(stage, server.terms.session), requests[party]),
                     nodes[party],
                     stage_seconds,
                 )
@@ -189,8 +188,7 @@ def _take_stage(
             retried[party] = message
             continue
         try:
-            record = _record(reply)
-            same_code(record, "the client", "this server")
+            answer_record(reply)
             answer = read_message(reply.content, limit)
             if reply.metadata.src_node_id != messages[party].metadata.dst_node_id:
                 raise ProtocolError("it came from another node", reason="unknown-node")
@@ -223,30 +221,6 @@ def warn_of_clipping(measured: SecureMeasurements, clip: float) -> None:
             measured.clipped_share,
             clip,
         )
-
-
-def _record(reply: Message):  # type: ignore[no-untyped-def]
-    """The record of an answer; raises `ProtocolError` for a failure or a refusal."""
-    if reply.has_error():
-        lines = (reply.error.reason or "no text").strip().splitlines()
-        # A SuperNode that is pinned to an app (dare-agg supernode).
-        other = reply.error.code == FailureCode.WRONG_BUNDLE
-        hint = " Its SuperNode runs another copy of the app" if other else ""
-        raise ProtocolError(
-            f"Flower error code {reply.error.code}: {one_line(lines[-1] if lines else '')}{hint}",
-            reason="client-error",
-        )
-    record = read_config(reply.content, SECURE_KEY)
-    if record is None:
-        raise ProtocolError(
-            "its app does not answer secure sums; call secure_queries(app) and put secure_mod "
-            "first among its mods",
-            reason="mod",
-        )
-    refusal = read_refusal(record)
-    if refusal is not None:
-        raise ProtocolError(f"it refused: {refusal[1]}", reason=refusal[0])
-    return record
 
 
 def _most_bytes(server: SecureServer) -> int:

@@ -1,7 +1,7 @@
 """`SecureStrategy`: federated fine-tuning in which the server sees only sums.
 
 Each round one mask is shared by all, a secure sum takes the place of the clients' updates,
-and everything else (rounds, evaluation, server step, state, measurements) is `DareStrategy`.
+and everything else (rounds, evaluation, server step, state) is shared with `DareStrategy`.
 """
 
 from __future__ import annotations
@@ -9,7 +9,7 @@ from __future__ import annotations
 import logging
 import os
 import time
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import asdict
 from typing import Any
 
@@ -17,12 +17,15 @@ import numpy as np
 from flwr.app import ArrayRecord, ConfigRecord, Message, MessageType, MetricRecord
 from flwr.serverapp import Grid
 
+from dare_agg.codec.mask import parse_drop_rate
 from dare_agg.downlink.protocol import SharedMask
 from dare_agg.errors import ConfigError, ProtocolError, RunError
+from dare_agg.flower import arguments
 from dare_agg.flower.clients import Client
-from dare_agg.flower.records import ASK_TRAIN, read_config, read_have, read_refusal
+from dare_agg.flower.records import ASK_TRAIN
 from dare_agg.flower.round_outcome import RoundOutcome
-from dare_agg.flower.secure.records import SECURE_KEY, TRAIN, names_of, secure_content
+from dare_agg.flower.round_strategy import ROUND_WORD, RoundStrategy
+from dare_agg.flower.secure.records import SECURE_KEY, Train, names_of
 from dare_agg.flower.secure.session import (
     STAGE_SECONDS,
     SessionLog,
@@ -30,8 +33,10 @@ from dare_agg.flower.secure.session import (
     run_session,
     warn_of_clipping,
 )
-from dare_agg.flower.strategy import DareStrategy
 from dare_agg.rounds.server import MergedRound, advance
+from dare_agg.rounds.settings import FederatedSettings
+from dare_agg.rounds.step import ServerStep
+from dare_agg.rounds.terms import UpdateTerms
 from dare_agg.secure.packing import SecureMeasurements
 from dare_agg.secure.roster import Roster
 from dare_agg.secure.server import SecureServer, merged_parts
@@ -41,8 +46,8 @@ from dare_agg.secure.terms import SecureTerms
 LOG = logging.getLogger("flwr")
 
 
-class SecureStrategy(DareStrategy):
-    """A `DareStrategy` whose rounds are secure sums.
+class SecureStrategy(RoundStrategy):
+    """Federated fine-tuning whose rounds are secure sums.
 
     Parameters
     ----------
@@ -50,7 +55,8 @@ class SecureStrategy(DareStrategy):
         weighting come from there.
     roster : who may take part. Clients need ``secure_mod`` and ``secure_queries``.
     stage_seconds : time for each stage after training.
-    words : as for `DareStrategy`; what concerns plain updates has no meaning here.
+    dense, exclude, server_step, words : as for `DareStrategy`; what concerns plain updates has
+        no place here.
 
     Train metrics are not collected, since they would be single parties' data; evaluation
     metrics are, where ``fraction_evaluate`` asks for them.
@@ -62,6 +68,9 @@ class SecureStrategy(DareStrategy):
         secure: SecureSettings,
         roster: Roster,
         stage_seconds: float = STAGE_SECONDS,
+        dense: Sequence[str] = (),
+        exclude: Sequence[str] = (),
+        server_step: str | ServerStep = "plain",
         **words: Any,
     ) -> None:
         for name in ("method", "drop_rate", "values", "mask", "weighting", "client_terms"):
@@ -71,10 +80,17 @@ class SecureStrategy(DareStrategy):
         if options:
             SecureSettings(options=options)
         super().__init__(
-            drop_rate=secure.drop_rate,
-            scaling=secure.scaling,
-            weighting=secure.weighting,
-            max_weight=secure.max_weight,
+            FederatedSettings(
+                UpdateTerms(
+                    drop_rate=parse_drop_rate(secure.drop_rate),
+                    dense=tuple(dense),
+                    exclude=tuple(exclude),
+                    max_weight=secure.max_weight,
+                ),
+                scaling=secure.scaling,
+                weighting=secure.weighting,
+                server_step=arguments.as_step(server_step),
+            ),
             min_available_nodes=max(secure.min_parties, words.pop("min_available_nodes", 2)),
             min_train_nodes=max(secure.min_parties, words.pop("min_train_nodes", 2)),
             **words,
@@ -107,24 +123,47 @@ class SecureStrategy(DareStrategy):
             secure.clip,
         )
         super().summary()
+        LOG.info(
+            "\t└── Updates: drop rate %.6g, weights by %s, scaling %g; dense %s; local %s; server "
+            "step %s %s; downlink %s",
+            self.settings.terms.drop_rate.p,
+            secure.weighting,
+            secure.scaling,
+            list(self.settings.terms.dense),
+            list(self.settings.terms.exclude),
+            self.settings.server_step.name,
+            dict(self.settings.server_step.numbers),
+            self.downlink.name,
+        )
         if self.fraction_evaluate:
             LOG.warning("evaluation metrics are single parties' data and reach the server in clear")
 
-    def _train(
-        self, number: int, arrays: ArrayRecord, config: ConfigRecord, grid: Grid, timeout: float
-    ) -> tuple[ArrayRecord, MetricRecord | None]:
-        self._adopt(arrays)
-        assert self._model is not None
+    def configure_train(
+        self, server_round: int, arrays: ArrayRecord, config: ConfigRecord, grid: Grid
+    ) -> Iterable[Message]:
+        """Raises `ConfigError`: Flower's own loop sends one message a round."""
+        raise ConfigError("a secure sum takes several exchanges a round; call this class's start")
+
+    def aggregate_train(
+        self, server_round: int, replies: Iterable[Message]
+    ) -> tuple[ArrayRecord | None, MetricRecord | None]:
+        """Nothing: a secure sum is taken as it comes (`train_round`)."""
+        return None, None
+
+    def train_round(
+        self, number: int, arrays: ArrayRecord, config: ConfigRecord, grid: Grid, limit: float
+    ) -> tuple[ArrayRecord | None, MetricRecord | None]:
+        """One secure sum of what the parties learn."""
+        self.broadcasting.adopt(arrays)
+        model = self.broadcasting.model
         began = time.monotonic()
-        config["server-round"] = number
+        config[ROUND_WORD] = number
         config["start-seed"] = self._start_seed
         log = SessionLog()
-        limit = min(timeout, self.deadline) if self.deadline else timeout
-        chosen = self._choose(grid, self.fraction_train, self.min_train_nodes, number, "train")
+        chosen = self.choose(grid, ASK_TRAIN, number)
         nodes = self._meet(grid, chosen)
-        terms: SecureTerms | None = None
         try:
-            terms = self._secure_terms(number, sorted(nodes))
+            terms = self.terms(number, sorted(nodes))
             server = SecureServer(terms, self.roster)
             clients = {client.node: client for client in chosen}
 
@@ -133,7 +172,8 @@ class SecureStrategy(DareStrategy):
 
             def again(party: int, reply: Message) -> Message | None:
                 node = nodes[party]
-                return first(node) if self._lost_its_base(node, reply) else None
+                lost = self.broadcasting.lost_version(node, reply, SECURE_KEY)
+                return first(node) if lost else None
 
             sums = run_session(
                 grid,
@@ -146,30 +186,26 @@ class SecureStrategy(DareStrategy):
                 again=again,
             )
         except ProtocolError as error:
-            return self._no_sum(number, error, log, began, arrays)
+            self._no_sum(number, error, log, began)
+            return None, None
         finally:
             for party in log.upload:
-                self._have[nodes[party]] = self._model.ref.version
-        self._empty_rounds = 0
+                self.broadcasting.have[nodes[party]] = model.ref.version
         delta, dense, measured = merged_parts(
             sums, terms, server.mask, self.secure.rule, self.secure.scaling
         )
         warn_of_clipping(measured, terms.clip)
         merged = MergedRound(delta, dense, (), {})
-        moved, self._step_state = advance(
-            self._model,
-            self._step_state,
+        moved, step_state = advance(
+            model,
+            self.step_state,
             merged,
             self.settings,
             self.downlink,
             [SharedMask(number, terms.drop_rate, server.mask.key)],
         )
-        self._model, self._arrays = moved, None
         facts = self._facts(number, log, began, server.alive, terms, measured)
         facts["merged_norm"] = float(np.linalg.norm(delta.astype(np.float64)))
-        self.outcome = RoundOutcome(
-            number, moved, self._step_state, facts, log.rejections, [], MetricRecord()
-        )
         LOG.info(
             "round %d: a secure %s of %d of %d parties, %s bytes up each; lone contributors at "
             "%s of the elements, %.2g clipped",
@@ -181,7 +217,8 @@ class SecureStrategy(DareStrategy):
             "none known" if measured.lone_share is None else f"{measured.lone_share:.1%}",
             measured.clipped_share,
         )
-        return self._current_arrays(), None
+        outcome = RoundOutcome(number, moved, step_state, facts, log.rejections, [], MetricRecord())
+        return self.move(outcome), None
 
     def _meet(self, grid: Grid, chosen: Sequence[Client]) -> dict[int, int]:
         """Party → node of the chosen clients; each node proves once who it is."""
@@ -201,9 +238,9 @@ class SecureStrategy(DareStrategy):
             )
         return parties
 
-    def _secure_terms(self, number: int, cohort: Sequence[int]) -> SecureTerms:
-        assert self._model is not None
-        ref = self._model.ref
+    def terms(self, number: int, cohort: Sequence[int]) -> SecureTerms:
+        """What a round's parties are to agree on."""
+        ref = self.broadcasting.model.ref
         base, layout = names_of(ref)
         return self.secure.terms(
             run=self.run_name,
@@ -216,53 +253,21 @@ class SecureStrategy(DareStrategy):
             dense=ref.dense_size,
         )
 
-    def _lost_its_base(self, node: int, reply: Message) -> bool:
-        """Whether a client cannot make the version from what it was sent, and holds less."""
-        record = None if reply.has_error() else read_config(reply.content, SECURE_KEY)
-        refusal = read_refusal(record) if record is not None else None
-        held = self._have.get(node)
-        if record is None or refusal is None or "have" not in record or not held:
-            return False
-        have = read_have(record)
-        # Named again, it cannot be what the client lacks.
-        self._have[node] = "" if have == self._have[node] else have
-        return True
-
     def _first(
         self, client: Client, terms: SecureTerms, config: ConfigRecord, seconds: float
     ) -> Message:
         """The training message: the model, the app's config and the terms."""
-        content = self._content(client, ConfigRecord(self._order(ASK_TRAIN)), config)
-        secure = secure_content(
-            TRAIN,
-            terms=terms.encode(),
-            dense=list(self.settings.terms.dense),
-            exclude=list(self.settings.terms.exclude),
-            **{
-                "arrays-key": self.arrayrecord_key,
-                "weighted-by-key": (
-                    self.weighted_by_key if self.secure.weighting == "examples" else ""
-                ),
-            },
-        )
-        content[SECURE_KEY] = secure[SECURE_KEY]
+        content = self.broadcasting.content(client, self.broadcasting.order(ASK_TRAIN), config)
+        key = self.weighted_by_key if self.secure.weighting == "examples" else ""
+        content[SECURE_KEY] = Train(terms=terms.encode(), weighted_by_key=key).to_record()
         return Message(content, client.node, MessageType.TRAIN, ttl=seconds + 60)
 
-    def _no_sum(
-        self, number: int, error: ProtocolError, log: SessionLog, began: float, arrays: ArrayRecord
-    ) -> tuple[ArrayRecord, None]:
-        assert self._model is not None
-        self._empty_rounds += 1
+    def _no_sum(self, number: int, error: ProtocolError, log: SessionLog, began: float) -> None:
         first = f"; first: {log.rejections[0].detail}" if log.rejections else ""
-        text = f"round {number}: {error}{first}"
-        if self._empty_rounds > self.max_empty_rounds:
-            raise RunError(text, reason=error.reason)
-        LOG.warning("%s; the global model stays as it is", text)
         facts = self._facts(number, log, began, (), None, None)
-        self.outcome = RoundOutcome(
-            number, self._model, self._step_state, facts, log.rejections, []
-        )
-        return arrays, None
+        model = self.broadcasting.model
+        outcome = RoundOutcome(number, model, self.step_state, facts, log.rejections, [])
+        self.stay(outcome, f"round {number}: {error}{first}", error.reason)
 
     def _facts(
         self,

@@ -1,0 +1,105 @@
+"""The global model at the server, and what is known of the versions its clients hold."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+
+from flwr.app import ArrayRecord, ConfigRecord, Message, RecordDict
+
+from dare_agg.downlink.protocol import Downlink
+from dare_agg.flower.clients import Client
+from dare_agg.flower.records import (
+    DOWN_PREFIX,
+    ORDER_KEY,
+    REPLY_KEY,
+    Order,
+    read_refusal,
+)
+from dare_agg.flower.transport import pack, to_numpy, to_record
+from dare_agg.rounds.plan import RoundPlan
+from dare_agg.vectors.model import GlobalModel, global_model
+
+
+@dataclass
+class Broadcasting:
+    """Brings the global model to the clients, by ``downlink``.
+
+    ``dense`` and ``exclude`` are the patterns of its groups; ``arrays_key`` and ``config_key``
+    the app's own records. ``have`` maps a node to the version it holds.
+    """
+
+    downlink: Downlink
+    dense: tuple[str, ...] = ()
+    exclude: tuple[str, ...] = ()
+    arrays_key: str = "arrays"
+    config_key: str = "config"
+    have: dict[int, str] = field(default_factory=dict)
+    _model: GlobalModel | None = None
+    _arrays: ArrayRecord | None = None
+    _packed: dict[str, tuple[bytes, ArrayRecord]] = field(default_factory=dict)
+
+    @property
+    def model(self) -> GlobalModel:
+        """The newest version; `adopt` comes first."""
+        assert self._model is not None
+        return self._model
+
+    @property
+    def arrays(self) -> ArrayRecord:
+        """The newest version as Flower's arrays, made once."""
+        if self._arrays is None:
+            self._arrays = to_record(self.model.arrays())
+        return self._arrays
+
+    def adopt(self, arrays: ArrayRecord) -> None:
+        """Take over arrays that are not the ones made here."""
+        if self._model is not None and arrays is self._arrays:
+            return
+        given = global_model(to_numpy(arrays), dense=self.dense, exclude=self.exclude)
+        self._model = self.downlink.start(given)
+        # A downlink may have rounded the model: then its arrays are not the given ones.
+        self._arrays = arrays if self._model is given else None
+
+    def move(self, model: GlobalModel) -> None:
+        """Go on to the model after a round."""
+        self._model, self._arrays = model, None
+
+    def order(self, ask: str, plan: RoundPlan | None = None) -> Order:
+        """What is asked of a client, with the newest version."""
+        return Order(
+            ask=ask,
+            version=self.model.ref.version,
+            downlink=self.downlink.name,
+            arrays_key=self.arrays_key,
+            dense=self.dense,
+            exclude=self.exclude,
+            facts=self.downlink.facts(),
+            plan=plan,
+        )
+
+    def content(self, client: Client, order: Order, config: ConfigRecord) -> RecordDict:
+        """The app's own records, the order, and what the downlink says this client needs."""
+        have = self.have.get(client.node, client.hello.have)
+        broadcast = self.downlink.broadcast(self.model, have)
+        self.have[client.node] = broadcast.holds
+        content = RecordDict({self.config_key: config, ORDER_KEY: order.to_record()})
+        if broadcast.full:
+            content[self.arrays_key] = self.arrays
+        for name, payload in broadcast.payloads.items():
+            # The same bytes for several clients are packed once.
+            if self._packed.get(name, (b"", None))[0] is not payload:
+                self._packed[name] = (payload, pack(payload))
+            content[DOWN_PREFIX + name] = self._packed[name][1]
+        return content
+
+    def lost_version(self, node: int, reply: Message, key: str = REPLY_KEY) -> bool:
+        """Whether a client cannot make the version from what it was sent, and holds less.
+
+        What it holds is remembered, so that `content` sends what it lacks.
+        """
+        refusal = read_refusal(reply, key)
+        if refusal is None or not refusal.lost or not self.have.get(node):
+            return False
+        # Named again, it cannot be what the client lacks.
+        self.have[node] = "" if refusal.have == self.have[node] else refusal.have
+        return True

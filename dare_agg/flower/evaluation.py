@@ -1,0 +1,84 @@
+"""A federated evaluation: the newest version to some clients, their metrics back."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
+
+from flwr.app import ConfigRecord, Message, MessageType, MetricRecord
+from flwr.serverapp import Grid
+
+from dare_agg.errors import DareError
+from dare_agg.flower.broadcasting import Broadcasting
+from dare_agg.flower.clients import Client
+from dare_agg.flower.exchange import exchange
+from dare_agg.flower.metrics import MetricsFn, aggregate_metrics
+from dare_agg.flower.records import ASK_EVALUATE, Held, read_answer
+from dare_agg.flower.transport import message_bytes
+from dare_agg.rounds.server import check_weight
+
+LOG = logging.getLogger("flwr")
+
+
+@dataclass
+class Evaluation:
+    """The exchange of one evaluation after another; ``nbytes`` are what the last one sent."""
+
+    broadcasting: Broadcasting
+    nbytes: int = 0
+
+    def messages(self, clients: Sequence[Client], config: ConfigRecord) -> list[Message]:
+        """The messages to the chosen clients."""
+        order = self.broadcasting.order(ASK_EVALUATE)
+        contents = [self.broadcasting.content(client, order, config) for client in clients]
+        self.nbytes = sum(message_bytes(content) for content in contents)
+        return [
+            Message(content, client.node, MessageType.EVALUATE)
+            for client, content in zip(clients, contents, strict=True)
+        ]
+
+    def ask(self, grid: Grid, messages: Sequence[Message], timeout: float) -> list[Message]:
+        """Send the messages; returns the replies of clients that could make the version."""
+        replies = []
+        for index, reply in exchange(grid, messages, timeout):
+            node = messages[index].metadata.dst_node_id
+            if self.broadcasting.lost_version(node, reply):
+                continue
+            held = None if reply.has_error() else read_answer(reply.content, Held)
+            if isinstance(held, Held) and held.have:
+                self.broadcasting.have[node] = held.have
+            replies.append(reply)
+        return replies
+
+
+def evaluation_metrics(
+    replies: Iterable[Message],
+    known: Mapping[int, Client],
+    own: MetricsFn | None,
+    key: str,
+    max_weight: float,
+) -> MetricRecord | None:
+    """Aggregate the clients' metrics, weighted by ``key``, in the order of clients."""
+    rows: list[tuple[tuple[int, int, str], int, MetricRecord, float]] = []
+    for reply in replies:
+        node = reply.metadata.src_node_id
+        client = known.get(node)
+        if reply.has_error() or client is None:
+            LOG.warning("evaluation on node %d failed", node)
+            continue
+        metrics = next(iter(reply.content.metric_records.values()), None)
+        if metrics is None:
+            continue
+        try:
+            weight = check_weight(metrics.get(key, 1.0), max_weight)
+        except DareError as error:
+            LOG.warning("evaluation of node %d left out: %s", node, error)
+            continue
+        rows.append((client.hello.order(), node, metrics, weight))
+    if not rows:
+        return None
+    rows.sort(key=lambda row: row[:2])
+    total = sum(weight for *_, weight in rows)
+    weights = [weight / total for *_, weight in rows]
+    return aggregate_metrics(own, [metrics for _, _, metrics, _ in rows], weights, key)

@@ -1,0 +1,64 @@
+"""The clients' own metrics as one record: by the app's function, or weighted."""
+
+from __future__ import annotations
+
+import logging
+import math
+from collections.abc import Callable, Sequence
+from typing import cast
+
+from flwr.app import MetricRecord, RecordDict
+
+LOG = logging.getLogger("flwr")
+
+MetricsFn = Callable[[list[RecordDict], str], MetricRecord]
+
+
+def aggregate_metrics(
+    own: MetricsFn | None, metrics: Sequence[MetricRecord], weights: Sequence[float], key: str
+) -> MetricRecord | None:
+    """Aggregate the clients' metrics by the app's function, else by `weighted_metrics`.
+
+    None where the app's function fails; what clients put there must not end the run.
+    """
+    records = [RecordDict({"metrics": record}) for record in metrics]
+    if own is None:
+        return weighted_metrics(records, weights, key)
+    try:
+        return own(records, key)
+    except Exception as error:
+        LOG.warning("metrics were not aggregated: %s: %s", type(error).__name__, error)
+        return None
+
+
+def weighted_metrics(
+    records: Sequence[RecordDict], weights: Sequence[float], weighted_by_key: str
+) -> MetricRecord:
+    """Weighted mean of every metric that all records have as a finite number.
+
+    The weight itself is left out, as Flower's FedAvg does.
+
+    Lists of one length are averaged element by element. Anything else a client may have put
+    there is left out.
+    """
+    rows = [next(iter(record.metric_records.values()), MetricRecord()) for record in records]
+    result = MetricRecord()
+    if not rows:
+        return result
+    for key in sorted(set(rows[0]).intersection(*rows[1:])):
+        if key == weighted_by_key or len(key) > 128 or not key.isprintable():
+            continue
+        values = [row[key] for row in rows]
+        if all(isinstance(value, int | float) and math.isfinite(value) for value in values):
+            pairs = zip(cast(list[float], values), weights, strict=True)
+            result[key] = math.fsum(value * weight for value, weight in pairs)
+        elif all(isinstance(value, list) for value in values):
+            lists = cast(list[list[float]], values)
+            if len({len(item) for item in lists}) == 1 and all(
+                math.isfinite(number) for item in lists for number in item
+            ):
+                result[key] = [
+                    math.fsum(v * w for v, w in zip(column, weights, strict=True))
+                    for column in zip(*lists, strict=True)
+                ]
+    return result

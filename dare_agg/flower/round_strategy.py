@@ -1,0 +1,244 @@
+"""What the strategies of this package share: rounds one after another, over Flower's Message API.
+
+How a round trains is theirs (`RoundStrategy.train_round`); who takes part, what they hold of
+the model, how they evaluate and when a run ends is the same.
+"""
+
+from __future__ import annotations
+
+import logging
+import time
+from abc import abstractmethod
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import replace
+
+from flwr.app import ArrayRecord, ConfigRecord, Message, MetricRecord
+from flwr.serverapp import Grid
+from flwr.serverapp.strategy import Result, Strategy
+
+from dare_agg.deploy.identities import check_identities
+from dare_agg.downlink.protocol import Downlink
+from dare_agg.downlink.ways import make_downlink
+from dare_agg.errors import RunError
+from dare_agg.flower import arguments
+from dare_agg.flower.broadcasting import Broadcasting
+from dare_agg.flower.clients import Client, Clients, Draw
+from dare_agg.flower.evaluation import Evaluation, evaluation_metrics
+from dare_agg.flower.metrics import MetricsFn
+from dare_agg.flower.records import ASK_EVALUATE, ASK_HELLO, ASK_TRAIN
+from dare_agg.flower.round_outcome import RoundOutcome
+from dare_agg.rounds.settings import FederatedSettings
+from dare_agg.rounds.step import StepState
+
+LOG = logging.getLogger("flwr")
+# Of the app's config.
+ROUND_WORD = "server-round"
+
+
+class RoundStrategy(Strategy):
+    """Base of `DareStrategy` and `SecureStrategy`; the words are documented there."""
+
+    def __init__(
+        self,
+        settings: FederatedSettings,
+        *,
+        fraction_train: float = 1.0,
+        fraction_evaluate: float = 1.0,
+        min_train_nodes: int = 2,
+        min_evaluate_nodes: int = 2,
+        min_available_nodes: int = 2,
+        weighted_by_key: str = "num-examples",
+        arrayrecord_key: str = "arrays",
+        configrecord_key: str = "config",
+        evaluate_metrics_aggr_fn: MetricsFn | None = None,
+        seed: int | None = None,
+        run: str = "",
+        deadline: float | None = None,
+        node_timeout: float = 600.0,
+        max_empty_rounds: int = 0,
+        identities: Mapping[str, str] | None = None,
+        downlink: Downlink | None = None,
+        round_hook: Callable[[RoundOutcome], bool | None] | None = None,
+    ) -> None:
+        self.settings = settings
+        self.fraction_train = arguments.fraction("fraction_train", fraction_train)
+        self.fraction_evaluate = arguments.fraction("fraction_evaluate", fraction_evaluate)
+        self.min_train_nodes = arguments.count("min_train_nodes", min_train_nodes)
+        self.min_evaluate_nodes = arguments.count("min_evaluate_nodes", min_evaluate_nodes)
+        self.min_available_nodes = arguments.count("min_available_nodes", min_available_nodes)
+        self.weighted_by_key = weighted_by_key
+        self.arrayrecord_key = arrayrecord_key
+        self.configrecord_key = configrecord_key
+        self.evaluate_metrics_aggr_fn = evaluate_metrics_aggr_fn
+        self.run = run
+        self.deadline = arguments.seconds("deadline", deadline)
+        self.node_timeout = arguments.seconds("node_timeout", node_timeout) or 0.0
+        self.max_empty_rounds = arguments.count("max_empty_rounds", max_empty_rounds)
+        self.round_hook = round_hook
+        self.secret = arguments.run_secret(seed)
+        self.identities = check_identities(identities) if identities is not None else {}
+        self.downlink = downlink if downlink is not None else make_downlink()
+        self.clients = Clients(identities=self.identities)
+        self.broadcasting = Broadcasting(
+            self.downlink,
+            settings.terms.dense,
+            settings.terms.exclude,
+            arrayrecord_key,
+            configrecord_key,
+        )
+        self.evaluation = Evaluation(self.broadcasting)
+        self.step_state = StepState()
+        self.outcome: RoundOutcome | None = None
+        self.empty_rounds = 0
+
+    def summary(self) -> None:
+        """Log who takes part."""
+        LOG.info(
+            "\t├── Sampling: fraction %.2f train, %.2f evaluate; at least %d to train, %d to "
+            "evaluate, %d online",
+            self.fraction_train,
+            self.fraction_evaluate,
+            self.min_train_nodes,
+            self.min_evaluate_nodes,
+            self.min_available_nodes,
+        )
+
+    # --- the run ---------------------------------------------------------------------------
+
+    def start(
+        self,
+        grid: Grid,
+        initial_arrays: ArrayRecord,
+        num_rounds: int = 3,
+        timeout: float = 3600,
+        train_config: ConfigRecord | None = None,
+        evaluate_config: ConfigRecord | None = None,
+        evaluate_fn: Callable[[int, ArrayRecord], MetricRecord | None] | None = None,
+        *,
+        start_round: int = 1,
+        step_state: StepState | None = None,
+    ) -> Result:
+        """Run rounds ``start_round`` to ``num_rounds`` and return Flower's `Result`.
+
+        To resume, pass the arrays and step state of the last finished round and the round
+        after it. Raises `RunError` when too few clients come online or a round gets too few
+        updates.
+        """
+        train_config = ConfigRecord() if train_config is None else train_config
+        evaluate_config = ConfigRecord() if evaluate_config is None else evaluate_config
+        result = Result()
+        LOG.info("Starting %s:", type(self).__name__)
+        self.summary()
+        self.broadcasting.adopt(initial_arrays)
+        self.clients.config = train_config
+        self.step_state = step_state or StepState()
+        arrays = self.broadcasting.arrays
+        limit = min(timeout, self.deadline) if self.deadline else timeout
+        started = time.monotonic()
+        if evaluate_fn and start_round == 1:
+            metrics = evaluate_fn(0, arrays)
+            if metrics is not None:
+                LOG.info("Initial model: %s", dict(metrics))
+                result.evaluate_metrics_serverapp[0] = metrics
+        for number in range(start_round, num_rounds + 1):
+            LOG.info("")
+            LOG.info("[ROUND %d/%d]", number, num_rounds)
+            merged, train_metrics = self.train_round(number, arrays, train_config, grid, limit)
+            arrays = arrays if merged is None else merged
+            if train_metrics is not None:
+                result.train_metrics_clientapp[number] = train_metrics
+            messages = list(self.configure_evaluate(number, arrays, evaluate_config, grid))
+            replies = self.evaluation.ask(grid, messages, timeout)
+            client_metrics = self.aggregate_evaluate(number, replies)
+            if client_metrics is not None:
+                result.evaluate_metrics_clientapp[number] = client_metrics
+            server_metrics = evaluate_fn(number, arrays) if evaluate_fn else None
+            if server_metrics is not None:
+                LOG.info("Global model: %s", dict(server_metrics))
+                result.evaluate_metrics_serverapp[number] = server_metrics
+            if self._tell(train_metrics, client_metrics, server_metrics):
+                LOG.info("stopped early after round %d", number)
+                break
+        result.arrays = arrays
+        LOG.info("")
+        LOG.info("finished in %.1f s", time.monotonic() - started)
+        return result
+
+    @abstractmethod
+    def train_round(
+        self, number: int, arrays: ArrayRecord, config: ConfigRecord, grid: Grid, limit: float
+    ) -> tuple[ArrayRecord | None, MetricRecord | None]:
+        """Train one round in ``limit`` seconds; the arrays are None where the model stays."""
+
+    def choose(self, grid: Grid, what: str, number: int) -> list[Client]:
+        """Draw the clients of a round that are asked to train, or to evaluate."""
+        fraction, least = (
+            (self.fraction_train, self.min_train_nodes)
+            if what == ASK_TRAIN
+            else (self.fraction_evaluate, self.min_evaluate_nodes)
+        )
+        return self.clients.choose(
+            grid,
+            self.broadcasting.order(ASK_HELLO),
+            Draw(what, number, self.secret, fraction, least),
+            least=self.min_available_nodes,
+            timeout=self.node_timeout,
+        )
+
+    def move(self, outcome: RoundOutcome) -> ArrayRecord:
+        """Go on to the model of a finished round; returns its arrays."""
+        self.outcome, self.step_state, self.empty_rounds = outcome, outcome.step_state, 0
+        self.broadcasting.move(outcome.model)
+        return self.broadcasting.arrays
+
+    def stay(self, outcome: RoundOutcome, why: str, reason: str) -> None:
+        """Count a round that moved nothing; raises `RunError` when there were too many."""
+        self.empty_rounds += 1
+        if self.empty_rounds > self.max_empty_rounds:
+            raise RunError(why, reason=reason)
+        LOG.warning("%s; the global model stays as it is", why)
+        self.outcome = outcome
+
+    def _tell(
+        self,
+        train_metrics: MetricRecord | None,
+        client_metrics: MetricRecord | None,
+        server_metrics: MetricRecord | None,
+    ) -> bool:
+        """Hand the round to the hook; returns whether to stop."""
+        outcome = self.outcome
+        if outcome is None:
+            return False
+        outcome.measurements["evaluate_download_bytes"] = self.evaluation.nbytes
+        self.outcome = replace(
+            outcome,
+            train_metrics=train_metrics,
+            client_metrics=client_metrics,
+            server_metrics=server_metrics,
+        )
+        return bool(self.round_hook(self.outcome)) if self.round_hook else False
+
+    # --- evaluate --------------------------------------------------------------------------
+
+    def configure_evaluate(
+        self, server_round: int, arrays: ArrayRecord, config: ConfigRecord, grid: Grid
+    ) -> Iterable[Message]:
+        """Make the messages of a federated evaluation; none when its fraction is 0."""
+        if self.fraction_evaluate == 0.0:
+            return []
+        self.broadcasting.adopt(arrays)
+        chosen = self.choose(grid, ASK_EVALUATE, server_round)
+        config[ROUND_WORD] = server_round
+        return self.evaluation.messages(chosen, config)
+
+    def aggregate_evaluate(
+        self, server_round: int, replies: Iterable[Message]
+    ) -> MetricRecord | None:
+        """Aggregate the clients' evaluation metrics, weighted, in the order of clients."""
+        return evaluation_metrics(
+            replies,
+            self.clients.known,
+            self.evaluate_metrics_aggr_fn,
+            self.weighted_by_key,
+            self.settings.terms.max_weight,
+        )

@@ -23,6 +23,7 @@ REASONS: Mapping[str, str] = {
     "state": "persisted state is missing, corrupt, or cannot be written",
     "protocol": "a participant of a secure sum does not go on",
     "run": "a federated run did not reach its end",
+    "flower": "this Flower lacks a part that the library leans on",
     # bytes
     "truncated": "shorter than its header or its plan says",
     "trailing": "longer than its plan says",
@@ -63,6 +64,8 @@ REASONS: Mapping[str, str] = {
     "clip": "a larger clip than the party allows",
     "parties": "fewer parties than were agreed on",
     "threshold": "fewer parties than the threshold, or a lower threshold than allowed",
+    "degree": "fewer neighbours than a party needs to be hidden among",
+    "norm": "a delta too small to hide anybody",
     # secure sums: the protocol
     "stage": "a step out of its order",
     "session": "of another session",

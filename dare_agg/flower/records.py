@@ -187,6 +187,7 @@ class Held(Record):
 
     @classmethod
     def read(cls, record: Mapping[str, Any]) -> Self:
+        """Read the version; a malformed one counts as none."""
         return cls(**read_fields(cls, record))
 
 

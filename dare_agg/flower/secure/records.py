@@ -102,6 +102,7 @@ class Proof(Staged):
 
     @classmethod
     def read(cls, record: Mapping[str, Any]) -> Self:
+        """Read a proof; raises `ProtocolError` (reason "malformed")."""
         return cls(**read_fields(cls, record, _malformed))
 
 
@@ -119,6 +120,7 @@ class Merged(Staged):
 
     @classmethod
     def read(cls, record: Mapping[str, Any]) -> Self:
+        """Read a fingerprint; raises `ProtocolError` (reason "malformed")."""
         return cls(**read_fields(cls, record, _malformed))
 
 

@@ -44,7 +44,7 @@ def _own_task(msg: Message, context: Context) -> FineTuning:
             context.run_config,
             context.node_config,
             labels=tuple(str(name) for name in labels),
-            method=str(record.get("train", "")),
+            train=str(record.get("train", "")),
         )
     )
 

@@ -12,7 +12,7 @@ import sys
 import tomllib
 from pathlib import Path
 
-from client.config import task_config
+from client.config import ConfigValue, task_config
 from client.tasks import build_task
 from dare_agg.downlink.base import write_base
 from dare_agg.errors import DareError
@@ -25,8 +25,7 @@ def main() -> None:
     parser.add_argument("keys", nargs="*", help="run config as key=value")
     parser.add_argument("-o", "--output", type=Path, required=True)
     options = parser.parse_args()
-    project = Path(__file__).resolve().parents[1] / "pyproject.toml"
-    run = tomllib.loads(project.read_text(encoding="utf-8"))["tool"]["flwr"]["app"]["config"]
+    run: dict[str, ConfigValue] = {}
     try:
         for pair in options.keys:
             key, _, value = pair.partition("=")

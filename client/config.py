@@ -3,22 +3,28 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from pathlib import Path
+from typing import Any
+
+from dare_agg.files.app_config import config_defaults
 
 ConfigValue = bool | int | float | str | bytes
+DEFAULTS = config_defaults(Path(__file__))
 
 
 @dataclass(frozen=True)
 class TaskConfig:
-    """What to train, on what and how.
+    """What to train, on what and how: run config keys, in snake_case.
 
     Attributes
     ----------
     task: a row of `client.tasks.KINDS`, or "auto" to tell it from ``data`` and ``model``.
     model: a row of `client.models.MODELS`, a Hugging Face name, a folder or a GGUF file.
     data: see `client.data.load_text` and `client.images.load_images`.
-    method: "full" fine-tuning, "lora" adapters, or "head" only.
+    labels: names of the labels; none: all that the data have.
+    partition_by: the column by whose values rows are divided among simulated clients.
+    train: "full" fine-tuning, "lora" adapters, or "head" only.
     lora_targets: names of the modules that get adapters (none: PEFT's choice for the model).
     pooling: "mean" over tokens, or "cls".
     length: tokens a text is cut to; for language models, tokens of a block of joined texts.
@@ -30,58 +36,44 @@ class TaskConfig:
         has such instructions.
     """
 
-    task: str = "auto"
-    model: str = "minilm"
-    data: str = "reuters-r8"
-    text_column: str = "text"
-    label_column: str = "label"
-    partition_column: str = ""
-    label_names: tuple[str, ...] = ()
-    method: str = "full"
-    lora_rank: int = 8
-    lora_alpha: int = 16
-    lora_targets: tuple[str, ...] = ()
-    pooling: str = "mean"
-    length: int = 32
-    image_size: int = 0
-    batch: int = 16
-    steps: int = 5
-    epochs: int = 0
-    learning_rate: float = 5e-5
-    head_learning_rate: float = 1e-3
-    weight_decay: float = 0.0
+    task: str
+    model: str
+    data: str
+    text_column: str
+    label_column: str
+    labels: tuple[str, ...]
+    partition_by: str
+    train: str
+    lora_rank: int
+    lora_alpha: int
+    lora_targets: tuple[str, ...]
+    pooling: str
+    length: int
+    image_size: int
+    batch: int
+    steps: int
+    epochs: int
+    learning_rate: float
+    head_learning_rate: float
+    weight_decay: float
+    train_rows: int
+    test_rows: int
+    precision: str
+    seed: int
     warm_up: float = 0.0
-    train_rows: int = 0
-    test_rows: int = 0
-    seed: int = 0
-    precision: str = "float32"
 
 
-# Run-config key → field of `TaskConfig`.
-_FIELDS = {
-    "task": "task",
-    "model": "model",
-    "data": "data",
-    "text-column": "text_column",
-    "label-column": "label_column",
-    "partition-by": "partition_column",
-    "train": "method",
-    "lora-rank": "lora_rank",
-    "lora-alpha": "lora_alpha",
-    "pooling": "pooling",
-    "length": "length",
-    "image-size": "image_size",
-    "batch": "batch",
-    "steps": "steps",
-    "epochs": "epochs",
-    "learning-rate": "learning_rate",
-    "head-learning-rate": "head_learning_rate",
-    "weight-decay": "weight_decay",
-    "train-rows": "train_rows",
-    "test-rows": "test_rows",
-    "seed": "seed",
-    "precision": "precision",
-}
+def configure(**words: Any) -> TaskConfig:
+    """Make a configuration: the run config's defaults but for ``words``, named as its fields."""
+    known = {field.name for field in fields(TaskConfig)}
+    usual = {key.replace("-", "_"): value for key, value in DEFAULTS.items()}
+    settled = {**{name: usual[name] for name in known & usual.keys()}, **words}
+    for name in ("labels", "lora_targets"):
+        if isinstance(settled[name], str):
+            settled[name] = split_list(settled[name])
+    return TaskConfig(**settled)
+
+
 # What a node's own config may set. Each of these may also be a list in the run config: one
 # entry for each of several data sources.
 _OWN = ("data", "text-column", "label-column", "partition-by")
@@ -92,33 +84,32 @@ def task_config(
     node: Mapping[str, ConfigValue],
     *,
     labels: Sequence[str] = (),
-    method: str = "",
+    train: str = "",
 ) -> TaskConfig:
     """Build the task's configuration; what a node's own config says of its data wins.
 
-    ``labels`` are the names agreed for the run; ``method`` overrides what is trained. Where
+    ``labels`` are the names agreed for the run; ``train`` overrides what is trained. Where
     the run config names several data sources, simulated clients take them in turn.
     """
-    given: dict[str, object] = {field: run[key] for key, field in _FIELDS.items() if key in run}
+    known = {field.name.replace("_", "-") for field in fields(TaskConfig)}
+    given: dict[str, Any] = {key: run[key] for key in run if key in known}
     sources = data_sources(str(run.get("data", "")))
     if len(sources) > 1:
         place = int(node.get("partition-id", 0)) % len(sources)
         for key in _OWN:
             words = sources if key == "data" else split_list(str(run.get(key, "")))
             if len(words) == len(sources):
-                given[_FIELDS[key]] = words[place]
-    for key in _OWN:
-        if key in node:
-            given[_FIELDS[key]] = node[key]
+                given[key] = words[place]
+    given.update({key: node[key] for key in _OWN if key in node})
+    if node.get("labels"):
+        given["labels"] = node["labels"]
     if "data-path" in node:
         given["data"] = node["data-path"]
-    if run.get("lora-targets"):
-        given["lora_targets"] = split_list(str(run["lora-targets"]))
-    if method:
-        given["method"] = method
-    own = split_list(str(node.get("labels", "")))
-    names = tuple(labels) or own or split_list(str(run.get("labels", "")))
-    return TaskConfig(**given, label_names=names)  # type: ignore[arg-type]
+    if train:
+        given["train"] = train
+    if labels:
+        given["labels"] = tuple(labels)
+    return configure(**{key.replace("-", "_"): value for key, value in given.items()})
 
 
 def place(run: Mapping[str, ConfigValue], node: Mapping[str, ConfigValue]) -> tuple[int, int]:

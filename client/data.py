@@ -112,7 +112,7 @@ def load_text(
     *,
     text_column: str = "text",
     label_column: str = "label",
-    partition_column: str = "",
+    partition_by: str = "",
     label_names: Sequence[str] = (),
     label_optional: bool = False,
     test_share: float = 0.2,
@@ -130,7 +130,7 @@ def load_text(
 
     Raises `ConfigError` for an unknown source, column or label.
     """
-    columns = _Columns(text_column, label_column, partition_column, label_optional)
+    columns = _Columns(text_column, label_column, partition_by, label_optional)
     if source in BUILT_IN:
         row = BUILT_IN[source]
         folder = package_path(_FOLDERS[row.package], f"data {source!r}", row.package)

@@ -24,12 +24,12 @@ def linear_head(width: int, labels: int, seed: int) -> Any:
 
 
 def with_adapters(encoder: Any, config: TaskConfig) -> Any:
-    """Return the encoder, with LoRA adapters on ``lora_targets`` where the method is "lora".
+    """Return the encoder, with LoRA adapters on ``lora_targets`` where "lora" is trained.
 
     Without names, PEFT's table says which modules of the architecture get them. Raises
     `ConfigError` where no module has such a name, or the table does not know the model.
     """
-    if config.method != "lora":
+    if config.train != "lora":
         return encoder
     import torch
     from peft import LoraConfig, get_peft_model

@@ -69,7 +69,7 @@ def load_images(
     source: str,
     *,
     label_column: str = "label",
-    partition_column: str = "",
+    partition_by: str = "",
     label_names: Sequence[str] = (),
     test_share: float = 0.2,
     seed: int = 0,
@@ -78,7 +78,7 @@ def load_images(
 
     ``source`` is a row of `BUILT_IN_IMAGES`; a folder with one subfolder of images a class,
     optionally under ``train/`` and ``test/``; a folder with MNIST's four IDX files; or a
-    `datasets` name or folder with one image column. ``partition_column`` names a column of
+    `datasets` name or folder with one image column. ``partition_by`` names a column of
     the folder's ``metadata.csv`` (``file_name`` and others, relative to the split), or of
     the `datasets` set. Raises `ConfigError` for what is missing.
     """
@@ -89,9 +89,9 @@ def load_images(
     if _idx_file(folder, _IDX_NAMES[0]):
         sets = _read_idx_folder(folder, row.label_names if row else ())
     elif folder.is_dir() and not _saved_dataset(folder):
-        sets = _read_class_folders(folder, partition_column)
+        sets = _read_class_folders(folder, partition_by)
     else:
-        sets = _from_datasets(source, label_column, partition_column)
+        sets = _from_datasets(source, label_column, partition_by)
     return make_data(source, sets, label_names=label_names, test_share=test_share, seed=seed)
 
 

@@ -28,7 +28,7 @@ def load_blocks(config: TaskConfig) -> Data:
         config.data,
         text_column=config.text_column,
         label_column=config.label_column,
-        partition_column=config.partition_column,
+        partition_by=config.partition_by,
         label_optional=True,  # labels only serve to divide rows: clients need not share them
         seed=config.seed,
     )
@@ -49,7 +49,7 @@ def _check(config: TaskConfig) -> None:
             f"model {config.model!r} is no causal language model; built in: {known}; any other by "
             "its Hugging Face name or folder"
         )
-    if config.method == "head":
+    if config.train == "head":
         raise ConfigError(
             "a causal language model has no head of its own to train; compare with the untouched "
             'base, or set train to "lora"'

@@ -70,8 +70,8 @@ def _load_text(config: TaskConfig) -> Data:
         config.data,
         text_column=config.text_column,
         label_column=config.label_column,
-        partition_column=config.partition_column,
-        label_names=config.label_names,
+        partition_by=config.partition_by,
+        label_names=config.labels,
         seed=config.seed,
     )
 
@@ -80,8 +80,8 @@ def _load_images(config: TaskConfig) -> Data:
     return load_images(
         config.data,
         label_column=config.label_column,
-        partition_column=config.partition_column,
-        label_names=config.label_names,
+        partition_by=config.partition_by,
+        label_names=config.labels,
         seed=config.seed,
     )
 
@@ -141,8 +141,8 @@ class Task(Protocol):
 
 def build_task(config: TaskConfig, data: Data | None = None) -> FineTuning:
     """Build a task; ``data`` overrides what the configuration names."""
-    if config.method not in ("full", "lora", "head"):
-        raise ConfigError(f"method {config.method!r} is unknown; known: full, lora, head")
+    if config.train not in ("full", "lora", "head"):
+        raise ConfigError(f"train {config.train!r} is unknown; known: full, lora, head")
     if config.precision not in ("float32", "bfloat16"):
         raise ConfigError(f"precision {config.precision!r} is unknown; known: float32, bfloat16")
     if config.pooling not in ("mean", "cls"):
@@ -187,9 +187,9 @@ class FineTuning:
     def _names(self) -> dict[str, Any]:
         """The tensors of the state: all for full fine-tuning, the trained ones else."""
         named = dict(self._load().named_parameters())
-        if self.config.method == "full":
+        if self.config.train == "full":
             return named
-        if self.config.method == "lora":
+        if self.config.train == "lora":
             return {n: p for n, p in named.items() if "lora_" in n or n.startswith("head.")}
         return {n: p for n, p in named.items() if n.startswith("head.")}
 

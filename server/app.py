@@ -126,8 +126,7 @@ def run_method(
     grid: Grid, config: RunConfig, name: str, labels: tuple[str, ...], recorder: Recorder
 ) -> str:
     """Run one method from the common start to its last round; returns the final fingerprint."""
-    train = "head" if name == "head-only" else config.train
-    orders = ConfigRecord({"train": train, "method": name})
+    orders = ConfigRecord({"train": config.train_by(name), "method": name})
     if labels:
         orders["labels"] = list(labels)
     began = time.monotonic()
@@ -235,8 +234,8 @@ def make_strategy(config: RunConfig, name: str, record: Any) -> RoundStrategy:
         "dense_values": config.dense_values,
         "server_step": config.step(),
         # With the head alone there is no delta group besides it.
-        "dense": () if name == "head-only" or config.train == "head" else config.dense,
-        **METHODS[name],
+        "dense": () if config.train_by(name) == "head" else config.dense,
+        **METHODS[name].words,
     }
     return DareStrategy(
         fraction_train=config.fraction_train,
@@ -255,7 +254,7 @@ def make_strategy(config: RunConfig, name: str, record: Any) -> RoundStrategy:
         min_replies=config.min_replies,
         round_hook=record,
         # FedAvg and the head alone are there to compare with: they send what they send.
-        upload_budget=config.budget() if "drop_rate" not in METHODS[name] else None,
+        upload_budget=config.budget() if "drop_rate" not in METHODS[name].words else None,
         identities=read_identities(config.identities) if config.identities else None,
         downlink=make_downlink(config.downlink),
         **words,

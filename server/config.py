@@ -2,38 +2,63 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Annotated, Any, Literal
 
-from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError
+from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Field, ValidationError
 
 from dare_agg.codec.budget import UploadBudget, parse_bytes
 from dare_agg.codec.formats import find_values
-from dare_agg.codec.mask import parse_drop_rate
+from dare_agg.codec.mask import MASK_KINDS, parse_drop_rate
 from dare_agg.downlink.ways import DOWNLINKS
 from dare_agg.errors import ConfigError, did_you_mean
+from dare_agg.files.app_config import config_defaults
+from dare_agg.rounds.settings import WEIGHTINGS
 from dare_agg.rounds.step import ServerStep, server_step
+from dare_agg.rounds.terms import check_choice
 from dare_agg.secure.aggregates import SECURE_METHODS
 from dare_agg.secure.settings import SecureSettings
 from dare_agg.vectors.patterns import compile_patterns
 
-# What a run can compare: name → what differs from the run config.
-METHODS: Mapping[str, Mapping[str, Any]] = {
-    "fedavg": {
-        "method": "task-arithmetic",
-        "drop_rate": "0",
-        "values": "f32",
-        "dense_values": "f32",
-    },
-    "dare-task-arithmetic": {"method": "task-arithmetic"},
-    "dare-ties": {"method": "ties"},
-    "dare-average": {"method": "average"},
-    "dare-fisher": {"method": "fisher"},
-    "dare-regmean": {"method": "regmean"},
-    "head-only": {"method": "task-arithmetic", "drop_rate": "0", "values": "f32"},
+_HEADLESS = (
+    'a causal-lm has no head of its own to train alone; leave out head-only, or set train to "lora"'
+)
+_LONG_FISHER = (
+    "Fisher values of a causal-lm need a pass for every word of the vocabulary; take "
+    "dare-regmean or a method that needs no statistics"
+)
+
+
+@dataclass(frozen=True)
+class Compared:
+    """A method that runs can compare: what differs from the run config.
+
+    ``words`` are the strategy's, ``train`` what is trained ("" as configured), ``not_for`` the
+    tasks that it cannot do, and why.
+    """
+
+    words: Mapping[str, Any]
+    train: str = ""
+    not_for: Mapping[str, str] = field(default_factory=dict)
+
+
+_WHOLE = {"drop_rate": "0", "values": "f32"}
+METHODS: Mapping[str, Compared] = {
+    "fedavg": Compared({"method": "task-arithmetic", **_WHOLE, "dense_values": "f32"}),
+    "dare-task-arithmetic": Compared({"method": "task-arithmetic"}),
+    "dare-ties": Compared({"method": "ties"}),
+    "dare-average": Compared({"method": "average"}),
+    "dare-fisher": Compared({"method": "fisher"}, not_for={"causal-lm": _LONG_FISHER}),
+    "dare-regmean": Compared({"method": "regmean"}),
+    "head-only": Compared(
+        {"method": "task-arithmetic", **_WHOLE}, train="head", not_for={"causal-lm": _HEADLESS}
+    ),
 }
 
-DEFAULT_METHODS = ("dare-task-arithmetic",)
+# The run config's defaults stand in the app's pyproject.toml alone.
+DEFAULTS = config_defaults(Path(__file__))
 
 
 def _split(value: Any) -> Any:
@@ -55,12 +80,22 @@ def _as_typed(value: Any) -> Any:
 NumberText = Annotated[str, BeforeValidator(_as_typed)]
 
 
+def one_of(what: str, known: Iterable[str]) -> AfterValidator:
+    """A validator for the names of a table."""
+
+    def check(value: str) -> str:
+        check_choice(what, value, known)
+        return value
+
+    return AfterValidator(check)
+
+
 def _kebab(name: str) -> str:
     return name.replace("_", "-")
 
 
 class RunConfig(BaseModel):
-    """Every key of ``[tool.flwr.app.config]``, in kebab-case there.
+    """Every key of ``[tool.flwr.app.config]``, in kebab-case there, where the defaults stand.
 
     Keys from ``task`` on are read by the clients too; they are checked here so that a typo
     fails before anyone trains.
@@ -68,73 +103,77 @@ class RunConfig(BaseModel):
 
     model_config = ConfigDict(extra="forbid", alias_generator=_kebab, frozen=True)
 
-    num_rounds: int = Field(5, ge=1, le=100_000)
-    methods: Words = DEFAULT_METHODS
-    drop_rate: NumberText = "0.9"
-    values: str = "b1"
-    upload_budget: NumberText = ""
-    upload_seconds: float = Field(0.0, ge=0)
-    mask: Literal["stratified", "bernoulli"] = "stratified"
-    scaling: float = Field(1.0, gt=0)
-    dense: Words = (r"^head\.",)
-    dense_values: str = "f16"
-    exclude: Words = ()
-    statistics_examples: int = Field(32, ge=1)
-    weighting: Literal["examples", "equal"] = "examples"
-    server_step: str = "plain"
-    server_learning_rate: float = Field(0.0, ge=0)
-    fraction_train: float = Field(1.0, gt=0, le=1)
-    min_clients: int = Field(2, ge=1)
-    deadline: float = Field(0.0, ge=0)
-    node_timeout: float = Field(600.0, gt=0)
-    min_replies: int = Field(1, ge=1)
-    evaluate: bool = True
-    seed: int = Field(0, ge=0, lt=1 << 63)
-    output: str = ""
-    save_model: bool = True
-    downlink: str = "full"
-    keep_state: bool = True
-    resume: bool = False
-    identities: str = ""
-    initial: str = ""
-    prometheus_port: int = Field(0, ge=0, lt=1 << 16)
-    prometheus_host: str = "127.0.0.1"
+    num_rounds: int = Field(ge=1, le=100_000)
+    methods: Words
+    drop_rate: NumberText
+    values: str
+    upload_budget: NumberText
+    upload_seconds: float = Field(ge=0)
+    mask: Annotated[str, one_of("mask", MASK_KINDS)]
+    scaling: float = Field(gt=0)
+    dense: Words
+    dense_values: str
+    exclude: Words
+    statistics_examples: int = Field(ge=1)
+    weighting: Annotated[str, one_of("weighting", WEIGHTINGS)]
+    server_step: str
+    server_learning_rate: float = Field(ge=0)
+    fraction_train: float = Field(gt=0, le=1)
+    min_clients: int = Field(ge=1)
+    deadline: float = Field(ge=0)
+    node_timeout: float = Field(gt=0)
+    min_replies: int = Field(ge=1)
+    evaluate: bool
+    seed: int = Field(ge=0, lt=1 << 63)
+    output: str
+    save_model: bool
+    downlink: str
+    keep_state: bool
+    resume: bool
+    identities: str
+    initial: str
+    prometheus_port: int = Field(ge=0, lt=1 << 16)
+    prometheus_host: str
 
-    secure: str = ""
-    secure_merge: bool = False
-    secure_roster: str = ""
-    secure_models: Words = ()
-    secure_bits: int = Field(0, ge=0)
-    secure_clip: float = Field(0.02, gt=0)
-    secure_min_parties: int = 3
-    secure_threshold: int = Field(0, ge=0)
-    secure_stage_seconds: float = Field(300.0, gt=0)
+    secure: str
+    secure_merge: bool
+    secure_roster: str
+    secure_models: Words
+    secure_bits: int = Field(ge=0)
+    secure_clip: float = Field(gt=0)
+    secure_min_parties: int
+    secure_threshold: int = Field(ge=0)
+    secure_stage_seconds: float = Field(gt=0)
 
-    task: Literal["auto", "text-classification", "image-classification", "causal-lm"] = "auto"
-    model: str = "minilm"
-    data: str = "reuters-r8"
-    text_column: str = "text"
-    label_column: str = "label"
-    labels: Words = ()
-    partition: Literal["iid", "dirichlet", "column"] = "dirichlet"
-    partition_by: str = ""
-    alpha: float = Field(0.5, gt=0)
-    train: Literal["full", "lora", "head"] = "full"
-    lora_rank: int = Field(8, ge=1)
-    lora_alpha: int = Field(16, ge=1)
-    lora_targets: Words = ()
-    pooling: Literal["mean", "cls"] = "mean"
-    length: int = Field(32, ge=2, le=8192)
-    image_size: int = Field(0, ge=0, le=4096)
-    batch: int = Field(16, ge=1)
-    steps: int = Field(5, ge=1)
-    epochs: int = Field(0, ge=0)
-    learning_rate: float = Field(5e-5, gt=0)
-    head_learning_rate: float = Field(1e-3, gt=0)
-    weight_decay: float = Field(0.0, ge=0)
-    train_rows: int = Field(0, ge=0)
-    test_rows: int = Field(0, ge=0)
-    precision: Literal["float32", "bfloat16"] = "float32"
+    task: Literal["auto", "text-classification", "image-classification", "causal-lm"]
+    model: str
+    data: str
+    text_column: str
+    label_column: str
+    labels: Words
+    partition: Literal["iid", "dirichlet", "column"]
+    partition_by: str
+    alpha: float = Field(gt=0)
+    train: Literal["full", "lora", "head"]
+    lora_rank: int = Field(ge=1)
+    lora_alpha: int = Field(ge=1)
+    lora_targets: Words
+    pooling: Literal["mean", "cls"]
+    length: int = Field(ge=2, le=8192)
+    image_size: int = Field(ge=0, le=4096)
+    batch: int = Field(ge=1)
+    steps: int = Field(ge=1)
+    epochs: int = Field(ge=0)
+    learning_rate: float = Field(gt=0)
+    head_learning_rate: float = Field(gt=0)
+    weight_decay: float = Field(ge=0)
+    train_rows: int = Field(ge=0)
+    test_rows: int = Field(ge=0)
+    precision: Literal["float32", "bfloat16"]
+
+    def train_by(self, method: str) -> str:
+        """What a method of `METHODS` trains."""
+        return METHODS[method].train or self.train
 
     def step(self) -> ServerStep:
         """The server step with its numbers; a learning rate of 0 is the step's own."""
@@ -169,7 +208,7 @@ class RunConfig(BaseModel):
 def read_config(raw: Mapping[str, Any]) -> RunConfig:
     """Check a run config; raises `ConfigError` naming the first key that is wrong."""
     try:
-        config = RunConfig.model_validate(dict(raw))
+        config = RunConfig.model_validate({**DEFAULTS, **raw})
     except ValidationError as error:
         raise ConfigError(_explain(error)) from error
     for name in config.methods:
@@ -190,16 +229,11 @@ def read_config(raw: Mapping[str, Any]) -> RunConfig:
     find_values(config.values)
     find_values(config.dense_values)
     compile_patterns([*config.dense, *config.exclude])
-    if config.task == "causal-lm" and (config.train == "head" or "head-only" in config.methods):
-        raise ConfigError(
-            "a causal-lm has no head of its own to train alone; leave out head-only, or set train "
-            'to "lora"'
-        )
-    if config.task == "causal-lm" and "dare-fisher" in config.methods:
-        raise ConfigError(
-            "Fisher values of a causal-lm need a pass for every word of the vocabulary; take "
-            "dare-regmean or a method that needs no statistics"
-        )
+    for name in config.methods:
+        if why := METHODS[name].not_for.get(config.task):
+            raise ConfigError(why)
+    if config.task == "causal-lm" and config.train == "head":
+        raise ConfigError(_HEADLESS)
     if config.partition == "column" and not config.partition_by:
         raise ConfigError('partition = "column" needs partition-by, the name of a column')
     return config
@@ -216,9 +250,10 @@ def _check_secure(config: RunConfig) -> None:
     refusals = (
         (config.secure not in SECURE_METHODS, f"secure = {config.secure!r} is unknown"
          f"{did_you_mean(config.secure, SECURE_METHODS)}"),
-        (config.methods != DEFAULT_METHODS, "methods beside secure; secure names the method"),
+        (config.methods != _split(DEFAULTS["methods"]),
+         "methods beside secure; secure names the method"),
         (config.mask != "stratified", f"mask = {config.mask!r} with secure; stratified is summed"),
-        (config.secure_merge and config.downlink != RunConfig.model_fields["downlink"].default,
+        (config.secure_merge and config.downlink != DEFAULTS["downlink"],
          f"downlink = {config.downlink!r} in a one-shot merge, which sends no model: leave it out"),
         (config.budget() is not None, "an upload budget with secure; all parties share one mask: "
          "set drop-rate"),

@@ -56,7 +56,7 @@ def nmse(found: State, exact: State) -> float:
 def run_row(row: Any) -> dict[str, Any]:
     """Tune every client's adapters once; measure each way of merging them."""
     settings = row.settings
-    lora = {**settings["task"], "method": "lora"}
+    lora = {**settings["task"], "train": "lora"}
     task = build(lora, row.seed)
     parts = divide(task, settings, row.seed)
     start = task.initial_state()
@@ -73,7 +73,7 @@ def run_row(row: Any) -> dict[str, Any]:
         name: sum(np.float32(s) * d[name] for s, d in zip(shares, deltas, strict=True))
         for name in deltas[0]
     }
-    plain = build({**lora, "method": "full"}, row.seed)
+    plain = build({**lora, "train": "full"}, row.seed)
     base = plain.initial
 
     def score(delta: State) -> dict[str, float]:

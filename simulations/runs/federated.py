@@ -18,9 +18,10 @@ from simulations.runs.channels import HEAD, make_channel
 
 @lru_cache(maxsize=2)
 def _task(items: tuple[tuple[str, Any], ...], seed: int) -> Any:
-    from client.tasks import TaskConfig, build_task
+    from client.config import configure
+    from client.tasks import build_task
 
-    return build_task(TaskConfig(**dict(items), seed=seed))
+    return build_task(configure(**dict(items), seed=seed))
 
 
 def build(settings: dict[str, Any], seed: int) -> Any:
@@ -49,7 +50,7 @@ def run_row(row: Any) -> dict[str, Any]:
     settings = row.settings
     task_settings = dict(settings["task"])
     if settings["method"] == "head-only":
-        task_settings["method"] = "head"
+        task_settings["train"] = "head"
     task = build(task_settings, row.seed)
     parts = divide(task, settings, row.seed)
     clients = settings["clients"]

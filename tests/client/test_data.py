@@ -5,7 +5,7 @@ from client.data import BUILT_IN, load_text
 from client.partition import by_column, dirichlet, iid, partition
 from dare_agg.errors import ConfigError
 
-COLUMNS = {"text_column": "review", "label_column": "tone", "partition_column": "author"}
+COLUMNS = {"text_column": "review", "label_column": "tone", "partition_by": "author"}
 
 
 @pytest.mark.parametrize("kind", ["csv", "jsonl", "parquet", "dataset"])

@@ -6,7 +6,7 @@ import struct
 import numpy as np
 import pytest
 
-from client.config import TaskConfig
+from client.config import configure
 from client.images import is_image_source, load_images, read_image
 from client.tasks import build_task, task_kind
 from dare_agg.errors import ConfigError
@@ -41,7 +41,7 @@ def picture_folder(tmp_path_factory):
 
 
 def test_class_folders_with_splits_and_a_partition_column(picture_folder):
-    data = load_images(str(picture_folder), partition_column="camera")
+    data = load_images(str(picture_folder), partition_by="camera")
     assert data.label_names == ("across", "along")
     assert (len(data.train), len(data.test)) == (24, 12)
     assert set(data.train.groups) == {"camera 0", "camera 1", "camera 2"}
@@ -91,24 +91,24 @@ def test_what_is_wrong_with_a_folder_is_said(picture_folder, tmp_path):
     with pytest.raises(ConfigError, match="cannot be read"):
         read_image(tmp_path / "cats" / "a.png", 16)
     with pytest.raises(ConfigError, match="no column 'lens'"):
-        load_images(str(picture_folder), partition_column="lens")
+        load_images(str(picture_folder), partition_by="lens")
     (tmp_path / "empty").mkdir()
     with pytest.raises(ConfigError, match="subfolder of its name"):
         load_images(str(tmp_path / "empty"))
 
 
 def test_the_task_is_told_from_data_and_model(picture_folder):
-    assert task_kind(TaskConfig(data=str(picture_folder))) == "image-classification"
-    assert task_kind(TaskConfig(model="efficientnet-lite0")) == "image-classification"
-    assert task_kind(TaskConfig(data="reuters-r8")) == "text-classification"
+    assert task_kind(configure(data=str(picture_folder))) == "image-classification"
+    assert task_kind(configure(model="efficientnet-lite0")) == "image-classification"
+    assert task_kind(configure(data="reuters-r8")) == "text-classification"
     with pytest.raises(ConfigError, match="did you mean 'image-classification'"):
-        task_kind(TaskConfig(task="image-clasification"))
+        task_kind(configure(task="image-clasification"))
     with pytest.raises(ConfigError, match="set model to 'efficientnet-lite0'"):
-        build_task(TaskConfig(data=str(picture_folder))).initial_state()
+        build_task(configure(data=str(picture_folder))).initial_state()
 
 
 def _config(folder, **more):
-    return TaskConfig(
+    return configure(
         **{
             "data": str(folder),
             "model": "efficientnet-lite0",
@@ -144,7 +144,7 @@ def test_adapters_on_a_hugging_face_image_model(picture_folder, tmp_path):
     sizes = {"hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 2}
     config = ViTConfig(**sizes, intermediate_size=64, image_size=32, patch_size=8)
     ViTModel(config, add_pooling_layer=False).save_pretrained(tmp_path)
-    words = {"model": str(tmp_path), "image_size": 0, "method": "lora", "lora_rank": 2}
+    words = {"model": str(tmp_path), "image_size": 0, "train": "lora", "lora_rank": 2}
     task = build_task(_config(picture_folder, **words, steps=2, lora_targets=("q_proj", "v_proj")))
     start = task.initial_state()
     assert all("lora_" in name or name.startswith("head.") for name in start)

@@ -3,8 +3,9 @@ import csv
 import numpy as np
 import pytest
 
+from client.config import configure
 from client.models import LANGUAGE, model_path
-from client.tasks import TaskConfig, build_task
+from client.tasks import build_task
 from client.unpack import file_digest, unpack
 from dare_agg.errors import ConfigError
 
@@ -21,7 +22,7 @@ def config(model, data, **more):
         "batch": 8,
         "learning_rate": 3e-3,
     }
-    return TaskConfig(**{**settings, **more})
+    return configure(**{**settings, **more})
 
 
 def test_training_learns_and_repeats_bit_for_bit(tiny_language_model, review_files):
@@ -63,7 +64,7 @@ def test_blocks_keep_all_text_and_never_mix_groups(tiny_language_model, tmp_path
             name = ("Ann", "Bob")[i % 2]
             writer.writerow([" ".join([words[name]] * (1 + i % 5)), name])
     task = build_task(
-        config(tiny_language_model, path, text_column="line", partition_column="speaker", length=8)
+        config(tiny_language_model, path, text_column="line", partition_by="speaker", length=8)
     )
     rows = [*zip(task.data.train.inputs, task.data.train.groups, strict=True)]
     rows += zip(task.data.test.inputs, task.data.test.groups, strict=True)
@@ -87,7 +88,7 @@ def test_a_plain_text_file_is_cut_into_paragraphs(tiny_language_model, tmp_path)
 
 
 def test_lora_state_holds_the_architectures_usual_adapters(tiny_language_model, review_files):
-    task = build_task(config(tiny_language_model, review_files["csv"], method="lora", lora_rank=2))
+    task = build_task(config(tiny_language_model, review_files["csv"], train="lora", lora_rank=2))
     start = task.initial_state()
     assert all(".q_proj.lora_" in name or ".v_proj.lora_" in name for name in start)
     trained, _, _ = task.train(start, np.arange(16), seed=[0])
@@ -97,7 +98,7 @@ def test_lora_state_holds_the_architectures_usual_adapters(tiny_language_model, 
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
-        ({"method": "head"}, "no head of its own"),
+        ({"train": "head"}, "no head of its own"),
         ({"model": "minilm"}, "no causal language model; built in: smollm2"),
         ({"model": "nobody/nothing"}, "'nobody/nothing' cannot be loaded"),
         ({"length": 1}, "leaves no room"),

@@ -1,7 +1,8 @@
 import numpy as np
 import pytest
 
-from client.tasks import TaskConfig, build_task
+from client.config import configure
+from client.tasks import build_task
 from dare_agg.errors import ConfigError
 
 
@@ -16,7 +17,7 @@ def config(tiny_model, review_files, **more):
         "learning_rate": 1e-3,
         "head_learning_rate": 1e-2,
     }
-    return TaskConfig(**{**settings, **more})
+    return configure(**{**settings, **more})
 
 
 def test_training_learns_and_repeats_bit_for_bit(tiny_model, review_files):
@@ -33,7 +34,7 @@ def test_training_learns_and_repeats_bit_for_bit(tiny_model, review_files):
 
 
 def test_lora_state_holds_adapters_and_head_only(tiny_model, review_files):
-    task = build_task(config(tiny_model, review_files, method="lora", lora_rank=2))
+    task = build_task(config(tiny_model, review_files, train="lora", lora_rank=2))
     start = task.initial_state()
     assert all("lora_" in name or name.startswith("head.") for name in start)
     trained, _, _ = task.train(start, np.arange(64), seed=[0])
@@ -41,7 +42,7 @@ def test_lora_state_holds_adapters_and_head_only(tiny_model, review_files):
 
 
 def test_head_only_leaves_the_encoder_alone(tiny_model, review_files):
-    task = build_task(config(tiny_model, review_files, method="head"))
+    task = build_task(config(tiny_model, review_files, train="head"))
     assert set(task.initial_state()) == {"head.weight", "head.bias"}
 
 

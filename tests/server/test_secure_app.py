@@ -17,7 +17,7 @@ from client.app import app as client_app
 from dare_agg.secure import identity as identities
 from dare_agg.secure.practice import practice_consortium
 from server.app import main as run_server
-from server.config import RunConfig
+from server.config import DEFAULTS
 from simulations.runs.memory_grid import pretend_task
 
 HERE = Path(__file__).resolve().parent
@@ -47,7 +47,7 @@ def run(tiny_model: Path, review_files: Any, tmp_path: Path, monkeypatch: Any) -
     def go(models: list[str], **changes: Any) -> tuple[Path, list[dict], dict]:
         for key, value in practice_consortium(tmp_path / "run" / "keys", 4, models).items():
             monkeypatch.setenv(key, value)
-        raw = RunConfig().model_dump(by_alias=True) | {
+        raw = DEFAULTS | {
             "model": str(tiny_model),
             "data": str(review_files["csv"]),
             "text-column": "review",

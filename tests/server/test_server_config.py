@@ -1,35 +1,57 @@
-import tomllib
-from pathlib import Path
+import inspect
+from dataclasses import MISSING, fields
 
 import pytest
 
+from client.config import TaskConfig
+from dare_agg.codec.mask import parse_drop_rate
 from dare_agg.errors import DareError
+from dare_agg.flower import DareStrategy
+from dare_agg.rounds.settings import FederatedSettings
 from dare_agg.rounds.step import server_step
-from server.config import RunConfig, read_config
+from dare_agg.rounds.terms import UpdateTerms
+from server.config import DEFAULTS, METHODS, RunConfig, read_config
 
-PROJECT = Path(__file__).resolve().parents[2] / "pyproject.toml"
+# Whose default differs on purpose: in the run config lists and "none" are text or 0, nodes are
+# counted by min-clients, and the app's own models have a head.
+OWN_DEFAULTS = {"dense", "exclude", "seed", "deadline", "upload_budget", "identities", "downlink"}
 
 
-def defaults():
-    return tomllib.loads(PROJECT.read_text())["tool"]["flwr"]["app"]["config"]
+def test_every_key_is_checked_and_has_its_default_in_the_apps_pyproject_alone():
+    keys = {key.replace("-", "_") for key in DEFAULTS}
+    assert keys == set(RunConfig.model_fields)
+    assert all(row.is_required() for row in RunConfig.model_fields.values())
+    of_task = {field.name: field.default for field in fields(TaskConfig)}
+    assert of_task.pop("warm_up") == 0.0
+    assert of_task.keys() <= keys and set(of_task.values()) == {MISSING}
 
 
-def test_the_apps_defaults_are_the_models_defaults():
-    assert read_config(defaults()) == RunConfig()
-    assert set(defaults()) == {name.replace("_", "-") for name in RunConfig.model_fields}
+def test_the_apps_defaults_are_the_librarys():
+    usual = read_config({})
+    words = inspect.signature(DareStrategy).parameters
+    shared = (set(words) & set(RunConfig.model_fields)) - OWN_DEFAULTS
+    assert {"drop_rate", "values", "scaling", "server_step", "weighting"} < shared
+    for name in sorted(shared):
+        value, default = getattr(usual, name), words[name].default
+        assert (parse_drop_rate(value) if name == "drop_rate" else value) == default, name
+    (method,) = (METHODS[name].words["method"] for name in usual.methods)
+    assert method == words["method"].default
+
+
+def test_the_librarys_defaults_are_its_classes():
+    made = DareStrategy()
+    assert made.settings == FederatedSettings() and made.settings.terms == UpdateTerms()
 
 
 def test_a_number_may_be_typed_as_one():
-    config = read_config({**defaults(), "drop-rate": 0.995, "upload-budget": 300_000})
+    config = read_config({"drop-rate": 0.995, "upload-budget": 300_000})
     assert (config.drop_rate, config.upload_budget) == ("0.995", "300000")
 
 
 def test_every_number_of_a_server_step_can_be_set():
-    config = read_config(
-        {**defaults(), "server-step": "adam(tau=0.1)", "server-learning-rate": 0.5}
-    )
+    config = read_config({"server-step": "adam(tau=0.1)", "server-learning-rate": 0.5})
     assert config.step() == server_step("adam", lr=0.5, tau=0.1)
-    assert read_config(defaults()).step() == server_step("plain")
+    assert read_config({}).step() == server_step("plain")
 
 
 @pytest.mark.parametrize(
@@ -51,4 +73,4 @@ def test_every_number_of_a_server_step_can_be_set():
 )
 def test_a_bad_key_fails_before_anyone_trains(bad, message):
     with pytest.raises(DareError, match=message):
-        read_config({**defaults(), **bad})
+        read_config({**bad})

@@ -13,7 +13,7 @@ from safetensors.numpy import load_file
 from client.app import app as client_app
 from dare_agg.errors import ConfigError, RunError
 from server.app import main as run_server
-from server.config import RunConfig
+from server.config import DEFAULTS
 from simulations.runs.memory_grid import pretend_task
 
 HERE = Path(__file__).resolve().parent
@@ -41,7 +41,7 @@ def task_identity():
 @pytest.fixture
 def run(tiny_model, review_files, tmp_path):
     def go(clients=3, node_config=None, into="run", **changes):
-        raw = RunConfig().model_dump(by_alias=True) | {
+        raw = DEFAULTS | {
             "model": str(tiny_model),
             "data": str(review_files["csv"]),
             "text-column": "review",

@@ -35,7 +35,7 @@ def row(tiny_language_model, review_files):
             "data": str(review_files["csv"]),
             "text_column": "review",
             "label_column": "tone",
-            "partition_column": "author",
+            "partition_by": "author",
             "length": 16,
             "steps": 6,
             "batch": 8,
@@ -114,7 +114,7 @@ def test_the_scenario_takes_any_causal_language_model(tiny_language_model, revie
     path = Path(__file__).parents[2] / "simulations" / "scenarios" / "lm.toml"
     changes = {
         "model": str(tiny_language_model), "data": str(review_files["csv"]), "steps": 1,
-        "text_column": "review", "partition_column": "author",
+        "text_column": "review", "partition_by": "author",
     }  # fmt: skip
     out = tmp_path / "rows.jsonl"
     assert run_scenario(path, out, 1, 3, "", changes) == 0

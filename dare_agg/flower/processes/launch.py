@@ -22,6 +22,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from dare_agg.errors import ConfigError, RunError
+from dare_agg.files.app_config import app_above, is_app
 
 START_SECONDS = 120
 AWAY_SECONDS = 300
@@ -70,19 +71,13 @@ def free_port() -> int:
 
 def find_app(path: Path | None) -> Path:
     """Return the folder of the Flower app: the given one, or this checkout."""
-    here = Path(__file__).resolve()
-    folder = path or next((f for f in here.parents if _is_app(f)), here.parent)
-    if not _is_app(folder):
+    folder = path or app_above(Path(__file__)) or Path(__file__).parent
+    if not is_app(folder):
         raise ConfigError(
             f"{str(folder)!r} is no Flower app (a pyproject.toml with [tool.flwr.app]); give its "
             "folder, for example: dare-agg run path/to/checkout"
         )
     return folder.resolve()
-
-
-def _is_app(folder: Path) -> bool:
-    project = folder / "pyproject.toml"
-    return project.is_file() and "[tool.flwr.app]" in project.read_text(encoding="utf-8")
 
 
 @contextlib.contextmanager

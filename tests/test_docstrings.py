@@ -1,14 +1,18 @@
-"""Docstrings: every public definition of the library has one, and every example in them runs."""
+"""Docstrings: every public definition of the library has one, and what they show runs."""
 
 from __future__ import annotations
 
 import ast
 import doctest
 import importlib
+import re
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
+
+from dare_agg.merge.methods import METHODS
 
 ROOT = Path(__file__).resolve().parent.parent
 FILES = sorted((ROOT / "dare_agg").rglob("*.py"))
@@ -90,3 +94,12 @@ def test_every_public_definition_says_what_it_is(module: str) -> None:
 def test_every_example_runs(module: str) -> None:
     found = doctest.testmod(importlib.import_module(module))
     assert found.attempted and not found.failed
+
+
+def test_the_walk_through_of_contributing_runs(monkeypatch: pytest.MonkeyPatch) -> None:
+    page = (ROOT / "CONTRIBUTING.md").read_text(encoding="utf-8")
+    shown: dict[str, Any] = {}
+    for code in re.findall(r"```python\n(.*?)```", page, re.S):
+        exec(code, shown)
+    monkeypatch.setitem(METHODS, shown["ROW"].name, shown["ROW"])
+    shown["test_an_outlier_does_not_move_the_median"]()

@@ -8,8 +8,8 @@ from __future__ import annotations
 
 import contextlib
 import hashlib
-import os
 import shutil
+import tempfile
 import zipfile
 from collections.abc import Sequence
 from pathlib import Path
@@ -38,10 +38,8 @@ def unpack(name: str, parts: Sequence[Path], sha256: str, suffix: str, remedy: s
     if target.is_dir():
         return target
     target.parent.mkdir(parents=True, exist_ok=True)
-    draft = target.with_name(f".{target.name}.{os.getpid()}")
-    shutil.rmtree(draft, ignore_errors=True)
-    draft.mkdir()
-    try:
+    with tempfile.TemporaryDirectory(prefix=f".{target.name}.", dir=target.parent) as temporary:
+        draft = Path(temporary)
         joined = parts[0] if len(parts) == 1 else draft / f"joined{suffix}"
         found = _join(parts, None if len(parts) == 1 else joined)
         if not found.startswith(sha256):
@@ -51,8 +49,6 @@ def unpack(name: str, parts: Sequence[Path], sha256: str, suffix: str, remedy: s
         (_from_gguf if suffix == ".gguf" else _from_zip)(joined, made)
         with contextlib.suppress(OSError):  # another process was first: its folder serves
             made.replace(target)
-    finally:
-        shutil.rmtree(draft, ignore_errors=True)
     return target
 
 

@@ -9,11 +9,12 @@ from __future__ import annotations
 
 import contextlib
 import hashlib
-import os
 import time
 from collections.abc import Iterable
 from pathlib import Path
 
+from dare_agg.errors import StateError
+from dare_agg.files.atomic import replace_file
 from dare_agg.files.cache import cache_folder
 
 _SETTLED_SECONDS = 3.0
@@ -31,15 +32,11 @@ def recall(files: Iterable[Path], layout: str) -> str | None:
 def remember(files: Iterable[Path], layout: str, fingerprint: str) -> None:
     """Keep a fingerprint for `recall`; where that is impossible, nothing happens."""
     chosen = list(files)
-    with contextlib.suppress(OSError):
+    with contextlib.suppress(OSError, StateError):
         latest = max(max(s.st_mtime, s.st_ctime) for s in (f.stat() for f in chosen))
         if time.time() - latest < _SETTLED_SECONDS:
             return
-        place = _place(chosen, layout)
-        place.parent.mkdir(parents=True, exist_ok=True)
-        temporary = place.with_name(f"{place.name}.{os.getpid()}")
-        temporary.write_text(fingerprint + "\n", encoding="ascii")
-        os.replace(temporary, place)
+        replace_file(_place(chosen, layout), (f"{fingerprint}\n".encode("ascii"),))
 
 
 def _place(files: Iterable[Path], layout: str) -> Path:

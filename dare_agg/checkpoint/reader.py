@@ -2,7 +2,7 @@
 
 Tensors are never loaded whole: a reader converts the tile it is asked for from the mapped
 file (bfloat16, float16 and float32, without any dtype package), and the writer rounds and
-writes tile by tile into a temporary neighbour that is renamed when complete.
+writes tile by tile into a draft that is renamed when complete.
 """
 
 from __future__ import annotations

@@ -8,7 +8,6 @@ so a signature fits no other round, run, client or payload.
 from __future__ import annotations
 
 import json
-import os
 import re
 from collections.abc import Mapping
 from pathlib import Path
@@ -17,6 +16,7 @@ from cryptography.hazmat.primitives import serialization
 from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
 
 from dare_agg.errors import ConfigError, StateError
+from dare_agg.files.atomic import write_new
 
 _KEY = re.compile(r"[0-9a-f]{64}")
 
@@ -37,18 +37,9 @@ def make_identity(path: Path) -> str:
 
 
 def write_private(path: Path, data: bytes, mode: int = 0o600) -> None:
-    """Create a file that only its owner reads; never overwrites one."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    try:
-        handle = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL, mode)
-    except FileExistsError as error:
-        raise ConfigError(
-            f"{path} exists; keys are never overwritten: move it away or choose another folder"
-        ) from error
-    with os.fdopen(handle, "wb") as file:
-        file.write(data)
-        file.flush()
-        os.fsync(file.fileno())
+    """Create a file that only its owner reads; never overwrites one (`ConfigError`)."""
+    remedy = "keys are never overwritten: move it away or choose another folder"
+    write_new(path, data, mode=mode, kind=ConfigError, exists=remedy)
 
 
 def load_identity(path: Path | str) -> Ed25519PrivateKey:

@@ -25,7 +25,7 @@ from dare_agg.downlink.grid import Counts, grid_of
 from dare_agg.downlink.protocol import FullReceiver
 from dare_agg.downlink.steps import apply_step, read_steps
 from dare_agg.errors import BaseMismatchError, DareError, StateError
-from dare_agg.files.atomic import write_atomically
+from dare_agg.files.atomic import replace_file
 from dare_agg.files.state_file import read_state, write_state
 from dare_agg.vectors.model import Arrays, GlobalModel, global_model
 
@@ -130,7 +130,7 @@ class VersionReceiver:
 
     def _store_base(self, payload: bytes) -> None:
         if not self._base_path.is_file() or self._base_path.stat().st_size != len(payload):
-            write_atomically(self._base_path, (payload,))
+            replace_file(self._base_path, (payload,))
 
     def _load_base(self, sent: bytes | None = None) -> GlobalModel:
         from safetensors import SafetensorError

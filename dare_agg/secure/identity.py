@@ -24,6 +24,7 @@ from cryptography.hazmat.primitives.kdf.scrypt import Scrypt
 
 from dare_agg.codec.derive import derive_key
 from dare_agg.errors import ConfigError, ProtocolError, StateError
+from dare_agg.files.atomic import write_new
 
 KEY_BYTES = 32
 SIGNATURE_BYTES = 64
@@ -110,28 +111,18 @@ def write_identity(path: Path, identity: Identity, passphrase: str) -> None:
         "salt": salt.hex(),
         "sealed": base64.b64encode(nonce + sealed).decode(),
     }
-    _write_new(path, record, 0o600)
+    _write(path, record, 0o600)
 
 
 def write_public(path: Path, name: str, public: bytes) -> None:
     """Write the half of an identity that others may see; never overwrites."""
     check_name(name)
-    _write_new(path, {"format": _PUBLIC_FORMAT, "name": name, "public": public.hex()}, 0o644)
+    _write(path, {"format": _PUBLIC_FORMAT, "name": name, "public": public.hex()}, 0o644)
 
 
-def _write_new(path: Path, record: dict[str, str], mode: int) -> None:
-    try:
-        handle = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL, mode)
-    except FileExistsError as error:
-        raise StateError(
-            f"{path} exists; choose another name, keys are never overwritten"
-        ) from error
-    except OSError as error:
-        raise StateError(f"{path}: {error.strerror}; the key was not written") from error
-    with os.fdopen(handle, "w", encoding="utf-8") as file:
-        file.write(json.dumps(record) + "\n")
-        file.flush()
-        os.fsync(file.fileno())
+def _write(path: Path, record: dict[str, str], mode: int) -> None:
+    remedy = "choose another name, keys are never overwritten"
+    write_new(path, json.dumps(record).encode() + b"\n", mode=mode, exists=remedy)
 
 
 def read_identity(path: Path, passphrase: str) -> Identity:

@@ -22,7 +22,7 @@ from cryptography.hazmat.primitives.ciphers.aead import ChaCha20Poly1305
 
 from dare_agg.codec.derive import derive_key
 from dare_agg.errors import ProtocolError, StateError
-from dare_agg.files.atomic import write_atomically
+from dare_agg.files.atomic import replace_file
 from dare_agg.files.cache import cache_folder
 from dare_agg.secure.encoding import blob, u64
 from dare_agg.secure.identity import Identity, key_fingerprint
@@ -31,6 +31,7 @@ _MAGIC = b"DSV1"
 _SALT_BYTES, _TAG_BYTES = 32, 16
 _HEADER_BYTES = len(_MAGIC) + _SALT_BYTES + 8
 _PIECE_BYTES = 1 << 24
+_REMEDY = "name a folder that can be written (secure-state in the node config)"
 
 
 def default_folder() -> Path:
@@ -69,7 +70,7 @@ class Vault:
                 yield box.encrypt(_nonce(number), view[start : start + _PIECE_BYTES], context)
 
         self._make_folder()
-        write_atomically(self._path(session, name), sealed(), 0o600)
+        replace_file(self._path(session, name), sealed(), mode=0o600, remedy=_REMEDY)
 
     @contextlib.contextmanager
     def alone(self) -> Iterator[None]:
@@ -140,8 +141,7 @@ class Vault:
 
     def _unwritten(self, error: OSError) -> StateError:
         return StateError(
-            f"{self.folder}: {error.strerror}; a session's state cannot be kept there: name a "
-            "folder that can be written (secure-state in the node config)"
+            f"{self.folder}: {error.strerror}; a session's state cannot be kept there: {_REMEDY}"
         )
 
     def _path(self, session: bytes, name: str) -> Path:

@@ -3,6 +3,7 @@ merging sparse updates into it.
 
 A file counts as unchanged while its path, inode, size, and times of change are (as git
 judges). Whatever changed in the last seconds is not remembered: its clock may be too coarse.
+Nothing is believed that another user could have put there.
 """
 
 from __future__ import annotations
@@ -16,6 +17,7 @@ from pathlib import Path
 from dare_agg.errors import StateError
 from dare_agg.files.atomic import replace_file
 from dare_agg.files.cache import cache_folder
+from dare_agg.files.trust import own_folder, read_own
 
 _SETTLED_SECONDS = 3.0
 
@@ -23,9 +25,9 @@ _SETTLED_SECONDS = 3.0
 def recall(files: Iterable[Path], layout: str) -> str | None:
     """Return the fingerprint known for these files over a layout (its fingerprint)."""
     try:
-        text = _place(files, layout).read_text(encoding="ascii").strip()
+        text = read_own(_place(files, layout), remedy="").decode("ascii").strip()
         return text if len(bytes.fromhex(text)) == 32 else None
-    except (OSError, ValueError):
+    except (OSError, ValueError, StateError):
         return None
 
 
@@ -36,6 +38,7 @@ def remember(files: Iterable[Path], layout: str, fingerprint: str) -> None:
         latest = max(max(s.st_mtime, s.st_ctime) for s in (f.stat() for f in chosen))
         if time.time() - latest < _SETTLED_SECONDS:
             return
+        own_folder(cache_folder("fingerprints"), remedy="")
         replace_file(_place(chosen, layout), (f"{fingerprint}\n".encode("ascii"),))
 
 

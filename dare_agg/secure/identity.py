@@ -25,6 +25,7 @@ from cryptography.hazmat.primitives.kdf.scrypt import Scrypt
 from dare_agg.codec.derive import derive_key
 from dare_agg.errors import ConfigError, ProtocolError, StateError
 from dare_agg.files.atomic import write_new
+from dare_agg.files.trust import read_own
 
 KEY_BYTES = 32
 SIGNATURE_BYTES = 64
@@ -33,6 +34,7 @@ MIN_PASSPHRASE = 8
 _SCRYPT_N = 1 << 15
 _FORMAT = "dare-agg identity 1"
 _PUBLIC_FORMAT = "dare-agg public key 1"
+_REMEDY = "keep keys in a folder of this user's own"
 
 
 @dataclass(frozen=True)
@@ -128,15 +130,16 @@ def _write(path: Path, record: dict[str, str], mode: int) -> None:
 def read_identity(path: Path, passphrase: str) -> Identity:
     """Read and decrypt an identity.
 
-    Raises `StateError` for a wrong passphrase or file, `ConfigError` for a file that others
-    may read.
+    Raises `StateError` for a wrong passphrase or file or one that another user could have
+    swapped, `ConfigError` for a file that others may read.
     """
-    record = read_public(path)
+    try:
+        text = read_own(path, remedy=_REMEDY, private=True)
+    except OSError as error:
+        raise _no_file(path, error) from error
+    record = _parse(path, text)
     if record["format"] != _FORMAT:
         raise StateError(f"{path} holds a public key alone; give the private one, encrypted")
-    mode = path.stat().st_mode & 0o777
-    if mode & 0o077:
-        raise ConfigError(f"{path} has mode {mode:o}; others may read it: chmod 600 it")
     try:
         salt = bytes.fromhex(record["salt"])
         sealed = base64.b64decode(record["sealed"], validate=True)
@@ -153,7 +156,25 @@ def read_identity(path: Path, passphrase: str) -> Identity:
 def read_public(path: Path) -> dict[str, str]:
     """The unencrypted fields of a key file, among them ``name`` and ``public`` (hex)."""
     try:
-        text = path.read_text(encoding="utf-8")
+        return _parse(path, path.read_bytes())
+    except OSError as error:
+        raise _no_file(path, error) from error
+
+
+def read_trusted(path: Path) -> bytes:
+    """A public key to be trusted, from a file that no other user can have put there."""
+    try:
+        return bytes.fromhex(_parse(path, read_own(path, remedy=_REMEDY))["public"])
+    except OSError as error:
+        raise _no_file(path, error) from error
+
+
+def _no_file(path: Path, error: OSError) -> StateError:
+    return StateError(f"{path}: {error.strerror}; make one with dare-agg keys make")
+
+
+def _parse(path: Path, text: bytes) -> dict[str, str]:
+    try:
         record = json.loads(text)
         if record["format"] not in (_FORMAT, _PUBLIC_FORMAT) or not all(
             isinstance(v, str) for v in record.values()
@@ -162,8 +183,6 @@ def read_public(path: Path) -> dict[str, str]:
         check_name(record["name"])
         if len(bytes.fromhex(record["public"])) != KEY_BYTES:
             raise ValueError("public key of another length")
-    except OSError as error:
-        raise StateError(f"{path}: {error.strerror}; make one with dare-agg keys make") from error
     except (ValueError, KeyError, TypeError, AttributeError, ConfigError) as error:
         raise StateError(
             f"{path} is no key file ({error}); make one with dare-agg keys make"

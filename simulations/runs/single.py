@@ -21,6 +21,7 @@ from dare_agg.codec.mask import Mask, parse_drop_rate
 from dare_agg.errors import ConfigError, did_you_mean
 from dare_agg.files.atomic import replace_file
 from dare_agg.files.cache import cache_folder
+from dare_agg.files.trust import own_folder
 from dare_agg.vectors.layout import FloatVector, Layout, layout_of
 from dare_agg.vectors.sources import SAFE_DELTA
 from simulations.runs.channels import HEAD
@@ -42,6 +43,7 @@ def tuned_state(settings: Mapping[str, Any], seed: int = 0) -> tuple[Any, State,
     path = cache_folder() / f"{task.data.name}-{name}.safetensors"
     if not path.is_file():
         tuned, _, _ = task.train(base, np.arange(len(task.train_rows)), seed=(seed, 1))
+        own_folder(path.parent, remedy="set DARE_AGG_CACHE to a folder of this user's own")
         replace_file(path, (save(dict(tuned)),))
     return task, base, load_file(str(path))
 

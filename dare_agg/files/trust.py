@@ -12,6 +12,7 @@ which are followed part by part. The last part is opened with O_NOFOLLOW and loo
 
 from __future__ import annotations
 
+import errno
 import grp
 import os
 import pwd
@@ -46,11 +47,12 @@ def own_folder(folder: Path, *, remedy: str) -> Path:
 
 
 def check_folder(folder: Path, *, remedy: str) -> None:
-    """Raise `StateError` with ``remedy`` where another user could swap ``folder`` or its files."""
+    """Raise `StateError` with ``remedy`` where another user could swap ``folder`` or its files,
+    `OSError` where it is none."""
     place = _resolved(folder, remedy)
     found = place.lstat()
     if not stat.S_ISDIR(found.st_mode):
-        raise StateError(f"{place} is no folder; {remedy}")
+        raise NotADirectoryError(errno.ENOTDIR, os.strerror(errno.ENOTDIR), str(place))
     _check(place, found, folder, remedy)
 
 

@@ -1,6 +1,7 @@
 """They plant links at the names that drafts used to have, to have our files overwritten."""
 
 import os
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -12,7 +13,7 @@ from dare_agg.secure import make_roster, new_identity, write_roster
 from server.recorder import write_json
 
 
-def writers(folder: Path) -> dict[str, object]:
+def writers(folder: Path) -> dict[str, Callable[[], None]]:
     roster = make_roster("r", [("a", new_identity("a").public)])
     return {
         "run.state": lambda: replace_file(folder / "run.state", (b"new",)),

@@ -80,6 +80,24 @@ def test_a_last_line_that_no_crash_can_have_left(tmp_path: Path, how: str) -> No
         ledger.claim(consortium(round_number=9).terms, DELTA * 9)
 
 
+@pytest.mark.parametrize("spoil", ["alive as a list", "no digest", "cut short"])
+def test_a_line_that_says_who_was_alive_counts_as_much(tmp_path: Path, spoil: str) -> None:
+    ledger = FileLedger(tmp_path / "north.ledger")
+    terms = consortium(5, training=b"t" * 32).terms
+    ledger.sign(terms, (1, 2, 3))
+    line = ledger.path.read_bytes()
+    other = {"alive as a list": [1, 2, 3], "no digest": "ab"}
+    bad = changed(line, signed=other[spoil]) if spoil in other else line[:30]
+    ledger.path.write_bytes(bad + b"\n")
+    with pytest.raises(StateError, match="line 1 cannot be read"):
+        ledger.sign(terms, (1, 2, 3, 4))
+    # What a crash leaves: no signature has left, so another set may be signed.
+    ledger.path.write_bytes(line[:30])
+    ledger.sign(terms, (1, 2, 3, 4))
+    with pytest.raises(ProtocolError, match="has signed a sum"):
+        ledger.sign(terms, (1, 2, 3))
+
+
 @pytest.mark.parametrize("kept", [1, 5, 12, 40, -2])
 def test_a_crash_at_any_byte_of_a_line_costs_that_line_alone(tmp_path: Path, kept: int) -> None:
     ledger = ledger_of(tmp_path)

@@ -20,6 +20,8 @@ from numpy.typing import NDArray
 from safetensors.numpy import save_file
 
 from dare_agg import __version__
+from dare_agg.checkpoint import carry_files
+from dare_agg.checkpoint.carried import CARD, HEAD_NAME
 from dare_agg.errors import CheckpointError
 from dare_agg.files.atomic import folder_draft
 from dare_agg.files.cache import cache_folder
@@ -107,13 +109,11 @@ def export_model(
 
 
 def _copy_base(base: Path, draft: Path, *, weights: bool) -> None:
-    for path in base.iterdir():
-        heavy = path.name.endswith((".safetensors", ".safetensors.index.json"))
-        if path.is_file() and (
-            (heavy and weights)
-            or (path.suffix in (".json", ".txt", ".model", ".jinja") and not heavy)
-        ):
-            shutil.copy(path, draft / path.name)
+    carry_files(base, draft, skip=(CARD, HEAD_NAME))
+    if weights:
+        for path in base.iterdir():
+            if path.name.endswith((".safetensors", ".safetensors.index.json")):
+                shutil.copy(path, draft / path.name)
 
 
 def _write_adapter(

@@ -103,6 +103,11 @@ class Checkpoint:
         """The safetensors files, sorted."""
         return tuple(sorted({info.file for info in self.tensors.values()}))
 
+    @property
+    def weights(self) -> tuple[str, ...]:
+        """The names of the files that hold the tensors."""
+        return tuple(file.name for file in self.files)
+
     def layout(self, exclude: Iterable[str] = ()) -> Layout:
         """Lay out the floating-point tensors; the others are buffers."""
         return layout_of(

@@ -29,7 +29,6 @@ from dare_agg.errors import CheckpointError, NonFiniteError
 from dare_agg.files.atomic import draft_beside, put_in_place
 from dare_agg.vectors.layout import FloatVector, Layout
 
-_WEIGHT_SUFFIXES = (_SUFFIX, ".bin", ".pt", ".pth", ".ckpt", ".h5", ".msgpack", ".onnx", ".gguf")
 _SPARE_BYTES = 64 << 20
 
 
@@ -70,7 +69,7 @@ class CheckpointWriter:
             return self._begin()
         except OSError as error:
             self._discard()
-            raise _unwritable(self.out, error) from error
+            raise unwritable(self.out, error) from error
 
     def _begin(self) -> CheckpointWriter:
         self.out.absolute().parent.mkdir(parents=True, exist_ok=True)
@@ -98,7 +97,7 @@ class CheckpointWriter:
             if kind is None:
                 self._publish()
         except OSError as failed:
-            raise _unwritable(self.out, failed) from failed
+            raise unwritable(self.out, failed) from failed
         finally:
             self._discard()
 
@@ -132,7 +131,7 @@ class CheckpointWriter:
             try:
                 written = os.pwrite(file, view, at)
             except OSError as error:
-                raise _unwritable(self.out, error) from error
+                raise unwritable(self.out, error) from error
             view, at = view[written:], at + written
 
     def _create(self, shard: str) -> None:
@@ -185,7 +184,7 @@ class CheckpointWriter:
             self._draft.unlink()
 
 
-def _unwritable(out: Path, error: OSError) -> CheckpointError:
+def unwritable(out: Path, error: OSError) -> CheckpointError:
     """Say what keeps ``out`` from being written, and what helps."""
     remedies = {
         errno.ENOSPC: "make room", errno.EDQUOT: "make room", errno.EROFS: "choose another place",
@@ -233,17 +232,6 @@ def plan_like(
         )
         for name, info in checkpoint.tensors.items()
     }
-
-
-def carry_files(source: Path, target: Path) -> tuple[str, ...]:
-    """Copy configuration and tokenizer files of a model folder, weights and cards left out."""
-    carried = []
-    for file in sorted(source.iterdir()):
-        weights = file.suffix in _WEIGHT_SUFFIXES or file.name.endswith(".index.json")
-        if file.is_file() and not weights and file.name.lower() != "readme.md":
-            shutil.copyfile(file, target / file.name)
-            carried.append(file.name)
-    return tuple(carried)
 
 
 def write_checkpoint(

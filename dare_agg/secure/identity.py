@@ -25,7 +25,7 @@ from cryptography.hazmat.primitives.kdf.scrypt import Scrypt
 from dare_agg.codec.derive import derive_key
 from dare_agg.errors import ConfigError, ProtocolError, StateError
 from dare_agg.files.atomic import write_new
-from dare_agg.files.trust import read_own
+from dare_agg.files.trust import open_own, read_own
 
 KEY_BYTES = 32
 SIGNATURE_BYTES = 64
@@ -134,12 +134,15 @@ def read_identity(path: Path, passphrase: str) -> Identity:
     swapped, `ConfigError` for a file that others may read.
     """
     try:
-        text = read_own(path, remedy=_REMEDY, private=True)
+        with os.fdopen(open_own(path, os.O_RDONLY, remedy=_REMEDY), "rb") as file:
+            text, mode = file.read(), os.fstat(file.fileno()).st_mode & 0o777
     except OSError as error:
         raise _no_file(path, error) from error
     record = _parse(path, text)
     if record["format"] != _FORMAT:
         raise StateError(f"{path} holds a public key alone; give the private one, encrypted")
+    if mode & 0o077:
+        raise ConfigError(f"{path} has mode {mode:o}; others may read it: chmod 600 it")
     try:
         salt = bytes.fromhex(record["salt"])
         sealed = base64.b64decode(record["sealed"], validate=True)

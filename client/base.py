@@ -16,7 +16,7 @@ from client.config import ConfigValue, task_config
 from client.tasks import build_task
 from dare_agg.downlink.base import write_base
 from dare_agg.errors import DareError
-from dare_agg.files.atomic import replace_file
+from dare_agg.files.atomic import write_atomically
 
 
 def main() -> None:
@@ -34,7 +34,7 @@ def main() -> None:
             except tomllib.TOMLDecodeError:
                 run[key] = value
         state = build_task(task_config(run, {})).initial_state()
-        replace_file(options.output, (write_base(state),))
+        write_atomically(options.output, (write_base(state),))
     except DareError as error:
         sys.exit(f"error: {error}")
     print(f"{options.output}: {len(state)} tensors, {options.output.stat().st_size:,} bytes")

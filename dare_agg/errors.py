@@ -66,6 +66,8 @@ REASONS: Mapping[str, str] = {
     "threshold": "fewer parties than the threshold, or a lower threshold than allowed",
     "degree": "fewer neighbours than a party needs to be hidden among",
     "norm": "a delta too small to hide anybody",
+    "training": "other settings, arrays or code enter the training than the terms say",
+    "local": "tensors that stay with a party, and it has none of its own",
     # secure sums: the protocol
     "stage": "a step out of its order",
     "session": "of another session",

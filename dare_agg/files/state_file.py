@@ -13,20 +13,15 @@ import numpy as np
 from numpy.typing import NDArray
 
 from dare_agg.errors import StateError
-from dare_agg.files.atomic import REMEDY, replace_file
+from dare_agg.files.atomic import write_atomically
 
 MAGIC = b"DAREST1\n"
 
 NamedArrays = Mapping[str, NDArray[Any]]
 
 
-def write_state(
-    path: Path, arrays: NamedArrays, facts: Mapping[str, Any], *, remedy: str = REMEDY
-) -> None:
-    """Write arrays and JSON facts as one checksummed state file, readable by its owner.
-
-    Raises `StateError` with ``remedy`` where it cannot be written.
-    """
+def write_state(path: Path, arrays: NamedArrays, facts: Mapping[str, Any]) -> None:
+    """Write arrays and JSON facts as one checksummed state file, readable by its owner."""
     from safetensors.numpy import save
 
     packed = {name: np.array(array, order="C", copy=None) for name, array in arrays.items()}
@@ -34,7 +29,7 @@ def write_state(
     head = MAGIC + struct.pack("<Q", len(body))
     digest = hashlib.sha256(head)
     digest.update(body)
-    replace_file(path, (head, body, digest.digest()), mode=0o600, remedy=remedy)
+    write_atomically(path, (head, body, digest.digest()), mode=0o600)
 
 
 def read_state(path: Path) -> tuple[dict[str, NDArray[Any]], dict[str, Any]]:

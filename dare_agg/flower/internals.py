@@ -20,6 +20,7 @@ from pathlib import Path
 from typing import Any, NoReturn
 
 from flwr.app import ConfigRecord, Context, Error, Message, MetricRecord
+from flwr.clientapp import ClientApp
 from flwr.serverapp import Grid
 
 from dare_agg.deploy.packages import is_supported, pip_install
@@ -110,6 +111,11 @@ INTERNALS = {
     "deflate": Internal(
         "flwr.app:ConfigRecord.deflate",
         "gives a small record's bytes on the wire; a simulation counts no traffic itself",
+    ),
+    "mods": Internal(
+        "flwr.clientapp:ClientApp._mods",
+        "lists an app's mods; without it an app could answer secure sums with nothing that keeps "
+        "its other functions from answering a server",
     ),
     "logger": Internal(
         "flwr.supercore.logger:LOGGER_NAME",
@@ -263,6 +269,14 @@ def on_database_connection(act: Callable[..., None]) -> None:
 
 
 # --- messages ------------------------------------------------------------------------------
+
+
+def app_mods(app: ClientApp) -> Sequence[Callable[..., Message]]:
+    """The mods of an app, the outermost first."""
+    try:
+        return list(app._mods)
+    except AttributeError as error:
+        _changed("mods", error)
 
 
 def message_to_bytes(message: Message) -> bytes:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 from flwr.app import Array, ArrayRecord, Context, Message, RecordDict
@@ -49,15 +49,24 @@ def open_receiver(order: Order, context: Context) -> Receiver:
     return WAYS[order.downlink].receive(place, order.facts)
 
 
+def offered_bases(msg: Message, context: Context) -> Iterator[Arrays]:
+    """What the registered functions make of the base, one after another; failures are logged."""
+    for offer in _OFFERS:
+        try:
+            yield offer(msg, context)
+        except Exception as error:  # the server's copy still serves
+            LOG.warning("no base from this client: %s: %s", type(error).__name__, error)
+
+
 def look_for_base(msg: Message, receiver: Receiver, context: Context) -> None:
     """Spare the way of the base where this client has it or can make it."""
     if not receiver.wants_base():
         return
-    for offer in _OFFERS:
+    for arrays in offered_bases(msg, context):
         try:
-            if receiver.adopt(offer(msg, context)):
+            if receiver.adopt(arrays):
                 return
-        except Exception as error:  # the server's copy still serves
+        except Exception as error:  # another base than the run's
             LOG.warning("no base from this client: %s: %s", type(error).__name__, error)
 
 

@@ -15,7 +15,6 @@ import numpy as np
 from numpy.typing import NDArray
 
 from dare_agg.checkpoint import (
-    Carried,
     Checkpoint,
     CheckpointWriter,
     carry_files,
@@ -174,13 +173,11 @@ def apply_update(
     scaling: float = 1.0,
     dtype: str | None = None,
     overwrite: bool = False,
-    carry_code: bool = False,
     on_progress: Callable[[int, int], None] | None = None,
-) -> tuple[FileHeader, Carried]:
+) -> FileHeader:
     """Write base + ``scaling`` × rescaled survivors, with the base's dtypes and other files.
 
-    Returns the update's header and which of the base's files went along. Raises
-    `BaseMismatchError` for another base than the update was made from.
+    Raises `BaseMismatchError` for another base than the update was made from.
     """
     update, header = read_update_file(update_path)
     layout = header.layout
@@ -211,11 +208,9 @@ def apply_update(
         for name in base.names:
             if name not in layout:
                 writer.write_raw(name, 0, base.raw(name))
-        carried = Carried()
         if not writer.single and base.folder is not None:
-            skip = base.weights
-            carried = carry_files(base.folder, writer.folder, code=carry_code, skip=skip)
-    return header, carried
+            carry_files(base.folder, writer.folder)
+    return header
 
 
 def describe_update(update: Update, header: FileHeader, nbytes: int) -> dict[str, Any]:

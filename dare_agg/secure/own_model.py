@@ -6,7 +6,6 @@ its task) stays where it is; a common prefix of names, such as ``bert.``, is see
 
 from __future__ import annotations
 
-import logging
 from collections.abc import Iterable
 from dataclasses import dataclass, field
 from functools import cached_property
@@ -23,8 +22,6 @@ from dare_agg.checkpoint.names import common_prefix
 from dare_agg.errors import CheckpointError
 from dare_agg.secure.ledger import tensor_claim
 from dare_agg.vectors.layout import FloatVector, Layout, layout_of
-
-LOG = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
@@ -73,10 +70,7 @@ class OwnModel:
 
 
 def write_model(like: Checkpoint, layout: Layout, vector: FloatVector, out: Path) -> None:
-    """Write the checkpoint ``like`` with ``vector`` in the tensors of ``layout``.
-
-    All other files of its folder, which is the party's own, go along.
-    """
+    """Write the checkpoint ``like`` with ``vector`` in the tensors of ``layout``."""
     plans = plan_like(like, out, layout, None)
     with CheckpointWriter(out, plans, {"format": "pt"}) as writer:
         for name in like.names:
@@ -86,9 +80,7 @@ def write_model(like: Checkpoint, layout: Layout, vector: FloatVector, out: Path
             else:
                 writer.write_raw(name, 0, like.raw(name))
         if like.folder is not None and not writer.single:
-            carried = carry_files(like.folder, writer.folder, own=True, skip=like.weights)
-            for left in carried.left:
-                LOG.warning("%s of %s was left: %s", left.file, like.folder, left.why)
+            carry_files(like.folder, writer.folder)
 
 
 def open_own(base: str | Path, tuned: str | Path, exclude: Iterable[str] = ()) -> OwnModel:

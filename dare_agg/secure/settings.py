@@ -30,7 +30,8 @@ class SecureSettings:
     drop_rate: of the one mask all parties share.
     bits: of a value; 0 takes 16 (24 where values are weighed), or what fits the word.
     clip: largest magnitude of a value; more is cut off, and the share reported.
-    min_parties: fewest parties a sum is made of, at least 3.
+    min_parties: fewest parties a sum is made of, at least 3; more than half of the roster in
+        any case, since by default no party takes part in less.
     threshold: parties that must stay to the end; 0 takes two thirds and one more.
     weighting: "equal", or "examples" (a mean alone), whose numbers stay hidden. Fewer than
         ``min_weight`` examples count as that many, more than ``max_weight`` as those: the two
@@ -116,6 +117,10 @@ class SecureSettings:
                 "mean"
             )
         return bits
+
+    def fewest(self, roster: Roster) -> int:
+        """The fewest parties of ``roster`` that a sum is asked of: more than half of them."""
+        return max(self.min_parties, len(roster.members) // 2 + 1)
 
     def check(self, parties: int) -> None:
         """Raise `ConfigError` where so many parties make no safe sum."""

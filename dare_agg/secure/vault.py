@@ -22,9 +22,8 @@ from cryptography.hazmat.primitives.ciphers.aead import ChaCha20Poly1305
 
 from dare_agg.codec.derive import derive_key
 from dare_agg.errors import ProtocolError, StateError
-from dare_agg.files.atomic import replace_file
+from dare_agg.files.atomic import write_atomically
 from dare_agg.files.cache import cache_folder
-from dare_agg.files.trust import open_own, own_folder, read_own
 from dare_agg.secure.encoding import blob, u64
 from dare_agg.secure.identity import Identity, key_fingerprint
 
@@ -32,7 +31,6 @@ _MAGIC = b"DSV1"
 _SALT_BYTES, _TAG_BYTES = 32, 16
 _HEADER_BYTES = len(_MAGIC) + _SALT_BYTES + 8
 _PIECE_BYTES = 1 << 24
-_REMEDY = "name a folder of this user's own (secure-state in the node config)"
 
 
 def default_folder() -> Path:
@@ -58,7 +56,7 @@ class Vault:
     def put(self, session: bytes, name: str, content: bytes) -> None:
         """Seal ``content`` in place of what was there, on disk when this returns.
 
-        Raises `StateError` when it cannot be written, or not where no other user could swap it.
+        Raises `StateError` when it cannot be written.
         """
         header = _MAGIC + os.urandom(_SALT_BYTES) + u64(len(content))
         box = ChaCha20Poly1305(self._key(header))
@@ -71,7 +69,7 @@ class Vault:
                 yield box.encrypt(_nonce(number), view[start : start + _PIECE_BYTES], context)
 
         self._make_folder()
-        replace_file(self._path(session, name), sealed(), mode=0o600, remedy=_REMEDY)
+        write_atomically(self._path(session, name), sealed(), 0o600)
 
     @contextlib.contextmanager
     def alone(self) -> Iterator[None]:
@@ -81,7 +79,7 @@ class Vault:
         """
         self._make_folder()
         try:
-            handle = open_own(self.folder / "lock", os.O_RDWR | os.O_CREAT, remedy=_REMEDY)
+            handle = os.open(self.folder / "lock", os.O_RDWR | os.O_CREAT, 0o600)
         except OSError as error:
             raise self._unwritten(error) from error
         with os.fdopen(handle, "rb") as file:
@@ -91,12 +89,11 @@ class Vault:
     def get(self, session: bytes, name: str) -> bytes:
         """Open what was put last.
 
-        Raises `ProtocolError` (reason "state") when nothing was put, or not by this identity,
-        `StateError` where another user could have swapped it.
+        Raises `ProtocolError` (reason "state") when nothing was put, or not by this identity.
         """
         path = self._path(session, name)
         try:
-            data = read_own(path, remedy=_REMEDY)
+            data = path.read_bytes()
         except OSError as error:
             raise ProtocolError(
                 f"this party holds no {name} of session {session.hex()[:12]}: it is over, or "
@@ -137,13 +134,14 @@ class Vault:
 
     def _make_folder(self) -> None:
         try:
-            own_folder(self.folder, remedy=_REMEDY)
+            self.folder.mkdir(mode=0o700, parents=True, exist_ok=True)
         except OSError as error:
             raise self._unwritten(error) from error
 
     def _unwritten(self, error: OSError) -> StateError:
         return StateError(
-            f"{self.folder}: {error.strerror}; a session's state cannot be kept there: {_REMEDY}"
+            f"{self.folder}: {error.strerror}; a session's state cannot be kept there: name a "
+            "folder that can be written (secure-state in the node config)"
         )
 
     def _path(self, session: bytes, name: str) -> Path:

@@ -7,8 +7,8 @@ import pytest
 
 from simulations.runs.memory_grid import pretend_task
 
-# The consortium and the toy app of the other tests.
-for room in ("secure", "flower"):
+# The guarded parties of these tests, the consortium and the toy app of others.
+for room in ("secure", "flower", "attacks"):
     sys.path.insert(0, str(Path(__file__).parents[1] / room))
 
 

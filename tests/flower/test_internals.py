@@ -21,6 +21,7 @@ import httpx
 import numpy as np
 import pytest
 from flwr.app import Array, ArrayRecord, ConfigRecord, Context, Message, MetricRecord, RecordDict
+from flwr.clientapp import ClientApp
 from flwr.supercore.fab import Fab
 from flwr.supercore.run import Run
 from flwr.supercore.sql_mixin import SqlMixin
@@ -166,6 +167,11 @@ def message_id() -> None:
     assert ids == [internals.pushed_id(message) for message in messages] and all(ids)
 
 
+def mods() -> None:
+    app = ClientApp(mods=[mod.dare_mod])
+    assert internals.app_mods(app) == [mod.dare_mod]
+
+
 def lifetime() -> None:
     message = example()
     assert message.metadata.ttl > 3600
@@ -182,7 +188,8 @@ def deflate() -> None:
 
 
 def logger() -> None:
-    assert internal("logger") == warm.LOG.name == mod.LOG.name
+    ours = importlib.import_module("dare_agg.flower.reception").LOG
+    assert internal("logger") == warm.LOG.name == ours.name
     assert logging.getLogger(internal("logger")).handlers
 
 
@@ -207,11 +214,12 @@ CHECKS: dict[str, Callable[..., None]] = {
     "message-id": message_id,
     "lifetime": lifetime,
     "deflate": deflate,
+    "mods": mods,
     "logger": logger,
     "no-installs": no_installs,
 }
 # Parts of an object, which only an object has.
-OF_OBJECTS = {"give-up", "message-id", "lifetime"}
+OF_OBJECTS = {"give-up", "message-id", "lifetime", "mods"}
 
 
 @pytest.mark.parametrize("name", INTERNALS)

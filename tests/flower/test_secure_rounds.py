@@ -13,7 +13,7 @@ from safetensors.numpy import load_file, save_file
 
 from dare_agg.downlink.ways import make_downlink
 from dare_agg.errors import ConfigError, ProtocolError, RunError
-from dare_agg.flower import DareStrategy, dare_mod
+from dare_agg.flower import DareStrategy, dare_mod, reception
 from dare_agg.flower.secure import session as secure_session
 from dare_agg.flower.secure.merge import secure_merge
 from dare_agg.flower.secure.mod import secure_mod, secure_queries
@@ -183,6 +183,8 @@ def test_secrets_are_nowhere_in_the_clear(
         return encode(state)
 
     monkeypatch.setattr(party_module, "encode_state", spy)
+    # What stays with a party comes from its own code, never from the server.
+    monkeypatch.setattr(reception, "_OFFERS", [lambda message, context: toys.arrays()])
     folder = keys(3)
     for number in range(3):
         found = identities.read_identity(folder / f"party-{number}.key", PASSPHRASE)
@@ -327,10 +329,10 @@ def test_a_server_that_shows_another_base_is_refused_by_all(
     strategy = strategy_for(folder)
     real = strategy.terms
 
-    def other_base(number: int, cohort: Any) -> Any:
+    def other_base(*given: Any) -> Any:
         from dataclasses import replace
 
-        return replace(real(number, cohort), base="ab" * 32)
+        return replace(real(*given), base="ab" * 32)
 
     monkeypatch.setattr(strategy, "terms", other_base)
     with pytest.raises(RunError, match="terms refused: base"):
@@ -455,7 +457,7 @@ def test_one_shot_merge_of_own_models(
             "merged-path": str(tmp_path / f"merged{partition}.safetensors"),
         }
 
-    app = ClientApp()
+    app = ClientApp(mods=[secure_mod])
     secure_queries(app, find_base=lambda word: {"public": str(base_path)}[word])
     grid = memory_grid(app, 4, node_config=node)
     result = secure_merge(
@@ -516,7 +518,7 @@ def test_bases_and_models_that_do_not_fit_are_named(
             config["model-path"] = str(tmp_path / f"tuned{partition}.safetensors")
         return config
 
-    app = ClientApp()
+    app = ClientApp(mods=[secure_mod])
     secure_queries(app)
     grid = memory_grid(app, 4, node_config=node)
     with pytest.raises(ProtocolError, match="1 of the 3 parties waited for can take part"):
@@ -540,7 +542,7 @@ def test_a_wrong_file_at_one_party_does_not_use_up_the_others_models(
     good = tmp_path / "tuned2.safetensors"
     kept = good.read_bytes()
     save_file({**tuned[2], "model.body.w": tuned[2]["model.body.w"][:7].copy()}, good)
-    app = ClientApp()
+    app = ClientApp(mods=[secure_mod])
     secure_queries(app)
     grid = memory_grid(
         app,
@@ -572,7 +574,7 @@ def test_a_wrong_file_at_one_party_does_not_use_up_the_others_models(
 def test_context_state_of_a_merge_stays_empty(memory_grid: Any, keys: Any, tmp_path: Path) -> None:
     folder = keys(3)
     base_path, _, _ = models(tmp_path, 3)
-    app = ClientApp()
+    app = ClientApp(mods=[secure_mod])
     secure_queries(app)
     grid = memory_grid(
         app,

@@ -27,7 +27,7 @@ from dare_agg.flower.secure.records import (
     RESULT,
     Begin,
     Merged,
-    Sources,
+    Step,
     answer_record,
     content_of,
 )
@@ -77,14 +77,14 @@ def secure_merge(
     """Merge the parties' models with the secure sum of ``settings``.
 
     ``base`` is the server's copy, ``model`` the run's word for it where parties find it by
-    themselves. Waits for ``parties`` members (at least ``settings.min_parties``); where fewer
+    themselves. Waits for ``parties`` members (at least more than half of the roster); where fewer
     can take part it ends before anyone has put data in, so that a wrong file at one party does
     not use up the models of the others. Writes the merged model to ``out``. Raises `RunError`
     when too few members come, `ProtocolError` when too few can begin or stay.
     """
     public = open_checkpoint(base)
     layout = public.layout(exclude)
-    needed = max(parties, settings.min_parties)
+    needed = max(parties, settings.fewest(roster))
     began = time.monotonic()
     nodes = _members(grid, roster, needed, node_timeout, stage_seconds)
     terms = settings.terms(
@@ -95,12 +95,12 @@ def secure_merge(
         base=public.fingerprint(layout),
         layout=layout.fingerprint,
         size=layout.size,
+        exclude=tuple(exclude),
     )
     server, log = SecureServer(terms, roster), SessionLog()
-    sources = Sources(model=model, exclude=tuple(exclude))
 
     def first(node: int) -> Message:
-        begin = Begin(model=model, exclude=tuple(exclude), terms=terms.encode())
+        begin = Begin(model=model, terms=terms.encode())
         return query(content_of(begin), node, stage_seconds)
 
     sums = run_session(
@@ -111,7 +111,7 @@ def secure_merge(
         log,
         first_seconds=stage_seconds,
         stage_seconds=stage_seconds,
-        sources=sources,
+        model=model,
         begin_with=needed,
     )
     values, measured = merge_sums(sums, terms.quantiser, settings.rule)
@@ -123,7 +123,7 @@ def secure_merge(
         write_model(public, layout, merged, out)
     alive = {party: nodes[party] for party in server.alive}
     message = values.astype("<f4").tobytes()
-    told = _tell(grid, alive, terms.session, message, sources, log, stage_seconds)
+    told = _tell(grid, alive, terms.session, message, model, log, stage_seconds)
     name = fingerprint(layout, merged)
     for party, theirs in told.items():
         if theirs != name:
@@ -197,7 +197,7 @@ def _tell(
     nodes: dict[int, int],
     session: bytes,
     message: bytes,
-    sources: Sources,
+    model: str,
     log: SessionLog,
     seconds: float,
 ) -> dict[int, str]:
@@ -205,7 +205,9 @@ def _tell(
     parties = list(nodes)
     told: dict[int, str] = {}
     for some in waves(parties, len(message)):
-        content = {p: content_of(sources.step(RESULT, session), message) for p in some}
+        content = {
+            p: content_of(Step(stage=RESULT, session=session, model=model), message) for p in some
+        }
         messages = [query(content[p], nodes[p], seconds) for p in some]
         for party in some:
             log.download[party] += message_bytes(content[party])

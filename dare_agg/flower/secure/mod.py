@@ -13,11 +13,11 @@ one-shot merges of a model this node already has (``model-path`` in its node con
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 
 import numpy as np
-from flwr.app import ConfigRecord, Context, Error, Message, MetricRecord, RecordDict
+from flwr.app import ConfigRecord, Context, Error, Message, MessageType, MetricRecord, RecordDict
 from flwr.clientapp import ClientApp
 
 from dare_agg.downlink.protocol import Receiver
@@ -29,18 +29,23 @@ from dare_agg.errors import (
     ProtocolError,
 )
 from dare_agg.flower.app_records import content_for_app, keep_local, trained_record
-from dare_agg.flower.fields import words_of
-from dare_agg.flower.internals import ClientAppCallable, FailureCode
+from dare_agg.flower.internals import ClientAppCallable, FailureCode, app_mods
+from dare_agg.flower.mod import dare_mod
 from dare_agg.flower.reception import open_receiver, receive_base
 from dare_agg.flower.records import (
-    ASK_HELLO,
     ORDER_KEY,
     Order,
-    Refusal,
     read_config,
 )
+from dare_agg.flower.secure.gate import (
+    KEPT_HERE,
+    in_fixed_words,
+    is_asked_well,
+    is_guarded,
+    refusal_of,
+    turned_away,
+)
 from dare_agg.flower.secure.node import (
-    check_in_clear,
     node_models,
     node_policy,
     secure_party,
@@ -56,7 +61,6 @@ from dare_agg.flower.secure.records import (
     Merged,
     Proof,
     Request,
-    Sources,
     Step,
     Train,
     content_of,
@@ -66,10 +70,11 @@ from dare_agg.flower.secure.records import (
     read_request,
     stage_of,
 )
+from dare_agg.flower.secure.training import own_tensors, training_of
 from dare_agg.flower.transport import to_numpy
 from dare_agg.secure.own_model import OwnModel, open_own
 from dare_agg.secure.party import Contribution, Party
-from dare_agg.secure.terms import SecureTerms
+from dare_agg.secure.terms import SecureTerms, decode_terms
 from dare_agg.vectors.layout import check_finite, fingerprint
 from dare_agg.vectors.model import Arrays, GlobalModel, global_model
 
@@ -82,25 +87,25 @@ FindBase = Callable[[str], str]
 def secure_queries(app: ClientApp, find_base: FindBase = str) -> None:
     """Let ``app`` answer the stages of secure sums.
 
-    ``find_base`` turns the run's word for the base model into a path on this machine, where
-    the node config has no ``base-path``.
+    ``find_base`` turns the run's word for the base model into a path on this machine, for
+    simulations; a node with a ``secure-identity`` takes the base from its own ``base-path``.
+    Raises `ConfigError` where `secure_mod` is not among the app's mods: then nothing would keep
+    the app's other functions from answering a server.
     """
+    if secure_mod not in app_mods(app):
+        raise ConfigError(
+            "secure_queries needs secure_mod among the app's mods; write "
+            "ClientApp(mods=[secure_mod, dare_mod])"
+        )
 
     @app.query(QUERY)
     def secure(msg: Message, context: Context) -> Message:
         record = read_config(msg.content, SECURE_KEY) or ConfigRecord()
         try:
             content = _answer(msg.content, read_request(record), context, find_base)
-        except DareError as error:
-            content = _refusal(record, error)
+        except Exception as error:
+            content = refusal_of(error, context, stage_of(record))
         return Message(content, reply_to=msg)
-
-
-def _refusal(
-    record: ConfigRecord, error: DareError, receiver: Receiver | None = None
-) -> RecordDict:
-    LOG.warning("secure sum, stage %s: %s", stage_of(record), error)
-    return content_of(Refusal.of(error, receiver.have() if receiver else ""))
 
 
 def _answer(
@@ -112,9 +117,9 @@ def _answer(
         return content_of(Proof(public=party.identity.public, signature=signature))
     if isinstance(request, Train):
         raise ProtocolError("training is asked for by a query", reason="stage")
-    own = _OwnFiles(request, context, find_base)
+    own = _OwnFiles(request.model, context, find_base)
     if isinstance(request, Begin):
-        opened = own.open()
+        opened = own.open(decode_terms(request.terms).exclude)
         own.check_target()
         policy = node_policy(context, opened.base_fingerprint, opened.layout.fingerprint)
         advert = party.advertise(request.terms, policy)
@@ -123,7 +128,7 @@ def _answer(
         return _take_result(content, request, party, own)
 
     def deltas(terms: SecureTerms) -> Contribution:
-        opened = own.open(terms)
+        opened = own.agreed(terms)
         delta = opened.delta()
         return Contribution(delta, tensors=opened.claims(delta))
 
@@ -135,7 +140,7 @@ def _answer(
 def _take_result(content: RecordDict, step: Step, party: Party, own: _OwnFiles) -> RecordDict:
     """Put the merged survivors on this party's model; says what it then holds."""
     terms, mask = party.seen_through(step.session)
-    opened = own.open(terms)
+    opened = own.agreed(terms)
     data = read_message(content, 4 * terms.survivors)
     if len(data) != 4 * terms.survivors:
         raise ProtocolError(
@@ -153,22 +158,34 @@ def _take_result(content: RecordDict, step: Step, party: Party, own: _OwnFiles) 
 
 @dataclass(frozen=True)
 class _OwnFiles:
-    """The model this node has, and the public base it was made from."""
+    """The model this node has, and the public base it was made from.
 
-    sources: Sources
+    ``word`` is the run's for the base; where the node says where its base is, it has no say.
+    """
+
+    word: str
     context: Context
     find_base: FindBase
 
-    def open(self, terms: SecureTerms | None = None) -> OwnModel:
-        """Open both; refuses what has changed since this party saw the terms."""
+    def open(self, exclude: Iterable[str]) -> OwnModel:
+        """Open both, without the tensors of ``exclude``."""
         node = self.context.node_config
         mine, _ = node_models(self.context)
-        base = str(node["base-path"]) if "base-path" in node else self.find_base(self.sources.model)
-        own = open_own(base, mine, self.sources.exclude)
-        if terms is not None and (own.layout.fingerprint, own.base_fingerprint) != (
-            terms.layout,
-            terms.base,
-        ):
+        if "base-path" in node:
+            base = str(node["base-path"])
+        elif is_guarded(self.context):
+            raise ConfigError(
+                "this node does not say which base its model was made from; name it in "
+                "--node-config: base-path=FOLDER"
+            )
+        else:
+            base = self.find_base(self.word)
+        return open_own(base, mine, exclude)
+
+    def agreed(self, terms: SecureTerms) -> OwnModel:
+        """Open both again; refuses files that have changed since this party saw the terms."""
+        own = self.open(terms.exclude)
+        if (own.layout.fingerprint, own.base_fingerprint) != (terms.layout, terms.base):
             raise BaseMismatchError(
                 "base, model or patterns are not those of the terms this party agreed to"
             )
@@ -186,55 +203,90 @@ class _OwnFiles:
 def secure_mod(msg: Message, ctxt: Context, call_next: ClientAppCallable) -> Message:
     """Flower client mod for the training rounds of a `SecureStrategy`.
 
-    The reply holds one-time keys and nothing of the training: no arrays, no metrics. A node
-    with a ``secure-identity`` refuses to train in the clear and, without ``secure-evaluate``,
-    to evaluate; messages of other nodes pass through.
+    The reply holds one-time keys and nothing of the training: no arrays, no metrics, no
+    exception. A node with a ``secure-identity`` answers nothing but the protocol
+    (`dare_agg.flower.secure.gate`); messages of other nodes pass through.
     """
+    guarded = is_guarded(ctxt)
+    if guarded and not is_asked_well(msg, ctxt):
+        return turned_away(msg)
     record = read_config(msg.content, SECURE_KEY)
-    if record is None or stage_of(record) != TRAIN:
-        try:
-            if not _says_hello(msg.content):
-                check_in_clear(ctxt, msg.metadata.message_type)
-        except DareError as error:
-            LOG.warning("%s", error)
-            return Message(Error(FailureCode.APP_RAISED, str(error)), reply_to=msg)
+    if msg.metadata.message_type == MessageType.TRAIN and record and stage_of(record) == TRAIN:
+        return Message(_train(msg, record, ctxt, call_next), reply_to=msg)
+    is_protocol = msg.metadata.message_type.startswith(MessageType.QUERY)
+    if not guarded or is_protocol:
         return call_next(msg, ctxt)
+    # Who it is: our own mod says it, never the training code.
+    is_hello = msg.metadata.message_type == MessageType.TRAIN
+    try:
+        reply = dare_mod(msg, ctxt, _no_code) if is_hello else call_next(msg, ctxt)
+    except Exception:
+        LOG.warning("secure party: its own code failed", exc_info=True)
+        return Message(Error(FailureCode.APP_RAISED, KEPT_HERE), reply_to=msg)
+    return in_fixed_words(reply, msg)
+
+
+def _no_code(msg: Message, ctxt: Context) -> Message:
+    raise ProtocolError("this is no hello", reason="stage")
+
+
+def _train(
+    msg: Message, record: ConfigRecord, ctxt: Context, call_next: ClientAppCallable
+) -> RecordDict:
+    """Train on what the terms say, keep the delta, and answer with keys."""
     receiver: Receiver | None = None
     try:
         request = read_request(record)
         assert isinstance(request, Train)
         order = Order.read(read_config(msg.content, ORDER_KEY) or ConfigRecord(), planned=False)
+        terms = decode_terms(request.terms)
+        if (order.dense, order.exclude) != (terms.dense_patterns, terms.exclude):
+            raise ProtocolError("the order has other patterns than the terms", reason="terms")
         party = secure_party(ctxt)
         receiver = open_receiver(order, ctxt)
         base = receive_base(msg.content, order, receiver)
-        model = global_model(
-            {name: array.numpy() for name, array in base.items()},
-            dense=order.dense,
-            exclude=order.exclude,
-        )
+        arrays = {name: array.numpy() for name, array in base.items()}
+        model = global_model(arrays, dense=terms.dense_patterns, exclude=terms.exclude)
         policy = node_policy(ctxt, *names_of(model.ref))
         party.check(request.terms, policy)
-        msg.content = content_for_app(msg.content, order.arrays_key, base, ctxt)
-    except DareError as error:
-        return Message(_refusal(record, error, receiver), reply_to=msg)
-    reply = call_next(msg, ctxt)
-    if reply.has_error():
-        return reply
-    try:
+        _check_training(msg.content, order, request, arrays, ctxt, terms)
+        own = own_tensors(msg, model.groups.local, terms.exclude, ctxt)
+        msg.content = content_for_app(msg.content, order.arrays_key, {**base, **own}, ctxt)
+        reply = call_next(msg, ctxt)
+        if reply.has_error():
+            raise DareError(f"the training code failed: {reply.error.reason}")
         tuned = to_numpy(trained_record(reply.content, order.arrays_key)[1])
         examples = _examples(reply.content, request.weighted_by_key)
         contribution = _contribution(model, tuned, examples)
         advert = party.advertise(request.terms, policy, contribution)
-        keep_local(model.groups.local, order.exclude, tuned, ctxt)
-    except DareError as error:
-        return Message(_refusal(record, error), reply_to=msg)
-    return Message(content_of(Answered(stage=TRAIN), advert), reply_to=msg)
+        keep_local(model.groups.local, terms.exclude, tuned, ctxt)
+    except Exception as error:
+        return refusal_of(error, ctxt, TRAIN, receiver)
+    return content_of(Answered(stage=TRAIN), advert)
 
 
-def _says_hello(content: RecordDict) -> bool:
-    """Whether `dare_mod` answers this message by itself, with the client's name."""
-    order = read_config(content, ORDER_KEY) or ConfigRecord()
-    return order.get(words_of(Order)["ask"]) == ASK_HELLO and not content.array_records
+def _check_training(
+    content: RecordDict,
+    order: Order,
+    request: Train,
+    arrays: Arrays,
+    context: Context,
+    terms: SecureTerms,
+) -> None:
+    """Refuse to train on anything else than what all who signed the terms train on."""
+    mine = training_of(
+        content,
+        {order.arrays_key: arrays},
+        context.run_config,
+        weighted_by_key=request.weighted_by_key,
+    )
+    if mine != terms.training:
+        raise ProtocolError(
+            "run config, records or arrays of this message are not those of the terms: all "
+            "parties must be told the same (on the server: SecureStrategy(run_config="
+            "context.run_config))",
+            reason="training",
+        )
 
 
 def _examples(content: RecordDict, key: str) -> float:

@@ -26,13 +26,13 @@ from collections.abc import Mapping
 from functools import lru_cache
 from pathlib import Path
 
-from flwr.app import Context, MessageType
+from flwr.app import Context
 
 from dare_agg.errors import ConfigError
 from dare_agg.secure.aggregates import AGGREGATES
 from dare_agg.secure.client import SecurePolicy
 from dare_agg.secure.graph import COLLUDING, MOST_COLLUDING
-from dare_agg.secure.identity import Identity, need_passphrase, read_identity, read_trusted
+from dare_agg.secure.identity import Identity, need_passphrase, read_identity, read_public
 from dare_agg.secure.ledger import FileLedger
 from dare_agg.secure.party import Party
 from dare_agg.secure.practice import KEYS_VARIABLE
@@ -81,24 +81,6 @@ def node_policy(context: Context, base: str, layout: str) -> SecurePolicy:
     )
 
 
-def check_in_clear(context: Context, message_type: str) -> None:
-    """Raise `ConfigError` for a message whose answer would tell the server of one party alone."""
-    node = context.node_config
-    if "secure-identity" not in node or node.get("secure-only") is False:
-        return
-    kind = message_type.split(".")[0]
-    if kind == MessageType.TRAIN:
-        raise ConfigError(
-            "this node takes part in secure sums only and was asked to train in the clear: "
-            "refused (secure-only=false in its node config would let it)"
-        )
-    if kind == MessageType.EVALUATE and node.get("secure-evaluate") is not True:
-        raise ConfigError(
-            "this node takes part in secure sums only and was asked for its own metrics: "
-            "refused (secure-evaluate=true in its node config would let it)"
-        )
-
-
 def node_models(context: Context) -> tuple[Path, Path | None]:
     """This node's own model, and where the merged one goes (None: nowhere)."""
     node = context.node_config
@@ -141,7 +123,7 @@ def _trusted(node: Mapping[str, str], folder: str | None) -> list[bytes]:
         files = [Path(word.strip()) for word in node["secure-trust"].split(",") if word.strip()]
     else:
         files = [_path(node, "secure-trust", folder, "coordinator.pub")]
-    return [read_trusted(file) for file in files]
+    return [bytes.fromhex(read_public(file)["public"]) for file in files]
 
 
 @lru_cache(maxsize=64)

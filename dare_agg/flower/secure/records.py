@@ -16,7 +16,7 @@ from typing import Any, Self
 from flwr.app import ConfigRecord, Message, RecordDict
 
 from dare_agg.errors import ProtocolError
-from dare_agg.flower.fields import Record, raw, read_fields, said, text, texts, words_of
+from dare_agg.flower.fields import Record, raw, read_fields, said, text, words_of
 from dare_agg.flower.internals import FailureCode
 from dare_agg.flower.records import (
     OURS,
@@ -66,30 +66,23 @@ class Train(Staged):
 
 
 @dataclass(frozen=True, kw_only=True)
-class Sources(Staged):
-    """How a party finds its own model: the run's word for the base, the patterns left out."""
+class Begin(Staged):
+    """Asks a party to take part with the model it has, on these terms.
 
-    model: str = text(default="")
-    exclude: tuple[str, ...] = texts()
-
-    def step(self, stage: str, session: bytes) -> Step:
-        """The request for a later stage of a session."""
-        return Step(stage=stage, session=session, model=self.model, exclude=self.exclude)
-
-
-@dataclass(frozen=True, kw_only=True)
-class Begin(Sources):
-    """Asks a party to take part with the model it has, on these terms."""
+    ``model`` is the run's word for the base, for nodes that do not say where theirs is.
+    """
 
     stage: str = said(ADVERTISE)
     terms: bytes = raw()
+    model: str = text(default="")
 
 
 @dataclass(frozen=True, kw_only=True)
-class Step(Sources):
+class Step(Staged):
     """Asks for a later stage of a session; the protocol's message is beside it."""
 
     session: bytes = raw(32)
+    model: str = text(default="")
 
 
 @dataclass(frozen=True, kw_only=True)

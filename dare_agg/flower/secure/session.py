@@ -23,7 +23,7 @@ from dare_agg.flower.secure.records import (
     QUERY,
     Introduce,
     Proof,
-    Sources,
+    Step,
     answer_record,
     content_of,
     hello_input,
@@ -117,19 +117,18 @@ def run_session(
     *,
     first_seconds: float,
     stage_seconds: float = STAGE_SECONDS,
-    sources: Sources | None = None,
+    model: str = "",
     begin_with: int = 0,
     again: Callable[[int, Message], Message | None] = lambda party, reply: None,
 ) -> Sums:
     """Run the stages among ``nodes`` (party → node) and return the sums.
 
-    ``first(party)`` makes the message that the adverts answer; ``sources`` go with every later
-    request. With fewer adverts than ``begin_with`` the session ends there, before anyone
+    ``first(party)`` makes the message that the adverts answer; ``model`` goes with every
+    later request. With fewer adverts than ``begin_with`` the session ends there, before anyone
     has put data in. ``again(party, answer)`` may answer a first answer with another first
     message, once. Raises `ProtocolError` as `SecureServer` does; ``log`` is filled anyhow.
     """
     limit = _most_bytes(server)
-    own = sources or Sources()
     messages = {party: first(nodes[party]) for party in sorted(nodes)}
     began = time.monotonic()
     taken = _take_stage(grid, server, messages, "advertise", first_seconds, limit, log, again)
@@ -147,7 +146,10 @@ def run_session(
         for some in waves(list(requests), limit if stage == "contribute" else 0):
             messages = {
                 party: query(
-                    content_of(own.step(stage, server.terms.session), requests[party]),
+                    content_of(
+                        Step(stage=stage, session=server.terms.session, model=model),
+                        requests[party],
+                    ),
                     nodes[party],
                     stage_seconds,
                 )

@@ -9,12 +9,12 @@ from __future__ import annotations
 import logging
 import os
 import time
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict
 from typing import Any
 
 import numpy as np
-from flwr.app import ArrayRecord, ConfigRecord, Message, MessageType, MetricRecord
+from flwr.app import ArrayRecord, ConfigRecord, Message, MessageType, MetricRecord, RecordDict
 from flwr.serverapp import Grid
 
 from dare_agg.codec.mask import parse_drop_rate
@@ -33,6 +33,7 @@ from dare_agg.flower.secure.session import (
     run_session,
     warn_of_clipping,
 )
+from dare_agg.flower.secure.training import training_of
 from dare_agg.rounds.server import MergedRound, advance
 from dare_agg.rounds.settings import FederatedSettings
 from dare_agg.rounds.step import ServerStep
@@ -54,6 +55,8 @@ class SecureStrategy(RoundStrategy):
     secure : what is summed and how (`SecureSettings`); method, drop rate, scaling and
         weighting come from there.
     roster : who may take part. Clients need ``secure_mod`` and ``secure_queries``.
+    run_config : the run's settings as the parties see them (``context.run_config``): the terms
+        of each sum bind them, and parties who were told others refuse.
     stage_seconds : time for each stage after training.
     dense, exclude, server_step, words : as for `DareStrategy`; what concerns plain updates has
         no place here.
@@ -67,6 +70,7 @@ class SecureStrategy(RoundStrategy):
         *,
         secure: SecureSettings,
         roster: Roster,
+        run_config: Mapping[str, Any] | None = None,
         stage_seconds: float = STAGE_SECONDS,
         dense: Sequence[str] = (),
         exclude: Sequence[str] = (),
@@ -91,8 +95,8 @@ class SecureStrategy(RoundStrategy):
                 weighting=secure.weighting,
                 server_step=arguments.as_step(server_step),
             ),
-            min_available_nodes=max(secure.min_parties, words.pop("min_available_nodes", 2)),
-            min_train_nodes=max(secure.min_parties, words.pop("min_train_nodes", 2)),
+            min_available_nodes=max(secure.fewest(roster), words.pop("min_available_nodes", 2)),
+            min_train_nodes=max(secure.fewest(roster), words.pop("min_train_nodes", 2)),
             **words,
         )
         if secure.min_parties > len(roster.members):
@@ -102,6 +106,7 @@ class SecureStrategy(RoundStrategy):
             )
         self.secure = secure
         self.roster = roster
+        self.run_config = dict(run_config or {})
         self.stage_seconds = stage_seconds
         # A new name for each start: a party never contributes twice under one.
         start = os.urandom(8)
@@ -117,7 +122,7 @@ class SecureStrategy(RoundStrategy):
         LOG.info(
             "\t├── Secure sums: %s of at least %d of %d members of roster %r, clip %g",
             secure.method,
-            secure.min_parties,
+            secure.fewest(self.roster),
             len(self.roster.members),
             self.roster.name,
             secure.clip,
@@ -163,7 +168,7 @@ class SecureStrategy(RoundStrategy):
         chosen = self.choose(grid, ASK_TRAIN, number)
         nodes = self._meet(grid, chosen)
         try:
-            terms = self.terms(number, sorted(nodes))
+            terms = self.terms(number, sorted(nodes), self._training(config))
             server = SecureServer(terms, self.roster)
             clients = {client.node: client for client in chosen}
 
@@ -230,16 +235,17 @@ class SecureStrategy(RoundStrategy):
             self._strangers.update(problems)
         nodes = {client.node for client in chosen}
         parties = {party: node for party, node in self._parties.items() if node in nodes}
-        if len(parties) < self.secure.min_parties:
+        if len(parties) < self.secure.fewest(self.roster):
             raise RunError(
                 f"{len(parties)} of {len(chosen)} clients have proved to be members of roster "
-                f"{self.roster.name!r}; secure-min-parties = {self.secure.min_parties} are needed",
+                f"{self.roster.name!r}; {self.secure.fewest(self.roster)} are needed (more than "
+                "half of its members, and at least secure-min-parties)",
                 reason="nodes",
             )
         return parties
 
-    def terms(self, number: int, cohort: Sequence[int]) -> SecureTerms:
-        """What a round's parties are to agree on."""
+    def terms(self, number: int, cohort: Sequence[int], training: bytes) -> SecureTerms:
+        """What a round's parties are to agree on; ``training`` is the digest of what they get."""
         ref = self.broadcasting.model.ref
         base, layout = names_of(ref)
         return self.secure.terms(
@@ -251,15 +257,31 @@ class SecureStrategy(RoundStrategy):
             layout=layout,
             size=ref.size,
             dense=ref.dense_size,
+            dense_patterns=self.settings.terms.dense,
+            exclude=self.settings.terms.exclude,
+            training=training,
         )
+
+    def _training(self, config: ConfigRecord) -> bytes:
+        """The digest of all that a round's training messages say, the same to every party."""
+        return training_of(
+            RecordDict({self.broadcasting.config_key: config}),
+            {self.broadcasting.arrays_key: self.broadcasting.model.arrays()},
+            self.run_config,
+            weighted_by_key=self._weight_key,
+        )
+
+    @property
+    def _weight_key(self) -> str:
+        return self.weighted_by_key if self.secure.weighting == "examples" else ""
 
     def _first(
         self, client: Client, terms: SecureTerms, config: ConfigRecord, seconds: float
     ) -> Message:
         """The training message: the model, the app's config and the terms."""
         content = self.broadcasting.content(client, self.broadcasting.order(ASK_TRAIN), config)
-        key = self.weighted_by_key if self.secure.weighting == "examples" else ""
-        content[SECURE_KEY] = Train(terms=terms.encode(), weighted_by_key=key).to_record()
+        train = Train(terms=terms.encode(), weighted_by_key=self._weight_key)
+        content[SECURE_KEY] = train.to_record()
         return Message(content, client.node, MessageType.TRAIN, ttl=seconds + 60)
 
     def _no_sum(self, number: int, error: ProtocolError, log: SessionLog, began: float) -> None:

@@ -7,7 +7,7 @@ from parties import consortium
 import dare_agg.secure.client as client
 from dare_agg.errors import ProtocolError
 from dare_agg.secure import merge_sums, secure_sum
-from dare_agg.secure.packing import TRAILER_WORDS
+from dare_agg.secure.aggregate import TRAILER_WORDS
 
 BY_EXAMPLES = {"weighting": "examples", "min_weight": 10.0, "max_weight": 1000.0}
 

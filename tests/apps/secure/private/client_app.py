@@ -2,7 +2,7 @@
 
 from flwr.clientapp import ClientApp
 
-from dare_agg.flower.secure.mod import secure_queries
+from dare_agg.flower.secure.mod import secure_mod, secure_queries
 
-app = ClientApp()
+app = ClientApp(mods=[secure_mod])
 secure_queries(app)

@@ -5,7 +5,10 @@ from __future__ import annotations
 import ast
 import doctest
 import importlib
+import os
 import re
+import subprocess
+import sys
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -94,6 +97,15 @@ def test_every_public_definition_says_what_it_is(module: str) -> None:
 def test_every_example_runs(module: str) -> None:
     found = doctest.testmod(importlib.import_module(module))
     assert found.attempted and not found.failed
+
+
+@pytest.mark.slow
+def test_the_reference_is_built_without_a_warning(tmp_path: Path) -> None:
+    pytest.importorskip("pdoc")
+    command = [sys.executable, str(ROOT / "scripts" / "docs.py"), str(tmp_path)]
+    subprocess.run(command, check=True, cwd=ROOT, env={**os.environ, "PYTHONPATH": str(ROOT)})
+    assert "merge_deltas" in (tmp_path / "dare_agg" / "merge" / "engine.html").read_text()
+    assert (tmp_path / "dare_agg" / "flower" / "mod.html").is_file()
 
 
 def test_the_walk_through_of_contributing_runs(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -31,14 +31,21 @@ class ValueFormat:
 
     Attributes
     ----------
-    name, code: the word in plans and files, the number in headers.
-    bits: of a code.
-    nmse: the format's own expected squared error relative to the squared value; the error of
+    name, code
+        the word in plans and files, the number in headers.
+    bits
+        of a code.
+    nmse
+        the format's own expected squared error relative to the squared value; the error of
         an update at drop rate p is (1 + nmse)/(1 − p) − 1.
-    encode_group, decode_group: codes, scales and rest of up to `GROUP` survivors, and back.
-    blocks: whether there are scales and a rest, those of `dare_agg.codec.rotation`'s blocks.
-    keystream_bytes: of the values key, for so many survivors.
-    check_codes: refuses a group's codes from survivor number ``first`` on, where some are none.
+    encode_group, decode_group
+        codes, scales and rest of up to `GROUP` survivors, and back.
+    blocks
+        whether there are scales and a rest, those of `dare_agg.codec.rotation`'s blocks.
+    keystream_bytes
+        of the values key, for so many survivors.
+    check_codes
+        refuses a group's codes from survivor number ``first`` on, where some are none.
     """
 
     name: str

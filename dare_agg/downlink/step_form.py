@@ -9,8 +9,6 @@ from dare_agg.codec.mask import DropRate, Mask
 from dare_agg.downlink.grid import Positions, VersionGrid
 from dare_agg.vectors.layout import FloatVector
 
-Families = tuple["Family", ...]
-
 
 @dataclass(frozen=True)
 class Family:
@@ -28,6 +26,9 @@ class Family:
             Mask(self.kind, size, self.drop_rate, self.key, rank)
             for rank in range(self.first, self.first + self.ranks)
         ]
+
+
+Families = tuple[Family, ...]
 
 
 @dataclass(frozen=True)
@@ -51,14 +52,20 @@ class StepForm:
 
     Attributes
     ----------
-    name, code: the word in heads, the number on the wire.
-    encode: a head and the change, float32 over the grid; returns the payload and how many
+    name, code
+        the word in heads, the number on the wire.
+    encode
+        a head and the change, float32 over the grid; returns the payload and how many
         values the head says it holds.
-    decode: a head and a payload; yields ascending positions and whole grid steps, the same at
+    decode
+        a head and a payload; yields ascending positions and whole grid steps, the same at
         both ends. Raises `UpdateError` for a payload that does not fit.
-    masks: what a step's head names, from the round's masks, the drop rate and the step's key.
-    masked: whether a step without masks cannot be read.
-    dense: the form of the dense group beside it; None for the same.
+    masks
+        what a step's head names, from the round's masks, the drop rate and the step's key.
+    masked
+        whether a step without masks cannot be read.
+    dense
+        the form of the dense group beside it; None for the same.
     """
 
     name: str

@@ -44,26 +44,43 @@ class DareStrategy(RoundStrategy):
 
     Parameters
     ----------
-    method, scaling, options : merge method ("task-arithmetic", "ties", "average", "fisher",
+    method, scaling, options
+        merge method ("task-arithmetic", "ties", "average", "fisher",
         "regmean"), λ, and the method's own options. For the last two the training code must
         return statistics (``dare_agg.flower.STATISTICS_KEY``).
-    drop_rate, values, mask : of the clients' updates (0.9, "b1", "stratified").
-    dense, dense_values : patterns of tensors that travel whole, and their value format.
-    exclude : patterns of tensors that never leave a client.
-    weighting : "examples" (``weighted_by_key`` of each reply) or "equal".
-    server_step : a row of `SERVER_STEPS`, with numbers as in "adam(tau=1e-4)", or made.
-    max_weight : largest number of examples a client may claim.
-    seed : makes masks, keys and samples the same in every run; None draws a secret.
-    deadline : seconds after which a round closes with the replies that are there.
-    node_timeout : seconds to wait for enough clients to be online.
-    min_replies : fewest accepted updates a round needs; below, the run fails.
-    max_empty_rounds : how many rounds in a row may miss ``min_replies`` before it fails.
-    client_terms : gives a client (by its `Hello`) its own drop rate and value format.
-    upload_budget : bytes (and seconds, by a node's own uplink) of a client's upload a round;
+    drop_rate, values, mask
+        of the clients' updates (0.9, "b1", "stratified").
+    dense, dense_values
+        patterns of tensors that travel whole, and their value format.
+    exclude
+        patterns of tensors that never leave a client.
+    weighting
+        "examples" (``weighted_by_key`` of each reply) or "equal".
+    server_step
+        a row of `SERVER_STEPS`, with numbers as in "adam(tau=1e-4)", or made.
+    max_weight
+        largest number of examples a client may claim.
+    seed
+        makes masks, keys and samples the same in every run; None draws a secret.
+    deadline
+        seconds after which a round closes with the replies that are there.
+    node_timeout
+        seconds to wait for enough clients to be online.
+    min_replies
+        fewest accepted updates a round needs; below, the run fails.
+    max_empty_rounds
+        how many rounds in a row may miss ``min_replies`` before it fails.
+    client_terms
+        gives a client (by its `Hello`) its own drop rate and value format.
+    upload_budget
+        bytes (and seconds, by a node's own uplink) of a client's upload a round;
         chooses drop rate and format of each client instead of ``drop_rate`` and ``values``.
-    identities : public keys (hex) of the clients by name; their replies must be signed.
-    downlink : how the model reaches the clients; the full arrays unless given.
-    round_hook : called with each `RoundOutcome`; returning True ends the run early.
+    identities
+        public keys (hex) of the clients by name; their replies must be signed.
+    downlink
+        how the model reaches the clients; the full arrays unless given.
+    round_hook
+        called with each `RoundOutcome`; returning True ends the run early.
     """
 
     def __init__(

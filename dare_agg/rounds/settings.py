@@ -19,14 +19,21 @@ class FederatedSettings:
 
     Attributes
     ----------
-    terms: what the clients' updates must be.
-    method: merge method, one of `federated_methods`. Weights are normalised to sum 1, so
+    terms
+        what the clients' updates must be.
+    method
+        merge method, one of `federated_methods`. Weights are normalised to sum 1, so
         "task-arithmetic" with scaling 1 is the weighted mean.
-    scaling: λ, the factor on the merged delta.
-    options: further options of the merge method.
-    weighting: "examples" (by the number each client reports) or "equal".
-    server_step: what the server does with the merged delta.
-    shared_mask: all clients of a round use one mask (secure sums need it; a method
+    scaling
+        λ, the factor on the merged delta.
+    options
+        further options of the merge method.
+    weighting
+        "examples" (by the number each client reports) or "equal".
+    server_step
+        what the server does with the merged delta.
+    shared_mask
+        all clients of a round use one mask (secure sums need it; a method
         whose statistics are of survivors alone sets it).
     """
 

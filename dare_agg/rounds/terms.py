@@ -21,15 +21,22 @@ class UpdateTerms:
 
     Attributes
     ----------
-    drop_rate, values, mask: of the delta group's updates (text or a number is read as
+    drop_rate, values, mask
+        of the delta group's updates (text or a number is read as
         `parse_drop_rate` does).
-    dense, exclude: patterns of the dense and the local tensors.
-    dense_values: value format of the dense group.
-    max_weight: largest number of examples a client may claim.
-    rescale: False sends unscaled survivors (error feedback needs it).
-    statistics: kind of statistics to be sent along ("" for none); a run's settings take it
+    dense, exclude
+        patterns of the dense and the local tensors.
+    dense_values
+        value format of the dense group.
+    max_weight
+        largest number of examples a client may claim.
+    rescale
+        False sends unscaled survivors (error feedback needs it).
+    statistics
+        kind of statistics to be sent along ("" for none); a run's settings take it
         from the merge method.
-    statistics_values: value format of the statistics.
+    statistics_values
+        value format of the statistics.
 
     Raises `ConfigError` naming the first value that is out of bounds.
     """

@@ -92,15 +92,24 @@ class Aggregate:
 
     Attributes
     ----------
-    name, code, title: the word in terms and policies, the number on the wire, the name in text.
-    least_bits: fewer, and rounding drowns what small deltas say.
-    word_bits: of a value of ``bits`` bits whose sum needs ``carry`` more.
-    pack: a party's integers, the trailer's at the end, as words.
-    unpack: words summed over so many parties; refuses what honest ones cannot add up to.
-    rules: how sums may be read; the first is the aggregate's own.
-    dense: how those of a dense part are read.
-    weighable: whether parties may count for more or less than one.
-    shares: (lone, conflict) of `SecureMeasurements`.
+    name, code, title
+        the word in terms and policies, the number on the wire, the name in text.
+    least_bits
+        fewer, and rounding drowns what small deltas say.
+    word_bits
+        of a value of ``bits`` bits whose sum needs ``carry`` more.
+    pack
+        a party's integers, the trailer's at the end, as words.
+    unpack
+        words summed over so many parties; refuses what honest ones cannot add up to.
+    rules
+        how sums may be read; the first is the aggregate's own.
+    dense
+        how those of a dense part are read.
+    weighable
+        whether parties may count for more or less than one.
+    shares
+        (lone, conflict) of `SecureMeasurements`.
     """
 
     name: str

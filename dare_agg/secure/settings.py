@@ -26,18 +26,27 @@ class SecureSettings:
 
     Attributes
     ----------
-    method: a row of `SECURE_METHODS`: Σwx/Σw, λΣx, or TIES.
-    drop_rate: of the one mask all parties share.
-    bits: of a value; 0 takes 16 (24 where values are weighed), or what fits the word.
-    clip: largest magnitude of a value; more is cut off, and the share reported.
-    min_parties: fewest parties a sum is made of, at least 3; more than half of the roster in
+    method
+        a row of `SECURE_METHODS`: Σwx/Σw, λΣx, or TIES.
+    drop_rate
+        of the one mask all parties share.
+    bits
+        of a value; 0 takes 16 (24 where values are weighed), or what fits the word.
+    clip
+        largest magnitude of a value; more is cut off, and the share reported.
+    min_parties
+        fewest parties a sum is made of, at least 3; more than half of the roster in
         any case, since by default no party takes part in less.
-    threshold: parties that must stay to the end; 0 takes two thirds and one more.
-    weighting: "equal", or "examples" (a mean alone), whose numbers stay hidden. Fewer than
+    threshold
+        parties that must stay to the end; 0 takes two thirds and one more.
+    weighting
+        "equal", or "examples" (a mean alone), whose numbers stay hidden. Fewer than
         ``min_weight`` examples count as that many, more than ``max_weight`` as those: the two
         bound by how much one dishonest weight can scale the mean.
-    colluding: share of parties assumed to collude, beyond 100 parties.
-    options: merge options; a magnitude trim is refused.
+    colluding
+        share of parties assumed to collude, beyond 100 parties.
+    options
+        merge options; a magnitude trim is refused.
     """
 
     method: str = "mean"

@@ -52,13 +52,18 @@ class SecureStrategy(RoundStrategy):
 
     Parameters
     ----------
-    secure : what is summed and how (`SecureSettings`); method, drop rate, scaling and
+    secure
+        what is summed and how (`SecureSettings`); method, drop rate, scaling and
         weighting come from there.
-    roster : who may take part. Clients need ``secure_mod`` and ``secure_queries``.
-    run_config : the run's settings as the parties see them (``context.run_config``): the terms
+    roster
+        who may take part. Clients need ``secure_mod`` and ``secure_queries``.
+    run_config
+        the run's settings as the parties see them (``context.run_config``): the terms
         of each sum bind them, and parties who were told others refuse.
-    stage_seconds : time for each stage after training.
-    dense, exclude, server_step, words : as for `DareStrategy`; what concerns plain updates has
+    stage_seconds
+        time for each stage after training.
+    dense, exclude, server_step, words
+        as for `DareStrategy`; what concerns plain updates has
         no place here.
 
     Train metrics are not collected, since they would be single parties' data; evaluation

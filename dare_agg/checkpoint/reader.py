@@ -394,7 +394,10 @@ def _read_header(file: Path) -> tuple[dict[str, TensorInfo], dict[str, str]]:
 
 
 def parse_dtype(word: str) -> str:
-    """Return the safetensors dtype of "float32", "bfloat16", "float16"."""
+    """Return the safetensors dtype of "float32", "bfloat16", "float16".
+
+    Raises `CheckpointError` for another word.
+    """
     if word in DTYPE_WORDS:
         return DTYPE_WORDS[word]
     raise CheckpointError(f"dtype {word!r} is unknown; known: {', '.join(DTYPE_WORDS)}")

@@ -213,7 +213,10 @@ def _unwritable(out: Path, error: OSError) -> CheckpointError:
 
 
 def check_target(out: Path, plans: Mapping[str, TensorPlan], *, overwrite: bool) -> None:
-    """Refuse an existing ``out`` (unless ``overwrite``) and a disk too full for the result."""
+    """Refuse an existing ``out`` (unless ``overwrite``) and a disk too full for the result.
+
+    Raises `CheckpointError` before anything is written.
+    """
     if out.exists() and not overwrite:
         raise CheckpointError(f"{out} exists; choose another name or allow overwriting (--force)")
     if out.exists() and out.is_dir() == (out.suffix == _SUFFIX):
@@ -273,6 +276,8 @@ def write_checkpoint(
     """Write named arrays atomically as a ``.safetensors`` file or a model folder.
 
     ``dtypes`` gives safetensors words for tensors to be rounded from float32 (e.g. "BF16").
+
+    Raises `CheckpointError` for a dtype that safetensors has no word for.
     """
     words = {
         "float32": "F32", "float64": "F64", "float16": "F16", "int64": "I64", "int32": "I32",

@@ -41,7 +41,10 @@ def _item(kind: bytes, data: bytes) -> bytes:
 
 
 def seed_secret(seed: int) -> bytes:
-    """Turn a user's integer seed (0 to 2**64 − 1) into a secret for `derive_key`."""
+    """Turn a user's integer seed (0 to 2**64 − 1) into a secret for `derive_key`.
+
+    Raises `ConfigError` for another number.
+    """
     if isinstance(seed, bool) or not isinstance(seed, int) or not 0 <= seed < 1 << 64:
         raise ConfigError(f"seed = {seed!r}; a whole number from 0 to 2**64 - 1 is needed")
     return b"dare-agg seed\0" + struct.pack("<Q", seed)

@@ -263,7 +263,10 @@ class Mask:
     def scatter(
         self, values: FloatVector, out: FloatVector | None = None, *, rescale: bool = True
     ) -> FloatVector:
-        """Return a vector of ``size`` with the survivors in place, rescaled, and 0 elsewhere."""
+        """Return a vector of ``size`` with the survivors in place, rescaled, and 0 elsewhere.
+
+        Raises `ConfigError` unless there is a value for each survivor.
+        """
         if values.shape != (self.survivors,):
             raise ConfigError(f"{values.shape} values; this mask has {self.survivors} survivors")
         vector = np.zeros(self.size, np.float32) if out is None else out

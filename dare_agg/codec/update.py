@@ -266,6 +266,8 @@ def encode_update_into(
     """As `encode_update`, into ``out`` of `update_bytes` bytes (for example a mapped file).
 
     ``pages`` are those of ``out``, where it is mapped.
+
+    Raises `ConfigError` for a delta or a source of another size.
     """
     for vector in delta if isinstance(delta, tuple) else (delta,):
         if vector.size != spec.size:

@@ -37,7 +37,10 @@ def make_identity(path: Path) -> str:
 
 
 def write_private(path: Path, data: bytes, mode: int = 0o600) -> None:
-    """Create a file that only its owner reads; never overwrites one."""
+    """Create a file that only its owner reads; never overwrites one.
+
+    Raises `ConfigError` where the path exists.
+    """
     path.parent.mkdir(parents=True, exist_ok=True)
     try:
         handle = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL, mode)
@@ -77,7 +80,10 @@ def public_hex(key: Ed25519PrivateKey) -> str:
 
 
 def read_identities(path: Path | str) -> dict[str, str]:
-    """Read the known clients, a JSON object of name → public key (64 hex digits)."""
+    """Read the known clients, a JSON object of name → public key (64 hex digits).
+
+    Raises `ConfigError` for a file that cannot be read as such.
+    """
     try:
         known = json.loads(Path(path).read_text(encoding="utf-8"))
     except (OSError, ValueError) as error:

@@ -83,6 +83,8 @@ class VersionReceiver:
 
         Where nothing can be written (full disk, read-only folder) the arrays are returned all
         the same, and what could not be kept is sent again next time.
+
+        Raises `BaseMismatchError` for steps that do not lead from what is held to ``version``.
         """
         if not payloads and arrays is not None:
             return FullReceiver().receive(version, payloads, arrays)

@@ -100,7 +100,7 @@ class Downlink(Protocol):
 
 
 class Receiver(Protocol):
-    """The client's half."""
+    """The client's half: says what it holds, and makes full arrays of what it is sent."""
 
     def have(self) -> str:
         """The version this client could start from, "" for none."""

@@ -115,7 +115,10 @@ class VersionDownlink:
         dense_step: FloatVector | None,
         plans: Sequence[DrawnMask],
     ) -> GlobalModel:
-        """Round the change to the grid, store it as a step and return the new version."""
+        """Round the change to the grid, store it as a step and return the new version.
+
+        Raises `StateError` for a model that is not at the store's version.
+        """
         delta, dense = self._groups()
         if model.ref.version != self.version:
             raise StateError(
@@ -152,7 +155,10 @@ class VersionDownlink:
         return moved
 
     def broadcast(self, model: GlobalModel, have: str) -> Broadcast:
-        """Return the fewest bytes that bring a client from ``have`` to ``model``."""
+        """Return the fewest bytes that bring a client from ``have`` to ``model``.
+
+        Raises `StateError` for a model that is not at the store's version.
+        """
         if model.ref.version != self.version:
             raise StateError(
                 f"version {model.ref.version[:12]} is asked for, the store holds "
@@ -237,7 +243,10 @@ class VersionDownlink:
         }
 
     def restore(self, base: GlobalModel, arrays: Mapping[str, np.ndarray]) -> GlobalModel:
-        """Take up `state_arrays` again over the base they belong to; returns the model."""
+        """Take up `state_arrays` again over the base they belong to; returns the model.
+
+        Raises `StateError` for arrays that are incomplete or of another model.
+        """
         self.start(base)
         delta, dense = self._groups()
         for name, group in (("", delta), ("dense-", dense)):
@@ -285,7 +294,10 @@ class VersionDownlink:
         return head, payload
 
     def base_arrays(self) -> Arrays:
-        """The base's arrays, as the run started with them."""
+        """The base's arrays, as the run started with them.
+
+        Raises `StateError` before `start`.
+        """
         if self._base_model is None:
             raise StateError("the version store has no base yet; call start first")
         return self._base_model.arrays()

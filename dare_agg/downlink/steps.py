@@ -69,7 +69,10 @@ def families_of(plans: Sequence[DrawnMask]) -> tuple[Family, ...]:
 
 
 def write_step(head: StepHead, payload: bytes, dense: bytes) -> Step:
-    """Put a step together."""
+    """Put a step together: head, checksum and both payloads, as it is stored and sent.
+
+    Raises `ConfigError` for more than `MAX_FAMILIES` families of masks.
+    """
     families = b"".join(
         FAMILY.pack(
             MASK_KINDS.index(f.kind),

@@ -28,7 +28,7 @@ def be_patient_with_sqlite() -> None:
 
 
 def main() -> None:
-    """Entry point."""
+    """``python -m dare_agg.flower.superlink``: Flower's SuperLink, as the module says."""
     be_patient_with_sqlite()
     run_program("flower-superlink", sys.argv[1:])
 

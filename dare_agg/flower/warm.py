@@ -79,7 +79,10 @@ class Trainer:
 def warm_trainer(
     reference: str,
 ) -> Callable[[Message, Context, ClientAppCallable], Message]:
-    """Make the mod; ``reference`` is the app as in pyproject.toml, "client.app:app"."""
+    """Make the mod; ``reference`` is the app as in pyproject.toml, "client.app:app".
+
+    Raises `ConfigError` for a reference of another form.
+    """
     module, _, attribute = reference.partition(":")
     if not module or not attribute.isidentifier():
         raise ConfigError(f'app reference {reference!r}; "module:attribute" is needed')
@@ -113,7 +116,10 @@ def find_trainer(reference: str, context: Context) -> Trainer:
 
 
 def private_folder() -> Path:
-    """A folder that is ours alone, short enough for a socket's path."""
+    """A folder that is ours alone, short enough for a socket's path.
+
+    Raises `RunError` where others can write or the path would be too long.
+    """
     root = os.environ.get("XDG_RUNTIME_DIR") or tempfile.gettempdir()
     folder = Path(root) / f"dare-agg-{os.getuid()}"
     with contextlib.suppress(FileExistsError):

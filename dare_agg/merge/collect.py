@@ -51,6 +51,8 @@ def collect_fisher(
     squared error where the batch has ``labels``. Collection stops after ``examples`` examples; the
     reference rule counts a last, smaller batch as a whole one, as the paper's code does.
     Parameters the output does not depend on are left out.
+
+    Raises `ConfigError` for an unknown rule and for no example.
     """
     import torch
 
@@ -131,6 +133,8 @@ def collect_grams(
 
     Rows are tokens; those the batch's ``attention_mask`` marks as padding are left out unless
     ``include_padding``. Linears that are never called are left out.
+
+    Raises `ConfigError` where no Linear was called.
     """
     import torch
 

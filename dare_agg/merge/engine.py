@@ -123,6 +123,9 @@ def prepare_merge(
     """Check everything, make the passes a method needs, and return its kernel.
 
     ``weights`` may be (models, tensors) and ``scaling`` (tensors,), in layout order.
+
+    Raises `MergeError` for no model, other sizes, and weights or scaling that are not finite or of
+    another shape; `ConfigError` for an unknown method or option.
     """
     row = find_method(method)
     settled = row.settle(options or {})

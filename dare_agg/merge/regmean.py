@@ -25,6 +25,8 @@ def regmean(task: MergeTask) -> Kernel:
     ``off-diagonal`` multiplies the Gram matrices' off-diagonal entries; ``ridge`` times the
     mean diagonal is added to the diagonal of the sum, so that inputs that never vary
     (a singular sum) still have a solution: there the models are averaged.
+
+    Raises `MergeError` unless every model has statistics that name Linears of the layout.
     """
     mean = weighted_sum(task, normalized(task.weights) * task.scaling)
     if len(task.statistics) != task.count:

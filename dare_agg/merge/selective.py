@@ -175,6 +175,8 @@ def della(task: MergeTask) -> Kernel:
 
     ``rescale`` "keep" divides by that probability (the paper), "l1" restores the L1 norm of
     the tensor (mergekit), "none" leaves the entries.
+
+    Raises `ConfigError` unless density ± epsilon lies inside (0, 1).
     """
     epsilon, rescale = task.options["epsilon"], task.options["rescale"]
     densities = task.per_model("density")

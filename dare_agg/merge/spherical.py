@@ -48,6 +48,8 @@ def slerp(task: MergeTask) -> Kernel:
     """sin((1−t)θ)/sin θ·a + sin(tθ)/sin θ·b of two models (of BASE and one model alone).
 
     Where the two are almost parallel (|cos θ| > 0.9995) it is (1−t)·a + t·b.
+
+    Raises `MergeError` for another number of models.
     """
     t = float(task.options["t"])
     if task.count > 2:
@@ -117,7 +119,10 @@ def _sphere_mean(units: Matrix, weights: Matrix, iterations: int, tolerance: flo
 
 def multislerp(task: MergeTask) -> Kernel:
     """Barycentric interpolation of the deltas' directions on the sphere, in the tangent space
-    at their weighted mean, times their weighted mean norm."""
+    at their weighted mean, times their weighted mean norm.
+
+    Raises `MergeError` where the directions cancel.
+    """
     normalize = task.options["normalize-weights"]
 
     def coefficients(gram: Matrix, weights: Matrix) -> Matrix:
@@ -151,6 +156,8 @@ def model_stock(task: MergeTask) -> Kernel:
     """t·mean δ with t = n·cos θ / (1 + (n−1)·cos θ), θ the mean angle between the deltas.
 
     ``filter-wise`` takes an angle for every row of a tensor instead of one for the tensor.
+
+    Raises `MergeError` for fewer than two models.
     """
     if task.count < 2:
         raise MergeError("model-stock needs two models or more beside the base")

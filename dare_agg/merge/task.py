@@ -84,7 +84,10 @@ class MergeTask:
         return self.base
 
     def per_model(self, option: str) -> list[float]:
-        """An option that is one number, or one for each model, as a list."""
+        """An option that is one number, or one for each model, as a list.
+
+        Raises `MergeError` for a list of another length.
+        """
         value = self.options[option]
         if isinstance(value, list | tuple):
             if len(value) != self.count:

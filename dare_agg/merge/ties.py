@@ -21,7 +21,10 @@ Bounds = tuple[NDArray[np.float32], NDArray[np.float32]]
 
 
 def ties(task: MergeTask) -> Kernel:
-    """λ·(elected sum of the trimmed, weighted deltas) / what ``normalize`` says."""
+    """λ·(elected sum of the trimmed, weighted deltas) / what ``normalize`` says.
+
+    Raises `ConfigError` where both trim and density are given.
+    """
     options = task.options
     per_tensor = options["trim-scope"] == "tensor"
     spans = task.tensor_spans if per_tensor or len(task.spans) > 1 else task.spans

@@ -153,7 +153,10 @@ def _tile(sources: list[DeltaSource]) -> int:
 def tensor_weights(
     recipe: Recipe, ordered: list[OpenedModel], layout: Layout
 ) -> tuple[NDArray[np.float64] | None, float | NDArray[np.float64]]:
-    """Weights and scaling as the engine takes them; rules make them (…, tensors)."""
+    """Weights and scaling as the engine takes them; rules make them (…, tensors).
+
+    Raises `ConfigError` for a rule that matches no tensor.
+    """
     weights: NDArray[np.float64] | None = None
     if all(m.given.weight is not None for m in ordered):
         weights = np.array([m.given.weight for m in ordered], np.float64)

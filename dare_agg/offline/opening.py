@@ -35,7 +35,11 @@ def open_model(
     cached: CachedSource,
     exclude: list[str],
 ) -> OpenedModel:
-    """Open a checkpoint, an adapter folder or an update file as a delta over the base."""
+    """Open a checkpoint, an adapter folder or an update file as a delta over the base.
+
+    Raises `BaseMismatchError` for what was made from another base, `LayoutError` for tensors
+    that the base lacks.
+    """
     path = given.path
     if path.suffix == ".dare":
         return OpenedModel(given, _open_update(path, base, layout), "update")

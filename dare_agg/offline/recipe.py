@@ -148,6 +148,8 @@ def read_recipe(path: Path) -> dict[str, Any]:
     """Read a YAML, TOML or JSON recipe; relative paths count from its folder.
 
     ``out`` may be among the keys; it is left in.
+
+    Raises `ConfigError` naming the first key or value that is wrong.
     """
     try:
         text = path.read_text(encoding="utf-8")

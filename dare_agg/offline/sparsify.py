@@ -21,7 +21,10 @@ _TILE = 1 << 17
 
 
 def sparsified(opened: list[OpenedModel], recipe: Recipe, layout: Layout) -> list[OpenedModel]:
-    """Put the sparsifier over each delta; random masks get a key of the model's own."""
+    """Put the sparsifier over each delta; random masks get a key of the model's own.
+
+    Raises `ConfigError` for an update, which is sparsified already.
+    """
     rate = parse_drop_rate(recipe.drop_rate) if recipe.drop_rate is not None else None
     if rate is None or rate.numerator == 1:
         return opened

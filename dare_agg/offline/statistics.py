@@ -50,7 +50,10 @@ def statistics_of_folder(
     rule: str = "true",
     include_padding: bool = False,
 ) -> Arrays:
-    """Collect statistics of a text classifier's folder on a data file's text column."""
+    """Collect statistics of a text classifier's folder on a data file's text column.
+
+    Raises `ConfigError` for an unknown kind and for data without rows.
+    """
     if kind not in KINDS:
         raise ConfigError(f"kind {kind!r} is unknown{did_you_mean(kind, KINDS)}")
     texts = list(_limited(read_texts(data, text_column), examples))
@@ -159,7 +162,10 @@ def _encoder_with_head(folder: Path) -> torch.nn.Module:
 
 
 def read_texts(path: Path, column: str) -> Iterator[str]:
-    """Yield the text column of a CSV, JSON Lines or Parquet file."""
+    """Yield the text column of a CSV, JSON Lines or Parquet file.
+
+    Raises `ConfigError` for a column that is not there.
+    """
     for row in _rows(path):
         if column not in row:
             raise ConfigError(f"{path} has no column {column!r}{did_you_mean(column, row)}")

@@ -200,6 +200,8 @@ def make_plans(
     ``clients`` gives each client's own terms, or None for those of the round. Same secret,
     round and clients → same plans. With ``shared_mask`` every client of a class has rank 0
     (secure sums need it).
+
+    Raises `ConfigError` for no client.
     """
     if not clients:
         raise ConfigError("a round needs at least one client")

@@ -130,6 +130,8 @@ def merge_round(
 
     The order in which they arrived does not matter. Every update is unbiased by itself, so
     clients with different drop rates and value formats mix without correction.
+
+    Raises `MergeError` where no update was accepted.
     """
     if not accepted:
         raise MergeError("no update was accepted; there is nothing to merge")

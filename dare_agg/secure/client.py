@@ -194,7 +194,10 @@ def share(
     request: bytes,
     random: Random = os.urandom,
 ) -> tuple[ClientState, bytes]:
-    """Verify everyone's keys and answer with one's secrets, shared and sealed."""
+    """Verify everyone's keys and answer with one's secrets, shared and sealed.
+
+    Raises `ProtocolError`: too few parties or holders ("threshold"), own keys missing ("own-keys").
+    """
     _expect(state, "advertised")
     terms, me = state.terms, state.party
     adverts = wire.decode_keys(request, terms, roster)
@@ -244,7 +247,11 @@ def share(
 
 
 def open_shares(state: ClientState, request: bytes) -> ClientState:
-    """Open the shares of one's neighbours; from here on the mask is known."""
+    """Open the shares of one's neighbours; from here on the mask is known.
+
+    Raises `ProtocolError`: too few shared ("threshold"), other parties ("cohort"), nonces or shares
+    that do not fit ("nonce", "shares").
+    """
     _expect(state, "shared")
     terms, me = state.terms, state.party
     delivery = wire.decode_delivery(request, terms)
@@ -308,6 +315,8 @@ def contribute(
 
     ``examples`` counts only where the terms weigh by examples. Callers claim the delta in a
     ledger first (`dare_agg.secure.ledger`): this state cannot know of other sessions.
+
+    Raises `ProtocolError` "shape" for another number of values, `ConfigError` for no examples.
     """
     _expect(state, "opened")
     terms, me = state.terms, state.party
@@ -372,6 +381,9 @@ def reveal(
     """Reveal one share a party: of the own mask of the alive, of the pair masks of the dead.
 
     Only against enough signatures over the very set this party has signed.
+
+    Raises `ProtocolError` for another set than was signed ("alive") or too few signatures
+    ("threshold"): nothing is revealed then.
     """
     _expect(state, "signed")
     terms = state.terms

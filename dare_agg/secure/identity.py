@@ -93,7 +93,10 @@ def check_name(name: str) -> None:
 
 
 def write_identity(path: Path, identity: Identity, passphrase: str) -> None:
-    """Write the identity, encrypted, readable by its owner alone; never overwrites."""
+    """Write the identity, encrypted, readable by its owner alone; never overwrites.
+
+    Raises `ConfigError` for a passphrase that is too short and a path that exists.
+    """
     if len(passphrase) < MIN_PASSPHRASE:
         raise ConfigError(
             f"the passphrase has {len(passphrase)} characters; at least {MIN_PASSPHRASE} are needed"
@@ -160,7 +163,10 @@ def read_identity(path: Path, passphrase: str) -> Identity:
 
 
 def read_public(path: Path) -> dict[str, str]:
-    """The unencrypted fields of a key file, among them ``name`` and ``public`` (hex)."""
+    """The unencrypted fields of a key file, among them ``name`` and ``public`` (hex).
+
+    Raises `StateError` for what is no key file.
+    """
     try:
         text = path.read_text(encoding="utf-8")
         record = json.loads(text)

@@ -35,7 +35,7 @@ from dare_agg.vectors.layout import FloatVector
 
 
 class Ledger(Protocol):
-    """Remembers contributions."""
+    """What a party put into secure sums: it never enters two that differ by a few parties."""
 
     def claim(self, terms: SecureTerms, delta: FloatVector, tensors: Sequence[bytes] = ()) -> None:
         """Note the delta, the round and the ``tensors`` (`tensor_claim`).

@@ -37,7 +37,10 @@ def header(kind: int, session: bytes) -> bytes:
 
 
 def open_message(data: bytes, kind: int, session: bytes, what: str) -> Reader:
-    """Check the header and return a reader behind it."""
+    """Check the header and return a reader behind it.
+
+    Raises `ProtocolError`: another kind or version ("stage"), another session ("session").
+    """
     read = Reader(data, what)
     if read.take(3) != _MAGIC or read.u8() != kind:
         raise ProtocolError(
@@ -133,7 +136,10 @@ def encode_keys(session: bytes, adverts: list[Advert]) -> bytes:
 
 
 def decode_keys(data: bytes, terms: SecureTerms, roster: Roster) -> tuple[Advert, ...]:
-    """Read and verify all adverts, ascending by party and with no key used twice."""
+    """Read and verify all adverts, ascending by party and with no key used twice.
+
+    Raises `ProtocolError` "duplicate" otherwise.
+    """
     read = open_message(data, KEYS, terms.session, "key list")
     count = read.count(ADVERT_BYTES)
     adverts = tuple(decode_advert(read.take(ADVERT_BYTES), terms, roster) for _ in range(count))
@@ -286,7 +292,10 @@ def alive_body(session: bytes, party: int, digest: bytes) -> bytes:
 def decode_alive(
     data: bytes, terms: SecureTerms, roster: Roster, digest: bytes
 ) -> tuple[int, bytes]:
-    """Return ``(party, signature)`` over exactly this alive set."""
+    """Return ``(party, signature)`` over exactly this alive set.
+
+    Raises `ProtocolError` "alive" for another set.
+    """
     read = open_message(data, ALIVE, terms.session, "alive signature")
     party = _party(read, terms)
     theirs = read.take(DIGEST_BYTES)
@@ -338,7 +347,10 @@ def encode_reveal(
 def decode_reveal(
     data: bytes, terms: SecureTerms, roster: Roster, alive: bytes
 ) -> tuple[int, tuple[tuple[int, bytes], ...]]:
-    """Return ``(party, ((owner, share), …))``; which secret it is follows from the set."""
+    """Return ``(party, ((owner, share), …))``; which secret it is follows from the set.
+
+    Raises `ProtocolError` "alive" for another set.
+    """
     read = open_message(data, REVEAL, terms.session, "reveal")
     party = _party(read, terms)
     if read.take(DIGEST_BYTES) != alive:

@@ -140,6 +140,8 @@ def merge_sums(
     """Turn sums into the merged survivors (unscaled float32) and measurements.
 
     ``rule`` is one of the aggregate's, by default its own.
+
+    Raises `ConfigError` for a rule that the aggregate does not have.
     """
     row = AGGREGATES[quantiser.aggregate]
     rule = rule or next(iter(row.rules))

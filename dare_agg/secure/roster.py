@@ -154,7 +154,10 @@ def write_roster(path: Path, roster: Roster) -> None:
 
 
 def parse_roster(text: str, what: str = "roster") -> Roster:
-    """Read a roster strictly; the signatures are checked by `check_roster`, not here."""
+    """Read a roster strictly; the signatures are checked by `check_roster`, not here.
+
+    Raises `StateError` for what is no roster.
+    """
     try:
         record = json.loads(text)
         if set(record) != {"format", "name", "serial", "members", "signatures"}:

@@ -87,7 +87,10 @@ class SecureServer:
         return self._alive
 
     def take(self, message: bytes) -> int:
-        """Check one answer to the stage's request and keep it; returns the party's id."""
+        """Check one answer to the stage's request and keep it; returns the party's id.
+
+        Raises `ProtocolError` with the reason for an answer that is refused.
+        """
         takers: Mapping[str, Callable[[bytes], int]] = {
             "adverts": self._take_advert,
             "shares": self._take_shares,

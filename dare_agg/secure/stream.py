@@ -25,7 +25,10 @@ _ZEROS = bytes(_CHUNK_BYTES)
 
 
 def word_type(bits: int) -> type[np.uint32] | type[np.uint64]:
-    """The unsigned type that carries words of ``bits`` bits: uint32 up to 32, else uint64."""
+    """The unsigned type that carries words of ``bits`` bits: uint32 up to 32, else uint64.
+
+    Raises `ConfigError` for more than 64 bits, or none.
+    """
     if not 1 <= bits <= MAX_WORD_BITS:
         raise ConfigError(f"words of {bits} bits; 1 to {MAX_WORD_BITS} are possible")
     return np.uint32 if bits <= 32 else np.uint64

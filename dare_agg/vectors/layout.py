@@ -139,7 +139,10 @@ class Layout:
     def unflatten(
         self, vector: FloatVector, dtypes: Mapping[str, np.dtype] | None = None
     ) -> dict[str, NDArray[np.generic]]:
-        """Cut the vector into named arrays (views where the dtype stays float32)."""
+        """Cut the vector into named arrays (views where the dtype stays float32).
+
+        Raises `LayoutError` for another size.
+        """
         if vector.shape != (self.size,):
             raise LayoutError(
                 f"vector has shape {vector.shape}; this layout has {self.size} parameters"
@@ -163,6 +166,8 @@ def layout_of(
 
     ``exclude`` are regular expressions searched in each name; ``buffers`` are exact names.
     Every name ends up in exactly one of ``entries``, ``excluded``, ``buffers``.
+
+    Raises `LayoutError` for names, shapes or numbers beyond this module's limits.
 
     >>> layout_of({"b": (2,), "a": (2, 3)}).names
     ('a', 'b')

@@ -124,7 +124,10 @@ class GlobalModel:
         )
 
     def placed(self, delta: FloatVector, dense: FloatVector) -> GlobalModel:
-        """Return the model with these vectors instead."""
+        """Return the model with these vectors instead.
+
+        Raises `LayoutError` for other sizes.
+        """
         if delta.shape != self.delta.shape or dense.shape != self.dense.shape:
             raise LayoutError(
                 f"vectors of {delta.size} and {dense.size} parameters; this model has "

@@ -70,7 +70,10 @@ def free_port() -> int:
 
 
 def find_app(path: Path | None) -> Path:
-    """Return the folder of the Flower app: the given one, or this checkout."""
+    """Return the folder of the Flower app: the given one, or this checkout.
+
+    Raises `ConfigError` where there is none.
+    """
     folder = path or app_above(Path(__file__)) or Path(__file__).parent
     if not is_app(folder):
         raise ConfigError(

@@ -104,7 +104,7 @@ def _lives(process: int) -> bool:
 
 
 def main() -> None:
-    """Entry point."""
+    """Started by `dare_agg.flower.warm`: load the app named in the arguments and serve it."""
     parser = argparse.ArgumentParser(prog="python -m dare_agg.flower.processes.warm_server")
     parser.add_argument("socket", type=Path)
     parser.add_argument("reference")

@@ -6,7 +6,7 @@ import contextlib
 import math
 import os
 import time
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -28,8 +28,10 @@ from server.config import METHODS, RunConfig, read_config
 from server.export import export_model
 from server.recorder import Recorder
 from server.secure import merge_models, secure_strategy
+from server.start import secure_start
 
 app = ServerApp()
+Record = Callable[[RoundOutcome], None]
 
 
 @app.main()
@@ -45,10 +47,24 @@ def main(grid: Grid, context: Context) -> None:
         labels: tuple[str, ...] = ()
         if config.secure_merge:
             prints = merge_models(grid, config, recorder)
+        elif config.secure:
+            start = secure_start(config, context.run_config)
+            labels, name = start.labels, f"secure-{config.secure}"
+
+            def securely(record: Record) -> RoundStrategy:
+                return secure_strategy(config, record, context.run_config)
+
+            args = (grid, config, name, labels, recorder, securely, start.arrays)
+            prints = {name: run_method(*args)}
         else:
             labels = agree_on_labels(grid, config)
-            names = (f"secure-{config.secure}",) if config.secure else config.methods
-            prints = {name: run_method(grid, config, name, labels, recorder) for name in names}
+            prints = {}
+            for name in config.methods:
+
+                def plainly(record: Record, name: str = name) -> RoundStrategy:
+                    return make_strategy(config, name, record)
+
+                prints[name] = run_method(grid, config, name, labels, recorder, plainly)
     except BaseException as error:
         reason = str(error) if isinstance(error, DareError) else f"{type(error).__name__}: {error}"
         with contextlib.suppress(StateError):  # what ended the run may be a full disk
@@ -123,9 +139,19 @@ def agree_on_labels(grid: Grid, config: RunConfig) -> tuple[str, ...]:
 
 
 def run_method(
-    grid: Grid, config: RunConfig, name: str, labels: tuple[str, ...], recorder: Recorder
+    grid: Grid,
+    config: RunConfig,
+    name: str,
+    labels: tuple[str, ...],
+    recorder: Recorder,
+    make: Callable[[Record], RoundStrategy],
+    start: ArrayRecord | None = None,
 ) -> str:
-    """Run one method from the common start to its last round; returns the final fingerprint."""
+    """Run one method from the common start to its last round; returns the final fingerprint.
+
+    ``make`` builds its strategy around the function that records each round. Without a
+    ``start`` it is asked of the clients.
+    """
     orders = ConfigRecord({"train": config.train_by(name), "method": name})
     if labels:
         orders["labels"] = list(labels)
@@ -142,14 +168,14 @@ def run_method(
             # After the row: a resumed run drops rows of rounds that were not kept.
             save(strategy, kept, outcome, {"totals": totals, **_facts(outcome)})
 
-    strategy = make_strategy(config, name, record)
+    strategy = make(record)
     resumed = resume(strategy, kept) if config.resume else None
     recorder.rewind(name, resumed.round if resumed else 0)
     if resumed is not None:
         totals.update(resumed.facts["totals"])
         initial = to_record(kept.load_base())
     else:
-        initial = initial_state(grid, config, orders)
+        initial = initial_state(grid, config, orders) if start is None else start
         if config.keep_state:
             keep_base(kept, initial)
     base = strategy_base(strategy, initial)
@@ -223,9 +249,7 @@ def strategy_base(strategy: RoundStrategy, initial: ArrayRecord) -> str:
 
 
 def make_strategy(config: RunConfig, name: str, record: Any) -> RoundStrategy:
-    """Build the strategy of one method from the run config."""
-    if config.secure:
-        return secure_strategy(config, record)
+    """Build the strategy of one plain method from the run config."""
     words: dict[str, Any] = {
         "scaling": config.scaling,
         "drop_rate": config.drop_rate,

@@ -172,8 +172,8 @@ class RunConfig(BaseModel):
     precision: Literal["float32", "bfloat16"]
 
     def train_by(self, method: str) -> str:
-        """What a method of `METHODS` trains."""
-        return METHODS[method].train or self.train
+        """What a method of `METHODS` trains; a secure run what the config says."""
+        return (METHODS[method].train if method in METHODS else "") or self.train
 
     def step(self) -> ServerStep:
         """The server step with its numbers; a learning rate of 0 is the step's own."""

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -28,11 +29,14 @@ def open_roster(config: RunConfig) -> Roster:
     return read_roster(Path(config.secure_roster))
 
 
-def secure_strategy(config: RunConfig, record: Any) -> SecureStrategy:
-    """Build the strategy of a secure training run."""
+def secure_strategy(
+    config: RunConfig, record: Any, run_config: Mapping[str, Any]
+) -> SecureStrategy:
+    """Build the strategy of a secure training run; ``run_config`` is what the parties see."""
     return SecureStrategy(
         secure=config.secure_settings(),
         roster=open_roster(config),
+        run_config=run_config,
         stage_seconds=config.secure_stage_seconds,
         fraction_train=config.fraction_train,
         fraction_evaluate=1.0 if config.evaluate else 0.0,

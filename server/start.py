@@ -1,0 +1,68 @@
+"""The start of a secure run, made beside the server: no party is asked for a model or labels.
+
+The pretrained base is public and the head is drawn from the run's seed, so whoever has the
+app makes the same start. It is made in a process of its own, since the server holds no torch.
+"""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+import tempfile
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from flwr.app import ArrayRecord
+
+from dare_agg.downlink.base import read_base
+from dare_agg.errors import ConfigError
+from dare_agg.flower.transport import to_record
+from server.config import RunConfig
+
+# The folder of the app: `client` lies beside this package.
+APP = Path(__file__).resolve().parents[1]
+
+
+@dataclass(frozen=True)
+class Start:
+    """What a run begins with: the first state, and the labels all agree on."""
+
+    arrays: ArrayRecord
+    labels: tuple[str, ...]
+
+
+def secure_start(config: RunConfig, run_config: Mapping[str, Any]) -> Start:
+    """The start that the run config means; its ``initial`` file where it names one.
+
+    Raises `ConfigError` where this machine cannot make it, with what can be done.
+    """
+    if config.initial:
+        return Start(to_record(read_base(config.initial)), config.labels)
+    with tempfile.TemporaryDirectory() as folder:
+        made = Path(folder) / "base.safetensors"
+        words = [
+            sys.executable,
+            "-m",
+            "client.base",
+            "--run-config",
+            "-",
+            "-o",
+            str(made),
+            "--json",
+        ]
+        done = subprocess.run(
+            words, cwd=APP, input=json.dumps(dict(run_config)), capture_output=True, text=True,
+            check=False,
+        )  # fmt: skip
+        if done.returncode:
+            said = " ".join((done.stderr.strip().splitlines() or ["no word"])[-1].split())[:400]
+            raise ConfigError(
+                f"the start of a secure run could not be made on the server ({said}); nobody is "
+                "asked for it: set labels, and make it where the model is (python -m client.base "
+                "-o base.safetensors) and name it: initial"
+            )
+        labels = json.loads(done.stdout)["labels"]
+        return Start(to_record(read_base(made)), tuple(labels))

@@ -21,7 +21,7 @@ from client.rows import Data, Rows
 from client.tasks import build_task
 from dare_agg.downlink.base import write_base
 from dare_agg.errors import DareError
-from dare_agg.files.atomic import write_atomically
+from dare_agg.files.atomic import replace_file
 
 
 def main() -> None:
@@ -46,7 +46,7 @@ def main() -> None:
         config = task_config(run, {})
         task = build_task(config, _no_rows(config.labels) if config.labels else None)
         state = task.initial_state()
-        write_atomically(options.output, (write_base(state),))
+        replace_file(options.output, (write_base(state),))
     except (DareError, OSError, ValueError) as error:
         sys.exit(f"error: {error}")
     if options.json:

@@ -8,8 +8,8 @@ from __future__ import annotations
 
 import contextlib
 import hashlib
-import os
 import shutil
+import tempfile
 import zipfile
 from collections.abc import Sequence
 from pathlib import Path
@@ -17,6 +17,7 @@ from typing import Any
 
 from dare_agg.errors import ConfigError
 from dare_agg.files.cache import cache_folder
+from dare_agg.files.trust import own_folder
 
 SUFFIXES = (".gguf", ".zip")
 _KEPT = (".json", ".txt", ".model", ".safetensors", ".jinja")
@@ -32,16 +33,15 @@ def unpack(name: str, parts: Sequence[Path], sha256: str, suffix: str, remedy: s
     """Return the folder made of a model's file (its parts joined); makes it where it is missing.
 
     ``sha256`` begins the file's digest; ``remedy`` says how to get the right file. Raises
-    `ConfigError` where the file is another one or cannot be turned into a folder.
+    `ConfigError` where the file is another one or cannot be turned into a folder, `StateError`
+    where another user could put a model into the cache folder.
     """
     target = unpacked_folder(name, sha256)
+    own_folder(target.parent, remedy="set DARE_AGG_CACHE to a folder of this user's own")
     if target.is_dir():
         return target
-    target.parent.mkdir(parents=True, exist_ok=True)
-    draft = target.with_name(f".{target.name}.{os.getpid()}")
-    shutil.rmtree(draft, ignore_errors=True)
-    draft.mkdir()
-    try:
+    with tempfile.TemporaryDirectory(prefix=f".{target.name}.", dir=target.parent) as temporary:
+        draft = Path(temporary)
         joined = parts[0] if len(parts) == 1 else draft / f"joined{suffix}"
         found = _join(parts, None if len(parts) == 1 else joined)
         if not found.startswith(sha256):
@@ -51,8 +51,6 @@ def unpack(name: str, parts: Sequence[Path], sha256: str, suffix: str, remedy: s
         (_from_gguf if suffix == ".gguf" else _from_zip)(joined, made)
         with contextlib.suppress(OSError):  # another process was first: its folder serves
             made.replace(target)
-    finally:
-        shutil.rmtree(draft, ignore_errors=True)
     return target
 
 

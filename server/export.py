@@ -10,6 +10,7 @@ import importlib.util
 import json
 import os
 import shutil
+import tempfile
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -19,7 +20,10 @@ from numpy.typing import NDArray
 from safetensors.numpy import save_file
 
 from dare_agg import __version__
+from dare_agg.checkpoint import carry_files
+from dare_agg.checkpoint.carried import CARD, HEAD_NAME
 from dare_agg.errors import CheckpointError
+from dare_agg.files.atomic import folder_draft
 from dare_agg.files.cache import cache_folder
 from dare_agg.offline.merging import merge_offline
 from dare_agg.offline.recipe import make_recipe
@@ -69,10 +73,6 @@ def export_model(
     with the adapter in it, where the base is on this machine. Where no tensor of the model was
     trained, the base's own are copied. The folder appears whole or not at all.
     """
-    draft = folder.with_name(folder.name + ".part")
-    adapter = folder.with_name(folder.name + ".adapter.part")
-    for left in (draft, adapter):
-        shutil.rmtree(left, ignore_errors=True)
     base = base_folder(model)
     head = {n: np.ascontiguousarray(a) for n, a in arrays.items() if n.startswith(HEAD)}
     body = {
@@ -84,34 +84,36 @@ def export_model(
     whole = {n: a for n, a in body.items() if n not in lora}
     language = any(not n.startswith((HEAD, ENCODER)) for n in arrays)
     metadata = {"format": "pt", "made_by": f"dare-agg {__version__}"}
-    if lora:
-        _write_adapter(adapter, lora, provenance.get("config", {}), model, language)
-    if not (lora and base and _merged(base, adapter, draft)):
-        draft.mkdir(parents=True, exist_ok=True)
-        if base is not None:
-            _copy_base(base, draft, weights=not (whole or lora))
-        if whole:
-            save_file(whole, draft / "model.safetensors", metadata)
-    if lora:
-        os.replace(adapter, draft / "adapter")
-    if head:
-        save_file(head, draft / "head.safetensors", metadata)
-    (draft / "provenance.json").write_text(json.dumps(provenance, indent=1) + "\n")
-    card = _card(model, labels, provenance, language=language, lora=bool(lora))
-    (draft / "README.md").write_text(card, encoding="utf-8")
-    shutil.rmtree(folder, ignore_errors=True)
-    os.replace(draft, folder)
+    folder.parent.mkdir(parents=True, exist_ok=True)
+    with (
+        folder_draft(folder) as draft,
+        tempfile.TemporaryDirectory(prefix=f".{folder.name}.", dir=folder.parent) as aside,
+    ):
+        adapter = Path(aside, "adapter")
+        if lora:
+            _write_adapter(adapter, lora, provenance.get("config", {}), model, language)
+        if not (lora and base and _merged(base, adapter, draft)):
+            draft.mkdir(exist_ok=True)
+            if base is not None:
+                _copy_base(base, draft, weights=not (whole or lora))
+            if whole:
+                save_file(whole, draft / "model.safetensors", metadata)
+        if lora:
+            os.replace(adapter, draft / "adapter")
+        if head:
+            save_file(head, draft / "head.safetensors", metadata)
+        (draft / "provenance.json").write_text(json.dumps(provenance, indent=1) + "\n")
+        card = _card(model, labels, provenance, language=language, lora=bool(lora))
+        (draft / "README.md").write_text(card, encoding="utf-8")
     return folder
 
 
 def _copy_base(base: Path, draft: Path, *, weights: bool) -> None:
-    for path in base.iterdir():
-        heavy = path.name.endswith((".safetensors", ".safetensors.index.json"))
-        if path.is_file() and (
-            (heavy and weights)
-            or (path.suffix in (".json", ".txt", ".model", ".jinja") and not heavy)
-        ):
-            shutil.copy(path, draft / path.name)
+    carry_files(base, draft, skip=(CARD, HEAD_NAME))
+    if weights:
+        for path in base.iterdir():
+            if path.name.endswith((".safetensors", ".safetensors.index.json")):
+                shutil.copy(path, draft / path.name)
 
 
 def _write_adapter(

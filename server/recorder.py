@@ -2,41 +2,30 @@
 
 from __future__ import annotations
 
-import contextlib
 import json
 import logging
 import math
-import os
 import secrets
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 from dare_agg.errors import StateError
+from dare_agg.files.atomic import REMEDY, replace_file
 from dare_agg.runs.log import row_line, seconds_left, state_line
 from dare_agg.runs.prometheus import Exporter
 
 LOG = logging.getLogger("flwr")
 
 
-def write_json(path: Path, value: Mapping[str, Any]) -> None:
-    """Write a JSON file atomically: a reader sees the old or the new one, never half."""
-    draft = path.with_name(path.name + ".part")
-    draft.write_text(json.dumps(value, indent=1) + "\n", encoding="utf-8")
-    os.replace(draft, path)
+_REMEDY = "finished rounds are kept: free space or fix the permissions, then dare-agg run --resume"
 
 
-@contextlib.contextmanager
-def _named_failure(path: Path) -> Iterator[None]:
-    try:
-        yield
-    except OSError as error:
-        raise StateError(
-            f"{path} was not written: {error.strerror or error}; finished rounds are kept: free "
-            "space or fix the permissions, then dare-agg run --resume"
-        ) from error
+def write_json(path: Path, value: Mapping[str, Any], remedy: str = REMEDY) -> None:
+    """Replace a JSON file as a whole; raises `StateError` with ``remedy``."""
+    replace_file(path, ((json.dumps(value, indent=1) + "\n").encode(),), remedy=remedy)
 
 
 @dataclass
@@ -68,16 +57,20 @@ class Recorder:
     def status(self, state: str, **more: Any) -> None:
         """Write ``run.json``: "running", "completed" or "failed", with the reason."""
         value = {"status": state, "token": self.token, "config": dict(self.config), **more}
-        with _named_failure(self.folder / "run.json"):
-            write_json(self.folder / "run.json", value)
+        write_json(self.folder / "run.json", value, _REMEDY)
         LOG.info("%s", state_line(value))
 
     def row(self, values: Mapping[str, Any]) -> None:
         """Append one row; numbers that are not finite become null."""
         clean = {key: _finite(value) for key, value in values.items()}
         path = self.folder / "metrics.jsonl"
-        with _named_failure(path), path.open("a", encoding="utf-8") as file:
-            file.write(json.dumps(clean, allow_nan=False) + "\n")
+        try:
+            with path.open("a", encoding="utf-8") as file:
+                file.write(json.dumps(clean, allow_nan=False) + "\n")
+        except OSError as error:
+            raise StateError(
+                f"{path} was not written: {error.strerror or error}; {_REMEDY}"
+            ) from error
         LOG.info("%s", row_line(clean, self.token))
         self._rows.append(clean)
         if self.exporter is not None:
@@ -93,9 +86,7 @@ class Recorder:
         self._rows[:] = good
         if len(good) == len(lines):
             return
-        draft = path.with_name(path.name + ".part")
-        draft.write_text("".join(json.dumps(row) + "\n" for row in good), encoding="utf-8")
-        os.replace(draft, path)
+        replace_file(path, ((json.dumps(row) + "\n").encode() for row in good), remedy=_REMEDY)
 
     def close(self) -> None:
         for writer in self._writers.values():

@@ -1,5 +1,6 @@
 """Checkpoints: safetensors files and Hugging Face folders, read mapped, written atomically."""
 
+from dare_agg.checkpoint.carried import Carried, Left, carry_files
 from dare_agg.checkpoint.reader import (
     Checkpoint,
     CheckpointReader,
@@ -12,15 +13,16 @@ from dare_agg.checkpoint.reader import (
 from dare_agg.checkpoint.writer import (
     CheckpointWriter,
     TensorPlan,
-    carry_files,
     plan_like,
     write_checkpoint,
 )
 
 __all__ = [
+    "Carried",
     "Checkpoint",
     "CheckpointReader",
     "CheckpointWriter",
+    "Left",
     "TensorInfo",
     "TensorPlan",
     "carry_files",

@@ -2,7 +2,7 @@
 
 Tensors are never loaded whole: a reader converts the tile it is asked for from the mapped
 file (bfloat16, float16 and float32, without any dtype package), and the writer rounds and
-writes tile by tile into a temporary neighbour that is renamed when complete.
+writes tile by tile into a draft that is renamed when complete.
 """
 
 from __future__ import annotations
@@ -102,6 +102,11 @@ class Checkpoint:
     def files(self) -> tuple[Path, ...]:
         """The safetensors files, sorted."""
         return tuple(sorted({info.file for info in self.tensors.values()}))
+
+    @property
+    def weights(self) -> tuple[str, ...]:
+        """The names of the files that hold the tensors."""
+        return tuple(file.name for file in self.files)
 
     def layout(self, exclude: Iterable[str] = ()) -> Layout:
         """Lay out the floating-point tensors; the others are buffers."""

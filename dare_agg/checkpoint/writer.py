@@ -26,9 +26,9 @@ from dare_agg.checkpoint.reader import (
     narrow,
 )
 from dare_agg.errors import CheckpointError, NonFiniteError
+from dare_agg.files.atomic import draft_beside, put_in_place
 from dare_agg.vectors.layout import FloatVector, Layout
 
-_WEIGHT_SUFFIXES = (_SUFFIX, ".bin", ".pt", ".pth", ".ckpt", ".h5", ".msgpack", ".onnx", ".gguf")
 _SPARE_BYTES = 64 << 20
 
 
@@ -43,10 +43,10 @@ class TensorPlan:
 
 @dataclass
 class CheckpointWriter:
-    """Writes tensors in any order, in parts, into a temporary neighbour of ``out``.
+    """Writes tensors in any order, in parts, into a draft beside ``out``.
 
     Use as a context: leaving it normally puts everything in place by a rename, leaving it by
-    an error removes the temporary and leaves ``out`` as it was.
+    an error removes the draft and leaves ``out`` as it was.
     """
 
     out: Path
@@ -56,7 +56,7 @@ class CheckpointWriter:
     durable: bool = True
     _starts: dict[str, int] = field(default_factory=dict, init=False)
     _files: dict[str, int] = field(default_factory=dict, init=False)
-    _temporary: Path = field(default=Path(), init=False)
+    _draft: Path = field(default=Path(), init=False)
 
     @property
     def single(self) -> bool:
@@ -69,15 +69,13 @@ class CheckpointWriter:
             return self._begin()
         except OSError as error:
             self._discard()
-            raise _unwritable(self.out, error) from error
+            raise unwritable(self.out, error) from error
 
     def _begin(self) -> CheckpointWriter:
-        parent = self.out.absolute().parent
-        parent.mkdir(parents=True, exist_ok=True)
-        self._temporary = parent / f".{self.out.name}.partial-{os.getpid()}"
-        self._discard()
+        self.out.absolute().parent.mkdir(parents=True, exist_ok=True)
+        self._draft = draft_beside(self.out)
         if not self.single:
-            self._temporary.mkdir()
+            self._draft.mkdir()
         try:
             shards = sorted({plan.shard for plan in self.plans.values()})
             for shard in shards:
@@ -99,14 +97,14 @@ class CheckpointWriter:
             if kind is None:
                 self._publish()
         except OSError as failed:
-            raise _unwritable(self.out, failed) from failed
+            raise unwritable(self.out, failed) from failed
         finally:
             self._discard()
 
     @property
     def folder(self) -> Path:
-        """The temporary folder: other files of the model go here before the end."""
-        return self._temporary
+        """The draft: other files of the model go here before the end."""
+        return self._draft
 
     def write(self, name: str, first: int, values: FloatVector) -> None:
         """Round float32 ``values`` to the tensor's dtype; write from element ``first``.
@@ -133,7 +131,7 @@ class CheckpointWriter:
             try:
                 written = os.pwrite(file, view, at)
             except OSError as error:
-                raise _unwritable(self.out, error) from error
+                raise unwritable(self.out, error) from error
             view, at = view[written:], at + written
 
     def _create(self, shard: str) -> None:
@@ -154,7 +152,7 @@ class CheckpointWriter:
             at = stop
         text = json.dumps(header, separators=(",", ":")).encode()
         text += b" " * (-len(text) % 8)
-        path = self._temporary if self.single else self._temporary / shard
+        path = self._draft if self.single else self._draft / shard
         file = os.open(path, os.O_RDWR | os.O_CREAT | os.O_EXCL, 0o644)
         self._files[shard] = file
         os.pwrite(file, len(text).to_bytes(8, "little") + text, 0)
@@ -169,39 +167,24 @@ class CheckpointWriter:
             "weight_map": {name: self.plans[name].shard for name in sorted(self.plans)},
         }
         text = json.dumps(index, indent=2) + "\n"
-        (self._temporary / INDEX_NAME).write_text(text, encoding="utf-8")
+        (self._draft / INDEX_NAME).write_text(text, encoding="utf-8")
 
     def _publish(self) -> None:
         for shard in list(self._files):
-            file = self._files.pop(shard)
-            if self.durable:
-                os.fsync(file)
-            os.close(file)
-        if self.single or not self.out.exists():
-            os.replace(self._temporary, self.out)
-            return
-        aside = self.out.absolute().parent / f".{self.out.name}.replaced-{os.getpid()}"
-        os.replace(self.out, aside)
-        try:
-            os.replace(self._temporary, self.out)
-        except OSError:
-            os.replace(aside, self.out)
-            raise
-        shutil.rmtree(aside) if aside.is_dir() else aside.unlink()
+            os.close(self._files.pop(shard))
+        put_in_place(self._draft, self.out, durable=self.durable)
 
     def _discard(self) -> None:
         for file in self._files.values():
             os.close(file)
         self._files.clear()
-        if self._temporary == Path():
-            return
-        if self._temporary.is_dir():
-            shutil.rmtree(self._temporary)
-        elif self._temporary.exists():  # a read-only place refuses to remove even what is not there
-            self._temporary.unlink()
+        if self._draft.is_dir() and self._draft != Path():
+            shutil.rmtree(self._draft)
+        elif self._draft.is_file():  # a read-only place refuses to remove even what is not there
+            self._draft.unlink()
 
 
-def _unwritable(out: Path, error: OSError) -> CheckpointError:
+def unwritable(out: Path, error: OSError) -> CheckpointError:
     """Say what keeps ``out`` from being written, and what helps."""
     remedies = {
         errno.ENOSPC: "make room", errno.EDQUOT: "make room", errno.EROFS: "choose another place",
@@ -252,17 +235,6 @@ def plan_like(
         )
         for name, info in checkpoint.tensors.items()
     }
-
-
-def carry_files(source: Path, target: Path) -> tuple[str, ...]:
-    """Copy configuration and tokenizer files of a model folder, weights and cards left out."""
-    carried = []
-    for file in sorted(source.iterdir()):
-        weights = file.suffix in _WEIGHT_SUFFIXES or file.name.endswith(".index.json")
-        if file.is_file() and not weights and file.name.lower() != "readme.md":
-            shutil.copyfile(file, target / file.name)
-            carried.append(file.name)
-    return tuple(carried)
 
 
 def write_checkpoint(

@@ -16,19 +16,25 @@ def apply(
     dtype: Annotated[
         str | None, typer.Option("--dtype", help="float32, bfloat16 or float16. [the base's]")
     ] = None,
+    carry_code: Annotated[
+        bool, typer.Option("--carry-code", help="Copy BASE's Python files and auto_map too.")
+    ] = False,
     force: Annotated[bool, typer.Option("--force", help="Replace OUT if it exists.")] = False,
     json_: Annotated[bool, typer.Option("--json", help="Print one JSON object.")] = False,
 ) -> None:
     """Apply an update file to its BASE."""
     import math
+    from dataclasses import asdict
 
-    from dare_agg.cli.output import print_json
+    from dare_agg.cli.output import print_json, print_left
     from dare_agg.errors import ConfigError
     from dare_agg.offline.diff import apply_update
 
     if not math.isfinite(scaling):
         raise ConfigError(f"--scaling {scaling}; a finite number is needed")
-    header = apply_update(base, update, out, scaling=scaling, dtype=dtype, overwrite=force)
+    header, carried = apply_update(
+        base, update, out, scaling=scaling, dtype=dtype, overwrite=force, carry_code=carry_code
+    )
     layout = header.layout
     if json_:
         print_json(
@@ -38,7 +44,10 @@ def apply(
                 "tensors": len(layout.entries),
                 "scaling": scaling,
                 "base_fingerprint": header.base,
+                "carried": carried.files,
+                "left": [asdict(left) for left in carried.left],
             }
         )
         return
+    print_left(carried.left)
     typer.echo(f"{out}: {update.name} applied to {layout.size:,} parameters")

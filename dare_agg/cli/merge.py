@@ -65,6 +65,9 @@ def merge(
     recipe: Annotated[
         Path | None, typer.Option("--recipe", help="YAML, TOML or JSON file with all of this.")
     ] = None,
+    carry_code: Annotated[
+        bool, typer.Option("--carry-code", help="Copy BASE's Python files and auto_map too.")
+    ] = False,
     force: Annotated[bool, typer.Option("--force", help="Replace OUT if it exists.")] = False,
     threads: Annotated[int, typer.Option("--threads", min=1, help="Never changes a bit.")] = 1,
     tile: Annotated[
@@ -74,9 +77,10 @@ def merge(
 ) -> None:
     """Merge checkpoints, adapters or updates into one model."""
     from dataclasses import asdict
+    from functools import partial
     from time import perf_counter, process_time
 
-    from dare_agg.cli.output import print_json, stderr_console
+    from dare_agg.cli.output import print_json, print_left, stderr_console
     from dare_agg.errors import ConfigError
     from dare_agg.offline.merging import merge_offline
     from dare_agg.offline.recipe import make_recipe, read_recipe
@@ -110,17 +114,19 @@ def merge(
     started, cpu = perf_counter(), process_time()
     place = out or Path(str(target))
     console = stderr_console()
+    work = partial(
+        merge_offline, checked, place,
+        overwrite=force, tile=tile, threads=threads, carry_code=carry_code,
+    )  # fmt: skip
     if console.is_terminal and not json_:
         with console.status("checking") as status:
 
             def show(done: int, total: int) -> None:
                 status.update(f"merging {done / total:.0%}")
 
-            report = merge_offline(
-                checked, place, overwrite=force, tile=tile, threads=threads, on_progress=show
-            )
+            report = work(on_progress=show)
     else:
-        report = merge_offline(checked, place, overwrite=force, tile=tile, threads=threads)
+        report = work()
     spent = {
         "seconds": round(perf_counter() - started, 3),
         "cpu_seconds": round(process_time() - cpu, 3),
@@ -130,6 +136,7 @@ def merge(
         return
     for warning in report.warnings:
         console.print(f"warning: {warning}", style="yellow", highlight=False, soft_wrap=True)
+    print_left(report.left)
     typer.echo(
         f"{report.out}: {len(report.models)} models merged by {report.method}, "
         f"{report.parameters:,} parameters in {report.tensors} tensors, {spent['seconds']:.1f} s"

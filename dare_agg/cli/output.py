@@ -4,11 +4,16 @@ from __future__ import annotations
 
 import json
 import sys
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from rich.console import Console
+
+    from dare_agg.checkpoint import Left
+
+# Names to a reason; all of them are in the JSON.
+_MOST_LEFT = 8
 
 
 def print_json(value: Mapping[str, Any] | list[Any]) -> None:
@@ -18,6 +23,14 @@ def print_json(value: Mapping[str, Any] | list[Any]) -> None:
     """
     sys.stdout.write(json.dumps(value, allow_nan=False) + "\n")
     sys.stdout.flush()
+
+
+def print_left(left: Sequence[Left]) -> None:
+    """Say on stderr which files did not go along with a model, by reason."""
+    for why in dict.fromkeys(one.why for one in left):
+        files = [one.file for one in left if one.why == why]
+        more = f" and {len(files) - _MOST_LEFT} more" if len(files) > _MOST_LEFT else ""
+        sys.stderr.write(f"left: {', '.join(files[:_MOST_LEFT])}{more} ({why})\n")
 
 
 def stderr_console() -> Console:

@@ -4,8 +4,8 @@ A preamble, a canonical JSON header (what `UpdateSpec` and the layout hold), the
 bytes of the in-round form, whose context field is the SHA-256 of the JSON: its checksum
 covers the whole file. `dare_agg/codec/UPDATE_FORMAT.md` is the normative text.
 
-Written through a memory map into a temporary neighbour that is renamed when complete; read
-through a memory map, so neither takes memory that grows with the model.
+Written through a memory map into a draft that is renamed when complete; read through a
+memory map, so neither takes memory that grows with the model.
 """
 
 from __future__ import annotations
@@ -29,6 +29,7 @@ from dare_agg.codec.update import (
     update_bytes,
 )
 from dare_agg.errors import CheckpointError, ConfigError, UpdateError
+from dare_agg.files.atomic import file_draft
 from dare_agg.files.pages import Pages
 from dare_agg.vectors.layout import (
     MAX_DIMENSIONS,
@@ -123,7 +124,8 @@ def write_update_file(
 
     ``spec.context`` is replaced by the header's digest. ``dtypes`` (default F32) are noted
     for the reader. Raises `CheckpointError` where ``path`` exists and ``overwrite`` is not
-    set, `ConfigError` for a spec of another layout, `NonFiniteError` as `encode_update`.
+    set or the disk refuses it, `ConfigError` for a spec of another layout, `NonFiniteError` as
+    `encode_update`.
     """
     out = Path(path)
     if out.exists() and not overwrite:
@@ -159,22 +161,15 @@ def write_update_file(
     head = _PREAMBLE.pack(FILE_MAGIC, FILE_VERSION, len(text)) + text
     head += b" " * (-len(head) % _ALIGNMENT)
     full = replace(spec, context=hashlib.sha256(text).digest())
-    out.absolute().parent.mkdir(parents=True, exist_ok=True)
-    temporary = out.absolute().parent / f".{out.name}.partial-{os.getpid()}"
-    try:
-        with temporary.open("wb+") as stream:
-            total = len(head) + update_bytes(full)
-            _reserve(stream.fileno(), total)
-            # Never closed by hand: after an error its traceback still refers to the map.
-            mapped = mmap.mmap(stream.fileno(), total)
-            mapped[: len(head)] = head
-            room = memoryview(mapped)[len(head) :]
-            encode_update_into(full, source, room, pages=Pages(mapped))
-            mapped.flush()
-            os.fsync(stream.fileno())
-        os.replace(temporary, out)
-    finally:
-        temporary.unlink(missing_ok=True)
+    with file_draft(out, kind=CheckpointError) as stream:
+        total = len(head) + update_bytes(full)
+        _reserve(stream.fileno(), total)
+        # Never closed by hand: after an error its traceback still refers to the map.
+        mapped = mmap.mmap(stream.fileno(), total)
+        mapped[: len(head)] = head
+        room = memoryview(mapped)[len(head) :]
+        encode_update_into(full, source, room, pages=Pages(mapped))
+        mapped.flush()
     return header
 
 

@@ -8,7 +8,6 @@ so a signature fits no other round, run, client or payload.
 from __future__ import annotations
 
 import json
-import os
 import re
 from collections.abc import Mapping
 from pathlib import Path
@@ -17,6 +16,8 @@ from cryptography.hazmat.primitives import serialization
 from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
 
 from dare_agg.errors import ConfigError, StateError
+from dare_agg.files.atomic import write_new
+from dare_agg.files.trust import read_own
 
 _KEY = re.compile(r"[0-9a-f]{64}")
 
@@ -41,29 +42,18 @@ def write_private(path: Path, data: bytes, mode: int = 0o600) -> None:
 
     Raises `ConfigError` where the path exists.
     """
-    path.parent.mkdir(parents=True, exist_ok=True)
-    try:
-        handle = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL, mode)
-    except FileExistsError as error:
-        raise ConfigError(
-            f"{path} exists; keys are never overwritten: move it away or choose another folder"
-        ) from error
-    with os.fdopen(handle, "wb") as file:
-        file.write(data)
-        file.flush()
-        os.fsync(file.fileno())
+    remedy = "keys are never overwritten: move it away or choose another folder"
+    write_new(path, data, mode=mode, kind=ConfigError, exists=remedy)
 
 
 def load_identity(path: Path | str) -> Ed25519PrivateKey:
-    """Read a private key; refuses one that others may read (`ConfigError`)."""
+    """Read a private key; refuses one that others may read (`ConfigError`) or could have swapped
+    (`StateError`)."""
     path = Path(path)
     try:
-        mode = path.stat().st_mode & 0o777
-        data = path.read_bytes()
+        data = read_own(path, remedy="keep keys in a folder of this user's own", private=True)
     except OSError as error:
         raise StateError(f"identity {path} cannot be read: {error.strerror or error}") from error
-    if mode & 0o077:
-        raise ConfigError(f"identity {path} has mode {mode:o}; others may read it: chmod 600 it")
     try:
         key = serialization.load_pem_private_key(data, None)
     except (ValueError, TypeError) as error:

@@ -25,12 +25,14 @@ from dare_agg.downlink.grid import Counts, grid_of
 from dare_agg.downlink.protocol import FullReceiver
 from dare_agg.downlink.steps import apply_step, read_steps
 from dare_agg.errors import BaseMismatchError, DareError, StateError
-from dare_agg.files.atomic import write_atomically
+from dare_agg.files.atomic import replace_file
 from dare_agg.files.state_file import read_state, write_state
+from dare_agg.files.trust import own_folder
 from dare_agg.vectors.model import Arrays, GlobalModel, global_model
 
 LOG = logging.getLogger(__name__)
 KEEP_BYTES = 8 << 30
+_REMEDY = "name a folder of this user's own (cache in the node config, or DARE_AGG_CACHE)"
 _VERSION = re.compile(r"[0-9a-f]{64}")
 
 
@@ -38,7 +40,8 @@ class VersionReceiver:
     """The client's half of the version downlink (`dare_agg.downlink.protocol.Receiver`).
 
     ``base`` names the base of the run, ``dense`` and ``exclude`` are the patterns its groups
-    were made with, ``client`` tells the clients of one machine apart.
+    were made with, ``client`` tells the clients of one machine apart. Raises `StateError` for a
+    folder in which another user could put something.
     """
 
     def __init__(
@@ -54,6 +57,10 @@ class VersionReceiver:
         if not _VERSION.fullmatch(base):
             raise BaseMismatchError(f"base version {base[:80]!r} is not 64 hex digits")
         self.base, self.keep_bytes, self._folder = base, keep_bytes, folder
+        for part in ("bases", "heads"):
+            # Where it cannot be made, nothing is kept.
+            with contextlib.suppress(OSError):
+                own_folder(folder / part, remedy=_REMEDY)
         self._patterns = {"dense": dense, "exclude": exclude}
         owner = hashlib.sha256(client.encode()).hexdigest()[:12]
         self._base_path = folder / "bases" / f"{base}.safetensors"
@@ -132,7 +139,7 @@ class VersionReceiver:
 
     def _store_base(self, payload: bytes) -> None:
         if not self._base_path.is_file() or self._base_path.stat().st_size != len(payload):
-            write_atomically(self._base_path, (payload,))
+            replace_file(self._base_path, (payload,))
 
     def _load_base(self, sent: bytes | None = None) -> GlobalModel:
         from safetensors import SafetensorError

@@ -13,15 +13,20 @@ import numpy as np
 from numpy.typing import NDArray
 
 from dare_agg.errors import StateError
-from dare_agg.files.atomic import write_atomically
+from dare_agg.files.atomic import REMEDY, replace_file
 
 MAGIC = b"DAREST1\n"
 
 NamedArrays = Mapping[str, NDArray[Any]]
 
 
-def write_state(path: Path, arrays: NamedArrays, facts: Mapping[str, Any]) -> None:
-    """Write arrays and JSON facts as one checksummed state file, readable by its owner."""
+def write_state(
+    path: Path, arrays: NamedArrays, facts: Mapping[str, Any], *, remedy: str = REMEDY
+) -> None:
+    """Write arrays and JSON facts as one checksummed state file, readable by its owner.
+
+    Raises `StateError` with ``remedy`` where it cannot be written.
+    """
     from safetensors.numpy import save
 
     packed = {name: np.array(array, order="C", copy=None) for name, array in arrays.items()}
@@ -29,7 +34,7 @@ def write_state(path: Path, arrays: NamedArrays, facts: Mapping[str, Any]) -> No
     head = MAGIC + struct.pack("<Q", len(body))
     digest = hashlib.sha256(head)
     digest.update(body)
-    write_atomically(path, (head, body, digest.digest()), mode=0o600)
+    replace_file(path, (head, body, digest.digest()), mode=0o600, remedy=remedy)
 
 
 def read_state(path: Path) -> tuple[dict[str, NDArray[Any]], dict[str, Any]]:

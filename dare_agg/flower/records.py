@@ -83,7 +83,7 @@ class Order(SameCode):
     ask: str = text()
     downlink: str = text(_NAME)
     version: str = text(VERSION, "")
-    arrays_key: str = text(default="arrays")
+    arrays_key: str = text()
     dense: tuple[str, ...] = texts()
     exclude: tuple[str, ...] = texts()
     facts: Mapping[str, str] = field(default_factory=dict)

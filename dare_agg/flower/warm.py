@@ -34,7 +34,8 @@ from pathlib import Path
 
 from flwr.app import Context, Message
 
-from dare_agg.errors import ConfigError, FlowerVersionError, RunError
+from dare_agg.errors import ConfigError, FlowerVersionError, RunError, StateError
+from dare_agg.files.trust import check_folder
 from dare_agg.flower.internals import (
     ClientAppCallable,
     context_from_bytes,
@@ -122,6 +123,10 @@ def private_folder() -> Path:
     """
     root = os.environ.get("XDG_RUNTIME_DIR") or tempfile.gettempdir()
     folder = Path(root) / f"dare-agg-{os.getuid()}"
+    try:
+        check_folder(Path(root), remedy="set XDG_RUNTIME_DIR to a folder of this user's own")
+    except (StateError, OSError) as error:
+        raise RunError(str(error)) from error
     with contextlib.suppress(FileExistsError):
         folder.mkdir(mode=0o700)
     found = folder.lstat()

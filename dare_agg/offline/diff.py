@@ -15,6 +15,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from dare_agg.checkpoint import (
+    Carried,
     Checkpoint,
     CheckpointWriter,
     carry_files,
@@ -173,11 +174,13 @@ def apply_update(
     scaling: float = 1.0,
     dtype: str | None = None,
     overwrite: bool = False,
+    carry_code: bool = False,
     on_progress: Callable[[int, int], None] | None = None,
-) -> FileHeader:
+) -> tuple[FileHeader, Carried]:
     """Write base + ``scaling`` × rescaled survivors, with the base's dtypes and other files.
 
-    Raises `BaseMismatchError` for another base than the update was made from.
+    Returns the update's header and which of the base's files went along. Raises
+    `BaseMismatchError` for another base than the update was made from.
     """
     update, header = read_update_file(update_path)
     layout = header.layout
@@ -208,9 +211,11 @@ def apply_update(
         for name in base.names:
             if name not in layout:
                 writer.write_raw(name, 0, base.raw(name))
+        carried = Carried()
         if not writer.single and base.folder is not None:
-            carry_files(base.folder, writer.folder)
-    return header
+            skip = base.weights
+            carried = carry_files(base.folder, writer.folder, code=carry_code, skip=skip)
+    return header, carried
 
 
 def describe_update(update: Update, header: FileHeader, nbytes: int) -> dict[str, Any]:

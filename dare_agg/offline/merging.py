@@ -7,7 +7,7 @@ which they were named changes nothing; weights, seeds and statistics travel with
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -16,12 +16,15 @@ import numpy as np
 from numpy.typing import NDArray
 
 from dare_agg.checkpoint import (
+    Carried,
     CheckpointWriter,
+    Left,
     carry_files,
     open_checkpoint,
     parse_dtype,
     plan_like,
 )
+from dare_agg.checkpoint.carried import CARD, HEAD_NAME
 from dare_agg.checkpoint.names import renamed
 from dare_agg.errors import ConfigError, MergeError
 from dare_agg.merge.engine import prepare_merge, run_tiles
@@ -45,7 +48,8 @@ _LISTED, _LISTED_IN_ALL, _LARGEST_TILE = 1 << 15, 1 << 19, 1 << 19
 
 @dataclass(frozen=True)
 class MergeReport:
-    """What an offline merge did. ``models`` are in the order in which they were added."""
+    """What an offline merge did. ``models`` are in the order in which they were added; ``carried``
+    and ``left`` are files of the base's folder (`dare_agg.checkpoint.carry_files`)."""
 
     out: str
     method: str
@@ -54,6 +58,7 @@ class MergeReport:
     excluded: tuple[str, ...]
     models: tuple[dict[str, Any], ...]
     carried: tuple[str, ...]
+    left: tuple[Left, ...]
     warnings: tuple[str, ...]
 
 
@@ -65,12 +70,14 @@ def merge_offline(
     tile: int | None = None,
     threads: int = 1,
     check: bool = True,
+    carry_code: bool = False,
     on_progress: Callable[[int, int], None] | None = None,
 ) -> MergeReport:
     """Merge as the recipe says and write ``out`` (a ``.safetensors`` file or a folder).
 
     ``tile`` and ``threads`` change speed and memory, never a bit of the result. ``check``
-    looks for non-finite values first. Raises a `DareError` before any work where anything
+    looks for non-finite values first; ``carry_code`` takes the base's own Python files along.
+    Raises a `DareError` before any work where anything
     does not fit; ``out`` appears complete or not at all.
     """
     base = open_checkpoint(recipe.base)
@@ -130,16 +137,26 @@ def merge_offline(
         for name in (*layout.excluded, *layout.buffers):
             writer.write_raw(name, 0, base.raw(name))
         models = tuple(described(m, names[i]) for m, i in zip(ordered, order, strict=True))
-        carried: tuple[str, ...] = ()
+        carried = Carried()
         if not writer.single:
             if base.folder is not None:
-                carried = carry_files(base.folder, writer.folder)
+                skip = (CARD, *base.weights)
+                carried = carry_files(base.folder, writer.folder, code=carry_code, skip=skip)
             card = model_card(recipe.as_dict(), models, layout, recipe.row)
             (writer.folder / "README.md").write_text(card, encoding="utf-8")
     return MergeReport(
         str(out), recipe.row.name, layout.size, len(layout.entries),
-        layout.excluded, models, carried, tuple(warnings),
+        layout.excluded, models, carried.files, (*carried.left, *_heads(opened)), tuple(warnings),
     )  # fmt: skip
+
+
+def _heads(opened: list[OpenedModel]) -> Iterator[Left]:
+    """The heads of the models' own folders: they belong to one task each."""
+    for model in opened:
+        if (model.given.path / HEAD_NAME).is_file():
+            yield Left(
+                str(model.given.path / HEAD_NAME), "heads are not merged: copy the one you need"
+            )
 
 
 def _tile(sources: list[DeltaSource]) -> int:

@@ -32,6 +32,9 @@ _BASE = "base.state"
 _LOCK = "lock"
 # Prefixes of a round's arrays: the server step, the downlink's state, else the model.
 _STEP, _DOWN, _MODEL = "step", "down", "model"
+_REMEDY = (
+    "the last good state is kept: free space or fix the permissions, then dare-agg run --resume"
+)
 
 
 @dataclass(frozen=True)
@@ -92,7 +95,7 @@ class StateFolder:
                 f"{self.path} holds {rounds[-1]} rounds of an earlier run; go on with it "
                 "(dare-agg run --resume), or name another output folder"
             )
-        write_state(self.path / _BASE, arrays, {"order": list(arrays)})
+        write_state(self.path / _BASE, arrays, {"order": list(arrays)}, remedy=_REMEDY)
 
     def load_base(self) -> dict[str, NDArray[Any]]:
         """Return the arrays a run started from; raises `StateError`."""
@@ -102,7 +105,8 @@ class StateFolder:
     def save(self, state: RoundState) -> None:
         """Store a finished round, then forget the oldest; raises `StateError`."""
         facts = {**state.facts, "round": state.round}
-        write_state(self.path / f"round-{state.round:08d}.state", state.arrays, facts)
+        path = self.path / f"round-{state.round:08d}.state"
+        write_state(path, state.arrays, facts, remedy=_REMEDY)
         for number in self.rounds()[:-KEEP]:
             (self.path / f"round-{number:08d}.state").unlink(missing_ok=True)
 

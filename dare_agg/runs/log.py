@@ -12,13 +12,14 @@ a line without it is talk.
 from __future__ import annotations
 
 import json
-import os
 import re
 import statistics
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
+
+from dare_agg.files.atomic import replace_file
 
 _LINE = re.compile(r"dare-agg (row|state) ([0-9a-f]{16,64}) (\{.*)")
 ROWS = "metrics.jsonl"
@@ -75,7 +76,7 @@ class Mirror:
             here = None
         self._foreign = self._foreign or here != state.get("token")
         if self._foreign:
-            _replace(path, json.dumps(state, indent=1) + "\n")
+            replace_file(path, ((json.dumps(state, indent=1) + "\n").encode(),))
 
     def _row(self, row: dict[str, Any]) -> None:
         if not self._foreign:
@@ -84,18 +85,11 @@ class Mirror:
         lines = path.read_text(encoding="utf-8").splitlines() if path.is_file() else []
         # A resumed run makes its last rounds again.
         kept = [line for line in lines if not _again(json.loads(line), row)]
-        _replace(path, "".join(line + "\n" for line in [*kept, json.dumps(row)]))
+        replace_file(path, ((line + "\n").encode() for line in [*kept, json.dumps(row)]))
 
 
 def _again(old: Row, new: Row) -> bool:
     return old.get("method") == new.get("method") and old.get("round", 0) >= new.get("round", 0)
-
-
-def _replace(path: Path, text: str) -> None:
-    path.parent.mkdir(parents=True, exist_ok=True)
-    draft = path.with_name(path.name + ".mirror")
-    draft.write_text(text, encoding="utf-8")
-    os.replace(draft, path)
 
 
 def planned_rounds(config: Mapping[str, Any]) -> int:

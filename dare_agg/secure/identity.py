@@ -24,6 +24,8 @@ from cryptography.hazmat.primitives.kdf.scrypt import Scrypt
 
 from dare_agg.codec.derive import derive_key
 from dare_agg.errors import ConfigError, ProtocolError, StateError
+from dare_agg.files.atomic import write_new
+from dare_agg.files.trust import open_own, read_own
 
 KEY_BYTES = 32
 SIGNATURE_BYTES = 64
@@ -32,6 +34,7 @@ MIN_PASSPHRASE = 8
 _SCRYPT_N = 1 << 15
 _FORMAT = "dare-agg identity 1"
 _PUBLIC_FORMAT = "dare-agg public key 1"
+_REMEDY = "keep keys in a folder of this user's own"
 
 
 @dataclass(frozen=True)
@@ -113,40 +116,34 @@ def write_identity(path: Path, identity: Identity, passphrase: str) -> None:
         "salt": salt.hex(),
         "sealed": base64.b64encode(nonce + sealed).decode(),
     }
-    _write_new(path, record, 0o600)
+    _write(path, record, 0o600)
 
 
 def write_public(path: Path, name: str, public: bytes) -> None:
     """Write the half of an identity that others may see; never overwrites."""
     check_name(name)
-    _write_new(path, {"format": _PUBLIC_FORMAT, "name": name, "public": public.hex()}, 0o644)
+    _write(path, {"format": _PUBLIC_FORMAT, "name": name, "public": public.hex()}, 0o644)
 
 
-def _write_new(path: Path, record: dict[str, str], mode: int) -> None:
-    try:
-        handle = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL, mode)
-    except FileExistsError as error:
-        raise StateError(
-            f"{path} exists; choose another name, keys are never overwritten"
-        ) from error
-    except OSError as error:
-        raise StateError(f"{path}: {error.strerror}; the key was not written") from error
-    with os.fdopen(handle, "w", encoding="utf-8") as file:
-        file.write(json.dumps(record) + "\n")
-        file.flush()
-        os.fsync(file.fileno())
+def _write(path: Path, record: dict[str, str], mode: int) -> None:
+    remedy = "choose another name, keys are never overwritten"
+    write_new(path, json.dumps(record).encode() + b"\n", mode=mode, exists=remedy)
 
 
 def read_identity(path: Path, passphrase: str) -> Identity:
     """Read and decrypt an identity.
 
-    Raises `StateError` for a wrong passphrase or file, `ConfigError` for a file that others
-    may read.
+    Raises `StateError` for a wrong passphrase or file or one that another user could have
+    swapped, `ConfigError` for a file that others may read.
     """
-    record = read_public(path)
+    try:
+        with os.fdopen(open_own(path, os.O_RDONLY, remedy=_REMEDY), "rb") as file:
+            text, mode = file.read(), os.fstat(file.fileno()).st_mode & 0o777
+    except OSError as error:
+        raise _no_file(path, error) from error
+    record = _parse(path, text)
     if record["format"] != _FORMAT:
         raise StateError(f"{path} holds a public key alone; give the private one, encrypted")
-    mode = path.stat().st_mode & 0o777
     if mode & 0o077:
         raise ConfigError(f"{path} has mode {mode:o}; others may read it: chmod 600 it")
     try:
@@ -168,7 +165,25 @@ def read_public(path: Path) -> dict[str, str]:
     Raises `StateError` for what is no key file.
     """
     try:
-        text = path.read_text(encoding="utf-8")
+        return _parse(path, path.read_bytes())
+    except OSError as error:
+        raise _no_file(path, error) from error
+
+
+def read_trusted(path: Path) -> bytes:
+    """A public key to be trusted, from a file that no other user can have put there."""
+    try:
+        return bytes.fromhex(_parse(path, read_own(path, remedy=_REMEDY))["public"])
+    except OSError as error:
+        raise _no_file(path, error) from error
+
+
+def _no_file(path: Path, error: OSError) -> StateError:
+    return StateError(f"{path}: {error.strerror}; make one with dare-agg keys make")
+
+
+def _parse(path: Path, text: bytes) -> dict[str, str]:
+    try:
         record = json.loads(text)
         if record["format"] not in (_FORMAT, _PUBLIC_FORMAT) or not all(
             isinstance(v, str) for v in record.values()
@@ -177,8 +192,6 @@ def read_public(path: Path) -> dict[str, str]:
         check_name(record["name"])
         if len(bytes.fromhex(record["public"])) != KEY_BYTES:
             raise ValueError("public key of another length")
-    except OSError as error:
-        raise StateError(f"{path}: {error.strerror}; make one with dare-agg keys make") from error
     except (ValueError, KeyError, TypeError, AttributeError, ConfigError) as error:
         raise StateError(
             f"{path} is no key file ({error}); make one with dare-agg keys make"

@@ -19,7 +19,7 @@ import fcntl
 import hashlib
 import json
 import os
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from datetime import UTC, datetime
@@ -29,9 +29,19 @@ from typing import Any, BinaryIO, Protocol
 import numpy as np
 
 from dare_agg.errors import ProtocolError, StateError
+from dare_agg.files.atomic import sync_folder
+from dare_agg.files.trust import open_own, own_folder
 from dare_agg.secure.encoding import identifiers
 from dare_agg.secure.terms import NO_TRAINING, SecureTerms
 from dare_agg.vectors.layout import FloatVector
+
+_REMEDY = "name a file in a folder of this user's own (secure-ledger in the node config)"
+_CLAIMS = ("delta", "round", "tensors")
+_ALWAYS = {"session", "time"}
+# The fields of a line: models that parties had, what was trained, and who was alive in a sum.
+_MODELS = _ALWAYS | {*_CLAIMS, "run", "number"}
+_TRAINED = _MODELS | {"base", "cohort"}
+_SIGNED = _ALWAYS | {"base", "signed"}
 
 
 class Ledger(Protocol):
@@ -170,15 +180,19 @@ class Entry:
 
 @dataclass
 class FileLedger:
-    """A ledger of JSON lines, one a contribution, on disk before the vector leaves."""
+    """A ledger of JSON lines, one a contribution, on disk before the vector leaves.
+
+    Every method raises `StateError` where the file cannot be read or written, another user
+    could have swapped it, or one of its lines is damaged.
+    """
 
     path: Path
 
     def claim(self, terms: SecureTerms, delta: FloatVector, tensors: Sequence[bytes] = ()) -> None:
         claims, base = _claims(terms, delta, tensors), _base(terms)
-        with self._open(os.O_RDWR | os.O_CREAT | os.O_APPEND) as file:
-            text = file.read()
-            _check(claims, base, _read_book(text))
+        with self._open(os.O_RDWR | os.O_CREAT) as file:
+            text = self._whole(file.read())
+            _check(claims, base, _book(self._lines(text)))
             record: dict[str, object] = {
                 **{what: list(names) for what, names in claims.items()},
                 "run": terms.run,
@@ -192,9 +206,9 @@ class FileLedger:
         base = _base(terms)
         if base is None:
             return
-        with self._open(os.O_RDWR | os.O_CREAT | os.O_APPEND) as file:
-            text = file.read()
-            _check_alive(base, _parties(alive), _read_book(text))
+        with self._open(os.O_RDWR | os.O_CREAT) as file:
+            text = self._whole(file.read())
+            _check_alive(base, _parties(alive), _book(self._lines(text)))
             self._append(file, text, terms, {"base": base.name, "signed": _parties(alive)})
 
     def _append(
@@ -202,35 +216,36 @@ class FileLedger:
     ) -> None:
         record["session"] = terms.session.hex()
         record["time"] = datetime.now(UTC).isoformat(timespec="seconds")
-        # A line that was cut off by a crash stays alone.
+        # In place of a line that a crash cut off.
+        file.seek(len(text))
+        file.truncate()
         start = b"" if not text or text.endswith(b"\n") else b"\n"
         file.write(start + json.dumps(record).encode() + b"\n")
         file.flush()
         os.fsync(file.fileno())
         if not text:
-            _keep_name(self.path)
+            sync_folder(self.path.parent)
 
     def entries(self) -> list[Entry]:
         """All contributions, oldest first. Raises `StateError` where there is no ledger."""
         with self._open(os.O_RDWR) as file:
-            return _read(file.read())
+            return _entries(self._lines(self._whole(file.read())))
 
     def forget(self, session: str) -> int:
         """Drop the claims of the sessions whose hex name begins with ``session``: their data may
         enter another sum. Returns how many; nothing changes where it is not one."""
         with self._open(os.O_RDWR) as file:
-            at, places, found = 0, [], set()
-            for line in file.read().splitlines(keepends=True):
-                for record in _records(line):
-                    if str(record["session"]).startswith(session):
-                        places.append((at, len(line) - 1))
-                        found.add(record["session"])
-                at += len(line)
+            lines = [
+                line
+                for line in self._lines(self._whole(file.read()))
+                if line.record["session"].startswith(session)
+            ]
+            found = {line.record["session"] for line in lines}
             if len(found) == 1:
                 # Blanked where they stand, so that no crash harms another line.
-                for place, length in places:
-                    file.seek(place)
-                    file.write(b" " * length)
+                for line in lines:
+                    file.seek(line.at)
+                    file.write(b" " * line.length)
                 file.flush()
                 os.fsync(file.fileno())
         return len(found)
@@ -239,61 +254,102 @@ class FileLedger:
     def _open(self, flags: int) -> Iterator[BinaryIO]:
         try:
             if flags & os.O_CREAT:
-                self.path.parent.mkdir(parents=True, exist_ok=True)
-            with os.fdopen(os.open(self.path, flags, 0o600), "r+b") as file:
+                own_folder(self.path.parent, remedy=_REMEDY)
+            with os.fdopen(open_own(self.path, flags, remedy=_REMEDY), "r+b") as file:
                 fcntl.flock(file, fcntl.LOCK_EX)
                 yield file
         except OSError as error:
             raise StateError(
-                f"ledger {self.path}: {error.strerror}; nothing was contributed: give the "
-                "path of a file that can be written"
+                f"ledger {self.path}: {error.strerror}; nothing was contributed: {_REMEDY}"
             ) from error
 
+    def _whole(self, text: bytes) -> bytes:
+        """The text without a last line that a crash cut off.
 
-def _keep_name(path: Path) -> None:
-    """Have the folder's entry of a new file on disk."""
-    folder = os.open(path.parent, os.O_RDONLY)
-    try:
-        os.fsync(folder)
-    finally:
-        os.close(folder)
+        A vector, or a signature, leaves only after all of its line is on the disk (`_append`
+        flushes first). So of a last line that is but the beginning of one nothing has left:
+        it is passed over, and the next line is written in its place. Whoever could cut a line
+        short could remove it as well, so nothing is lost by this. What else a line may look
+        like, a disk that rots or a person has made: garbled, zeros, whole but of other
+        fields. That is refused (`_lines`). A last line that lacks its newline alone counts.
+        """
+        last = text[text.rfind(b"\n") + 1 :]
+        beginning = any(last.startswith(b[: len(last)]) for b in (b'{"delta": ["', b'{"base": "'))
+        ended = b'"}' in last or last.rstrip().endswith(b"}")
+        return (
+            text[: len(text) - len(last)] if beginning and not ended and b"\0" not in last else text
+        )
+
+    def _lines(self, text: bytes) -> list[_Line]:
+        """All lines but those that were forgotten. Raises `StateError` for one that cannot be
+        read: it may name what has gone into a sum."""
+        found, at = [], 0
+        for number, line in enumerate(text.split(b"\n"), 1):
+            if line.strip(b" "):
+                try:
+                    found.append(_Line(at, len(line), _record(line)))
+                except (ValueError, KeyError, TypeError, RecursionError) as error:
+                    raise StateError(
+                        f"ledger {self.path}: line {number} cannot be read ({error}), so what it "
+                        "keeps from a second sum is unknown: nothing is contributed; mend the "
+                        "line, or remove it once it is sure that its sum was never unmasked"
+                    ) from error
+            at += len(line) + 1
+        return found
 
 
-def _records(text: bytes) -> Iterator[dict[str, Any]]:
-    """The lines that are whole."""
-    for line in text.splitlines():
-        try:
-            record = json.loads(line)
-            if isinstance(record["session"], str):
-                yield record
-        except (ValueError, KeyError, TypeError):
-            continue
+@dataclass(frozen=True)
+class _Line:
+    """A line of a ledger and its place in the file (bytes)."""
+
+    at: int
+    length: int
+    record: Mapping[str, Any] = field(repr=False)
 
 
-def _read(text: bytes) -> list[Entry]:
+def _record(line: bytes) -> dict[str, Any]:
+    """Read one line strictly; raises `ValueError`, `KeyError` or `TypeError`."""
+    record = json.loads(line)
+    if not isinstance(record, dict) or record.keys() not in (_MODELS, _TRAINED, _SIGNED):
+        raise ValueError("not the fields of a ledger's line")
+    digests = [record["session"]]
+    for what in _CLAIMS if "delta" in record else ():
+        if not isinstance(record[what], list):
+            raise ValueError(f"{what} is no list")
+        digests += record[what]
+    digests += [record[what] for what in ("cohort", "signed") if what in record]
+    if any(len(bytes.fromhex(digest)) != 32 for digest in digests):
+        raise ValueError("a digest of another length")
+    words = [record[what] for what in ("run", "time", "base") if what in record]
+    if not all(isinstance(word, str) for word in words) or type(record.get("number", 0)) is not int:
+        raise ValueError("a field of another type")
+    return record
+
+
+def _entries(lines: Iterable[_Line]) -> list[Entry]:
     """The contributions; a line that says who was alive is none."""
     return [
         Entry(
-            record["session"],
-            str(record["run"]),
-            int(record["number"]),
-            str(record["time"]),
-            tuple(str(name) for what in ("delta", "round", "tensors") for name in record[what]),
-            str(record.get("base", "")),
-            str(record.get("cohort", "")),
+            line.record["session"],
+            line.record["run"],
+            line.record["number"],
+            line.record["time"],
+            tuple(name for what in _CLAIMS for name in line.record[what]),
+            line.record.get("base", ""),
+            line.record.get("cohort", ""),
         )
-        for record in _records(text)
-        if "delta" in record
+        for line in lines
+        if "delta" in line.record
     ]
 
 
-def _read_book(text: bytes) -> _Book:
+def _book(lines: Sequence[_Line]) -> _Book:
     book = _Book()
-    for entry in _read(text):
+    for entry in _entries(lines):
         book.claims.update(entry.claims)
         if entry.base:
             book.cohorts.setdefault(entry.base, set()).add(entry.cohort)
-    for record in _records(text):
-        if "signed" in record:
-            book.signed.setdefault(str(record["base"]), set()).add(str(record["signed"]))
+    for line in lines:
+        if "signed" in line.record:
+            book.signed.setdefault(line.record["base"], set()).add(line.record["signed"])
     return book

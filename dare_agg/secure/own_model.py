@@ -6,6 +6,7 @@ its task) stays where it is; a common prefix of names, such as ``bert.``, is see
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Iterable
 from dataclasses import dataclass, field
 from functools import cached_property
@@ -22,6 +23,8 @@ from dare_agg.checkpoint.names import common_prefix
 from dare_agg.errors import CheckpointError
 from dare_agg.secure.ledger import tensor_claim
 from dare_agg.vectors.layout import FloatVector, Layout, layout_of
+
+LOG = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
@@ -70,7 +73,10 @@ class OwnModel:
 
 
 def write_model(like: Checkpoint, layout: Layout, vector: FloatVector, out: Path) -> None:
-    """Write the checkpoint ``like`` with ``vector`` in the tensors of ``layout``."""
+    """Write the checkpoint ``like`` with ``vector`` in the tensors of ``layout``.
+
+    All other files of its folder, which is the party's own, go along.
+    """
     plans = plan_like(like, out, layout, None)
     with CheckpointWriter(out, plans, {"format": "pt"}) as writer:
         for name in like.names:
@@ -80,7 +86,9 @@ def write_model(like: Checkpoint, layout: Layout, vector: FloatVector, out: Path
             else:
                 writer.write_raw(name, 0, like.raw(name))
         if like.folder is not None and not writer.single:
-            carry_files(like.folder, writer.folder)
+            carried = carry_files(like.folder, writer.folder, own=True, skip=like.weights)
+            for left in carried.left:
+                LOG.warning("%s of %s was left: %s", left.file, like.folder, left.why)
 
 
 def open_own(base: str | Path, tuned: str | Path, exclude: Iterable[str] = ()) -> OwnModel:

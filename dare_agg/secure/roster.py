@@ -15,6 +15,7 @@ from functools import cached_property
 from pathlib import Path
 
 from dare_agg.errors import ConfigError, ProtocolError, StateError
+from dare_agg.files.atomic import replace_file
 from dare_agg.secure.encoding import blob, u32
 from dare_agg.secure.identity import (
     KEY_BYTES,
@@ -137,7 +138,7 @@ def _signed(roster: Roster) -> bytes:
 
 
 def write_roster(path: Path, roster: Roster) -> None:
-    """Write the roster as JSON, replacing the file in one step."""
+    """Write the roster as JSON, replacing the file in one step; raises `StateError`."""
     record = {
         "format": _FORMAT,
         "name": roster.name,
@@ -148,9 +149,7 @@ def write_roster(path: Path, roster: Roster) -> None:
             for public, signature in roster.signatures
         ],
     }
-    temporary = path.with_name(path.name + ".part")
-    temporary.write_text(json.dumps(record, indent=1) + "\n", encoding="utf-8")
-    temporary.replace(path)
+    replace_file(path, ((json.dumps(record, indent=1) + "\n").encode(),))
 
 
 def parse_roster(text: str, what: str = "roster") -> Roster:

@@ -22,8 +22,9 @@ from cryptography.hazmat.primitives.ciphers.aead import ChaCha20Poly1305
 
 from dare_agg.codec.derive import derive_key
 from dare_agg.errors import ProtocolError, StateError
-from dare_agg.files.atomic import write_atomically
+from dare_agg.files.atomic import replace_file
 from dare_agg.files.cache import cache_folder
+from dare_agg.files.trust import open_own, own_folder, read_own
 from dare_agg.secure.encoding import blob, u64
 from dare_agg.secure.identity import Identity, key_fingerprint
 
@@ -31,6 +32,7 @@ _MAGIC = b"DSV1"
 _SALT_BYTES, _TAG_BYTES = 32, 16
 _HEADER_BYTES = len(_MAGIC) + _SALT_BYTES + 8
 _PIECE_BYTES = 1 << 24
+_REMEDY = "name a folder of this user's own (secure-state in the node config)"
 
 
 def default_folder() -> Path:
@@ -56,7 +58,7 @@ class Vault:
     def put(self, session: bytes, name: str, content: bytes) -> None:
         """Seal ``content`` in place of what was there, on disk when this returns.
 
-        Raises `StateError` when it cannot be written.
+        Raises `StateError` when it cannot be written, or not where no other user could swap it.
         """
         header = _MAGIC + os.urandom(_SALT_BYTES) + u64(len(content))
         box = ChaCha20Poly1305(self._key(header))
@@ -69,7 +71,7 @@ class Vault:
                 yield box.encrypt(_nonce(number), view[start : start + _PIECE_BYTES], context)
 
         self._make_folder()
-        write_atomically(self._path(session, name), sealed(), 0o600)
+        replace_file(self._path(session, name), sealed(), mode=0o600, remedy=_REMEDY)
 
     @contextlib.contextmanager
     def alone(self) -> Iterator[None]:
@@ -79,7 +81,7 @@ class Vault:
         """
         self._make_folder()
         try:
-            handle = os.open(self.folder / "lock", os.O_RDWR | os.O_CREAT, 0o600)
+            handle = open_own(self.folder / "lock", os.O_RDWR | os.O_CREAT, remedy=_REMEDY)
         except OSError as error:
             raise self._unwritten(error) from error
         with os.fdopen(handle, "rb") as file:
@@ -89,11 +91,12 @@ class Vault:
     def get(self, session: bytes, name: str) -> bytes:
         """Open what was put last.
 
-        Raises `ProtocolError` (reason "state") when nothing was put, or not by this identity.
+        Raises `ProtocolError` (reason "state") when nothing was put, or not by this identity,
+        `StateError` where another user could have swapped it.
         """
         path = self._path(session, name)
         try:
-            data = path.read_bytes()
+            data = read_own(path, remedy=_REMEDY)
         except OSError as error:
             raise ProtocolError(
                 f"this party holds no {name} of session {session.hex()[:12]}: it is over, or "
@@ -134,14 +137,13 @@ class Vault:
 
     def _make_folder(self) -> None:
         try:
-            self.folder.mkdir(mode=0o700, parents=True, exist_ok=True)
+            own_folder(self.folder, remedy=_REMEDY)
         except OSError as error:
             raise self._unwritten(error) from error
 
     def _unwritten(self, error: OSError) -> StateError:
         return StateError(
-            f"{self.folder}: {error.strerror}; a session's state cannot be kept there: name a "
-            "folder that can be written (secure-state in the node config)"
+            f"{self.folder}: {error.strerror}; a session's state cannot be kept there: {_REMEDY}"
         )
 
     def _path(self, session: bytes, name: str) -> Path:

@@ -10,7 +10,6 @@ from __future__ import annotations
 
 import hashlib
 import json
-import os
 from collections.abc import Mapping
 from typing import Any
 
@@ -20,7 +19,9 @@ from numpy.typing import NDArray
 from dare_agg.codec.derive import derive_key, seed_secret
 from dare_agg.codec.mask import Mask, parse_drop_rate
 from dare_agg.errors import ConfigError, did_you_mean
+from dare_agg.files.atomic import replace_file
 from dare_agg.files.cache import cache_folder
+from dare_agg.files.trust import own_folder
 from dare_agg.vectors.layout import FloatVector, Layout, layout_of
 from dare_agg.vectors.sources import SAFE_DELTA
 from simulations.runs.channels import HEAD
@@ -33,7 +34,7 @@ SWEEPS = ("dare", "dare-bernoulli", "drop-only", "magnitude", "magnitude-rescale
 
 def tuned_state(settings: Mapping[str, Any], seed: int = 0) -> tuple[Any, State, State]:
     """Return (task, base state, tuned state); trains once, then reads the cached file."""
-    from safetensors.numpy import load_file, save_file
+    from safetensors.numpy import load_file, save
 
     task = build(dict(settings), seed)
     base = task.initial_state()
@@ -42,10 +43,8 @@ def tuned_state(settings: Mapping[str, Any], seed: int = 0) -> tuple[Any, State,
     path = cache_folder() / f"{task.data.name}-{name}.safetensors"
     if not path.is_file():
         tuned, _, _ = task.train(base, np.arange(len(task.train_rows)), seed=(seed, 1))
-        path.parent.mkdir(parents=True, exist_ok=True)
-        partial = path.with_suffix(f".{os.getpid()}.part")
-        save_file(dict(tuned), str(partial))
-        partial.replace(path)
+        own_folder(path.parent, remedy="set DARE_AGG_CACHE to a folder of this user's own")
+        replace_file(path, (save(dict(tuned)),))
     return task, base, load_file(str(path))
 
 

@@ -104,7 +104,7 @@ def test_sharded_folder_round_trip_keeps_shards(tmp_path: Path) -> None:
     assert {p.shard for p in planned.values()} == {p.name for p in checkpoint.files}
     assert planned["a"].dtype == "F32"
     (tmp_path / "n").mkdir()
-    assert carry_files(tmp_path / "m", tmp_path / "n") == ("config.json",)
+    assert carry_files(tmp_path / "m", tmp_path / "n").files == ("config.json",)
 
 
 def test_a_failure_leaves_the_old_model_and_nothing_else(tmp_path: Path) -> None:

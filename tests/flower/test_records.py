@@ -75,9 +75,9 @@ def test_what_is_said_is_read(kind):
 
 @pytest.mark.parametrize("order", [
     ORDER,
-    Order(ask=ASK_HELLO, downlink="full"),
-    Order(ask=ASK_EVALUATE, downlink="versions", facts={"base-version": VERSION}),
-    Order(ask=ASK_TRAIN, downlink="full", plan=PLAN, dense=PLAN.terms.dense),
+    Order(ask=ASK_HELLO, downlink="full", arrays_key="arrays"),
+    Order(ask=ASK_EVALUATE, downlink="versions", arrays_key="a", facts={"base-version": VERSION}),
+    Order(ask=ASK_TRAIN, downlink="full", arrays_key="a", plan=PLAN, dense=PLAN.terms.dense),
 ])  # fmt: skip
 def test_orders_are_read(order):
     record = order.to_record()

@@ -157,7 +157,7 @@ def test_a_signal_leaves_nothing(
         [sys.executable, "-m", "dare_agg.cli.main", "merge", *words], stderr=subprocess.PIPE
     )
     deadline = time.monotonic() + 60
-    while not any(".partial-" in p for p in os.listdir(tmp_path)):
+    while not any(p.endswith(".part") for p in os.listdir(tmp_path)):
         assert process.poll() is None and time.monotonic() < deadline
         time.sleep(0.01)
     time.sleep(0.2)

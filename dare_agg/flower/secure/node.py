@@ -32,7 +32,7 @@ from dare_agg.errors import ConfigError
 from dare_agg.secure.aggregates import AGGREGATES
 from dare_agg.secure.client import SecurePolicy
 from dare_agg.secure.graph import COLLUDING, MOST_COLLUDING
-from dare_agg.secure.identity import Identity, need_passphrase, read_identity, read_public
+from dare_agg.secure.identity import Identity, need_passphrase, read_identity, read_trusted
 from dare_agg.secure.ledger import FileLedger
 from dare_agg.secure.party import Party
 from dare_agg.secure.practice import KEYS_VARIABLE
@@ -123,7 +123,7 @@ def _trusted(node: Mapping[str, str], folder: str | None) -> list[bytes]:
         files = [Path(word.strip()) for word in node["secure-trust"].split(",") if word.strip()]
     else:
         files = [_path(node, "secure-trust", folder, "coordinator.pub")]
-    return [bytes.fromhex(read_public(file)["public"]) for file in files]
+    return [read_trusted(file) for file in files]
 
 
 @lru_cache(maxsize=64)

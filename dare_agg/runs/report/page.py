@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from dare_agg import __version__
+from dare_agg.files.atomic import replace_file
 from dare_agg.runs.report.pictures import (
     accuracy_by_megabytes,
     accuracy_by_round,
@@ -141,8 +142,7 @@ def render_page(
         figures=[[{**figure, "svg": Markup(figure["svg"])} for figure in g] for g in figures],
         **words,
     )
-    path.parent.mkdir(parents=True, exist_ok=True)
-    path.write_text(text, encoding="utf-8")
+    replace_file(path, (text.encode(),))
     return path
 
 

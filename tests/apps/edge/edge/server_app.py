@@ -11,7 +11,7 @@ from flwr.serverapp.strategy import FedAvg
 from dare_agg.codec.budget import UploadBudget
 from dare_agg.deploy.identities import read_identities
 from dare_agg.downlink.ways import make_downlink
-from dare_agg.files.atomic import write_atomically
+from dare_agg.files.atomic import replace_file
 from dare_agg.flower import DareStrategy
 from dare_agg.flower.resume import keep_base, resume, save
 from dare_agg.flower.transport import to_record
@@ -31,7 +31,7 @@ def main(grid: Grid, context: Context) -> None:
         return
     kept = StateFolder(output / "state")
     settings = json.dumps({"status": "running", "config": dict(config)})
-    write_atomically(output / "run.json", (settings.encode(),))
+    replace_file(output / "run.json", (settings.encode(),))
     rows = []
     began = time.monotonic()
 
@@ -81,7 +81,7 @@ def main(grid: Grid, context: Context) -> None:
         "seconds": time.monotonic() - began,
         "rounds": rows,
     }
-    write_atomically(output / "report.json", (json.dumps(report).encode(),))
+    replace_file(output / "report.json", (json.dumps(report).encode(),))
 
 
 def run_fedavg(grid: Grid, initial: ArrayRecord, config: dict, output: Path) -> None:

@@ -44,6 +44,7 @@ REASONS: Mapping[str, str] = {
     # what a reply says
     "weight": "an absurd weight",
     "statistics": "statistics that are missing or cannot be",
+    "outlier": "a step before the merge left the update out",
     "signature": "the signature does not fit",
     # who replied, and when
     "duplicate": "a second one where one is due",

@@ -30,6 +30,7 @@ from dare_agg.flower.records import (
 from dare_agg.flower.transport import message_bytes
 from dare_agg.rounds.plan import RoundPlan
 from dare_agg.rounds.server import Accepted, Rejection, check_reply
+from dare_agg.rounds.settings import WEIGHTINGS
 from dare_agg.rounds.signing import check_signature, reply_digest
 from dare_agg.rounds.statistics import StatisticsUpdate, statistics_spec
 from dare_agg.vectors.layout import Layout
@@ -227,7 +228,7 @@ def _metrics_and_weight(
 ) -> tuple[MetricRecord, object]:
     records = [record for record in content.values() if isinstance(record, MetricRecord)]
     metrics = records[0] if len(records) == 1 else MetricRecord()
-    if weighting == "equal":
+    if not WEIGHTINGS[weighting]:
         return metrics, 1.0
     if len(records) != 1 or weighted_by_key not in metrics:
         raise UpdateError(

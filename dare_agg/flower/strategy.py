@@ -24,12 +24,13 @@ from dare_agg.flower.exchange import exchange
 from dare_agg.flower.internals import set_lifetime
 from dare_agg.flower.metrics import MetricsFn, aggregate_metrics
 from dare_agg.flower.records import ASK_TRAIN, Hello
-from dare_agg.flower.replies import Inbox
+from dare_agg.flower.replies import Inbox, TrainReply
 from dare_agg.flower.round_outcome import OpenRound, RoundOutcome, round_measurements
 from dare_agg.flower.round_strategy import ROUND_WORD, RoundStrategy
 from dare_agg.flower.transport import message_bytes
+from dare_agg.rounds.chain import Passed, StepContext, UpdateStep, chain
 from dare_agg.rounds.plan import make_plans
-from dare_agg.rounds.server import Rejection, advance, merge_round
+from dare_agg.rounds.server import Accepted, Rejection, advance, merge_round, round_weights
 from dare_agg.rounds.settings import FederatedSettings
 from dare_agg.rounds.step import ServerStep
 from dare_agg.rounds.terms import UpdateTerms
@@ -79,6 +80,8 @@ class DareStrategy(RoundStrategy):
         public keys (hex) of the clients by name; their replies must be signed.
     downlink
         how the model reaches the clients; the full arrays unless given.
+    steps
+        what stands between checking and merging, in order (`dare_agg.rounds.chain`).
     round_hook
         called with each `RoundOutcome`; returning True ends the run early.
     """
@@ -119,6 +122,7 @@ class DareStrategy(RoundStrategy):
         upload_budget: UploadBudget | None = None,
         identities: Mapping[str, str] | None = None,
         downlink: Downlink | None = None,
+        steps: Sequence[UpdateStep] = (),
         round_hook: Callable[[RoundOutcome], bool | None] | None = None,
     ) -> None:
         settings = FederatedSettings(
@@ -160,6 +164,7 @@ class DareStrategy(RoundStrategy):
         )
         self.train_metrics_aggr_fn = train_metrics_aggr_fn
         self.min_replies = arguments.count("min_replies", min_replies, least=1)
+        self.steps = chain(*steps)
         self.client_terms = client_terms
         self.upload_budget = upload_budget
         if client_terms is not None and upload_budget is not None:
@@ -279,29 +284,35 @@ class DareStrategy(RoundStrategy):
         for reply in replies:
             opened.inbox.take(reply.metadata.src_node_id, reply)
         opened.inbox.close()
-        taken = opened.inbox.in_order()
-        rejections = opened.inbox.all_rejections()
+        every = opened.inbox.in_order()
+        passed = self._pass_steps(opened.number, [reply.accepted for reply in every])
+        rejections = [*opened.inbox.all_rejections(), *passed.rejections]
+        lost = {rejection.client for rejection in passed.rejections}
+        taken = [reply for reply in every if reply.accepted.plan.client not in lost]
         if len(taken) < self.min_replies:
-            self._count_empty_round(opened, rejections)
+            self._count_empty_round(opened, taken, rejections)
             return None, None
-        accepted = [reply.accepted for reply in taken]
-        merged = merge_round(self.broadcasting.model, accepted, self.settings)
-        plans = [reply.plan for reply in accepted]
+        model = self.broadcasting.model
+        merged = merge_round(model, passed.accepted, self.settings)
+        plans = [reply.accepted.plan for reply in taken]
         moved, step_state = advance(
-            self.broadcasting.model,
+            model,
             self.step_state,
             merged,
             self.settings,
             self.downlink,
             plans,
         )
-        for one in taken:
+        for one in every:
             self.broadcasting.have[one.node] = one.receipt.have
-        measurements = round_measurements(opened, taken, rejections, merged.measurements)
+        measured = dict(merged.measurements)
+        if passed.measurements:
+            measured["steps"] = [dict(of_step) for of_step in passed.measurements]
+        measurements = round_measurements(opened, taken, rejections, measured)
         metrics = aggregate_metrics(
             self.train_metrics_aggr_fn,
             [reply.metrics for reply in taken],
-            merged.weights,
+            round_weights([reply.accepted for reply in taken], self.settings.weighting),
             self.weighted_by_key,
         )
         LOG.info(
@@ -317,12 +328,27 @@ class DareStrategy(RoundStrategy):
         )
         return self.move(outcome), metrics
 
-    def _count_empty_round(self, opened: OpenRound, rejections: Sequence[Rejection]) -> None:
+    def _pass_steps(self, number: int, accepted: Sequence[Accepted]) -> Passed:
+        """What the steps before the merge let through; their draws are no client's to know."""
+        secret = derive_key(self.secret, "round", number, length=32)
+        key = derive_key(secret, "steps", length=32)
+        context = StepContext(self.broadcasting.model, self.settings, number, key)
+        passed = self.steps(accepted, context)
+        for one in passed.rejections:
+            LOG.warning("rejected client %d: %s: %s", one.client, one.reason, one.detail)
+        return passed
+
+    def _count_empty_round(
+        self,
+        opened: OpenRound,
+        taken: Sequence[TrainReply],
+        rejections: Sequence[Rejection],
+    ) -> None:
         counts = Counter(rejection.reason for rejection in rejections)
         reasons = ", ".join(f"{reason} ×{count}" for reason, count in sorted(counts.items()))
         first = f"; first: {rejections[0].detail}" if rejections else ""
         why = (
-            f"round {opened.number}: {len(opened.inbox.replies)} of {len(opened.plans)} clients "
+            f"round {opened.number}: {len(taken)} of {len(opened.plans)} clients "
             f"sent an update that counts, {self.min_replies} are needed ({reasons}){first}"
         )
         measured = round_measurements(opened, [], rejections, {})

@@ -15,7 +15,7 @@ from numpy.typing import NDArray
 
 from dare_agg.merge.task import Scratch, is_sparse
 from dare_agg.vectors.layout import FloatVector
-from dare_agg.vectors.sources import DeltaSource, Positions, listed
+from dare_agg.vectors.sources import DeltaSource, Positions, listed, survivors_of
 
 # An element's byte: how many entries are positive (low half) and negative (high half), 2 for
 # more than one.
@@ -135,7 +135,7 @@ class _Observed:
 
     @property
     def survivors(self) -> int:
-        return getattr(self.source, "survivors", self.source.size)
+        return survivors_of(self.source)
 
     def read(self, lo: int, hi: int, out: FloatVector) -> None:
         self.source.read(lo, hi, out)

@@ -8,8 +8,9 @@ from dataclasses import dataclass
 import numpy as np
 
 from dare_agg.codec.mask import Mask
+from dare_agg.errors import MergeError
 from dare_agg.vectors.layout import FloatVector
-from dare_agg.vectors.sources import DeltaSource, Positions, take
+from dare_agg.vectors.sources import DeltaSource, Positions, listed, survivors_of, take
 
 
 @dataclass(frozen=True)
@@ -100,6 +101,58 @@ class ScaledSource:
         for (start, stop), factor in zip(self.spans, self.factors, strict=True):
             if start < hi and stop > lo:
                 out[max(lo, start) - lo : min(hi, stop) - lo] *= factor
+
+
+@dataclass(frozen=True)
+class FactorSource:
+    """A delta times one factor; as sparse as the delta."""
+
+    source: DeltaSource
+    factor: float
+
+    @property
+    def size(self) -> int:
+        return self.source.size
+
+    @property
+    def survivors(self) -> int:
+        return survivors_of(self.source)
+
+    def sparse(self, lo: int, hi: int) -> Iterator[tuple[Positions, FloatVector]]:
+        for positions, values in listed(self.source, lo, hi):
+            yield positions, values * np.float32(self.factor)
+
+    def read(self, lo: int, hi: int, out: FloatVector) -> None:
+        self.source.read(lo, hi, out)
+        out *= np.float32(self.factor)
+
+
+@dataclass(frozen=True)
+class SumSource:
+    """Σ share·delta of several deltas, added in their order."""
+
+    sources: Sequence[DeltaSource]
+    shares: Sequence[float]
+
+    def __post_init__(self) -> None:
+        sizes = {source.size for source in self.sources}
+        if len(sizes) != 1 or len(self.sources) != len(self.shares):
+            raise MergeError(
+                f"{len(self.sources)} deltas of sizes {sorted(sizes)} with {len(self.shares)} "
+                "shares; deltas of one size and a share each are needed"
+            )
+
+    @property
+    def size(self) -> int:
+        return self.sources[0].size
+
+    def read(self, lo: int, hi: int, out: FloatVector) -> None:
+        out[:] = 0
+        row = np.empty(hi - lo, np.float32)
+        for source, share in zip(self.sources, self.shares, strict=True):
+            source.read(lo, hi, row)
+            row *= np.float32(share)
+            out += row
 
 
 @dataclass(frozen=True)

@@ -6,6 +6,7 @@ both run the same round::
     plans = make_plans(secret, 1, [None] * n, settings.terms, model.ref)
     update = make_client_update(plans[i], base_arrays, tuned_arrays)          # on each client
     reply = check_reply(plans[i], update.blob, update.dense_blob, weight)     # on the server
-    merged = merge_round(model, accepted, settings)
+    passed = chain(*steps)(accepted, StepContext(model, settings, 1, secret))
+    merged = merge_round(model, passed.accepted, settings)
     model, state = advance(model, state, merged, settings)
 """

@@ -9,7 +9,7 @@ from typing import Any
 
 import numpy as np
 
-from dare_agg.codec.update import Update, decode_update
+from dare_agg.codec.update import decode_update
 from dare_agg.downlink.protocol import Downlink, DrawnMask, FullDownlink
 from dare_agg.errors import (
     DareError,
@@ -19,7 +19,7 @@ from dare_agg.errors import (
 from dare_agg.merge.engine import merge_deltas
 from dare_agg.merge.methods import MEAN
 from dare_agg.rounds.plan import RoundPlan
-from dare_agg.rounds.settings import FederatedSettings
+from dare_agg.rounds.settings import WEIGHTINGS, FederatedSettings
 from dare_agg.rounds.statistics import (
     GramMatrices,
     StatisticsUpdate,
@@ -28,18 +28,33 @@ from dare_agg.rounds.statistics import (
 from dare_agg.rounds.step import StepState
 from dare_agg.vectors.layout import FloatVector, Layout, check_finite
 from dare_agg.vectors.model import GlobalModel
-from dare_agg.vectors.sources import DeltaSource
+from dare_agg.vectors.sources import DeltaSource, survivors_of
 
 
 @dataclass(frozen=True)
 class Accepted:
-    """A checked reply: decodable, finite, of this plan."""
+    """A checked reply: decodable, finite, of this plan.
+
+    Steps before the merge (`dare_agg.rounds.chain`) may put other deltas in its place, or one
+    for several clients: ``others`` are then the plans of the others, in their order.
+    """
 
     plan: RoundPlan
-    update: Update
-    dense: Update | None
+    update: DeltaSource
+    dense: DeltaSource | None
     weight: float
     statistics: DeltaSource | GramMatrices | None = None
+    others: tuple[RoundPlan, ...] = ()
+
+    @property
+    def plans(self) -> tuple[RoundPlan, ...]:
+        """The plans of all clients whose deltas are in it."""
+        return (self.plan, *self.others)
+
+    @property
+    def keep(self) -> float:
+        """Survivors of an element, n(1−p)."""
+        return math.fsum(plan.drop_rate.keep for plan in self.plans)
 
 
 @dataclass(frozen=True)
@@ -117,10 +132,10 @@ class MergedRound:
 
 def round_weights(accepted: Sequence[Accepted], weighting: str) -> tuple[float, ...]:
     """Merging weights, summing to 1, in the order of ``accepted``."""
-    if weighting == "equal":
-        return tuple(1.0 / len(accepted) for _ in accepted)
-    total = math.fsum(reply.weight for reply in accepted)
-    return tuple(reply.weight / total for reply in accepted)
+    reported = WEIGHTINGS[weighting]
+    numbers = [reply.weight if reported else len(reply.plans) for reply in accepted]
+    total = math.fsum(numbers)
+    return tuple(number / total for number in numbers)
 
 
 def merge_round(
@@ -146,7 +161,7 @@ def merge_round(
         options={**(settings.row.federated or {}), **settings.options},
         tile=settings.tile,
         threads=settings.threads,
-        keep=[reply.plan.drop_rate.keep for reply in ordered],
+        keep=[reply.keep for reply in ordered],
         statistics=_statistics(ordered, settings),
     )
     dense = None
@@ -161,10 +176,10 @@ def merge_round(
             threads=settings.threads,
         )
     measurements = {
-        "accepted": len(ordered),
+        "accepted": sum(len(reply.plans) for reply in ordered),
         "weights": list(weights),
-        "survivors": [reply.update.survivors for reply in ordered],
-        "survivors_per_element": math.fsum(reply.plan.drop_rate.keep for reply in ordered),
+        "survivors": [survivors_of(reply.update) for reply in ordered],
+        "survivors_per_element": math.fsum(reply.keep for reply in ordered),
         "merged_norm": _norm(delta),
         "merge": asdict(measured),
     }

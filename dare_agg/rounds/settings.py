@@ -10,7 +10,8 @@ from dare_agg.merge.methods import MEAN, Method, federated_methods, find_method
 from dare_agg.rounds.step import ServerStep, server_step
 from dare_agg.rounds.terms import UpdateTerms, check_choice, check_positive
 
-WEIGHTINGS = ("examples", "equal")
+# Whether a client's update weighs as much as the number it reports; else all weigh the same.
+WEIGHTINGS: Mapping[str, bool] = {"examples": True, "equal": False}
 
 
 @dataclass(frozen=True)

@@ -114,6 +114,11 @@ class DifferenceSource:
         return picked
 
 
+def survivors_of(source: DeltaSource) -> int:
+    """How many elements a source lists; all of them where it lists none apart."""
+    return getattr(source, "survivors", source.size)
+
+
 def listed(source: DeltaSource, lo: int, hi: int) -> Iterator[tuple[Positions, FloatVector]]:
     """Survivors of a source that is known to list them: checking each tile would cost time."""
     return cast(SparseSource, source).sparse(lo, hi)

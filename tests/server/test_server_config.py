@@ -12,9 +12,11 @@ from dare_agg.rounds.step import server_step
 from dare_agg.rounds.terms import UpdateTerms
 from server.config import DEFAULTS, METHODS, RunConfig, read_config
 
-# Whose default differs on purpose: in the run config lists and "none" are text or 0, nodes are
-# counted by min-clients, and the app's own models have a head.
-OWN_DEFAULTS = {"dense", "exclude", "seed", "deadline", "upload_budget", "identities", "downlink"}
+# Whose default differs on purpose: in the run config lists and "none" are text or 0, the app's
+# own models have a head, and its "steps" are the optimizer's.
+OWN_DEFAULTS = {
+    "dense", "exclude", "seed", "deadline", "upload_budget", "identities", "downlink", "steps",
+}  # fmt: skip
 
 
 def test_every_key_is_checked_and_has_its_default_in_the_apps_pyproject_alone():

@@ -208,8 +208,8 @@ def training_content(
     """A training message as `SecureStrategy` makes it."""
     ref = global_model(arrays, dense=terms.dense_patterns, exclude=terms.exclude).ref
     order = Order(
-        ask="train", version=ref.version, downlink="full", dense=terms.dense_patterns,
-        exclude=terms.exclude,
+        ask="train", version=ref.version, downlink="full", arrays_key="arrays",
+        dense=terms.dense_patterns, exclude=terms.exclude,
     )  # fmt: skip
     return RecordDict(
         {

@@ -23,7 +23,7 @@ def plain(**more):
 
 
 def hello(**words):
-    return Order(ask="hello", downlink="full", **words).to_record()
+    return Order(ask="hello", downlink="full", arrays_key="arrays", **words).to_record()
 
 
 def terms_of(parties):

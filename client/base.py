@@ -22,6 +22,7 @@ from client.tasks import build_task
 from dare_agg.downlink.base import write_base
 from dare_agg.errors import DareError
 from dare_agg.files.atomic import replace_file
+from dare_agg.files.json_text import parse_json, read_json
 
 
 def main() -> None:
@@ -36,7 +37,7 @@ def main() -> None:
     try:
         if options.run_config:
             given = options.run_config
-            run = json.loads(sys.stdin.read() if given == "-" else Path(given).read_text())
+            run = parse_json(sys.stdin.read()) if given == "-" else read_json(Path(given))
         for pair in options.keys:
             key, _, value = pair.partition("=")
             try:

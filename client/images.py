@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import csv
 import gzip
-import json
 import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -20,6 +19,7 @@ from numpy.typing import NDArray
 
 from client.rows import Data, RawRow, RawSets, make_data
 from dare_agg.errors import ConfigError, did_you_mean
+from dare_agg.files.json_text import read_json
 
 Pixels = NDArray[np.uint8]
 
@@ -236,7 +236,7 @@ def _saved_dataset(folder: Path) -> bool:
 
 def _has_image_feature(path: Path) -> bool:
     try:
-        features = json.loads(path.read_text(encoding="utf-8")).get("features", {})
+        features = read_json(path).get("features", {})
     except (OSError, ValueError):
         return False
     return any(isinstance(f, dict) and f.get("_type") == "Image" for f in features.values())

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -15,6 +14,7 @@ from client.images import read_image
 from client.models import IMAGES, MODELS, model_path
 from client.rows import Indices, Rows
 from dare_agg.errors import ConfigError
+from dare_agg.files.json_text import read_json
 
 _PREPROCESSOR = "preprocessor_config.json"
 # (x − 127)/128 for pixels from 0 to 255, as EfficientNet-lite was trained.
@@ -114,7 +114,7 @@ def _hugging_face(config: TaskConfig) -> tuple[Any, int, Callable[[Any, Any], An
 def _own_size(name: str) -> int:
     """The image size a model was trained with; 224 where it does not say."""
     path = Path(name) / "config.json"
-    found = json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}
+    found = read_json(path) if path.is_file() else {}
     size = found.get("image_size", 224)
     return int(size[0] if isinstance(size, list) else size)
 
@@ -124,7 +124,7 @@ def _normalisation(name: str) -> tuple[Any, Any]:
     if name in MODELS:
         return np.float32(_LITE_MEAN), np.float32(_LITE_DEVIATION)
     path = Path(name) / _PREPROCESSOR
-    found = json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}
+    found = read_json(path) if path.is_file() else {}
     half = [0.5, 0.5, 0.5]
     return (
         np.array(found.get("image_mean", half), np.float32),

@@ -19,6 +19,7 @@ REASONS: Mapping[str, str] = {
     "base": "another base, version or plan than it was made for",
     "merge": "the models cannot be merged as asked",
     "checkpoint": "a checkpoint cannot be read or written",
+    "format": "a text or header from outside is malformed or larger than what is read",
     "budget": "no drop rate and value format fit the budget",
     "state": "persisted state is missing, corrupt, or cannot be written",
     "protocol": "a participant of a secure sum does not go on",
@@ -136,6 +137,15 @@ class CheckpointError(DareError):
     """A checkpoint cannot be read or written."""
 
     reason = "checkpoint"
+
+
+class FormatError(DareError, ValueError):
+    """A text or header from outside is malformed or larger than what is read.
+
+    A `ValueError` too, so that a reader can say it in its own words.
+    """
+
+    reason = "format"
 
 
 class BudgetError(DareError):

@@ -14,6 +14,7 @@ from typing import Any
 
 from dare_agg.errors import StateError
 from dare_agg.files.atomic import REMEDY, replace_file
+from dare_agg.files.json_text import parse_json
 from dare_agg.runs.log import row_line, seconds_left, state_line
 from dare_agg.runs.prometheus import Exporter
 
@@ -117,7 +118,7 @@ class Recorder:
 
 def _parsed(line: str) -> dict[str, Any] | None:
     try:
-        row = json.loads(line)
+        row = parse_json(line)
     except ValueError:  # cut off by a crash
         return None
     return row if isinstance(row, dict) else None

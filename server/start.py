@@ -19,6 +19,7 @@ from flwr.app import ArrayRecord
 
 from dare_agg.downlink.base import read_base
 from dare_agg.errors import ConfigError
+from dare_agg.files.json_text import parse_json
 from dare_agg.flower.transport import to_record
 from server.config import RunConfig
 
@@ -64,5 +65,5 @@ def secure_start(config: RunConfig, run_config: Mapping[str, Any]) -> Start:
                 "asked for it: set labels, and make it where the model is (python -m client.base "
                 "-o base.safetensors) and name it: initial"
             )
-        labels = json.loads(done.stdout)["labels"]
+        labels = parse_json(done.stdout)["labels"]
         return Start(to_record(read_base(made)), tuple(labels))

@@ -21,6 +21,8 @@ from typing import Any, BinaryIO
 
 from dare_agg.checkpoint.reader import INDEX_NAME
 from dare_agg.checkpoint.writer import unwritable
+from dare_agg.errors import FormatError
+from dare_agg.files.json_text import MOST_BYTES, parse_json
 
 CARD, HEAD_NAME = "README.md", "head.safetensors"
 # Regular expressions of whole names, by what the files are.
@@ -52,7 +54,6 @@ _TEMPLATES, _TEMPLATE = "additional_chat_templates", re.compile(r"[\w.-]+\.jinja
 _CODE = ".py"
 # Where transformers names the code that it would run.
 _CODE_KEYS = ("auto_map", "custom_pipelines")
-_MOST_CONFIG_BYTES = 16 << 20
 _MODULES = "modules.json"
 
 
@@ -179,12 +180,10 @@ def _belongs(real: Path, root: Path) -> bool:
 
 def _without_code(stream: BinaryIO, file: str) -> tuple[bytes, list[Left]]:
     """A configuration without what names code to be run, and what that was."""
-    text = stream.read(_MOST_CONFIG_BYTES + 1)
-    if len(text) > _MOST_CONFIG_BYTES:
-        raise _Stays(f"more than {_MOST_CONFIG_BYTES >> 20} MiB are no configuration")
+    text = stream.read(MOST_BYTES + 1)
     try:
-        value = json.loads(text)
-    except (ValueError, RecursionError) as error:
+        value = parse_json(text)
+    except FormatError as error:
         raise _Stays(f"it cannot be searched for code: {str(error)[:80]}") from error
     if file == _MODULES:
         foreign = [m for m in value if not str(_type(m)).startswith("sentence_transformers.")]
@@ -196,7 +195,7 @@ def _without_code(stream: BinaryIO, file: str) -> tuple[bytes, list[Left]]:
         return text, []
     written = json.dumps(value, indent=2, ensure_ascii=False) + "\n"
     why = "it names code: --carry-code keeps it"
-    return written.encode("utf-8", "surrogatepass"), [Left(f"{file}: {k}", why) for k in dropped]
+    return written.encode(), [Left(f"{file}: {k}", why) for k in dropped]
 
 
 def _type(module: Any) -> Any:

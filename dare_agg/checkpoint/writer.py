@@ -18,7 +18,6 @@ from numpy.typing import NDArray
 from dare_agg.checkpoint.reader import (
     _EXPONENT,
     _SUFFIX,
-    DTYPE_BYTES,
     INDEX_NAME,
     WEIGHTS_NAME,
     Checkpoint,
@@ -27,6 +26,7 @@ from dare_agg.checkpoint.reader import (
 )
 from dare_agg.errors import CheckpointError, NonFiniteError
 from dare_agg.files.atomic import draft_beside, put_in_place
+from dare_agg.files.safetensors_header import DTYPE_BYTES
 from dare_agg.vectors.layout import FloatVector, Layout
 
 _SPARE_BYTES = 64 << 20

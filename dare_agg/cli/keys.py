@@ -203,10 +203,10 @@ def _one_session(entries: Sequence[Entry], begin: str, path: Path) -> Entry:
 
 
 def _is_roster(path: Path) -> bool:
-    import json
+    from dare_agg.files.json_text import read_json
 
     try:
-        record = json.loads(path.read_text(encoding="utf-8"))
+        record = read_json(path)
     except (OSError, ValueError):
         return False
     return isinstance(record, dict) and str(record.get("format", "")).startswith("dare-agg roster")

@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-import json
 import re
 from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from dare_agg.files.json_text import parse_json, read_json
 from dare_agg.runs.log import Mirror, planned_rounds, rejections, seconds_left
 from dare_agg.runs.words import human_bytes, human_seconds
 
@@ -26,7 +26,7 @@ def load_rows(folder: Path) -> list[dict[str, Any]]:
     if path.is_file():
         for line in path.read_text(encoding="utf-8").splitlines():
             try:
-                rows.append(json.loads(line))
+                rows.append(parse_json(line))
             except ValueError:
                 continue
     return rows
@@ -62,7 +62,7 @@ def follow(folder: Path, console: Console) -> Callable[[str], None]:
 def load_config(folder: Path) -> dict[str, Any]:
     """The run config as run.json keeps it; empty where there is none yet."""
     try:
-        config = json.loads((folder / "run.json").read_text(encoding="utf-8"))["config"]
+        config = read_json(folder / "run.json")["config"]
     except (OSError, ValueError, KeyError):
         return {}
     return config if isinstance(config, dict) else {}

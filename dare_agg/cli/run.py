@@ -81,12 +81,11 @@ def run_settings(
 
 def resumed_config(folder: Path) -> dict[str, bool | int | float | str]:
     """Return the config a run was started with, as its run.json keeps it."""
-    import json
-
     from dare_agg.errors import StateError
+    from dare_agg.files.json_text import read_json
 
     try:
-        stored = json.loads((folder / "run.json").read_text(encoding="utf-8"))["config"]
+        stored = read_json(folder / "run.json")["config"]
     except (OSError, ValueError, KeyError) as error:
         raise StateError(
             f"{folder} holds no run to resume ({type(error).__name__}: {error}); give the folder "

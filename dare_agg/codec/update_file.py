@@ -28,16 +28,17 @@ from dare_agg.codec.update import (
     encode_update_into,
     update_bytes,
 )
-from dare_agg.errors import CheckpointError, ConfigError, UpdateError
+from dare_agg.errors import CheckpointError, ConfigError, FormatError, UpdateError
 from dare_agg.files.atomic import file_draft
+from dare_agg.files.json_text import parse_json
 from dare_agg.files.pages import Pages
 from dare_agg.vectors.layout import (
     MAX_DIMENSIONS,
-    MAX_NAME_BYTES,
     MAX_PARAMETERS,
     MAX_TENSORS,
     FloatVector,
     Layout,
+    bad_name,
     layout_of,
 )
 from dare_agg.vectors.sources import DeltaSource
@@ -46,6 +47,8 @@ FILE_MAGIC = b"DAREFILE"
 FILE_VERSION = 1
 MAX_FILE_HEADER_BYTES = 16 << 20
 DTYPES = ("BF16", "F16", "F32", "F64")
+# A tensor of 4 dimensions costs 18 (`dare_agg.files.json_text`).
+_HEADER_COST = 24 * MAX_TENSORS
 _PREAMBLE = struct.Struct("<8sII")
 _ALIGNMENT = 8
 _KEYS = frozenset(
@@ -136,7 +139,7 @@ def write_update_file(
             f"have {layout.fingerprint[:16]} ({layout.size})"
         )
     for entry in layout.entries:
-        if problem := _bad_name(entry.name):
+        if problem := bad_name(entry.name):
             raise ConfigError(f"tensor name {entry.name[:80]!r} {problem}; rename or exclude it")
     known = dtypes or {}
     header = FileHeader(
@@ -252,8 +255,8 @@ def _header_text(preamble: bytes, size: int) -> int:
 def _parse(text: bytes) -> FileHeader:
     """Read the JSON header; only the canonical text of a good header passes."""
     try:
-        record = json.loads(text)
-    except (ValueError, RecursionError) as error:
+        record = parse_json(text, most=MAX_FILE_HEADER_BYTES, cost=_HEADER_COST, any_text=True)
+    except FormatError as error:
         raise UpdateError(
             f"the header is no JSON: {str(error)[:80]}", reason="malformed"
         ) from error
@@ -302,7 +305,7 @@ def _parse_tensors(rows: Any) -> tuple[Layout, dict[str, str]]:
                 f"tensor number {len(shapes)} is not [name, dtype, shape]", reason="layout"
             )
         name, dtype, shape = row
-        if problem := _bad_name(name):
+        if problem := bad_name(name):
             raise UpdateError(f"tensor name {name[:80]!r} {problem}", reason="layout")
         if name in shapes or (shapes and name.encode() < before):
             raise UpdateError(
@@ -330,23 +333,6 @@ def _parse_tensors(rows: Any) -> tuple[Layout, dict[str, str]]:
         before = name.encode()
         shapes[name], dtypes[name] = tuple(shape), dtype
     return layout_of(shapes), dtypes
-
-
-def _bad_name(name: str) -> str:
-    """Say what is wrong with a tensor name, or nothing."""
-    try:
-        length = len(name.encode())
-    except UnicodeEncodeError:
-        return "is no text"
-    if not 1 <= length <= MAX_NAME_BYTES:
-        return f"has {length} bytes, 1 to {MAX_NAME_BYTES} are allowed"
-    if any(ord(letter) < 32 or ord(letter) == 127 for letter in name):
-        return "has control characters"
-    # Tools that keep one file a tensor must not be led out of their folder.
-    parts = name.replace("\\", "/").split("/")
-    if len(parts) > 1 and (parts[0] == "" or ".." in parts):
-        return "is a path out of its folder"
-    return ""
 
 
 def _whole_numbers(

@@ -7,7 +7,6 @@ so a signature fits no other round, run, client or payload.
 
 from __future__ import annotations
 
-import json
 import re
 from collections.abc import Mapping
 from pathlib import Path
@@ -17,6 +16,7 @@ from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
 
 from dare_agg.errors import ConfigError, StateError
 from dare_agg.files.atomic import write_new
+from dare_agg.files.json_text import read_json
 from dare_agg.files.trust import read_own
 
 _KEY = re.compile(r"[0-9a-f]{64}")
@@ -75,7 +75,7 @@ def read_identities(path: Path | str) -> dict[str, str]:
     Raises `ConfigError` for a file that cannot be read as such.
     """
     try:
-        known = json.loads(Path(path).read_text(encoding="utf-8"))
+        known = read_json(Path(path))
     except (OSError, ValueError) as error:
         raise ConfigError(f"identities {path} cannot be read: {error}") from error
     return check_identities(known)

@@ -8,7 +8,13 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from dare_agg.errors import StateError
+from dare_agg.errors import FormatError, StateError
+from dare_agg.files.json_text import parse_json
+from dare_agg.files.safetensors_header import (
+    MAX_FILE_TENSORS,
+    MAX_HEADER_BYTES,
+    check_safetensors,
+)
 from dare_agg.vectors.model import Arrays
 
 DOWNLINK_NAME = "versions"
@@ -30,19 +36,24 @@ def write_base(arrays: Arrays) -> bytes:
     return bytes(save(packed, metadata={"order": json.dumps(list(arrays))}))
 
 
+def read_order(text: str) -> list[str]:
+    """The names of a base's arrays in their order, as its metadata hold them."""
+    order = parse_json(text, most=MAX_HEADER_BYTES, cost=2 * MAX_FILE_TENSORS)
+    if not isinstance(order, list) or not all(isinstance(name, str) for name in order):
+        raise FormatError("the order of the arrays is no list of names")
+    return order
+
+
 def read_base(path: Path | str) -> dict[str, NDArray[Any]]:
     """Read a base's file (`write_base`, or any safetensors); raises `StateError`."""
-    import json
-
     from safetensors import SafetensorError
     from safetensors.numpy import load
 
     try:
         data = Path(path).read_bytes()
+        order = check_safetensors(data).get("order")
         arrays = load(data)
-        size = int.from_bytes(data[:8], "little")
-        order = json.loads(data[8 : 8 + size]).get("__metadata__", {}).get("order")
-        return {name: arrays[name] for name in (json.loads(order) if order else arrays)}
+        return {name: arrays[name] for name in (read_order(order) if order else arrays)}
     except (OSError, SafetensorError, ValueError, KeyError, TypeError) as error:
         raise StateError(
             f"base {path} cannot be read ({type(error).__name__}: {error}); give a safetensors "

@@ -10,7 +10,6 @@ from __future__ import annotations
 
 import contextlib
 import hashlib
-import json
 import logging
 import os
 import re
@@ -20,12 +19,14 @@ from pathlib import Path
 
 import numpy as np
 
-from dare_agg.downlink.base import BASE, DENSE_STEPS, STEPS, write_base
+from dare_agg.downlink.base import BASE, DENSE_STEPS, STEPS, read_order, write_base
 from dare_agg.downlink.grid import Counts, grid_of
 from dare_agg.downlink.protocol import FullReceiver
 from dare_agg.downlink.steps import apply_step, read_steps
 from dare_agg.errors import BaseMismatchError, DareError, StateError
 from dare_agg.files.atomic import replace_file
+from dare_agg.files.json_text import parse_json
+from dare_agg.files.safetensors_header import check_safetensors, header_length, parse_header
 from dare_agg.files.state_file import read_state, write_state
 from dare_agg.files.trust import own_folder
 from dare_agg.vectors.model import Arrays, GlobalModel, global_model
@@ -147,8 +148,7 @@ class VersionReceiver:
 
         try:
             data = self._base_path.read_bytes() if sent is None else sent
-            size = struct.unpack_from("<Q", data)[0]
-            order = json.loads(json.loads(data[8 : 8 + size])["__metadata__"]["order"])
+            order = read_order(check_safetensors(data)["order"])
             arrays = load(data)
             model = global_model({name: arrays[name] for name in order}, **self._patterns)
             found = model.ref.version
@@ -226,8 +226,9 @@ def _head_facts(path: Path) -> dict[str, object]:
             size, header = struct.unpack_from("<QQ", head, 8)
             if path.stat().st_size != 16 + size + 32 or header > size:
                 raise StateError(f"{path} is cut off")
-            metadata = json.loads(file.read(header))["__metadata__"]
-            facts: dict[str, object] = json.loads(metadata["facts"])
+            tensors = path.stat().st_size - 16 - 8 - header - 32
+            metadata = parse_header(file.read(header_length(head[16:], size)), tensors)[1]
+            facts: dict[str, object] = parse_json(metadata["facts"])
             return facts
     except (OSError, struct.error, ValueError, KeyError, TypeError) as error:
         raise StateError(f"{path} holds no version") from error

@@ -14,6 +14,8 @@ from numpy.typing import NDArray
 
 from dare_agg.errors import StateError
 from dare_agg.files.atomic import REMEDY, replace_file
+from dare_agg.files.json_text import parse_json
+from dare_agg.files.safetensors_header import check_safetensors
 
 MAGIC = b"DAREST1\n"
 
@@ -56,6 +58,4 @@ def read_state(path: Path) -> tuple[dict[str, NDArray[Any]], dict[str, Any]]:
     if hashlib.sha256(view[:-32]).digest() != data[-32:]:
         raise StateError(f"state {path} is corrupt: its checksum does not fit")
     body = bytes(view[start:-32])
-    header_size = struct.unpack_from("<Q", body)[0]
-    header = json.loads(body[8 : 8 + header_size])
-    return load(body), json.loads(header["__metadata__"]["facts"])
+    return load(body), parse_json(check_safetensors(body)["facts"])

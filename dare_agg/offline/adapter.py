@@ -5,7 +5,6 @@ Reference: arXiv 2106.09685; rsLoRA (2312.03732) scales by α/√r.
 
 from __future__ import annotations
 
-import json
 import math
 import re
 from collections.abc import Mapping
@@ -19,6 +18,7 @@ from numpy.typing import NDArray
 
 from dare_agg.checkpoint import open_checkpoint
 from dare_agg.errors import CheckpointError
+from dare_agg.files.json_text import read_json
 from dare_agg.vectors.layout import Entry, FloatVector, Layout
 from dare_agg.vectors.sources import CachedSource
 
@@ -150,7 +150,7 @@ def adapter_source(path: Path, layout: Layout, base: CachedSource) -> AdapterSou
 
 def _config(path: Path) -> dict[str, Any]:
     try:
-        config = json.loads((path / CONFIG_NAME).read_text(encoding="utf-8"))
+        config = read_json(path / CONFIG_NAME)
     except (ValueError, OSError) as error:
         raise CheckpointError(f"{path / CONFIG_NAME} cannot be read: {error}") from error
     if not isinstance(config, dict):

@@ -3,23 +3,24 @@
 from __future__ import annotations
 
 import contextlib
-import json
 from collections.abc import Sequence
 from pathlib import Path
 
 import numpy as np
-import yaml
 
 from dare_agg.errors import NonFiniteError
+from dare_agg.files.json_text import read_bounded, read_json
 from dare_agg.offline.adapter import CONFIG_NAME
 from dare_agg.offline.diagnose import diagnose_deltas
 from dare_agg.offline.opening import OpenedModel
 from dare_agg.offline.recipe import Recipe
+from dare_agg.offline.yaml_text import parse_yaml
 from dare_agg.vectors.layout import layout_of
 from dare_agg.vectors.sources import array_source, take
 
 # Elements of a model, and of all of them, looked at, in runs of neighbours.
 _CHECKED, _CHECKED_IN_ALL, _RUN = 1 << 16, 1 << 19, 256
+_MOST_CARD_BYTES = 4 << 20
 
 
 def range_warnings(opened: list[OpenedModel], recipe: Recipe) -> list[str]:
@@ -73,14 +74,15 @@ def _named_bases(path: Path) -> set[str]:
         ("config.json", ("base_model", "_name_or_path")),
     ):
         with contextlib.suppress(OSError, ValueError):
-            values = json.loads((path / file).read_text(encoding="utf-8"))
+            values = read_json(path / file)
             found |= {
                 str(values[key]) for key in keys if isinstance(values, dict) and values.get(key)
             }
-    with contextlib.suppress(OSError, ValueError, yaml.YAMLError):
+    with contextlib.suppress(OSError, ValueError):
         # The YAML head of a model card.
-        _, head, _ = (path / "README.md").read_text(encoding="utf-8").split("---", 2)
-        card = yaml.safe_load(head)
+        text = read_bounded(path / "README.md", _MOST_CARD_BYTES).decode()
+        _, head, _ = text.split("---", 2)
+        card = parse_yaml(head)
         bases = card.get("base_model") if isinstance(card, dict) else None
         found |= {str(base) for base in ([bases] if isinstance(bases, str) else bases or ())}
     return {base for base in found if base not in (str(path), path.name)}

@@ -10,16 +10,21 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any, Literal
 
-import yaml
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
 
 from dare_agg.codec.mask import parse_drop_rate
-from dare_agg.errors import ConfigError, did_you_mean
+from dare_agg.errors import ConfigError, FormatError, did_you_mean
+from dare_agg.files.json_text import parse_json, read_bounded
 from dare_agg.merge.methods import Method, find_method
+from dare_agg.offline.yaml_text import MOST_BYTES, parse_yaml
 from dare_agg.vectors.patterns import compile_patterns
 
 # Sparsifiers that restore a tensor's norm after a random drop, as mergekit does.
 MERGEKIT_NORMS = {"mergekit-dare": "l1", "mergekit-dare-l2": "l2", "mergekit-dare-linf": "linf"}
+
+# The parser of the standard library takes minutes for long dotted keys.
+_MOST_PARTS = 64
+_LONG_KEY = re.compile(rf"(?:[\w\"'-]++\s*+\.\s*+){{{_MOST_PARTS}}}")
 
 
 def _kebab(name: str) -> str:
@@ -152,14 +157,16 @@ def read_recipe(path: Path) -> dict[str, Any]:
     Raises `ConfigError` naming the first key or value that is wrong.
     """
     try:
-        text = path.read_text(encoding="utf-8")
+        text = read_bounded(path, MOST_BYTES).decode()
         if path.suffix == ".toml":
+            if _LONG_KEY.search(text):
+                raise FormatError(f"a dotted key of more than {_MOST_PARTS} parts")
             values = tomllib.loads(text)
-        elif path.suffix == ".json":
-            values = json.loads(text)
+            # What JSON could not say within its bounds is no recipe either.
+            parse_json(json.dumps(values, default=str))
         else:
-            values = yaml.safe_load(text)
-    except (OSError, ValueError, yaml.YAMLError) as error:
+            values = parse_json(text) if path.suffix == ".json" else parse_yaml(text)
+    except (OSError, ValueError, RecursionError) as error:
         raise ConfigError(f"{path} cannot be read as a recipe: {error}") from error
     if not isinstance(values, dict):
         raise ConfigError(f"{path} holds no mapping; a recipe has base, models and method")

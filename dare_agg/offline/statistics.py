@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import contextlib
 import csv
-import json
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -14,6 +13,7 @@ from numpy.typing import NDArray
 
 from dare_agg.checkpoint import open_checkpoint, write_checkpoint
 from dare_agg.errors import ConfigError, did_you_mean
+from dare_agg.files.json_text import parse_json, read_json
 from dare_agg.merge.collect import (
     KINDS,
     Arrays,
@@ -140,7 +140,7 @@ def _encoder_with_head(folder: Path) -> torch.nn.Module:
     weight, bias = (torch.from_numpy(saved.array(name)) for name in wanted)
     pooling = "mean"
     with contextlib.suppress(OSError, ValueError, AttributeError):
-        provenance = json.loads((folder / "provenance.json").read_text(encoding="utf-8"))
+        provenance = read_json(folder / "provenance.json")
         pooling = provenance.get("config", {}).get("pooling", pooling)
     loaded = AutoModel.from_pretrained(folder, local_files_only=True, use_safetensors=True)
 
@@ -186,7 +186,7 @@ def _rows(path: Path) -> Iterator[Mapping[str, Any]]:
             for number, line in enumerate(stream, 1):
                 if line.strip():
                     try:
-                        row = json.loads(line)
+                        row = parse_json(line)
                     except ValueError as error:
                         raise ConfigError(f"{path}:{number} is no JSON object") from error
                     if not isinstance(row, dict):

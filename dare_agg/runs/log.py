@@ -20,6 +20,7 @@ from pathlib import Path
 from typing import Any
 
 from dare_agg.files.atomic import replace_file
+from dare_agg.files.json_text import parse_json, read_json
 
 _LINE = re.compile(r"dare-agg (row|state) ([0-9a-f]{16,64}) (\{.*)")
 ROWS = "metrics.jsonl"
@@ -57,7 +58,7 @@ class Mirror:
             return False
         kind, token, text = found.groups()
         try:
-            value = json.loads(text)
+            value = parse_json(text)
         except ValueError:  # cut off
             value = None
         if not self._token and kind == "state" and isinstance(value, dict):
@@ -71,7 +72,7 @@ class Mirror:
     def _state(self, state: dict[str, Any]) -> None:
         path = self.folder / STATE
         try:
-            here = json.loads(path.read_text(encoding="utf-8")).get("token")
+            here = read_json(path).get("token")
         except (OSError, ValueError, AttributeError):
             here = None
         self._foreign = self._foreign or here != state.get("token")
@@ -84,7 +85,7 @@ class Mirror:
         path = self.folder / ROWS
         lines = path.read_text(encoding="utf-8").splitlines() if path.is_file() else []
         # A resumed run makes its last rounds again.
-        kept = [line for line in lines if not _again(json.loads(line), row)]
+        kept = [line for line in lines if not _again(parse_json(line), row)]
         replace_file(path, ((line + "\n").encode() for line in [*kept, json.dumps(row)]))
 
 

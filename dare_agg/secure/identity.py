@@ -25,6 +25,7 @@ from cryptography.hazmat.primitives.kdf.scrypt import Scrypt
 from dare_agg.codec.derive import derive_key
 from dare_agg.errors import ConfigError, ProtocolError, StateError
 from dare_agg.files.atomic import write_new
+from dare_agg.files.json_text import parse_json
 from dare_agg.files.trust import open_own, read_own
 
 KEY_BYTES = 32
@@ -184,7 +185,7 @@ def _no_file(path: Path, error: OSError) -> StateError:
 
 def _parse(path: Path, text: bytes) -> dict[str, str]:
     try:
-        record = json.loads(text)
+        record = parse_json(text)
         if record["format"] not in (_FORMAT, _PUBLIC_FORMAT) or not all(
             isinstance(v, str) for v in record.values()
         ):

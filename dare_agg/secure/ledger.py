@@ -30,6 +30,7 @@ import numpy as np
 
 from dare_agg.errors import ProtocolError, StateError
 from dare_agg.files.atomic import sync_folder
+from dare_agg.files.json_text import parse_json
 from dare_agg.files.trust import open_own, own_folder
 from dare_agg.secure.encoding import identifiers
 from dare_agg.secure.terms import NO_TRAINING, SecureTerms
@@ -288,7 +289,7 @@ class FileLedger:
             if line.strip(b" "):
                 try:
                     found.append(_Line(at, len(line), _record(line)))
-                except (ValueError, KeyError, TypeError, RecursionError) as error:
+                except (ValueError, KeyError, TypeError) as error:
                     raise StateError(
                         f"ledger {self.path}: line {number} cannot be read ({error}), so what it "
                         "keeps from a second sum is unknown: nothing is contributed; mend the "
@@ -309,7 +310,7 @@ class _Line:
 
 def _record(line: bytes) -> dict[str, Any]:
     """Read one line strictly; raises `ValueError`, `KeyError` or `TypeError`."""
-    record = json.loads(line)
+    record = parse_json(line, unique=True)
     if not isinstance(record, dict) or record.keys() not in (_MODELS, _TRAINED, _SIGNED):
         raise ValueError("not the fields of a ledger's line")
     digests = [record["session"]]

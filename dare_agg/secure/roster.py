@@ -16,6 +16,7 @@ from pathlib import Path
 
 from dare_agg.errors import ConfigError, ProtocolError, StateError
 from dare_agg.files.atomic import replace_file
+from dare_agg.files.json_text import parse_json
 from dare_agg.secure.encoding import blob, u32
 from dare_agg.secure.identity import (
     KEY_BYTES,
@@ -158,7 +159,7 @@ def parse_roster(text: str, what: str = "roster") -> Roster:
     Raises `StateError` for what is no roster.
     """
     try:
-        record = json.loads(text)
+        record = parse_json(text)
         if set(record) != {"format", "name", "serial", "members", "signatures"}:
             raise ValueError("another set of fields")
         if record["format"] != _FORMAT:
@@ -174,7 +175,7 @@ def parse_roster(text: str, what: str = "roster") -> Roster:
         if any(len(p) != KEY_BYTES or len(s) != SIGNATURE_BYTES for p, s in signatures):
             raise ValueError("a signature of another length")
         return Roster(str(record["name"]), _integer(record["serial"]), members, signatures)
-    except (ValueError, KeyError, TypeError, RecursionError, ConfigError) as error:
+    except (ValueError, KeyError, TypeError, ConfigError) as error:
         raise StateError(
             f"{what} is no roster ({error}); make one with dare-agg keys roster"
         ) from error

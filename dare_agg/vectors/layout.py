@@ -23,7 +23,7 @@ from dare_agg.vectors.patterns import compile_patterns, matches
 
 FloatVector = NDArray[np.float32]
 
-MAX_TENSORS = 1 << 20
+MAX_TENSORS = 1 << 17
 MAX_NAME_BYTES = 4096
 MAX_DIMENSIONS = 16
 MAX_PARAMETERS = 1 << 40
@@ -205,6 +205,23 @@ def layout_of(
     if offset > MAX_PARAMETERS:
         raise LayoutError(f"{offset} parameters; at most {MAX_PARAMETERS} are allowed")
     return Layout(tuple(entries), tuple(excluded), tuple(kept_buffers))
+
+
+def bad_name(name: str) -> str:
+    """Say what is wrong with a tensor name, or nothing."""
+    try:
+        length = len(name.encode())
+    except UnicodeEncodeError:
+        return "is no text"
+    if not 1 <= length <= MAX_NAME_BYTES:
+        return f"has {length} bytes, 1 to {MAX_NAME_BYTES} are allowed"
+    if any(ord(letter) < 32 or ord(letter) == 127 for letter in name):
+        return "has control characters"
+    # Tools that keep one file a tensor must not be led out of their folder.
+    parts = name.replace("\\", "/").split("/")
+    if len(parts) > 1 and (parts[0] == "" or ".." in parts):
+        return "is a path out of its folder"
+    return ""
 
 
 def fingerprint(layout: Layout, vector: FloatVector) -> str:

@@ -23,6 +23,7 @@ from pathlib import Path
 
 from dare_agg.errors import ConfigError, RunError
 from dare_agg.files.app_config import app_above, is_app
+from dare_agg.files.json_text import parse_json
 
 START_SECONDS = 120
 AWAY_SECONDS = 300
@@ -280,7 +281,7 @@ def _runs(
     )  # fmt: skip
     start = done.stdout.find("{")
     try:
-        answer = json.loads(done.stdout[start:])
+        answer = parse_json(done.stdout[start:])
     except ValueError as error:
         raise RunError(
             f"flwr ls gave no answer: {' '.join((done.stdout + done.stderr).split())[:300]}"

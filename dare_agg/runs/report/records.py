@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
-import json
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from dare_agg.errors import StateError
+from dare_agg.errors import FormatError, StateError
+from dare_agg.files.json_text import parse_json, read_json
 
 METRICS_FILE = "metrics.jsonl"
 
@@ -90,11 +90,11 @@ def read_metrics(path: Path) -> list[dict[str, Any]]:
     rows = []
     for number, line in enumerate(lines, 1):
         try:
-            rows.append(json.loads(line))
-        except json.JSONDecodeError as error:
+            rows.append(parse_json(line))
+        except FormatError as error:
             if number < len(lines):
                 raise StateError(
-                    f"{path}: line {number} is not JSON ({error.msg}); remove the line"
+                    f"{path}: line {number} is not JSON ({error}); remove the line"
                 ) from error
     return rows
 
@@ -124,7 +124,7 @@ def read_run(folder: Path, *, histograms: bool = False) -> list[RunRecord]:
     prints: Mapping[str, str] = {}
     status = folder / "run.json"
     if status.is_file():
-        state = json.loads(status.read_text(encoding="utf-8"))
+        state = read_json(status)
         config, prints = state.get("config", {}), state.get("fingerprints", {})
     grouped: dict[str, list[dict[str, Any]]] = {}
     for row in read_metrics(path):

@@ -16,10 +16,10 @@ from flwr.app import (
 from flwr.clientapp import ClientApp
 
 from client.config import TaskConfig, place, task_config
-from client.models import LANGUAGE, model_path
+from client.models import model_path
 from client.partition import partition
 from client.rows import Indices
-from client.tasks import KINDS, FineTuning, build_task
+from client.training import FineTuning, build_task
 from dare_agg.flower import STATISTICS_KEY, dare_mod, offer_base
 from dare_agg.flower.secure.mod import secure_mod, secure_queries
 from dare_agg.flower.transport import to_record
@@ -60,9 +60,15 @@ def _train_rows(config: TaskConfig, rule: str, alpha: float, count: int) -> Sequ
 
 @app.query("describe")
 def describe(msg: Message, context: Context) -> Message:
-    """Say which labels this node's data has, before anything trains."""
+    """Say which labels this node's data has, before anything trains.
+
+    Raises `ConfigError` where its task refuses one of the server's ``needs``.
+    """
     task = _own_task(msg, context)
-    labels = [] if task.kind is KINDS[LANGUAGE] else list(task.data.label_names)
+    needs = msg.content.config_records["config"].get("needs", [])
+    assert isinstance(needs, list)
+    task.kind.check(str(need) for need in needs)
+    labels = list(task.data.label_names) if task.kind.agreed_labels else []
     described = ConfigRecord({"labels": labels, "rows": len(task.train_rows)})
     return Message(RecordDict({"description": described}), reply_to=msg)
 

@@ -18,7 +18,7 @@ import numpy as np
 
 from client.config import ConfigValue, task_config
 from client.rows import Data, Rows
-from client.tasks import build_task
+from client.training import build_task
 from dare_agg.downlink.base import write_base
 from dare_agg.errors import DareError
 from dare_agg.files.atomic import replace_file

@@ -19,9 +19,9 @@ class TaskConfig:
 
     Attributes
     ----------
-    task: a row of `client.tasks.KINDS`, or "auto" to tell it from ``data`` and ``model``.
+    task: a row of `client.tasks.table.TASKS`, or "auto" to tell it from ``data`` and ``model``.
     model: a row of `client.models.MODELS`, a Hugging Face name, a folder or a GGUF file.
-    data: see `client.data.load_text` and `client.images.load_images`.
+    data: see the task's ``load``, such as `client.data.load_text` or `client.images.load_images`.
     labels: names of the labels; none: all that the data have.
     partition_by: the column by whose values rows are divided among simulated clients.
     train: "full" fine-tuning, "lora" adapters, or "head" only.

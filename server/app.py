@@ -10,7 +10,7 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
-from flwr.app import ArrayRecord, ConfigRecord, Context, Message, RecordDict
+from flwr.app import ArrayRecord, ConfigRecord, Context
 from flwr.serverapp import Grid, ServerApp
 
 from dare_agg.deploy.identities import read_identities
@@ -18,12 +18,12 @@ from dare_agg.downlink.base import read_base
 from dare_agg.downlink.ways import make_downlink
 from dare_agg.errors import DareError, RunError, StateError
 from dare_agg.flower import DareStrategy, RoundOutcome
-from dare_agg.flower.exchange import exchange, online_nodes, went_away
 from dare_agg.flower.resume import keep_base, resume, save
 from dare_agg.flower.round_strategy import RoundStrategy
 from dare_agg.flower.transport import to_numpy, to_record
 from dare_agg.rounds.state import StateFolder
 from dare_agg.runs.prometheus import exporter
+from server.asking import agree_on_labels, ask, wait_for_nodes
 from server.config import METHODS, RunConfig, read_config
 from server.export import export_model
 from server.recorder import Recorder
@@ -73,69 +73,6 @@ def main(grid: Grid, context: Context) -> None:
     finally:
         recorder.close()
     recorder.status("completed", labels=list(labels), fingerprints=prints)
-
-
-def ask(grid: Grid, nodes: list[int], what: str, config: ConfigRecord, timeout: float) -> list:
-    """Send a query to nodes and return the replies' contents, in the order of the nodes.
-
-    A node that is lost is asked again when it is back. Raises `RunError` naming the first node
-    that failed or stayed silent.
-    """
-    until = time.monotonic() + timeout
-    contents: dict[int, RecordDict] = {}
-    while len(contents) < len(nodes) and (left := until - time.monotonic()) > 0:
-        online = set(online_nodes(grid))
-        asked = [node for node in nodes if node not in contents and node in online]
-        if not asked:
-            time.sleep(0.5)
-            continue
-        messages = [
-            Message(RecordDict({"config": config}), node, f"query.{what}", ttl=left + 60)
-            for node in asked
-        ]
-        for index, reply in exchange(grid, messages, left):
-            if went_away(reply):
-                continue
-            if reply.has_error():
-                lines = (reply.error.reason or "no text").strip().splitlines()
-                raise RunError(
-                    f"node {asked[index]} could not {what}: {lines[-1] if lines else ''}"
-                )
-            contents[asked[index]] = reply.content
-    for node in nodes:
-        if node not in contents:
-            raise RunError(f"node {node} did not {what} within {timeout:g} s; check its log")
-    return [contents[node] for node in nodes]
-
-
-def wait_for_nodes(grid: Grid, config: RunConfig) -> list[int]:
-    """Return the nodes online once there are enough; raises `RunError` after node-timeout."""
-    until = time.monotonic() + config.node_timeout
-    while True:
-        nodes = sorted(online_nodes(grid))
-        if len(nodes) >= config.min_clients:
-            return nodes
-        if time.monotonic() > until:
-            raise RunError(
-                f"{len(nodes)} of {config.min_clients} clients are online after "
-                f"{config.node_timeout:g} s; start more SuperNodes or lower min-clients",
-                reason="nodes",
-            )
-        time.sleep(0.5)
-
-
-def agree_on_labels(grid: Grid, config: RunConfig) -> tuple[str, ...]:
-    """Return the run's labels: those of the config, else all that any node's data has.
-
-    Where heads stay local (``exclude`` covers them), every node keeps its own labels.
-    """
-    nodes = wait_for_nodes(grid, config)
-    if config.labels or any("head" in pattern for pattern in config.exclude):
-        return config.labels
-    found: set[str] = set()
-    for content in ask(grid, nodes, "describe", ConfigRecord(), config.node_timeout):
-        found.update(str(name) for name in content["description"]["labels"])  # type: ignore[arg-type,index]
-    return tuple(sorted(found))
 
 
 def run_method(

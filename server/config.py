@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
@@ -22,26 +22,16 @@ from dare_agg.secure.aggregates import SECURE_METHODS
 from dare_agg.secure.settings import SecureSettings
 from dare_agg.vectors.patterns import compile_patterns
 
-_HEADLESS = (
-    'a causal-lm has no head of its own to train alone; leave out head-only, or set train to "lora"'
-)
-_LONG_FISHER = (
-    "Fisher values of a causal-lm need a pass for every word of the vocabulary; take "
-    "dare-regmean or a method that needs no statistics"
-)
-
 
 @dataclass(frozen=True)
 class Compared:
     """A method that runs can compare: what differs from the run config.
 
-    ``words`` are the strategy's, ``train`` what is trained ("" as configured), ``not_for`` the
-    tasks that it cannot do, and why.
+    ``words`` are the strategy's, ``train`` what is trained ("" as configured).
     """
 
     words: Mapping[str, Any]
     train: str = ""
-    not_for: Mapping[str, str] = field(default_factory=dict)
 
 
 _WHOLE = {"drop_rate": "0", "values": "f32"}
@@ -50,11 +40,9 @@ METHODS: Mapping[str, Compared] = {
     "dare-task-arithmetic": Compared({"method": "task-arithmetic"}),
     "dare-ties": Compared({"method": "ties"}),
     "dare-average": Compared({"method": "average"}),
-    "dare-fisher": Compared({"method": "fisher"}, not_for={"causal-lm": _LONG_FISHER}),
+    "dare-fisher": Compared({"method": "fisher"}),
     "dare-regmean": Compared({"method": "regmean"}),
-    "head-only": Compared(
-        {"method": "task-arithmetic", **_WHOLE}, train="head", not_for={"causal-lm": _HEADLESS}
-    ),
+    "head-only": Compared({"method": "task-arithmetic", **_WHOLE}, train="head"),
 }
 
 # The run config's defaults stand in the app's pyproject.toml alone.
@@ -98,7 +86,7 @@ class RunConfig(BaseModel):
     """Every key of ``[tool.flwr.app.config]``, in kebab-case there, where the defaults stand.
 
     Keys from ``task`` on are read by the clients too; they are checked here so that a typo
-    fails before anyone trains.
+    fails before anyone trains. Which tasks there are, clients know and say when asked.
     """
 
     model_config = ConfigDict(extra="forbid", alias_generator=_kebab, frozen=True)
@@ -145,7 +133,7 @@ class RunConfig(BaseModel):
     secure_threshold: int = Field(ge=0)
     secure_stage_seconds: float = Field(gt=0)
 
-    task: Literal["auto", "text-classification", "image-classification", "causal-lm"]
+    task: str
     model: str
     data: str
     text_column: str
@@ -229,11 +217,6 @@ def read_config(raw: Mapping[str, Any]) -> RunConfig:
     find_values(config.values)
     find_values(config.dense_values)
     compile_patterns([*config.dense, *config.exclude])
-    for name in config.methods:
-        if why := METHODS[name].not_for.get(config.task):
-            raise ConfigError(why)
-    if config.task == "causal-lm" and config.train == "head":
-        raise ConfigError(_HEADLESS)
     if config.partition == "column" and not config.partition_by:
         raise ConfigError('partition = "column" needs partition-by, the name of a column')
     return config

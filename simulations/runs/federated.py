@@ -19,7 +19,7 @@ from simulations.runs.channels import HEAD, make_channel
 @lru_cache(maxsize=2)
 def _task(items: tuple[tuple[str, Any], ...], seed: int) -> Any:
     from client.config import configure
-    from client.tasks import build_task
+    from client.training import build_task
 
     return build_task(configure(**dict(items), seed=seed))
 

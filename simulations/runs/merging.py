@@ -115,12 +115,11 @@ def collect(
     count = settings["statistics_examples"]
 
     def forward(model: Any, batch: Mapping[str, Any]) -> Any:
-        return model(batch["ids"], batch["attention_mask"])
+        return model(**batch)
 
-    def batches(size: int, rows: int) -> Iterator[dict[str, Any]]:
+    def batches(size: int, rows: int) -> Iterator[Mapping[str, Any]]:
         for lo in range(0, rows, size):
-            ids, attention = read(np.arange(lo, min(rows, lo + size)))
-            yield {"ids": ids, "attention_mask": attention}
+            yield read(np.arange(lo, min(rows, lo + size)))
 
     rows = min(len(task.train_rows), 10 * count)
     return {

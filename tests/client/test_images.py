@@ -8,7 +8,7 @@ import pytest
 
 from client.config import configure
 from client.images import is_image_source, load_images, read_image
-from client.tasks import build_task, task_kind
+from client.training import build_task
 from dare_agg.errors import ConfigError
 
 
@@ -97,12 +97,7 @@ def test_what_is_wrong_with_a_folder_is_said(picture_folder, tmp_path):
         load_images(str(tmp_path / "empty"))
 
 
-def test_the_task_is_told_from_data_and_model(picture_folder):
-    assert task_kind(configure(data=str(picture_folder))) == "image-classification"
-    assert task_kind(configure(model="efficientnet-lite0")) == "image-classification"
-    assert task_kind(configure(data="reuters-r8")) == "text-classification"
-    with pytest.raises(ConfigError, match="did you mean 'image-classification'"):
-        task_kind(configure(task="image-clasification"))
+def test_a_text_model_sees_no_images(picture_folder):
     with pytest.raises(ConfigError, match="set model to 'efficientnet-lite0'"):
         build_task(configure(data=str(picture_folder))).initial_state()
 

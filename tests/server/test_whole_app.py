@@ -169,6 +169,22 @@ def test_a_language_model_is_trained_and_exported(run, tiny_language_model, trai
         assert np.allclose(_logits(model), _logits(adapted), atol=1e-5)
 
 
+@pytest.mark.parametrize(
+    ("method", "message"),
+    [("head-only", "no head of its own"), ("dare-fisher", "a pass for every word")],
+)
+@pytest.mark.parametrize("labels", ["", "negative,positive"])
+def test_what_a_task_refuses_is_said_before_anyone_trains(
+    run, tiny_language_model, tmp_path, method, message, labels
+):
+    with pytest.raises(RunError, match=message):
+        run(
+            methods=f"fedavg,{method}", labels=labels,
+            task="causal-lm", model=str(tiny_language_model),
+        )  # fmt: skip
+    assert (tmp_path / "run" / "metrics.jsonl").read_text() == ""
+
+
 def test_clients_of_a_language_model_need_no_labels(run, tiny_language_model, tmp_path):
     book = tmp_path / "book.txt"
     book.write_text("good film\n\nfine book\n\n" * 40, encoding="utf-8")

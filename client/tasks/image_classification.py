@@ -10,9 +10,10 @@ import numpy as np
 
 from client.config import TaskConfig
 from client.head import linear_head, with_adapters
-from client.images import read_image
-from client.models import IMAGES, MODELS, model_path
-from client.rows import Indices, Rows
+from client.images import is_image_source, load_images, read_image
+from client.models import IMAGE_ENCODER, MODELS, built_in, built_in_kind, model_path
+from client.rows import Data, Indices, Rows
+from client.tasks.task import Batch, Reader, Task
 from dare_agg.errors import ConfigError
 from dare_agg.files.json_text import read_json
 
@@ -21,8 +22,22 @@ _PREPROCESSOR = "preprocessor_config.json"
 _LITE_MEAN, _LITE_DEVIATION = 127 / 255, 128 / 255
 
 
-def image_reader(config: TaskConfig, rows: Rows) -> Callable[[Indices], tuple[Any, ...]]:
-    """Decode images when they are first asked for; gives one float tensor (n, 3, size, size)."""
+def _recognises(config: TaskConfig) -> bool:
+    return is_image_source(config.data) or built_in_kind(config.model) == IMAGE_ENCODER
+
+
+def _load(config: TaskConfig) -> Data:
+    return load_images(
+        config.data,
+        label_column=config.label_column,
+        partition_by=config.partition_by,
+        label_names=config.labels,
+        seed=config.seed,
+    )
+
+
+def image_reader(config: TaskConfig, rows: Rows) -> Reader:
+    """Decode images when first asked for; a batch is ``pixel_values`` (n, 3, size, size)."""
     import torch
 
     size = config.image_size or _own_size(config.model)
@@ -30,7 +45,7 @@ def image_reader(config: TaskConfig, rows: Rows) -> Callable[[Indices], tuple[An
     pixels = np.zeros((len(rows), size, size, 3), np.uint8)
     decoded = np.zeros(len(rows), np.bool_)
 
-    def read(at: Indices) -> tuple[Any, ...]:
+    def read(at: Indices) -> Batch:
         for row in at:
             if not decoded[row]:
                 pixels[row] = read_image(rows.inputs[row], size)
@@ -39,7 +54,7 @@ def image_reader(config: TaskConfig, rows: Rows) -> Callable[[Indices], tuple[An
         images -= 255 * mean
         images /= 255 * deviation
         # Kept as (n, size, size, 3) in memory, "channels last": a third faster on a CPU.
-        return (torch.from_numpy(images.transpose(0, 3, 1, 2)),)
+        return {"pixel_values": torch.from_numpy(images.transpose(0, 3, 1, 2))}
 
     return read
 
@@ -48,14 +63,14 @@ def image_model(config: TaskConfig, labels: int) -> Any:
     """Load the image model and put a seeded linear head on its pooled features."""
     import torch
 
-    row = MODELS.get(config.model)
-    if row is not None and row.task != IMAGES:
+    kind = built_in_kind(config.model)
+    if kind not in ("", IMAGE_ENCODER):
         raise ConfigError(
             f"model {config.model!r} reads text; for the images of {config.data!r} set model to "
-            f"{next(name for name, m in MODELS.items() if m.task == IMAGES)!r} or to an image "
+            f"{built_in(IMAGE_ENCODER)[0]!r} or to an image "
             "model's folder"
         )
-    backbone, width, features = _lite(config.model) if row else _hugging_face(config)
+    backbone, width, features = _lite(config.model) if kind else _hugging_face(config)
     encoder = with_adapters(backbone, config)
 
     class ImageModelWithHead(torch.nn.Module):
@@ -64,8 +79,8 @@ def image_model(config: TaskConfig, labels: int) -> Any:
             self.encoder = encoder
             self.head = linear_head(width, labels, config.seed)
 
-        def forward(self, images: Any) -> Any:
-            return self.head(features(self.encoder, images))
+        def forward(self, pixel_values: Any) -> Any:
+            return self.head(features(self.encoder, pixel_values))
 
     return ImageModelWithHead()
 
@@ -130,3 +145,12 @@ def _normalisation(name: str) -> tuple[Any, Any]:
         np.array(found.get("image_mean", half), np.float32),
         np.array(found.get("image_std", half), np.float32),
     )
+
+
+TASK = Task(
+    "image-classification",
+    recognises=_recognises,
+    load=_load,
+    network=image_model,
+    reader=image_reader,
+)

@@ -1,6 +1,6 @@
-"""Tasks: a model, its data and how it learns, free of Flower.
+"""How a task learns: the loop that all tasks share, free of Flower.
 
-A task's state is a dict of named float32 arrays, which federated code ships and merges.
+The state is a dict of named float32 arrays, which federated code ships and merges.
 Training starts from a state and a seed and gives the same bits every time on one machine:
 one thread, no dropout, batches drawn from the seed.
 """
@@ -8,135 +8,21 @@ one thread, no dropout, batches drawn from the seed.
 from __future__ import annotations
 
 import ctypes
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cache
-from typing import Any, Protocol
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
 from client.config import TaskConfig
-from client.data import load_text
-from client.images import is_image_source, load_images
-from client.language import (
-    IGNORED,
-    block_reader,
-    language_model,
-    load_blocks,
-    next_tokens,
-    token_scores,
-)
-from client.models import IMAGES, LANGUAGE, MODELS, TEXT
 from client.rows import Data, Indices, Rows
-from client.text import text_model, text_reader
-from client.vision import image_model, image_reader
-from dare_agg.errors import ConfigError, did_you_mean
+from client.tasks.table import find_task
+from client.tasks.task import Batch, Metrics, Reader, Task
+from dare_agg.errors import ConfigError
 
 State = dict[str, NDArray[np.float32]]
-Reader = Callable[[Indices], tuple[Any, ...]]
-
-HEAD = r"^head\."
-
-
-def _class_scores(model: Any, inputs: tuple[Any, ...]) -> Any:
-    return model(*inputs)
-
-
-def _labels(inputs: tuple[Any, ...], labels: Any) -> Any:
-    return labels
-
-
-@dataclass(frozen=True)
-class Kind:
-    """A row of the table of tasks: how its data, model, inputs and targets are made.
-
-    ``scores`` gives the model's logits (…, classes) for a reader's inputs, ``targets`` the
-    classes (…) from inputs and labels; `IGNORED` ones do not count. ``inputs`` names a reader's
-    inputs. ``evaluate_rows`` is how many rows are scored at once.
-    """
-
-    load: Callable[[TaskConfig], Data]
-    model: Callable[[TaskConfig, int], Any]
-    reader: Callable[[TaskConfig, Rows], Reader]
-    inputs: tuple[str, ...]
-    scores: Callable[[Any, tuple[Any, ...]], Any] = _class_scores
-    targets: Callable[[tuple[Any, ...], Any], Any] = _labels
-    evaluate_rows: int = 100
-
-
-def _load_text(config: TaskConfig) -> Data:
-    return load_text(
-        config.data,
-        text_column=config.text_column,
-        label_column=config.label_column,
-        partition_by=config.partition_by,
-        label_names=config.labels,
-        seed=config.seed,
-    )
-
-
-def _load_images(config: TaskConfig) -> Data:
-    return load_images(
-        config.data,
-        label_column=config.label_column,
-        partition_by=config.partition_by,
-        label_names=config.labels,
-        seed=config.seed,
-    )
-
-
-KINDS: Mapping[str, Kind] = {
-    TEXT: Kind(_load_text, text_model, text_reader, ("input_ids", "attention_mask")),
-    IMAGES: Kind(_load_images, image_model, image_reader, ("pixel_values",)),
-    # Logits over a whole vocabulary are large: few rows at once.
-    LANGUAGE: Kind(
-        load_blocks, language_model, block_reader, ("input_ids",), token_scores, next_tokens, 8
-    ),
-}
-
-
-def task_kind(config: TaskConfig) -> str:
-    """The row of `KINDS` that a configuration means; "auto" is told from data and model."""
-    if config.task != "auto":
-        if config.task not in KINDS:
-            raise ConfigError(f"task {config.task!r} is unknown{did_you_mean(config.task, KINDS)}")
-        return config.task
-    row = MODELS.get(config.model)
-    if row is not None and row.task == LANGUAGE:
-        return LANGUAGE
-    images = is_image_source(config.data) or (row is not None and row.task == IMAGES)
-    return IMAGES if images else TEXT
-
-
-class Task(Protocol):
-    """What the client app and the simulations need of a task."""
-
-    config: TaskConfig
-
-    @property
-    def train_rows(self) -> Rows: ...
-
-    def initial_state(self) -> State:
-        """Return the state every client starts from."""
-
-    def train(
-        self, state: Mapping[str, NDArray], rows: Indices, *, seed: Sequence[int]
-    ) -> tuple[State, int, dict[str, float]]:
-        """Train on these rows; return (state, rows seen for weighting, measurements)."""
-
-    def statistics(
-        self, kind: str, state: Mapping[str, NDArray], rows: Indices, *, examples: int
-    ) -> State:
-        """Return Fisher values ("fisher") or Gram matrices ("gram") of a state, by name."""
-
-    def evaluate(
-        self, state: Mapping[str, NDArray], rows: Indices | None = None
-    ) -> dict[str, float]:
-        """Return loss and accuracy on the test rows (or those given).
-
-        For language models both count tokens, and ``perplexity`` is exp(loss).
-        """
 
 
 def build_task(config: TaskConfig, data: Data | None = None) -> FineTuning:
@@ -147,17 +33,18 @@ def build_task(config: TaskConfig, data: Data | None = None) -> FineTuning:
         raise ConfigError(f"precision {config.precision!r} is unknown; known: float32, bfloat16")
     if config.pooling not in ("mean", "cls"):
         raise ConfigError(f"pooling {config.pooling!r} is unknown; known: mean, cls")
-    kind = KINDS[task_kind(config)]
+    kind = find_task(config)
+    kind.check((config.train,))
     return FineTuning(config, data or kind.load(config), kind)
 
 
 @dataclass
 class FineTuning:
-    """A pretrained model that learns from rows: labels under a linear head, or next tokens."""
+    """A pretrained model that learns a task from rows."""
 
     config: TaskConfig
     data: Data
-    kind: Kind
+    kind: Task
     _model: Any = field(default=None, init=False, repr=False)
     _readers: dict[str, Reader] = field(default_factory=dict, init=False, repr=False)
 
@@ -181,7 +68,7 @@ class FineTuning:
 
     def _load(self) -> Any:
         if self._model is None:
-            self._model = self.kind.model(self.config, len(self.data.label_names))
+            self._model = self.kind.network(self.config, len(self.data.label_names))
         return self._model
 
     def _names(self) -> dict[str, Any]:
@@ -238,26 +125,27 @@ class FineTuning:
 
     # --- data ------------------------------------------------------------------------------
 
-    def _batch(self, split: str, at: Indices) -> tuple[tuple[Any, ...], Any]:
+    def _batch(self, split: str, at: Indices) -> tuple[Batch, Any]:
         """The model's inputs and the targets (flat) of some rows, as tensors."""
         import torch
 
         rows = self.train_rows if split == "train" else self.test_rows
         if split not in self._readers:
             self._readers[split] = self.kind.reader(self.config, rows)
-        inputs = self._readers[split](at)
-        return inputs, self.kind.targets(inputs, torch.from_numpy(rows.labels[at])).flatten()
+        batch = self._readers[split](at)
+        return batch, self.kind.targets(batch, torch.from_numpy(rows.labels[at])).flatten()
 
-    def _scores(self, inputs: tuple[Any, ...]) -> Any:
-        """The model's logits (flat targets, classes), in float32."""
-        scores = self.kind.scores(self._load(), inputs)
+    def _scores(self, batch: Batch) -> Any:
+        """The model's scores (flat targets, outputs), in float32."""
+        scores = self.kind.scores(self._load(), batch)
         return scores.float().flatten(0, -2)
 
     # --- learning --------------------------------------------------------------------------
 
     def train(
         self, state: Mapping[str, NDArray], rows: Indices, *, seed: Sequence[int]
-    ) -> tuple[State, int, dict[str, float]]:
+    ) -> tuple[State, int, Metrics]:
+        """Train on these rows; return (state, rows seen for weighting, measurements)."""
         import torch
 
         if not len(rows):
@@ -284,12 +172,12 @@ class FineTuning:
             optimizer, lambda step: min(1.0, (step + 1) / warm)
         )
         losses = []
-        for batch in batches:
-            inputs, targets = self._batch("train", batch)
+        for at in batches:
+            batch, targets = self._batch("train", at)
             # Entered anew each step: autocast keeps its copies of the weights while it lasts.
             with self._precision():
-                scores = self._scores(inputs)
-            loss = torch.nn.functional.cross_entropy(scores, targets, ignore_index=IGNORED)
+                scores = self._scores(batch)
+            loss = self.kind.loss(scores, targets)
             optimizer.zero_grad(set_to_none=True)
             loss.backward()
             optimizer.step()
@@ -313,11 +201,7 @@ class FineTuning:
 
         from dare_agg.merge.collect import collect_fisher, collect_grams
 
-        if kind == "fisher" and self.kind is KINDS[LANGUAGE]:
-            raise ConfigError(
-                "Fisher values of a language model need a pass for every word of the vocabulary; "
-                "merge by regmean or by a method that needs no statistics"
-            )
+        self.kind.check((kind,))
         torch.set_num_threads(1)
         named = self._place(state)
         model = self._load()
@@ -326,20 +210,18 @@ class FineTuning:
             parameter.requires_grad_(name in named)
         chosen = rows[:examples]
         batches = (
-            dict(zip(self.kind.inputs, self._batch("train", chosen[lo : lo + 16])[0], strict=True))
-            for lo in range(0, len(chosen), 16)
+            self._batch("train", chosen[lo : lo + 16])[0] for lo in range(0, len(chosen), 16)
         )
 
-        def forward(network: Any, batch: Mapping[str, Any]) -> Any:
-            return self.kind.scores(network, tuple(batch.values())).float()
+        def forward(network: Any, batch: Batch) -> Any:
+            return self.kind.scores(network, batch).float()
 
         collect = collect_fisher if kind == "fisher" else collect_grams
         found = collect(model, batches, forward=forward)
         return {name: array for name, array in found.items() if name in named}
 
-    def evaluate(
-        self, state: Mapping[str, NDArray], rows: Indices | None = None
-    ) -> dict[str, float]:
+    def evaluate(self, state: Mapping[str, NDArray], rows: Indices | None = None) -> Metrics:
+        """Return the task's metrics on the test rows (or those given), "loss" among them."""
         import torch
 
         torch.set_num_threads(1)
@@ -349,22 +231,15 @@ class FineTuning:
         chosen = np.arange(len(self.test_rows)) if rows is None else rows
         if not len(chosen):
             raise ConfigError("no test rows to evaluate on; raise the test share")
-        right, count, loss, size = 0, 0, 0.0, self.kind.evaluate_rows
+        total, sums, size = 0, dict[str, float](), self.kind.evaluate_rows
         with torch.inference_mode(), self._precision():
             for lo in range(0, len(chosen), size):
-                inputs, targets = self._batch("test", chosen[lo : lo + size])
-                scores = self._scores(inputs)
-                right += int((scores.argmax(dim=1) == targets).sum())
-                count += int((targets != IGNORED).sum())
-                loss += float(
-                    torch.nn.functional.cross_entropy(
-                        scores, targets, ignore_index=IGNORED, reduction="sum"
-                    )
-                )
-        measured = {"loss": loss / count, "accuracy": right / count}
-        if self.kind is KINDS[LANGUAGE]:
-            measured["perplexity"] = float(np.exp(measured["loss"]))
-        return measured
+                batch, targets = self._batch("test", chosen[lo : lo + size])
+                count, found = self.kind.sums(self._scores(batch), targets)
+                total += count
+                sums = {name: sums.get(name, 0) + value for name, value in found.items()}
+        means = {name: value / total for name, value in sums.items()}
+        return {**means, **self.kind.derived(means)}
 
 
 def draw_batches(rows: Indices, config: TaskConfig, seed: Sequence[int]) -> list[Indices]:

@@ -6,7 +6,7 @@ into blocks of ``length`` tokens, so no block mixes two groups and none is mostl
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from typing import Any
 
 import numpy as np
@@ -14,11 +14,11 @@ import numpy as np
 from client.config import TaskConfig
 from client.data import load_text
 from client.head import with_adapters
-from client.models import LANGUAGE, MODELS, model_path
+from client.models import LANGUAGE_MODEL, built_in, built_in_kind, model_path
 from client.rows import Data, Indices, Rows
+from client.tasks.cross_entropy import IGNORED
+from client.tasks.task import Batch, Reader, Task
 from dare_agg.errors import ConfigError
-
-IGNORED = -100  # a target that cross_entropy leaves out
 
 
 def load_blocks(config: TaskConfig) -> Data:
@@ -42,17 +42,11 @@ def load_blocks(config: TaskConfig) -> Data:
 
 
 def _check(config: TaskConfig) -> None:
-    row = MODELS.get(config.model)
-    if row is not None and row.task != LANGUAGE:
-        known = ", ".join(name for name, m in MODELS.items() if m.task == LANGUAGE)
+    if built_in_kind(config.model) not in ("", LANGUAGE_MODEL):
+        known = ", ".join(built_in(LANGUAGE_MODEL))
         raise ConfigError(
             f"model {config.model!r} is no causal language model; built in: {known}; any other by "
             "its Hugging Face name or folder"
-        )
-    if config.train == "head":
-        raise ConfigError(
-            "a causal language model has no head of its own to train; compare with the untouched "
-            'base, or set train to "lora"'
         )
 
 
@@ -98,8 +92,8 @@ def _pieces(ids: list[int], room: int) -> Iterator[list[int]]:
             yield piece
 
 
-def block_reader(config: TaskConfig, rows: Rows) -> Callable[[Indices], tuple[Any, ...]]:
-    """The reader gives (ids, mask): int64 and bool (n, length), padded on the right."""
+def block_reader(config: TaskConfig, rows: Rows) -> Reader:
+    """A batch is ``input_ids`` and ``attention_mask`` (n, length), padded on the right."""
     import torch
 
     ids = np.zeros((len(rows), config.length), np.int64)
@@ -108,22 +102,24 @@ def block_reader(config: TaskConfig, rows: Rows) -> Callable[[Indices], tuple[An
         ids[i, : block.size] = block
         mask[i, : block.size] = True
 
-    def read(at: Indices) -> tuple[Any, ...]:
-        return torch.from_numpy(ids[at]), torch.from_numpy(mask[at])
+    def read(at: Indices) -> Batch:
+        return {
+            "input_ids": torch.from_numpy(ids[at]),
+            "attention_mask": torch.from_numpy(mask[at]),
+        }
 
     return read
 
 
-def token_scores(model: Any, inputs: tuple[Any, ...]) -> Any:
+def token_scores(network: Any, batch: Batch) -> Any:
     """Logits (n, length − 1, vocabulary) of each token's successor."""
     # Padding stands on the right, where causal attention never looks: no mask is needed.
-    return model(input_ids=inputs[0], use_cache=False).logits[:, :-1]
+    return network(input_ids=batch["input_ids"], use_cache=False).logits[:, :-1]
 
 
-def next_tokens(inputs: tuple[Any, ...], labels: Any) -> Any:
+def next_tokens(batch: Batch, labels: Any) -> Any:
     """The targets: each token's successor, `IGNORED` where that is padding."""
-    ids, mask = inputs
-    return ids[:, 1:].masked_fill(~mask[:, 1:], IGNORED)
+    return batch["input_ids"][:, 1:].masked_fill(~batch["attention_mask"][:, 1:], IGNORED)
 
 
 def language_model(config: TaskConfig, labels: int) -> Any:
@@ -150,3 +146,23 @@ def _not_loaded(model: str, error: Exception) -> ConfigError:
         f"model {model!r} cannot be loaded: {' '.join(str(error).split())[:200]}; give a Hugging "
         "Face folder or GGUF file, or a name while a hub can be reached"
     )
+
+
+TASK = Task(
+    "causal-lm",
+    recognises=lambda config: built_in_kind(config.model) == LANGUAGE_MODEL,
+    load=load_blocks,
+    network=language_model,
+    reader=block_reader,
+    scores=token_scores,
+    targets=next_tokens,
+    derived=lambda metrics: {"perplexity": float(np.exp(metrics["loss"]))},
+    agreed_labels=False,  # they only serve to divide rows
+    refusals={
+        "head": "a causal language model has no head of its own to train; leave out head-only, "
+        'compare with the untouched base, or set train to "lora"',
+        "fisher": "Fisher values of a language model need a pass for every word of the "
+        "vocabulary; merge by regmean or by a method that needs no statistics",
+    },
+    evaluate_rows=8,  # logits over a whole vocabulary are large
+)

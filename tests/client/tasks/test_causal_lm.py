@@ -4,15 +4,15 @@ import numpy as np
 import pytest
 
 from client.config import configure
-from client.models import LANGUAGE, model_path
-from client.tasks import build_task
+from client.models import model_path
+from client.training import build_task
 from client.unpack import file_digest, unpack
 from dare_agg.errors import ConfigError
 
 
 def config(model, data, **more):
     settings = {
-        "task": LANGUAGE,
+        "task": "causal-lm",
         "model": str(model),
         "data": str(data),
         "text_column": "review",
@@ -93,6 +93,25 @@ def test_lora_state_holds_the_architectures_usual_adapters(tiny_language_model, 
     assert all(".q_proj.lora_" in name or ".v_proj.lora_" in name for name in start)
     trained, _, _ = task.train(start, np.arange(16), seed=[0])
     assert any(not np.array_equal(trained[name], start[name]) for name in start if "lora_B" in name)
+
+
+def test_gram_matrices_leave_padding_out_and_fisher_values_are_refused(
+    tiny_language_model, review_files
+):
+    import torch
+
+    task = build_task(config(tiny_language_model, review_files["csv"]))
+    start, rows = task.initial_state(), np.arange(len(task.train_rows))
+    blocks = task.train_rows.inputs
+    assert any(block.size < task.config.length for block in blocks)
+    found = task.statistics("gram", start, rows, examples=len(rows))
+    table = torch.from_numpy(start["model.embed_tokens.weight"])[np.concatenate(blocks)]
+    norm = start["model.layers.0.input_layernorm.weight"]
+    x = torch.nn.functional.rms_norm(table, norm.shape, torch.from_numpy(norm), 1e-6).numpy()
+    expected = x.T @ x / len(x)
+    assert np.allclose(found["model.layers.0.self_attn.q_proj.weight"], expected, atol=1e-5)
+    with pytest.raises(ConfigError, match="a pass for every word"):
+        task.statistics("fisher", start, rows, examples=8)
 
 
 @pytest.mark.parametrize(

@@ -7,7 +7,7 @@ from flwr.app import ConfigRecord, Context, Error, Message, RecordDict
 from flwr.clientapp import ClientApp
 
 from dare_agg.errors import RunError
-from server.app import ask
+from server.asking import ask
 from simulations.runs.memory_grid import MemoryGrid, pretend_task, stamp
 
 

@@ -2,18 +2,31 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from typing import Any
 
 from client.config import TaskConfig
+from client.data import load_text
 from client.head import linear_head, with_adapters
-from client.models import IMAGES, MODELS, model_path
-from client.rows import Indices, Rows
+from client.models import IMAGE_ENCODER, built_in_kind, model_path
+from client.rows import Data, Indices, Rows
+from client.tasks.task import Batch, Reader, Task
 from dare_agg.errors import ConfigError
 
 
-def text_reader(config: TaskConfig, rows: Rows) -> Callable[[Indices], tuple[Any, ...]]:
-    """Tokenise all rows once; the reader gives (ids, attention mask) of those asked for."""
+def load_labelled_text(config: TaskConfig) -> Data:
+    """Load the configuration's texts with their labels."""
+    return load_text(
+        config.data,
+        text_column=config.text_column,
+        label_column=config.label_column,
+        partition_by=config.partition_by,
+        label_names=config.labels,
+        seed=config.seed,
+    )
+
+
+def text_reader(config: TaskConfig, rows: Rows) -> Reader:
+    """Tokenise all rows once; a batch is ``input_ids`` and ``attention_mask`` (n, length)."""
     import torch
     from transformers import AutoTokenizer
 
@@ -27,9 +40,9 @@ def text_reader(config: TaskConfig, rows: Rows) -> Callable[[Indices], tuple[Any
     )
     ids, attention = coded["input_ids"], coded["attention_mask"]
 
-    def read(at: Indices) -> tuple[Any, ...]:
+    def read(at: Indices) -> Batch:
         chosen = torch.from_numpy(at)
-        return ids[chosen], attention[chosen]
+        return {"input_ids": ids[chosen], "attention_mask": attention[chosen]}
 
     return read
 
@@ -40,8 +53,7 @@ def text_model(config: TaskConfig, labels: int) -> Any:
     from transformers import AutoModel
     from transformers.utils import logging
 
-    row = MODELS.get(config.model)
-    if row is not None and row.task == IMAGES:
+    if built_in_kind(config.model) == IMAGE_ENCODER:
         raise ConfigError(f"model {config.model!r} sees images; data {config.data!r} is text")
     logging.disable_progress_bar()
     folder = model_path(config.model)
@@ -63,11 +75,22 @@ def text_model(config: TaskConfig, labels: int) -> Any:
             self.encoder = encoder
             self.head = linear_head(encoder.config.hidden_size, labels, config.seed)
 
-        def forward(self, ids: Any, attention: Any) -> Any:
-            states = self.encoder(input_ids=ids, attention_mask=attention).last_hidden_state
+        def forward(self, input_ids: Any, attention_mask: Any) -> Any:
+            states = self.encoder(
+                input_ids=input_ids, attention_mask=attention_mask
+            ).last_hidden_state
             if config.pooling == "cls":
                 return self.head(states[:, 0])
-            mask = attention.unsqueeze(-1).to(states.dtype)
+            mask = attention_mask.unsqueeze(-1).to(states.dtype)
             return self.head((states * mask).sum(1) / mask.sum(1).clamp(min=1))
 
     return EncoderWithHead()
+
+
+TASK = Task(
+    "text-classification",
+    recognises=lambda config: True,
+    load=load_labelled_text,
+    network=text_model,
+    reader=text_reader,
+)

@@ -2,7 +2,7 @@ import numpy as np
 import pytest
 
 from client.config import configure
-from client.tasks import build_task
+from client.training import build_task
 from dare_agg.errors import ConfigError
 
 

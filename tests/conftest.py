@@ -17,7 +17,7 @@ FLOWER_TESTS = (
 def pytest_terminal_summary(terminalreporter: Any) -> None:
     """One line for CI: on which Flower, how many passed."""
     ran = [
-        (outcome, "slow" in report.keywords)
+        (outcome, "slow" in getattr(report, "keywords", ()))
         for outcome in ("passed", "failed", "error", "skipped")
         for report in terminalreporter.stats.get(outcome, [])
         if report.nodeid.startswith(FLOWER_TESTS) and (outcome != "passed" or report.when == "call")

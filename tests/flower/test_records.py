@@ -89,9 +89,9 @@ def test_orders_are_read(order):
     [
         secure.Introduce(challenge=bytes(32)),
         secure.Train(terms=b"t", weighted_by_key="n"),
-        secure.Begin(terms=b"t", model="m", exclude=("h",)),
-        secure.Sources(model="m").step("share", bytes(32)),
-        secure.Sources().step(secure.RESULT, bytes(32)),
+        secure.Begin(terms=b"t", model="m"),
+        secure.Step(stage="share", session=bytes(32), model="m"),
+        secure.Step(stage=secure.RESULT, session=bytes(32)),
     ],
 )
 def test_secure_requests_are_read(request_):

@@ -206,6 +206,7 @@ def make_strategy(config: RunConfig, name: str, record: Any) -> RoundStrategy:
         min_available_nodes=config.min_clients,
         exclude=config.exclude,
         weighting=config.weighting,
+        weight_bound=config.weight_bound,
         seed=config.seed,
         run=str(config.seed),
         # The result is the same whatever the number of threads.
@@ -252,6 +253,7 @@ def _row(method: str, outcome: RoundOutcome, seconds: float, stepwise: bool) -> 
         "clients": len(measured["clients"]),
         "accepted": measured["accepted"],
         "rejected": measured["rejected"],
+        **({"weights_cut": cut} if (cut := measured.get("weights_cut")) else {}),
         "parameters": outcome.model.delta.size,
         "update_bytes_per_client": updates // count,
         "dense_bytes_per_client": dense // count,

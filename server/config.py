@@ -15,7 +15,7 @@ from dare_agg.codec.mask import MASK_KINDS, parse_drop_rate
 from dare_agg.downlink.ways import DOWNLINKS
 from dare_agg.errors import ConfigError, did_you_mean
 from dare_agg.files.app_config import config_defaults
-from dare_agg.rounds.settings import WEIGHTINGS
+from dare_agg.rounds.settings import WEIGHTINGS, check_weight_bound
 from dare_agg.rounds.step import ServerStep, server_step
 from dare_agg.rounds.terms import check_choice
 from dare_agg.secure.aggregates import SECURE_METHODS
@@ -104,6 +104,7 @@ class RunConfig(BaseModel):
     exclude: Words
     statistics_examples: int = Field(ge=1)
     weighting: Annotated[str, one_of("weighting", WEIGHTINGS)]
+    weight_bound: float
     server_step: str
     server_learning_rate: float = Field(ge=0)
     fraction_train: float = Field(gt=0, le=1)
@@ -214,6 +215,7 @@ def read_config(raw: Mapping[str, Any]) -> RunConfig:
     parse_drop_rate(config.drop_rate)
     config.step()
     config.budget()
+    check_weight_bound(config.weight_bound)
     find_values(config.values)
     find_values(config.dense_values)
     compile_patterns([*config.dense, *config.exclude])

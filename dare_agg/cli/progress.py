@@ -73,6 +73,8 @@ def _round_line(row: dict[str, Any], rows: list[dict[str, Any]], config: dict[st
     shown = f"accuracy {accuracy:.3f}, " if isinstance(accuracy, float) else ""
     total = f" of {planned}" if (planned := planned_rounds(config)) else ""
     rejected = f" ({len(row['rejected'])} rejected: {rejections(row)})" if row["rejected"] else ""
+    if row.get("weights_cut"):
+        rejected += f" (weight cut: {', '.join(row['weights_cut'])})"
     left = seconds_left(rows, config)
     up, down = (human_bytes(row[f"{way}_bytes_per_client"]) for way in ("upload", "download"))
     return (

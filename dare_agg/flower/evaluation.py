@@ -17,6 +17,7 @@ from dare_agg.flower.metrics import MetricsFn, aggregate_metrics
 from dare_agg.flower.records import ASK_EVALUATE, Held, read_answer
 from dare_agg.flower.transport import message_bytes
 from dare_agg.rounds.server import check_weight
+from dare_agg.rounds.weight_bound import bounded_weights
 
 LOG = logging.getLogger("flwr")
 
@@ -58,6 +59,7 @@ def evaluation_metrics(
     own: MetricsFn | None,
     key: str,
     max_weight: float,
+    weight_bound: float,
 ) -> MetricRecord | None:
     """Aggregate the clients' metrics, weighted by ``key``, in the order of clients."""
     rows: list[tuple[tuple[int, int, str], int, MetricRecord, float]] = []
@@ -79,6 +81,7 @@ def evaluation_metrics(
     if not rows:
         return None
     rows.sort(key=lambda row: row[:2])
-    total = sum(weight for *_, weight in rows)
-    weights = [weight / total for *_, weight in rows]
+    counted = bounded_weights([weight for *_, weight in rows], weight_bound)
+    total = sum(counted)
+    weights = [weight / total for weight in counted]
     return aggregate_metrics(own, [metrics for _, _, metrics, _ in rows], weights, key)

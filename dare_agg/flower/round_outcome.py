@@ -60,9 +60,11 @@ def round_measurements(
     """What a round measured, as plain values; lists follow the accepted clients' order.
 
     ``update_bytes`` and ``dense_bytes`` are the encoded payloads, ``upload_bytes`` and
-    ``download_bytes`` the whole messages around them.
+    ``download_bytes`` the whole messages around them. ``weights_cut`` names who claimed more
+    than the round's bound.
     """
     names = {client.node: client.hello.name for client in opened.clients}
+    cut = [c for of_step in merged.get("steps", ()) for c in of_step.get("weights_cut", ())]
     by_number = {opened.plans[node].client: name for node, name in names.items()}
     return {
         "round": opened.number,
@@ -83,4 +85,5 @@ def round_measurements(
         "duplicates": opened.inbox.duplicates,
         "rejected": [{**asdict(r), "name": by_number.get(r.client, "")} for r in rejections],
         **merged,
+        "weights_cut": [by_number.get(client, "") for client in cut],
     }

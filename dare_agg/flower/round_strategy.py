@@ -241,4 +241,5 @@ class RoundStrategy(Strategy):
             self.evaluate_metrics_aggr_fn,
             self.weighted_by_key,
             self.settings.terms.max_weight,
+            self.settings.weight_bound,
         )

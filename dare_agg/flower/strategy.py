@@ -34,6 +34,7 @@ from dare_agg.rounds.server import Accepted, Rejection, advance, merge_round, ro
 from dare_agg.rounds.settings import FederatedSettings
 from dare_agg.rounds.step import ServerStep
 from dare_agg.rounds.terms import UpdateTerms
+from dare_agg.rounds.weight_bound import bound_step, bound_weights
 
 LOG = logging.getLogger("flwr")
 
@@ -61,6 +62,8 @@ class DareStrategy(RoundStrategy):
         a row of `SERVER_STEPS`, with numbers as in "adam(tau=1e-4)", or made.
     max_weight
         largest number of examples a client may claim.
+    weight_bound
+        no client counts for more than so many times the round's median (0: no bound).
     seed
         makes masks, keys and samples the same in every run; None draws a secret.
     deadline
@@ -111,6 +114,7 @@ class DareStrategy(RoundStrategy):
         server_step: str | ServerStep = "plain",
         options: Mapping[str, Any] | None = None,
         max_weight: float = UpdateTerms.max_weight,
+        weight_bound: float = FederatedSettings.weight_bound,
         threads: int = FederatedSettings.threads,
         seed: int | None = None,
         run: str = "",
@@ -139,6 +143,7 @@ class DareStrategy(RoundStrategy):
             scaling=scaling,
             options=dict(options or {}),
             weighting=weighting,
+            weight_bound=weight_bound,
             server_step=arguments.as_step(server_step),
             threads=threads,
         )
@@ -164,7 +169,7 @@ class DareStrategy(RoundStrategy):
         )
         self.train_metrics_aggr_fn = train_metrics_aggr_fn
         self.min_replies = arguments.count("min_replies", min_replies, least=1)
-        self.steps = chain(*steps)
+        self.steps = chain(bound_step, *steps)
         self.client_terms = client_terms
         self.upload_budget = upload_budget
         if client_terms is not None and upload_budget is not None:
@@ -309,10 +314,21 @@ class DareStrategy(RoundStrategy):
         if passed.measurements:
             measured["steps"] = [dict(of_step) for of_step in passed.measurements]
         measurements = round_measurements(opened, taken, rejections, measured)
+        if measurements["weights_cut"]:
+            LOG.warning(
+                "round %d: %s claimed more than %g times the round's median weight and count for "
+                "that; raise weight_bound if they have so many examples",
+                opened.number,
+                ", ".join(measurements["weights_cut"]),
+                self.settings.weight_bound,
+            )
         metrics = aggregate_metrics(
             self.train_metrics_aggr_fn,
             [reply.metrics for reply in taken],
-            round_weights([reply.accepted for reply in taken], self.settings.weighting),
+            round_weights(
+                bound_weights([reply.accepted for reply in taken], self.settings),
+                self.settings.weighting,
+            ),
             self.weighted_by_key,
         )
         LOG.info(

@@ -6,6 +6,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 from typing import Any
 
+from dare_agg.errors import ConfigError
 from dare_agg.merge.methods import MEAN, Method, federated_methods, find_method
 from dare_agg.rounds.step import ServerStep, server_step
 from dare_agg.rounds.terms import UpdateTerms, check_choice, check_positive
@@ -31,6 +32,8 @@ class FederatedSettings:
         further options of the merge method.
     weighting
         "examples" (by the number each client reports) or "equal".
+    weight_bound
+        no client counts for more than so many times the round's median weight (0: no bound).
     server_step
         what the server does with the merged delta.
     shared_mask
@@ -43,6 +46,7 @@ class FederatedSettings:
     scaling: float = 1.0
     options: Mapping[str, Any] = field(default_factory=dict)
     weighting: str = "examples"
+    weight_bound: float = 100.0
     server_step: ServerStep = field(default_factory=server_step)
     shared_mask: bool = False
     tile: int = 1 << 16
@@ -52,6 +56,7 @@ class FederatedSettings:
         check_choice("merge method", self.method, federated_methods())
         check_choice("weighting", self.weighting, WEIGHTINGS)
         check_positive("scaling", self.scaling)
+        check_weight_bound(self.weight_bound)
         terms = replace(self.terms, statistics=self.row.statistics or "")
         object.__setattr__(self, "terms", terms)
         object.__setattr__(self, "shared_mask", self.shared_mask or self.row.shared_mask)
@@ -60,3 +65,13 @@ class FederatedSettings:
     def row(self) -> Method:
         """The merge method's row."""
         return find_method(self.method)
+
+
+def check_weight_bound(bound: object) -> None:
+    """Raise `ConfigError` where the value is neither 0 nor a finite number of at least 1."""
+    if bound == 0 and not isinstance(bound, bool):
+        return
+    check_positive("weight_bound", bound)
+    assert isinstance(bound, int | float)
+    if bound < 1:
+        raise ConfigError(f"weight_bound = {bound}; at least 1 is needed, or 0 for no bound")

@@ -347,6 +347,34 @@ def test_absurd_weights_are_rejected_and_the_round_goes_on(memory_grid, toys, we
     assert rejection.reason == "weight"
 
 
+def test_a_huge_weight_is_cut_shown_and_logged(memory_grid, toys, caplog):
+    def tamper(partition, reply):
+        if partition == 1 and is_train(reply):
+            reply.content["metrics"]["num-examples"] = 1e7
+        return reply
+
+    _, outcomes = run(memory_grid(toys.app(), 3, tamper=tamper), toys, 1)
+    measured = outcomes[0].measurements
+    examples, weights = measured["examples"], measured["weights"]
+    assert measured["weights_cut"] == ["1"] and examples[1] == 1e7
+    assert weights[1] / max(weights[0], weights[2]) == pytest.approx(100)
+    assert "round 1: 1 claimed more than 100 times the round's median weight" in caplog.text
+
+
+def test_a_huge_weight_does_not_take_the_evaluation(memory_grid, toys):
+    def tamper(partition, reply):
+        if partition == 1 and not is_train(reply) and "metrics" in reply.content:
+            reply.content["metrics"].update({"num-examples": 1e7, "sum": 1e9})
+        return reply
+
+    words = {"fraction_evaluate": 1.0, "min_evaluate_nodes": 1}
+    _, outcomes = run(memory_grid(toys.app(), 3, tamper=tamper), toys, 1, **words)
+    share = outcomes[0].client_metrics["sum"] / 1e9
+    assert 0.9 < share < 0.991
+    _, outcomes = run(memory_grid(toys.app(), 3, tamper=tamper), toys, 1, weight_bound=0, **words)
+    assert outcomes[0].client_metrics["sum"] / 1e9 > 0.9999
+
+
 def test_a_missing_weight_is_rejected_unless_all_are_equal(memory_grid, toys):
     def tamper(reply):
         del reply.content["metrics"]

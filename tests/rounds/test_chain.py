@@ -17,6 +17,7 @@ from dare_agg.rounds.plan import make_plans
 from dare_agg.rounds.server import Accepted, Rejection, check_reply, merge_round
 from dare_agg.rounds.settings import FederatedSettings
 from dare_agg.rounds.terms import UpdateTerms
+from dare_agg.rounds.weight_bound import bound_step, bounded_weights
 from dare_agg.vectors.model import global_model
 
 CLIENTS = 6
@@ -171,6 +172,44 @@ def test_buckets_weigh_what_their_clients_weighed(weighting):
     measured = merged.measurements
     assert measured["accepted"] == CLIENTS and len(measured["weights"]) == 2
     assert measured["survivors_per_element"] == pytest.approx(0.6)
+
+
+def claiming(settings, *weights):
+    """A round whose clients claim these weights."""
+    accepted, context = play(settings)
+    claims = [replace(reply, weight=w) for reply, w in zip(accepted, weights, strict=True)]
+    passed = chain(bound_step)(claims, context)
+    merged = merge_round(context.model, passed.accepted, settings)
+    return merged, [client for found in passed.measurements for client in found["weights_cut"]]
+
+
+@pytest.mark.parametrize("liar", [0, 2, 5])
+def test_who_claims_too_much_counts_for_a_multiple_of_the_median(liar):
+    weights = [20.0, 30.0, 30.0, 30.0, 40.0, 30.0]
+    weights[liar] = 1e7
+    merged, cut = claiming(settings_of(weight_bound=50), *weights)
+    honest, none = claiming(settings_of(), *(1500.0 if w == 1e7 else w for w in weights))
+    np.testing.assert_array_equal(merged.delta, honest.delta)
+    np.testing.assert_array_equal(merged.dense, honest.dense)
+    assert merged.weights == honest.weights and cut == [liar] and not none
+
+
+@pytest.mark.parametrize("words", [{"weight_bound": 0}, {"weighting": "equal"}, {}])
+def test_a_bound_that_does_not_bind_leaves_every_bit(words):
+    numbers = (1, 7, 1e6, 7, 7, 7) if words else (1, 7, 700, 7, 7, 7)
+    settings = settings_of(**words)
+    accepted, context = play(settings)
+    claims = [replace(reply, weight=w) for reply, w in zip(accepted, numbers, strict=True)]
+    passed = chain(bound_step)(claims, context)
+    assert not passed.measurements
+    assert all(a is b for a, b in zip(passed.accepted, claims, strict=True))
+
+
+def test_the_bound_is_of_the_lower_median():
+    assert bounded_weights([1.0, 1e7], 100) == [1.0, 100.0]
+    assert bounded_weights([1e7], 100) == [1e7]
+    assert bounded_weights([1.0, 2.0, 3.0, 1e7], 100) == [1.0, 2.0, 3.0, 200.0]
+    assert bounded_weights([], 100) == []
 
 
 # --- in a chain ----------------------------------------------------------------------------

@@ -291,6 +291,10 @@ def test_another_base_or_layout_is_named():
         ({"scaling": 0}, "above 0"),
         ({"scaling": float("nan")}, "finite"),
         ({"max_weight": True}, "number"),
+        ({"weight_bound": 0.5}, "at least 1 is needed, or 0 for no bound"),
+        ({"weight_bound": -1}, "above 0"),
+        ({"weight_bound": float("nan")}, "finite"),
+        ({"weight_bound": False}, "number"),
         ({"exclude": "head"}, "list of patterns"),
     ],
 )

@@ -98,7 +98,9 @@ def test_progress_says_who_was_rejected_and_how_long_it_takes(tmp_path):
     watch(state_line({"status": "running", "token": TOKEN, "config": CONFIG}))
     late = {"client": 1, "reason": "late", "detail": "", "name": "south"}
     watch(row_line(a_row(1, accepted=1, rejected=[late]), TOKEN))
-    (line,) = said
+    watch(row_line(a_row(2, weights_cut=["north"]), TOKEN))
+    line, cut = said
+    assert "(weight cut: north)" in cut
     assert "round 1 of 5: accuracy 0.600" in line and "1 rejected: south: late" in line
     assert "1.0 kB up and 2.0 kB down" in line and "about 40 s left" in line
 

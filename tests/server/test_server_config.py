@@ -70,6 +70,7 @@ def test_every_number_of_a_server_step_can_be_set():
         ({"server-step": "adma"}, "did you mean 'adam'"),
         ({"server-step": "adam(beta1=1)"}, r"beta1 = 1.0; it must lie in \[0, 1\)"),
         ({"server-step": "plain(lr=1)", "server-learning-rate": 0.5}, "lr is given again"),
+        ({"weight-bound": 0.5}, "weight_bound = 0.5; at least 1 is needed"),
         ({"learning-rate": "fast"}, "learning-rate = 'fast'"),
     ],
 )

@@ -73,6 +73,15 @@ def dare_mod(msg: Message, ctxt: Context, call_next: ClientAppCallable) -> Messa
     return reply
 
 
+def answer_hello(msg: Message, ctxt: Context) -> Message:
+    """Say who this client is without a word of the app's code: no base is made for it."""
+    try:
+        order = Order.read(read_config(msg.content, ORDER_KEY) or ConfigRecord(), planned=False)
+        return _answer(msg, _hello(open_receiver(order, ctxt), ctxt))
+    except DareError as error:
+        return _answer(msg, _refusal(error, None))
+
+
 def _answer(msg: Message, answer: Hello | Refusal) -> Message:
     return Message(RecordDict({REPLY_KEY: answer.to_record()}), reply_to=msg)
 

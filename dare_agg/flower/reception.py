@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import logging
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -39,14 +40,26 @@ def client_name(context: Context) -> str:
 
 def open_receiver(order: Order, context: Context) -> Receiver:
     """The receiver of the downlink that the order names; raises as it does."""
-    node = context.node_config
     place = Place(
-        Path(str(node["cache"])) if "cache" in node else cache_folder("versions"),
+        _folder(context),
         client_name(context) or str(context.node_id),
         order.dense,
         order.exclude,
     )
     return WAYS[order.downlink].receive(place, order.facts)
+
+
+def _folder(context: Context) -> Path:
+    """Where versions are kept: for parties of secure sums, apart for each roster.
+
+    One consortium's server shall not learn what another's had this party keep, nor change it.
+    """
+    node = context.node_config
+    root = Path(str(node["cache"])) if "cache" in node else cache_folder("versions")
+    if "secure-identity" not in node:
+        return root
+    who = f"{node['secure-identity']}\0{node.get('secure-roster', '')}"
+    return root / "parties" / hashlib.sha256(who.encode()).hexdigest()[:16]
 
 
 def offered_bases(msg: Message, context: Context) -> Iterator[Arrays]:

@@ -25,7 +25,14 @@ from dare_agg.flower.records import (
     read_config,
     read_refusal,
 )
-from dare_agg.flower.secure.records import QUERY, SECURE_KEY, TRAIN, content_of, stage_of
+from dare_agg.flower.secure.records import (
+    MESSAGE_KEY,
+    QUERY,
+    SECURE_KEY,
+    TRAIN,
+    content_of,
+    stage_of,
+)
 
 LOG = logging.getLogger("flwr")
 
@@ -52,7 +59,8 @@ def is_asked_well(message: Message, context: Context) -> bool:
     its own config has ``secure-evaluate``."""
     kind, content = message.metadata.message_type, message.content
     if kind == f"{MessageType.QUERY}.{QUERY}":
-        return True
+        # Whatever else lay there, another mod or the app might answer.
+        return set(content) <= {SECURE_KEY, MESSAGE_KEY}
     secure, order = read_config(content, SECURE_KEY), read_config(content, ORDER_KEY)
     ask = None if order is None else order.get(words_of(Order)["ask"])
     if kind == MessageType.TRAIN:

@@ -30,7 +30,7 @@ from dare_agg.errors import (
 )
 from dare_agg.flower.app_records import content_for_app, keep_local, trained_record
 from dare_agg.flower.internals import ClientAppCallable, FailureCode, app_mods
-from dare_agg.flower.mod import dare_mod
+from dare_agg.flower.mod import answer_hello
 from dare_agg.flower.reception import open_receiver, receive_base
 from dare_agg.flower.records import (
     ORDER_KEY,
@@ -216,18 +216,13 @@ def secure_mod(msg: Message, ctxt: Context, call_next: ClientAppCallable) -> Mes
     is_protocol = msg.metadata.message_type.startswith(MessageType.QUERY)
     if not guarded or is_protocol:
         return call_next(msg, ctxt)
-    # Who it is: our own mod says it, never the training code.
     is_hello = msg.metadata.message_type == MessageType.TRAIN
     try:
-        reply = dare_mod(msg, ctxt, _no_code) if is_hello else call_next(msg, ctxt)
+        reply = answer_hello(msg, ctxt) if is_hello else call_next(msg, ctxt)
     except Exception:
         LOG.warning("secure party: its own code failed", exc_info=True)
         return Message(Error(FailureCode.APP_RAISED, KEPT_HERE), reply_to=msg)
     return in_fixed_words(reply, msg)
-
-
-def _no_code(msg: Message, ctxt: Context) -> Message:
-    raise ProtocolError("this is no hello", reason="stage")
 
 
 def _train(

@@ -15,12 +15,14 @@ from flwr.app import (
 )
 from flwr.clientapp import ClientApp
 
-from client.config import TaskConfig, place, task_config
+from client.config import ConfigValue, TaskConfig, place, task_config
 from client.models import model_path
+from client.own import own_words
 from client.partition import partition
 from client.rows import Indices
 from client.training import FineTuning, build_task
 from dare_agg.flower import STATISTICS_KEY, dare_mod, offer_base
+from dare_agg.flower.secure.gate import is_guarded
 from dare_agg.flower.secure.mod import secure_mod, secure_queries
 from dare_agg.flower.transport import to_record
 from dare_agg.flower.warm import warm_trainer
@@ -41,12 +43,18 @@ def _own_task(msg: Message, context: Context) -> FineTuning:
     assert isinstance(labels, list)
     return _task(
         task_config(
-            context.run_config,
+            _run_config(context),
             context.node_config,
             labels=tuple(str(name) for name in labels),
             train=str(record.get("train", "")),
         )
     )
+
+
+def _run_config(context: Context) -> Mapping[str, ConfigValue]:
+    """The run config; a guarded party's paths and columns are its own."""
+    guarded = is_guarded(context)
+    return own_words(context.run_config, context.node_config) if guarded else context.run_config
 
 
 # The parts of all clients are cut at once and kept: a process serves hundreds of them.

@@ -1,0 +1,47 @@
+"""What a party of secure sums trains on: its own words, whatever the run config says.
+
+Columns, files and models that a run config names would be a server's choice of what this
+machine reads. A guarded node takes them from its node config; of the run config only names of
+public data sets and models that install as packages count, which are no paths.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+
+from client.config import DEFAULTS, ConfigValue, split_list
+from client.data import BUILT_IN
+from client.images import BUILT_IN_IMAGES
+from client.models import MODELS
+from dare_agg.errors import ConfigError
+
+# Run config key → the node config's key for it, and the public names that a run may say.
+PLACES = {
+    "data": ("data-path", (*BUILT_IN, *BUILT_IN_IMAGES)),
+    "model": ("base-path", tuple(MODELS)),
+}
+# Columns are the node's, else the app's own defaults.
+COLUMNS = ("text-column", "label-column", "partition-by")
+
+
+def own_words(
+    run: Mapping[str, ConfigValue], node: Mapping[str, ConfigValue]
+) -> dict[str, ConfigValue]:
+    """The run config with every path and column in this node's own words.
+
+    Raises `ConfigError` where the node does not say and the run says no public name.
+    """
+    words = dict(run)
+    for key, (own, public) in PLACES.items():
+        if own in node:
+            words[key] = node[own]
+        elif key in node:
+            words[key] = node[key]
+        elif not set(split_list(str(run.get(key, DEFAULTS[key])))) <= set(public):
+            raise ConfigError(
+                f"{key} = {str(run.get(key))[:60]!r} is the run's word, and this node takes part "
+                f"in secure sums only: name its own in --node-config: {own}=…, or let the run say one "
+                f"of {', '.join(public)}"
+            )
+    words.update({key: node.get(key, DEFAULTS[key]) for key in COLUMNS})
+    return words

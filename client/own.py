@@ -40,8 +40,8 @@ def own_words(
         elif not set(split_list(str(run.get(key, DEFAULTS[key])))) <= set(public):
             raise ConfigError(
                 f"{key} = {str(run.get(key))[:60]!r} is the run's word, and this node takes part "
-                f"in secure sums only: name its own in --node-config: {own}=…, or let the run say one "
-                f"of {', '.join(public)}"
+                f"in secure sums only: name its own in --node-config: {own}=…, or let the run "
+                f"say one of {', '.join(public)}"
             )
     words.update({key: node.get(key, DEFAULTS[key]) for key in COLUMNS})
     return words

@@ -98,26 +98,26 @@ class Reader:
             raise self.bad(f"a field of {length} bytes, at most {limit} are allowed")
         return self.take(length)
 
-    def count(self, each: int) -> int:
-        """A list length whose items of ``each`` bytes fit in what is left."""
+    def count(self, each: int, most: int) -> int:
+        """A list length of at most ``most``, whose items of ``each`` bytes fit in what is left."""
         length = self.u32()
+        if length > most:
+            raise self.bad(f"a list of {length} items, at most {most} are possible")
         if length * each > self.left:
             raise self.bad(f"a list of {length} items does not fit in {self.left} bytes")
         return length
 
     def texts(self, most: int, limit: int) -> tuple[str, ...]:
         """A list of up to ``most`` texts of up to ``limit`` bytes each."""
-        count = self.count(4)
-        if count > most:
-            raise self.bad(f"{count} texts; at most {most}")
+        count = self.count(4, most)
         try:
             return tuple(self.blob(limit).decode() for _ in range(count))
         except UnicodeDecodeError as error:
             raise self.bad("a text that is not UTF-8") from error
 
-    def identifiers(self) -> tuple[int, ...]:
-        """Party ids, strictly ascending: no duplicates, one order."""
-        length = self.count(4)
+    def identifiers(self, most: int) -> tuple[int, ...]:
+        """At most ``most`` party ids, strictly ascending: no duplicates, one order."""
+        length = self.count(4, most)
         ids = struct.unpack(f"<{length}I", self.take(4 * length))
         if any(a >= b for a, b in pairwise(ids)):
             raise self.bad("party ids are not strictly ascending")

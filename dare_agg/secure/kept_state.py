@@ -5,6 +5,7 @@ from __future__ import annotations
 from dare_agg.errors import ProtocolError
 from dare_agg.secure.client import STAGES, ClientState
 from dare_agg.secure.encoding import Reader, blob, identifiers, u8, u32
+from dare_agg.secure.roster import MAX_MEMBERS
 from dare_agg.secure.terms import decode_terms
 
 _MOST = 1 << 28
@@ -53,10 +54,12 @@ def decode_state(data: bytes) -> ClientState:
     own, sealing, mask_seed, self_seed, nonce, keys, shares, alive_digest = (
         read.blob(_MOST) for _ in range(8)
     )
-    drawn, shared, alive = (read.identifiers() for _ in range(3))
-    adverts = tuple(read.blob(_MOST) for _ in range(read.count(4)))
-    openers = tuple((read.u32(), read.blob(_MOST)) for _ in range(read.count(8)))
-    held = tuple((read.u32(), read.blob(_MOST), read.blob(_MOST)) for _ in range(read.count(12)))
+    drawn, shared, alive = (read.identifiers(MAX_MEMBERS) for _ in range(3))
+    adverts = tuple(read.blob(_MOST) for _ in range(read.count(4, MAX_MEMBERS)))
+    openers = tuple((read.u32(), read.blob(_MOST)) for _ in range(read.count(8, MAX_MEMBERS)))
+    held = tuple(
+        (read.u32(), read.blob(_MOST), read.blob(_MOST)) for _ in range(read.count(12, MAX_MEMBERS))
+    )
     read.done()
     return ClientState(
         terms=terms,

@@ -2,7 +2,8 @@
 
 Every message begins with ``"DS"``, the protocol version, its kind and the session. Those of
 a party end with its Ed25519 signature over all that precedes. Decoding takes exactly what
-encoding makes and checks every length against the terms before anything is stored.
+encoding makes and checks every length against the terms before anything is stored: no list is
+longer than the cohort, whose work and memory it would else multiply.
 """
 
 from __future__ import annotations
@@ -71,7 +72,7 @@ def signing_input(body: bytes) -> bytes:
 
 def _party(read: Reader, terms: SecureTerms) -> int:
     party = read.u32()
-    if party not in terms.cohort:
+    if party not in terms.members:
         raise ProtocolError(
             f"{read.what}: party {party} is not in the cohort of {len(terms.cohort)}",
             reason="cohort",
@@ -109,7 +110,7 @@ def decode_advert(data: bytes, terms: SecureTerms, roster: Roster) -> Advert:
     """Read one advert of `ADVERT_BYTES`; refuses strangers to the cohort and bad signatures."""
     open_message(data, ADVERT, terms.session, "advert")
     advert = split_advert(data)
-    if advert.party not in terms.cohort:
+    if advert.party not in terms.members:
         raise ProtocolError(
             f"advert: party {advert.party} is not in the cohort of {len(terms.cohort)}",
             reason="cohort",
@@ -141,7 +142,7 @@ def decode_keys(data: bytes, terms: SecureTerms, roster: Roster) -> tuple[Advert
     Raises `ProtocolError` "duplicate" otherwise.
     """
     read = open_message(data, KEYS, terms.session, "key list")
-    count = read.count(ADVERT_BYTES)
+    count = read.count(ADVERT_BYTES, len(terms.cohort))
     adverts = tuple(decode_advert(read.take(ADVERT_BYTES), terms, roster) for _ in range(count))
     read.done()
     if any(a.party >= b.party for a, b in pairwise(adverts)):
@@ -194,7 +195,7 @@ def decode_shares(data: bytes, terms: SecureTerms, roster: Roster) -> ShareUploa
 
 
 def _sealed_list(read: Reader, terms: SecureTerms) -> tuple[tuple[int, bytes], ...]:
-    count = read.count(4 + SEALED_BYTES)
+    count = read.count(4 + SEALED_BYTES, len(terms.cohort))
     sealed = tuple((_party(read, terms), read.take(SEALED_BYTES)) for _ in range(count))
     if any(a >= b for (a, _), (b, _) in pairwise(sealed)):
         raise ProtocolError(f"{read.what}: parties are not ascending", reason="duplicate")
@@ -221,7 +222,7 @@ def encode_delivery(session: bytes, delivery: Delivery) -> bytes:
 def decode_delivery(data: bytes, terms: SecureTerms) -> Delivery:
     """Read a delivery; `ProtocolError` "duplicate" unless parties are strictly ascending."""
     read = open_message(data, DELIVERY, terms.session, "share delivery")
-    count = read.count(4 + NONCE_BYTES)
+    count = read.count(4 + NONCE_BYTES, len(terms.cohort))
     nonces = tuple((_party(read, terms), read.take(NONCE_BYTES)) for _ in range(count))
     if any(a >= b for (a, _), (b, _) in pairwise(nonces)):
         raise ProtocolError("share delivery: parties are not ascending", reason="duplicate")
@@ -279,7 +280,8 @@ def encode_alive_list(session: bytes, alive: tuple[int, ...], dead: tuple[int, .
 def decode_alive_list(data: bytes, terms: SecureTerms) -> tuple[tuple[int, ...], tuple[int, ...]]:
     """Return ``(alive, dead)``, each ascending; whether the sets are sound the caller judges."""
     read = open_message(data, ALIVE_LIST, terms.session, "alive list")
-    lists = read.identifiers(), read.identifiers()
+    most = len(terms.cohort)
+    lists = read.identifiers(most), read.identifiers(most)
     read.done()
     return lists
 
@@ -323,8 +325,9 @@ def decode_signatures(
 ) -> tuple[tuple[int, ...], tuple[int, ...], tuple[tuple[int, bytes], ...]]:
     """Return ``(alive, dead, ((party, signature), …))``; the signatures are not verified here."""
     read = open_message(data, SIGNATURES, terms.session, "signature list")
-    alive, dead = read.identifiers(), read.identifiers()
-    count = read.count(4 + SIGNATURE_BYTES)
+    most = len(terms.cohort)
+    alive, dead = read.identifiers(most), read.identifiers(most)
+    count = read.count(4 + SIGNATURE_BYTES, most)
     pairs = tuple((_party(read, terms), read.take(SIGNATURE_BYTES)) for _ in range(count))
     read.done()
     if any(a >= b for (a, _), (b, _) in pairwise(pairs)):
@@ -355,7 +358,7 @@ def decode_reveal(
     party = _party(read, terms)
     if read.take(DIGEST_BYTES) != alive:
         raise ProtocolError(f"reveal of party {party} is for another alive set", reason="alive")
-    count = read.count(4 + SHARE_BYTES)
+    count = read.count(4 + SHARE_BYTES, len(terms.cohort))
     shares = tuple((_party(read, terms), read.take(SHARE_BYTES)) for _ in range(count))
     read.take(SIGNATURE_BYTES)
     read.done()

@@ -145,6 +145,11 @@ class SecureTerms:
         _check(len(self.training) == DIGEST_BYTES, "training digest", "32 bytes")
 
     @cached_property
+    def members(self) -> frozenset[int]:
+        """The cohort, to look parties up in."""
+        return frozenset(self.cohort)
+
+    @cached_property
     def quantiser(self) -> Quantiser:
         """The fixed point that these terms fix."""
         return Quantiser(self.aggregate, self.bits, self.clip, len(self.cohort))
@@ -286,7 +291,7 @@ def decode_terms(data: bytes) -> SecureTerms:
             run=read.blob(128).decode(),
             round=read.u32(),
             roster=read.take(DIGEST_BYTES),
-            cohort=read.identifiers(),
+            cohort=read.identifiers(MAX_MEMBERS),
             threshold=read.u32(),
             degree=read.u32(),
             share_threshold=read.u32(),

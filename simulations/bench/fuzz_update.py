@@ -2,12 +2,9 @@
 
     python -m simulations.bench.fuzz_update --count 1000000
 
-Starts from good updates of every value format and mask, in-round and as files. Guided by
-coverage: a mutant that takes a step between two lines of the decoder not taken before, or
-leads to an answer not seen before (an error of other words), joins the ones to mutate further
-(steps are watched in one mutant of eight: it triples the time).
-Half of the mutants get a checksum, and files a context, that fit again, so that the checks
-behind them are reached. What is accepted is read to its end.
+Starts from good updates of every value format and mask, in-round and as files; the loop is
+that of `simulations.bench.fuzzing`. Half of the mutants get a checksum, and files a context, that
+fit again, so that the checks behind them are reached. What is accepted is read to its end.
 """
 
 from __future__ import annotations
@@ -15,19 +12,11 @@ from __future__ import annotations
 import argparse
 import json
 import random
-import re
-import resource
-import signal
 import struct
-import sys
 import tempfile
-import time
-from collections import Counter
 from collections.abc import Callable
 from copy import deepcopy
-from functools import partial
 from pathlib import Path
-from types import CodeType, FrameType
 from typing import Any
 
 import numpy as np
@@ -52,20 +41,13 @@ from dare_agg.codec.update_file import (
     read_update_file,
     write_update_file,
 )
-from dare_agg.errors import REASONS, DareError
+from dare_agg.errors import DareError
 from dare_agg.vectors.layout import Layout, layout_of
-from simulations.runs.rows import append_row, read_rows
+from simulations.bench.fuzzing import FAST_FOLDER, Attempt, add_words, pieces, show
 
 FILE_SHARE = 0.2
-MAX_CORPUS = 4000
-WATCHED = 8
-PIECE = 50_000
 MAX_ACCEPTED_SIZE = 1 << 22
-HANG_SECONDS = 20
-MEMORY_LIMIT_MIB = 256
 _DECODER = tuple(str(Path(room.__file__).parent) for room in (codec, vectors))
-# In memory where there is such a place: a mutant's file is written and read once.
-_FAST_FOLDER = next((name for name in ("/dev/shm",) if Path(name).is_dir()), None)
 _NUMBERS = (0, 1, 2, 7, 255, 256, 2**15, 2**16, 2**31 - 1, 2**31, 2**32 - 1, 2**40, 2**63 - 1,
             2**63, 2**64 - 1)  # fmt: skip
 _ODD: tuple[Any, ...] = (
@@ -193,168 +175,45 @@ def use(update: Update) -> None:
     assert np.isfinite(out).all(), "an accepted update has values that are not finite"
 
 
-def _read_file(path: Path) -> Update:
-    return read_update_file(path)[0]
+class Updates:
+    """The decoder, of updates in a round and of update files."""
 
-
-def outcome(work: Callable[[], Update]) -> tuple[str, str]:
-    """Return (reason, wording without its numbers); anything but a `DareError` escapes."""
-    try:
-        use(work())
-    except DareError as error:
-        assert error.reason in REASONS, f"reason {error.reason!r} is not in the table"
-        assert "\n" not in str(error) and len(str(error)) < 1000
-        words = re.sub(r"'[^']*'|b'[^']*'|[0-9a-f]{8,}|\d+", "#", str(error))
-        return error.reason, words.rpartition(".dare: ")[2]
-    return "accepted", ""
-
-
-class Steps:
-    """Which steps from line to line of the decoder's files were taken so far."""
+    name = "update"
+    rooms = _DECODER
 
     def __init__(self) -> None:
-        self._taken: set[tuple[int, int, int]] = set()
-        self._numbers: dict[CodeType, int | None] = {}
+        self._place = tempfile.TemporaryDirectory(dir=FAST_FOLDER)
+        folder = Path(self._place.name)
+        self.in_round, self.files = seeds(folder)
+        self.specs = [spec for spec, _ in self.in_round]
+        self.path = folder / "mutant.dare"
 
-    def __len__(self) -> int:
-        return len(self._taken)
-
-    def watched(self, work: Callable[[], Any]) -> Any:
-        """Return ``work()``, noting its steps."""
-        sys.settrace(self._enter)
-        try:
-            return work()
-        finally:
-            sys.settrace(None)
-
-    def _enter(self, frame: FrameType, _: str, __: Any) -> Callable[..., Any] | None:
-        code = frame.f_code
-        if code not in self._numbers:
-            ours = code.co_filename.startswith(_DECODER)
-            self._numbers[code] = len(self._numbers) if ours else None
-        number = self._numbers[code]
-        if number is None:
-            return None
-        last = 0
-
-        def step(frame: FrameType, event: str, _: Any) -> Callable[..., Any]:
-            nonlocal last
-            if event == "line":
-                line = frame.f_lineno
-                self._taken.add((number, last, line))
-                last = line
-            return step
-
-        return step
-
-
-def fuzz(count: int, seed: int = 0, seconds: float = float("inf")) -> dict[str, Any]:
-    """Run ``count`` mutants, or for so many seconds; returns the figures.
-
-    Raises whatever is not a typed error.
-    """
-    rng = random.Random(seed)
-    found: Counter[str] = Counter()
-    seen: set[tuple[str, str]] = set()
-    steps = Steps()
-    slowest, started = 0.0, time.perf_counter()
-
-    def stuck(_: int, __: FrameType | None) -> None:
-        raise TimeoutError(f"64 mutants took longer than {HANG_SECONDS} CPU s")
-
-    signal.signal(signal.SIGPROF, stuck)
-    with tempfile.TemporaryDirectory(dir=_FAST_FOLDER) as name:
-        folder = Path(name)
-        in_round, files = seeds(folder)
-        specs = [spec for spec, _ in in_round]
-        path = folder / "mutant.dare"
-        before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-        for number in range(count):
-            known = len(steps)
-            if number % 64 == 0:
-                # Of CPU time: a machine that is busy or asleep is no hang.
-                signal.setitimer(signal.ITIMER_PROF, HANG_SECONDS)
-                if time.perf_counter() - started > seconds:
-                    break
-            as_file = rng.random() < FILE_SHARE
-            if as_file:
-                blob = mutate_file(rng, rng.choice(files), lambda: rng.choice(files))
-                if rng.random() < 0.5:
-                    blob = refitted(rng, blob)
-                path.write_bytes(blob)
-                work = partial(_read_file, path)
-            else:
-                spec, blob = rng.choice(in_round)
-                blob = mutate(rng, blob, lambda: rng.choice(in_round)[1])
-                if rng.random() < 0.5:
-                    blob = sealed(spec, blob)
-                if rng.random() < 0.05:
-                    spec = rng.choice(specs)
-                work = partial(decode_update, blob, spec)
-            begin = time.process_time()
-            answer = outcome(work) if number % WATCHED else steps.watched(partial(outcome, work))
-            slowest = max(slowest, time.process_time() - begin)
-            found[answer[0]] += 1
-            fresh = answer not in seen or len(steps) > known
-            seen.add(answer)
-            if fresh and len(in_round) + len(files) < MAX_CORPUS:
-                if as_file:
-                    files.append(blob)
-                else:
-                    in_round.append((spec, blob))
-        signal.setitimer(signal.ITIMER_PROF, 0)
-        grown = (resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before) / 1024
-    assert grown < MEMORY_LIMIT_MIB, f"memory grew by {grown:.0f} MiB"
-    return {
-        "mutants": sum(found.values()),
-        "answers": len(seen),
-        "steps": len(steps),
-        "corpus": len(in_round) + len(files),
-        "reasons": dict(found.most_common()),
-        "slowest_ms": round(1e3 * slowest, 1),
-        "memory_growth_mib": round(grown, 1),
-        "seconds": round(time.perf_counter() - started, 1),
-    }
-
-
-def joined(rows: list[dict[str, Any]]) -> dict[str, Any]:
-    """The figures of several pieces as one: sums, or the largest."""
-    reasons: Counter[str] = Counter()
-    for row in rows:
-        reasons.update(row["reasons"])
-    return {
-        "mutants": sum(row["mutants"] for row in rows),
-        "reasons": dict(reasons.most_common()),
-        **{
-            name: max(row[name] for row in rows)
-            for name in ("answers", "steps", "corpus", "slowest_ms", "memory_growth_mib")
-        },
-        "seconds": round(sum(row["seconds"] for row in rows), 1),
-    }
+    def attempt(self, rng: random.Random) -> Attempt:
+        if rng.random() < FILE_SHARE:
+            blob = mutate_file(rng, rng.choice(self.files), lambda: rng.choice(self.files))
+            if rng.random() < 0.5:
+                blob = refitted(rng, blob)
+            self.path.write_bytes(blob)
+            return Attempt(
+                lambda: use(read_update_file(self.path)[0]), lambda: self.files.append(blob)
+            )
+        spec, blob = rng.choice(self.in_round)
+        blob = mutate(rng, blob, lambda: rng.choice(self.in_round)[1])
+        if rng.random() < 0.5:
+            blob = sealed(spec, blob)
+        if rng.random() < 0.05:
+            spec = rng.choice(self.specs)
+        return Attempt(
+            lambda: use(decode_update(blob, spec)), lambda: self.in_round.append((spec, blob))
+        )
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(
-        prog="python -m simulations.bench.fuzz_update", description=__doc__.partition("\n")[0]
-    )
+    parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--count", type=int, default=1_000_000)
-    parser.add_argument(
-        "--seed", type=int, default=0, help="of the first piece; the next is one up"
-    )
-    parser.add_argument("--seconds", type=float, default=float("inf"), help="stop a piece after")
-    parser.add_argument("--out", type=Path, help="append each piece to this file, skip those there")
+    add_words(parser)
     words = parser.parse_args()
-    rows = read_rows(words.out) if words.out else []
-    for number, start in enumerate(range(0, words.count, PIECE), words.seed):
-        # Several processes may share the file, from different seeds on.
-        rows = read_rows(words.out) if words.out else rows
-        if number in {row["seed"] for row in rows}:
-            continue
-        row = {"seed": number, **fuzz(min(PIECE, words.count - start), number, words.seconds)}
-        rows.append(row)
-        if words.out:
-            append_row(words.out, row)
-    print(json.dumps(joined(rows)))
+    show(pieces(Updates, words.count, seed=words.seed, seconds=words.seconds, out=words.out))
 
 
 if __name__ == "__main__":

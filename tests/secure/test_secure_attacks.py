@@ -2,6 +2,7 @@
 
 from collections.abc import Callable
 from dataclasses import replace
+from time import process_time
 
 import numpy as np
 import pytest
@@ -477,6 +478,20 @@ def test_corrupted_requests_never_pass(stage: str) -> None:
     with pytest.raises(ProtocolError):
         ask(good + b"\0")
     ask(good)
+
+
+@pytest.mark.parametrize("stage", ["shares", "vectors", "signatures", "reveals"])
+def test_a_list_longer_than_the_cohort_costs_nothing(stage: str) -> None:
+    """One advert, nonce, id or signature 50,000 times: each was checked before the order was."""
+    group = consortium(3, size=40)
+    stages = ["adverts", "shares", "vectors", "signatures", "reveals"]
+    run = session(group, stages[stages.index(stage) - 1])
+    good = run.server.close()[1]
+    size = {"shares": wire.ADVERT_BYTES, "vectors": 36, "signatures": 4, "reveals": 4}[stage]
+    run.requests = {1: good[:36] + wire.u32(50_000) + good[40 : 40 + size] * 50_000}
+    began = process_time()
+    assert "at most 3" in str(refused("malformed", lambda: step(run, 1, stage, seeded(1))))
+    assert process_time() - began < 1
 
 
 def test_a_party_insists_on_two_thirds_unless_told_otherwise() -> None:

@@ -139,6 +139,12 @@ class Parties:
     def ids(self) -> list[int]:
         return sorted(self.nodes)
 
+    passphrase = PASSPHRASE
+
+    def path_of(self, party: int) -> Path:
+        """Where a party's private key lies."""
+        return Path(self.nodes[party]["secure-identity"])
+
     def send(
         self, party: int, content: RecordDict, kind: str, run: Mapping[str, Any] | None = None
     ) -> Message:

@@ -23,6 +23,7 @@ from dare_agg.flower.round_strategy import RoundStrategy
 from dare_agg.flower.transport import to_numpy, to_record
 from dare_agg.rounds.state import StateFolder
 from dare_agg.runs.prometheus import exporter
+from dare_agg.runs.rows import RunRow
 from server.asking import agree_on_labels, ask, wait_for_nodes
 from server.config import METHODS, RunConfig, read_config
 from server.export import export_model
@@ -99,7 +100,7 @@ def run_method(
     def record(outcome: RoundOutcome) -> None:
         row = _row(name, outcome, time.monotonic() - began, bool(strategy.downlink.facts()))
         for key in totals:
-            totals[key] += row[key]
+            totals[key] += getattr(row, key)
         recorder.row(row)
         if config.keep_state:
             # After the row: a resumed run drops rows of rounds that were not kept.
@@ -230,8 +231,8 @@ def _secure_facts(measured: Mapping[str, Any]) -> dict[str, Any]:
     return {f"secure_{name}": found[name] for name in names if name in found}
 
 
-def _row(method: str, outcome: RoundOutcome, seconds: float, stepwise: bool) -> dict[str, Any]:
-    """One row of metrics.jsonl; byte counts are those of the encoded payloads."""
+def _row(method: str, outcome: RoundOutcome, seconds: float, stepwise: bool) -> RunRow:
+    """The row of a finished round."""
     measured: Mapping[str, Any] = outcome.measurements
     count = max(1, len(measured["update_bytes"]))
     updates, dense = sum(measured["update_bytes"]), sum(measured["dense_bytes"])
@@ -245,32 +246,32 @@ def _row(method: str, outcome: RoundOutcome, seconds: float, stepwise: bool) -> 
     if stepwise:
         # A step reaches its clients with whatever is asked first, mostly the evaluation.
         down += evaluated
-    return {
-        "method": method,
-        "round": outcome.round,
-        **client,
-        "train-loss": dict(outcome.train_metrics or {}).get("train-loss"),
-        "clients": len(measured["clients"]),
-        "accepted": measured["accepted"],
-        "rejected": measured["rejected"],
+    return RunRow.of(
+        method,
+        outcome.round,
+        client,
+        train_loss=dict(outcome.train_metrics or {}).get("train-loss"),
+        clients=len(measured["clients"]),
+        accepted=measured["accepted"],
+        rejected=measured["rejected"],
         **({"weights_cut": cut} if (cut := measured.get("weights_cut")) else {}),
-        "parameters": outcome.model.delta.size,
-        "update_bytes_per_client": updates // count,
-        "dense_bytes_per_client": dense // count,
-        "statistics_bytes_per_client": statistics // count,
-        "upload_bytes_per_client": uploaded // count,
-        "download_bytes_per_client": down // max(1, len(measured["download_bytes"])),
-        "upload_bytes": uploaded,
-        "download_bytes": down,
-        "message_upload_bytes": sum(measured["upload_bytes"]),
-        "evaluate_download_bytes": evaluated,
-        "survivors_per_element": measured.get("survivors_per_element"),
-        "sign_conflict": merge.get("sign_conflict"),
-        "touched": merge.get("touched"),
+        parameters=outcome.model.delta.size,
+        update_bytes_per_client=updates // count,
+        dense_bytes_per_client=dense // count,
+        statistics_bytes_per_client=statistics // count,
+        upload_bytes_per_client=uploaded // count,
+        download_bytes_per_client=down // max(1, len(measured["download_bytes"])),
+        upload_bytes=uploaded,
+        download_bytes=down,
+        message_upload_bytes=sum(measured["upload_bytes"]),
+        evaluate_download_bytes=evaluated,
+        survivors_per_element=measured.get("survivors_per_element"),
+        sign_conflict=merge.get("sign_conflict"),
+        touched=merge.get("touched"),
         **_secure_facts(measured),
-        "merged_norm": measured.get("merged_norm"),
-        "delta_max": max(measured["delta_max"], default=None),
-        "share_above": max(measured["share_above"], default=None),
-        "round_seconds": measured["seconds"],
-        "seconds": seconds,
-    }
+        merged_norm=measured.get("merged_norm"),
+        delta_max=max(measured["delta_max"], default=None),
+        share_above=max(measured["share_above"], default=None),
+        round_seconds=measured["seconds"],
+        seconds=seconds,
+    )

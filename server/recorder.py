@@ -17,6 +17,7 @@ from dare_agg.files.atomic import REMEDY, replace_file
 from dare_agg.files.json_text import parse_json
 from dare_agg.runs.log import row_line, seconds_left, state_line
 from dare_agg.runs.prometheus import Exporter
+from dare_agg.runs.rows import METRICS_FILE, STATE_FILE, RunRow
 
 LOG = logging.getLogger("flwr")
 
@@ -42,14 +43,14 @@ class Recorder:
     config: Mapping[str, Any] = field(default_factory=dict)
     exporter: Exporter | None = None
     token: str = field(default_factory=lambda: secrets.token_hex(8))
-    _rows: list[Mapping[str, Any]] = field(default_factory=list, init=False, repr=False)
+    _rows: list[RunRow] = field(default_factory=list, init=False, repr=False)
     _writers: dict[str, Any] = field(default_factory=dict, init=False, repr=False)
     started: float = field(default_factory=time.monotonic, init=False)
 
     def __post_init__(self) -> None:
         try:
             self.folder.mkdir(parents=True, exist_ok=True)
-            (self.folder / "metrics.jsonl").touch()
+            (self.folder / METRICS_FILE).touch()
         except OSError as error:
             raise StateError(
                 f"output folder {str(self.folder)!r} cannot be written: {error}; set output"
@@ -58,16 +59,16 @@ class Recorder:
     def status(self, state: str, **more: Any) -> None:
         """Write ``run.json``: "running", "completed" or "failed", with the reason."""
         value = {"status": state, "token": self.token, "config": dict(self.config), **more}
-        write_json(self.folder / "run.json", value, _REMEDY)
+        write_json(self.folder / STATE_FILE, value, _REMEDY)
         LOG.info("%s", state_line(value))
 
-    def row(self, values: Mapping[str, Any]) -> None:
+    def row(self, row: RunRow) -> None:
         """Append one row; numbers that are not finite become null."""
-        clean = {key: _finite(value) for key, value in values.items()}
-        path = self.folder / "metrics.jsonl"
+        clean = RunRow({key: _finite(value) for key, value in row.values.items()})
+        path = self.folder / METRICS_FILE
         try:
             with path.open("a", encoding="utf-8") as file:
-                file.write(json.dumps(clean, allow_nan=False) + "\n")
+                file.write(json.dumps(clean.values, allow_nan=False) + "\n")
         except OSError as error:
             raise StateError(
                 f"{path} was not written: {error.strerror or error}; {_REMEDY}"
@@ -80,14 +81,16 @@ class Recorder:
 
     def rewind(self, method: str, last: int) -> None:
         """Drop a method's rows after round ``last``: they are about to be made again."""
-        path = self.folder / "metrics.jsonl"
+        path = self.folder / METRICS_FILE
         lines = path.read_text(encoding="utf-8").splitlines()
         rows = [row for row in map(_parsed, lines) if row is not None]
-        good = [r for r in rows if r.get("method") != method or r.get("round", 0) <= last]
+        good = [r for r in rows if r.method != method or r.round <= last]
         self._rows[:] = good
         if len(good) == len(lines):
             return
-        replace_file(path, ((json.dumps(row) + "\n").encode() for row in good), remedy=_REMEDY)
+        replace_file(
+            path, ((json.dumps(row.values) + "\n").encode() for row in good), remedy=_REMEDY
+        )
 
     def close(self) -> None:
         for writer in self._writers.values():
@@ -96,16 +99,15 @@ class Recorder:
         if self.exporter is not None:
             self.exporter.close()
 
-    def _tensorboard(self, row: Mapping[str, Any]) -> None:
-        method = str(row.get("method", "run"))
-        if method not in self._writers:
-            self._writers[method] = self._open(method)
-        writer = self._writers[method]
+    def _tensorboard(self, row: RunRow) -> None:
+        if row.method not in self._writers:
+            self._writers[row.method] = self._open(row.method)
+        writer = self._writers[row.method]
         if writer is None:
             return
-        for key, value in row.items():
+        for key, value in row.values.items():
             if isinstance(value, int | float) and not isinstance(value, bool) and key != "round":
-                writer.add_scalar(key, value, row.get("round", 0))
+                writer.add_scalar(key, value, row.round)
         writer.flush()
 
     def _open(self, method: str) -> Any:
@@ -116,12 +118,12 @@ class Recorder:
         return Writer(str(self.folder / "tensorboard" / method))
 
 
-def _parsed(line: str) -> dict[str, Any] | None:
+def _parsed(line: str) -> RunRow | None:
     try:
         row = parse_json(line)
     except ValueError:  # cut off by a crash
         return None
-    return row if isinstance(row, dict) else None
+    return RunRow(row) if isinstance(row, dict) else None
 
 
 def _finite(value: Any) -> Any:

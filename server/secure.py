@@ -14,6 +14,7 @@ from dare_agg.downlink.ways import make_downlink
 from dare_agg.errors import ConfigError
 from dare_agg.flower.secure.merge import secure_merge
 from dare_agg.flower.secure.strategy import SecureStrategy
+from dare_agg.runs.rows import RunRow
 from dare_agg.secure.roster import Roster, read_roster
 from dare_agg.vectors.patterns import compile_patterns
 from server.config import RunConfig
@@ -89,25 +90,26 @@ def merge_models(grid: Grid, config: RunConfig, recorder: Recorder) -> dict[str,
     sent = [*found["upload_bytes"]]
     received = [*found["download_bytes"]]
     recorder.row(
-        {
-            "method": found["method"],
-            "round": 1,
-            "clients": len(found["parties"]),
-            "accepted": len(found["parties"]),
-            "rejected": found["rejected"],
-            "parameters": found["parameters"],
-            "update_bytes_per_client": sum(sent) // len(sent),
-            "dense_bytes_per_client": 0,
-            "upload_bytes_per_client": sum(sent) // len(sent),
-            "download_bytes_per_client": sum(received) // len(received),
-            "upload_bytes": sum(sent),
-            "download_bytes": sum(received),
-            "secure_lone_share": found["lone_share"],
-            "secure_conflict_share": found["conflict_share"],
-            "secure_clipped_share": found["clipped_share"],
-            "secure_results": len(found["result_at"]),
-            "round_seconds": found["seconds"],
-            "seconds": found["seconds"],
-        }
+        RunRow.of(
+            found["method"],
+            1,
+            {},
+            clients=len(found["parties"]),
+            accepted=len(found["parties"]),
+            rejected=found["rejected"],
+            parameters=found["parameters"],
+            update_bytes_per_client=sum(sent) // len(sent),
+            dense_bytes_per_client=0,
+            upload_bytes_per_client=sum(sent) // len(sent),
+            download_bytes_per_client=sum(received) // len(received),
+            upload_bytes=sum(sent),
+            download_bytes=sum(received),
+            secure_lone_share=found["lone_share"],
+            secure_conflict_share=found["conflict_share"],
+            secure_clipped_share=found["clipped_share"],
+            secure_results=len(found["result_at"]),
+            round_seconds=found["seconds"],
+            seconds=found["seconds"],
+        )
     )
     return {found["method"]: found["fingerprint"]}

@@ -11,7 +11,12 @@ from dare_agg.errors import ConfigError, did_you_mean
 
 # In the order in which "auto" asks them; the last one takes what no other recognises.
 TASKS: Mapping[str, Task] = {
-    row.name: row for row in (causal_lm.TASK, image_classification.TASK, text_classification.TASK)
+    row.name: row
+    for row in (
+        causal_lm.TASK,
+        image_classification.TASK,
+        text_classification.TASK,
+    )
 }
 
 

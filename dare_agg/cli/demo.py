@@ -139,7 +139,8 @@ def follow(folder: Path, command: tuple[str, ...], rounds: int) -> None:
     )
 
     from dare_agg.cli.output import stderr_console
-    from dare_agg.runs.report import METRICS_FILE, TITLES
+    from dare_agg.runs.report import TITLES
+    from dare_agg.runs.rows import METRICS_FILE
 
     prepare_folder(folder)
     columns = (
@@ -190,17 +191,16 @@ def show_progress(progress: Any, bars: Mapping[str, Any], metrics: Path, rounds:
     from dare_agg.runs.report import read_metrics
     from dare_agg.runs.words import human_bytes
 
-    latest = {row["method"]: row for row in read_metrics(metrics)}
+    latest = {row.method: row for row in read_metrics(metrics)}
     for place, name in enumerate(METHODS):
         row = latest.get(name)
         if row is None:
             continue
         progress.start_task(bars[name])
-        accuracy = row.get("accuracy")
-        sent = human_bytes(row["upload_bytes_per_client"])
-        seen = f"accuracy {accuracy:.3f}, " if accuracy is not None else ""
-        progress.update(bars[name], completed=row["round"], state=f"{seen}{sent} up a client")
-        if row["round"] >= rounds:
+        sent = human_bytes(row.upload_bytes_per_client)
+        seen = f"accuracy {row.accuracy:.3f}, " if row.accuracy is not None else ""
+        progress.update(bars[name], completed=row.round, state=f"{seen}{sent} up a client")
+        if row.round >= rounds:
             progress.stop_task(bars[name])
             if place + 1 < len(METHODS):
                 progress.start_task(bars[METHODS[place + 1]])
@@ -225,7 +225,7 @@ def prepare_folder(folder: Path) -> None:
     """Make an empty run folder; an older run of the demo there is removed, nothing else."""
     import shutil
 
-    from dare_agg.runs.report import METRICS_FILE
+    from dare_agg.runs.rows import METRICS_FILE
 
     if folder.is_dir() and any(folder.iterdir()):
         if not (folder / METRICS_FILE).is_file():

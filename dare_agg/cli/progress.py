@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 from dare_agg.files.json_text import parse_json, read_json
 from dare_agg.runs.log import Mirror, planned_rounds, rejections, seconds_left
+from dare_agg.runs.rows import METRICS_FILE, STATE_FILE, RunRow
 from dare_agg.runs.words import human_bytes, human_seconds
 
 if TYPE_CHECKING:
@@ -19,14 +20,14 @@ if TYPE_CHECKING:
 _ROUND = re.compile(r"INFO(?:\x1b\[0m|[\s:])*\[ROUND (\d+)/(\d+)\]\s*$")
 
 
-def load_rows(folder: Path) -> list[dict[str, Any]]:
-    """Read metrics.jsonl; a line that is still being written is left out."""
-    path = folder / "metrics.jsonl"
+def load_rows(folder: Path) -> list[RunRow]:
+    """Read a run's rows; a line that is still being written is left out."""
+    path = folder / METRICS_FILE
     rows = []
     if path.is_file():
         for line in path.read_text(encoding="utf-8").splitlines():
             try:
-                rows.append(parse_json(line))
+                rows.append(RunRow(parse_json(line)))
             except ValueError:
                 continue
     return rows
@@ -62,34 +63,33 @@ def follow(folder: Path, console: Console) -> Callable[[str], None]:
 def load_config(folder: Path) -> dict[str, Any]:
     """The run config as run.json keeps it; empty where there is none yet."""
     try:
-        config = read_json(folder / "run.json")["config"]
+        config = read_json(folder / STATE_FILE)["config"]
     except (OSError, ValueError, KeyError):
         return {}
     return config if isinstance(config, dict) else {}
 
 
-def _round_line(row: dict[str, Any], rows: list[dict[str, Any]], config: dict[str, Any]) -> str:
-    accuracy = row.get("accuracy")
-    shown = f"accuracy {accuracy:.3f}, " if isinstance(accuracy, float) else ""
+def _round_line(row: RunRow, rows: list[RunRow], config: dict[str, Any]) -> str:
+    shown = "" if row.accuracy is None else f"accuracy {row.accuracy:.3f}, "
     total = f" of {planned}" if (planned := planned_rounds(config)) else ""
-    rejected = f" ({len(row['rejected'])} rejected: {rejections(row)})" if row["rejected"] else ""
-    if row.get("weights_cut"):
-        rejected += f" (weight cut: {', '.join(row['weights_cut'])})"
+    rejected = f" ({len(row.rejected)} rejected: {rejections(row)})" if row.rejected else ""
+    if row.weights_cut:
+        rejected += f" (weight cut: {', '.join(row.weights_cut)})"
     left = seconds_left(rows, config)
-    up, down = (human_bytes(row[f"{way}_bytes_per_client"]) for way in ("upload", "download"))
+    up, down = map(human_bytes, (row.upload_bytes_per_client, row.download_bytes_per_client))
     return (
-        f"[bold]{row['method']}[/] round {row['round']}{total}: {shown}"
-        f"{row['accepted']} updates{rejected}, {up} up and {down} down per client, "
-        f"{row['seconds']:.0f} s" + (f", about {human_seconds(left)} left" if left else "")
+        f"[bold]{row.method}[/] round {row.round}{total}: {shown}"
+        f"{row.accepted} updates{rejected}, {up} up and {down} down per client, "
+        f"{row.seconds:.0f} s" + (f", about {human_seconds(left)} left" if left else "")
     )
 
 
-def last_rows(rows: list[dict[str, Any]]) -> dict[str, dict[str, Any]]:
+def last_rows(rows: list[RunRow]) -> dict[str, RunRow]:
     """The last round of each method, in the order in which methods ran."""
-    return {row["method"]: row for row in rows}
+    return {row.method: row for row in rows}
 
 
-def summary_table(rows: list[dict[str, Any]]) -> Table:
+def summary_table(rows: list[RunRow]) -> Table:
     """Render one line a method: accuracy, bytes per client and round, ratio, seconds."""
     from rich.table import Table
 
@@ -98,38 +98,37 @@ def summary_table(rows: list[dict[str, Any]]) -> Table:
     for name in ("accuracy", "rounds", "update up", "head up", "ratio", "down", "seconds"):
         table.add_column(name, justify="right")
     last = last_rows(rows)
-    dense = last.get("fedavg", {}).get("update_bytes_per_client")
+    dense = last["fedavg"].update_bytes_per_client if "fedavg" in last else 0
     for method, row in last.items():
-        update = row["update_bytes_per_client"]
+        update = row.update_bytes_per_client
         own = method != "head-only"
         ratio = f"{dense / update:,.0f}×" if dense and update and own else "–"
-        accuracy = row.get("accuracy")
         table.add_row(
             method,
-            f"{accuracy:.3f}" if isinstance(accuracy, float) else "–",
-            str(row["round"]),
+            "–" if row.accuracy is None else f"{row.accuracy:.3f}",
+            str(row.round),
             human_bytes(update) if own else "–",
-            human_bytes(row["dense_bytes_per_client"] if own else update),
+            human_bytes(row.dense_bytes_per_client if own else update),
             ratio,
-            human_bytes(row["download_bytes_per_client"]),
-            f"{row['seconds']:.0f}",
+            human_bytes(row.download_bytes_per_client),
+            f"{row.seconds:.0f}",
         )
     return table
 
 
-def secure_lines(rows: list[dict[str, Any]], folder: Path) -> list[str]:
+def secure_lines(rows: list[RunRow], folder: Path) -> list[str]:
     """What a secure run's user must know beside the table; empty for a plain run."""
     lines = []
     for method, row in last_rows(rows).items():
-        if "secure_clipped_share" not in row:
+        if row.secure_clipped_share is None:
             continue
-        lone = row.get("secure_lone_share")
+        lone = row.secure_lone_share
         shown = "hidden in the sum" if lone is None else f"alone at {lone:.1%} of the elements"
         lines.append(
-            f"{method}: single values are {shown}; {row['secure_clipped_share']:.2g} were clipped"
+            f"{method}: single values are {shown}; {row.secure_clipped_share:.2g} were clipped"
         )
-        if (results := row.get("secure_results")) is not None:
-            lines.append(f"{results} of {row['accepted']} parties hold the merged model")
+        if (results := row.secure_results) is not None:
+            lines.append(f"{results} of {row.accepted} parties hold the merged model")
             for name, what in (("merged", "with the base's names"), ("parties", "with own heads")):
                 if (folder / name).exists():
                     lines.append(f"Merged, {what}: {folder / name}")

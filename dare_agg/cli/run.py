@@ -58,7 +58,8 @@ def run(
         )
     rows = load_rows(folder)
     if json_:
-        print_json({"run": str(folder), "status": status.status, "rows": rows})
+        said = [row.values for row in rows]
+        print_json({"run": str(folder), "status": status.status, "rows": said})
     else:
         stdout_console().print(summary_table(rows))
         for line in secure_lines(rows, folder):
@@ -83,9 +84,10 @@ def resumed_config(folder: Path) -> dict[str, bool | int | float | str]:
     """Return the config a run was started with, as its run.json keeps it."""
     from dare_agg.errors import StateError
     from dare_agg.files.json_text import read_json
+    from dare_agg.runs.rows import STATE_FILE
 
     try:
-        stored = read_json(folder / "run.json")["config"]
+        stored = read_json(folder / STATE_FILE)["config"]
     except (OSError, ValueError, KeyError) as error:
         raise StateError(
             f"{folder} holds no run to resume ({type(error).__name__}: {error}); give the folder "

@@ -21,17 +21,14 @@ from typing import Any
 
 from dare_agg.files.atomic import replace_file
 from dare_agg.files.json_text import parse_json, read_json
+from dare_agg.runs.rows import METRICS_FILE, STATE_FILE, RunRow
 
 _LINE = re.compile(r"dare-agg (row|state) ([0-9a-f]{16,64}) (\{.*)")
-ROWS = "metrics.jsonl"
-STATE = "run.json"
-
-Row = Mapping[str, Any]
 
 
-def row_line(row: Row, token: str) -> str:
+def row_line(row: RunRow, token: str) -> str:
     """The log line of a round's measurements, of the run with this token (hex)."""
-    return f"dare-agg row {token} {json.dumps(row, allow_nan=False)}"
+    return f"dare-agg row {token} {json.dumps(row.values, allow_nan=False)}"
 
 
 def state_line(state: Mapping[str, Any]) -> str:
@@ -70,7 +67,7 @@ class Mirror:
         return True
 
     def _state(self, state: dict[str, Any]) -> None:
-        path = self.folder / STATE
+        path = self.folder / STATE_FILE
         try:
             here = read_json(path).get("token")
         except (OSError, ValueError, AttributeError):
@@ -82,15 +79,15 @@ class Mirror:
     def _row(self, row: dict[str, Any]) -> None:
         if not self._foreign:
             return
-        path = self.folder / ROWS
+        path = self.folder / METRICS_FILE
         lines = path.read_text(encoding="utf-8").splitlines() if path.is_file() else []
         # A resumed run makes its last rounds again.
-        kept = [line for line in lines if not _again(parse_json(line), row)]
+        kept = [line for line in lines if not _again(RunRow(parse_json(line)), RunRow(row))]
         replace_file(path, ((line + "\n").encode() for line in [*kept, json.dumps(row)]))
 
 
-def _again(old: Row, new: Row) -> bool:
-    return old.get("method") == new.get("method") and old.get("round", 0) >= new.get("round", 0)
+def _again(old: RunRow, new: RunRow) -> bool:
+    return old.method == new.method and old.round >= new.round
 
 
 def planned_rounds(config: Mapping[str, Any]) -> int:
@@ -98,7 +95,7 @@ def planned_rounds(config: Mapping[str, Any]) -> int:
     return 1 if config.get("secure-merge") else int(config.get("num-rounds", 0))
 
 
-def seconds_left(rows: Sequence[Row], config: Mapping[str, Any]) -> float | None:
+def seconds_left(rows: Sequence[RunRow], config: Mapping[str, Any]) -> float | None:
     """Estimate the rest of a run from its last rounds; None before there is one.
 
     ``config`` is the run config (``num-rounds``, ``methods``). Rounds of one method are alike,
@@ -108,13 +105,12 @@ def seconds_left(rows: Sequence[Row], config: Mapping[str, Any]) -> float | None
     total = planned_rounds(config) * len(methods)
     if not rows or not total:
         return None
-    each = statistics.median(float(row.get("round_seconds") or 0.0) for row in rows[-8:])
+    each = statistics.median(row.round_seconds for row in rows[-8:])
     return max(0, total - len(rows)) * each
 
 
-def rejections(row: Row) -> str:
+def rejections(row: RunRow) -> str:
     """Who was rejected in a round and why: "north: late; south: signature"."""
-    found = row.get("rejected", ())
     return "; ".join(
-        f"{one.get('name') or one.get('client')}: {one.get('reason')}" for one in found
+        f"{one.get('name') or one.get('client')}: {one.get('reason')}" for one in row.rejected
     )

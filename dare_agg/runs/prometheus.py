@@ -7,16 +7,16 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from dare_agg.errors import ConfigError
-from dare_agg.runs.log import Row
+from dare_agg.runs.rows import RunRow
 
-# Prometheus name → (key of a row, help); bytes and rejections are counted besides.
+# Prometheus name → (field of a row, help); bytes and rejections are counted besides.
 GAUGES: Mapping[str, tuple[str, str]] = {
     "dare_agg_round": ("round", "Rounds finished"),
     "dare_agg_clients": ("clients", "Clients sampled in the last round"),
     "dare_agg_accepted": ("accepted", "Updates merged in the last round"),
     "dare_agg_accuracy": ("accuracy", "Accuracy after the last round"),
     "dare_agg_loss": ("loss", "Evaluation loss after the last round"),
-    "dare_agg_train_loss": ("train-loss", "Training loss of the last round"),
+    "dare_agg_train_loss": ("train_loss", "Training loss of the last round"),
     "dare_agg_round_seconds": ("round_seconds", "Seconds the last round took"),
     "dare_agg_seconds": ("seconds", "Seconds since the method began"),
 }
@@ -31,19 +31,18 @@ class Exporter:
     _metrics: dict[str, Any] = field(default_factory=dict)
     _server: Any = None
 
-    def row(self, row: Row, left: float | None = None) -> None:
+    def row(self, row: RunRow, left: float | None = None) -> None:
         """Show a finished round."""
-        method = str(row.get("method", "run"))
-        for name, (key, _) in GAUGES.items():
-            value = row.get(key)
-            if isinstance(value, int | float) and not isinstance(value, bool):
+        method = row.method
+        for name, (what, _) in GAUGES.items():
+            value = getattr(row, what)
+            if value is not None:
                 self._metrics[name].labels(method).set(value)
         if left is not None:
             self._metrics["dare_agg_seconds_left"].set(left)
-        for direction in ("upload", "download"):
-            count = int(row.get(f"{direction}_bytes") or 0)
+        for direction, count in (("upload", row.upload_bytes), ("download", row.download_bytes)):
             self._metrics["dare_agg_bytes"].labels(method, direction).inc(count)
-        for rejection in row.get("rejected", ()):
+        for rejection in row.rejected:
             self._metrics["dare_agg_rejected"].labels(method, str(rejection.get("reason"))).inc()
 
     def close(self) -> None:

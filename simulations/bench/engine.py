@@ -16,6 +16,7 @@ import time
 from pathlib import Path
 from typing import Any
 
+from dare_agg.runs.rows import METRICS_FILE
 from simulations.runs.rows import RESULTS, append_row, versions
 
 CONFIG = {
@@ -57,7 +58,7 @@ def measure(folder: Path, clients: int, rounds: int, method: str) -> dict[str, A
     began = time.monotonic()
     with PeakMemory() as memory:
         status = execute(folder / "run", config, clients=clients, watch=print)
-    lines = (folder / "run" / "metrics.jsonl").read_text(encoding="utf-8").splitlines()
+    lines = (folder / "run" / METRICS_FILE).read_text(encoding="utf-8").splitlines()
     measured = [json.loads(line) for line in lines]
     return {
         "method": method,

@@ -25,6 +25,7 @@ import time
 from pathlib import Path
 from typing import Any
 
+from dare_agg.runs.rows import METRICS_FILE, STATE_FILE
 from simulations.bench.federation import Federation
 from simulations.runs.rows import RESULTS, versions
 
@@ -126,8 +127,8 @@ def measure(warm: bool, rounds: int, initial: Path) -> dict[str, Any]:
             fed.stop_all()
         if warm:
             killer.join()
-        lines = (out / "metrics.jsonl").read_text().splitlines()
-        state = json.loads((out / "run.json").read_text())
+        lines = (out / METRICS_FILE).read_text().splitlines()
+        state = json.loads((out / STATE_FILE).read_text())
     seconds = [json.loads(line)["seconds"] for line in lines]
     each = [round(b - a, 1) for a, b in zip([0.0, *seconds], seconds, strict=False)]
     row = {
@@ -146,7 +147,7 @@ def measure(warm: bool, rounds: int, initial: Path) -> dict[str, Any]:
 
 def note_rounds(output: Path, cpu: CpuSeconds, used: list[float]) -> None:
     """Note the CPU seconds used at the end of each round."""
-    metrics = output / "metrics.jsonl"
+    metrics = output / METRICS_FILE
     while cpu.running:
         done = len(metrics.read_text().splitlines()) if metrics.is_file() else 0
         while len(used) < done:
@@ -156,7 +157,7 @@ def note_rounds(output: Path, cpu: CpuSeconds, used: list[float]) -> None:
 
 def kill_trainers(folder: Path, output: Path, after: int) -> None:
     """kill -9 of the trainers once so many rounds are done."""
-    metrics = output / "metrics.jsonl"
+    metrics = output / METRICS_FILE
     until = time.monotonic() + 1800
     while time.monotonic() < until:
         if metrics.is_file() and len(metrics.read_text().splitlines()) >= after:

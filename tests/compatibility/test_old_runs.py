@@ -52,7 +52,7 @@ def test_a_run_goes_on_to_the_fingerprints_of_an_undisturbed_one(
     state = json.loads((folder / "run.json").read_text())
     assert state["status"] == "completed"
     assert state["fingerprints"] == EXPECTED["fingerprints"]
-    rows = load_rows(folder)
+    rows = [row.values for row in load_rows(folder)]
     assert len(rows) == 8
     for method in METHODS:
         assert [row["round"] for row in rows if row["method"] == method] == [1, 2, 3, 4]
@@ -80,7 +80,7 @@ def test_the_report_and_progress_read_it(
     assert [(one.method, len(one.rounds)) for one in runs] == [("fedavg", 4), ("dare-ties", 2)]
     assert runs[0].histogram is not None and sum(runs[0].histogram[1]) > 400
     assert load_config(Path("run"))["num-rounds"] == 4
-    check_rows(load_rows(Path("run")), EXPECTED["rows"][:6])
+    check_rows([row.values for row in load_rows(Path("run"))], EXPECTED["rows"][:6])
 
 
 def test_an_exported_model_is_the_one_its_provenance_names(old: Callable[[str], Path]) -> None:

@@ -10,6 +10,7 @@ from dare_agg.errors import ConfigError, StateError
 from dare_agg.runs.log import Mirror, rejections, row_line, seconds_left, state_line
 from dare_agg.runs.prometheus import exporter
 from dare_agg.runs.report import read_run
+from dare_agg.runs.rows import RunRow
 from server.recorder import Recorder
 
 TOKEN = "ab" * 8
@@ -17,23 +18,25 @@ CONFIG = {"num-rounds": 5, "methods": ["dare-ties"], "model": "minilm", "data": 
 
 
 def a_row(number, **more):
-    return {
-        "method": "dare-ties",
-        "round": number,
-        "accuracy": 0.5 + number / 10,
-        "clients": 2,
-        "accepted": 2,
-        "rejected": [],
-        "upload_bytes": 2000,
-        "download_bytes": 4000,
-        "upload_bytes_per_client": 1000,
-        "download_bytes_per_client": 2000,
-        "update_bytes_per_client": 900,
-        "dense_bytes_per_client": 100,
-        "round_seconds": 10.0,
-        "seconds": 10.0 * number,
-        **more,
-    }
+    return RunRow(
+        {
+            "method": "dare-ties",
+            "round": number,
+            "accuracy": 0.5 + number / 10,
+            "clients": 2,
+            "accepted": 2,
+            "rejected": [],
+            "upload_bytes": 2000,
+            "download_bytes": 4000,
+            "upload_bytes_per_client": 1000,
+            "download_bytes_per_client": 2000,
+            "update_bytes_per_client": 900,
+            "dense_bytes_per_client": 100,
+            "round_seconds": 10.0,
+            "seconds": 10.0 * number,
+            **more,
+        }
+    )
 
 
 @pytest.fixture
@@ -75,7 +78,7 @@ def test_a_resumed_run_makes_rounds_again(tmp_path):
     mirror.take(state_line({"status": "running", "token": TOKEN, "config": CONFIG}))
     for number in (1, 2, 3, 2, 3):
         mirror.take(row_line(a_row(number), TOKEN))
-    assert [row["round"] for row in load_rows(tmp_path)] == [1, 2, 3]
+    assert [row.round for row in load_rows(tmp_path)] == [1, 2, 3]
 
 
 @pytest.mark.parametrize(

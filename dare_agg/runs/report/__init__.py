@@ -3,7 +3,6 @@
 from dare_agg.runs.report.diagnosis import write_diagnosis
 from dare_agg.runs.report.page import COLUMNS, table_row, write_report
 from dare_agg.runs.report.records import (
-    METRICS_FILE,
     TITLES,
     RoundRecord,
     RunRecord,
@@ -14,7 +13,6 @@ from dare_agg.runs.report.records import (
 
 __all__ = [
     "COLUMNS",
-    "METRICS_FILE",
     "TITLES",
     "RoundRecord",
     "RunRecord",

@@ -10,8 +10,7 @@ from typing import Any
 
 from dare_agg.errors import FormatError, StateError
 from dare_agg.files.json_text import parse_json, read_json
-
-METRICS_FILE = "metrics.jsonl"
+from dare_agg.runs.rows import METRICS_FILE, STATE_FILE, RunRow
 
 
 @dataclass(frozen=True)
@@ -81,7 +80,7 @@ class RunRecord:
         return max((r.clients for r in self.rounds), default=0)
 
 
-def read_metrics(path: Path) -> list[dict[str, Any]]:
+def read_metrics(path: Path) -> list[RunRow]:
     """Read a metrics file; a last line that is still being written is left out.
 
     Raises `StateError` for a line in the middle that is not JSON.
@@ -90,7 +89,7 @@ def read_metrics(path: Path) -> list[dict[str, Any]]:
     rows = []
     for number, line in enumerate(lines, 1):
         try:
-            rows.append(parse_json(line))
+            rows.append(RunRow(parse_json(line)))
         except FormatError as error:
             if number < len(lines):
                 raise StateError(
@@ -122,13 +121,13 @@ def read_run(folder: Path, *, histograms: bool = False) -> list[RunRecord]:
         raise StateError(f"{folder} holds no {METRICS_FILE}; give the output folder of a run")
     config: Mapping[str, Any] = {}
     prints: Mapping[str, str] = {}
-    status = folder / "run.json"
+    status = folder / STATE_FILE
     if status.is_file():
         state = read_json(status)
         config, prints = state.get("config", {}), state.get("fingerprints", {})
-    grouped: dict[str, list[dict[str, Any]]] = {}
+    grouped: dict[str, list[RunRow]] = {}
     for row in read_metrics(path):
-        grouped.setdefault(str(row.get("method", "run")), []).append(row)
+        grouped.setdefault(row.method, []).append(row)
     runs = []
     for method, rows in grouped.items():
         # With the head alone, the head is the run's delta group.
@@ -139,7 +138,7 @@ def read_run(folder: Path, *, histograms: bool = False) -> list[RunRecord]:
                 method,
                 tuple(_round(row, head_only) for row in rows),
                 parameters=_parameters(model, rows[0], head_only),
-                seconds=float(rows[-1].get("seconds") or 0.0),
+                seconds=float(rows[-1].seconds),
                 config=config,
                 histogram=_moved(model, str(config.get("model", ""))) if histograms else None,
                 fingerprint=prints.get(method, ""),
@@ -148,37 +147,37 @@ def read_run(folder: Path, *, histograms: bool = False) -> list[RunRecord]:
     return runs
 
 
-def _round(row: Mapping[str, Any], head_only: bool) -> RoundRecord:
-    upload = float(row.get("update_bytes_per_client", 0))
-    head = float(row.get("dense_bytes_per_client", 0))
+def _round(row: RunRow, head_only: bool) -> RoundRecord:
+    upload = float(row.update_bytes_per_client)
+    head = float(row.dense_bytes_per_client)
     # Where one client at most speaks for an element there is nothing to disagree on.
-    spoken = float(row.get("survivors_per_element") or 0) > 1.001
+    spoken = (row.survivors_per_element or 0) > 1.001
     return RoundRecord(
-        number=int(row["round"]),
-        accuracy=row.get("accuracy"),
-        loss=row.get("loss"),
+        number=int(row.round),
+        accuracy=row.accuracy,
+        loss=row.loss,
         upload=0.0 if head_only else upload,
         head_upload=upload + head if head_only else head,
-        download=float(row.get("download_bytes_per_client", 0)),
-        clients=int(row.get("clients", 0)),
-        seconds=float(row.get("round_seconds", 0)),
-        sign_conflict=row.get("sign_conflict") if spoken and not head_only else None,
-        largest_delta=row.get("delta_max"),
+        download=float(row.download_bytes_per_client),
+        clients=int(row.clients),
+        seconds=float(row.round_seconds),
+        sign_conflict=row.sign_conflict if spoken and not head_only else None,
+        largest_delta=row.delta_max,
     )
 
 
-def _parameters(model: Path, row: Mapping[str, Any], head_only: bool) -> int:
+def _parameters(model: Path, row: RunRow, head_only: bool) -> int:
     """Size of the delta group; from the saved model where the rows do not say."""
     if head_only:
         return 0
     path = model / "model.safetensors"
-    if "parameters" not in row and path.is_file():
+    if row.parameters is None and path.is_file():
         from safetensors import safe_open
 
         with safe_open(path, "numpy") as file:
             shapes = [file.get_slice(name).get_shape() for name in file.keys()]  # noqa: SIM118
         return sum(math.prod(shape) for shape in shapes)
-    return int(row.get("parameters") or 0)
+    return int(row.parameters or 0)
 
 
 def _moved(model: Path, base: str) -> tuple[tuple[float, ...], tuple[int, ...]] | None:

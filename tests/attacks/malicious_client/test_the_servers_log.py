@@ -12,6 +12,7 @@ from dare_agg.cli.run import resumed_config
 from dare_agg.flower import DareStrategy
 from dare_agg.flower.records import REPLY_KEY, UPDATE_KEY
 from dare_agg.runs.log import Mirror
+from dare_agg.runs.rows import RunRow
 from server.recorder import Recorder
 from simulations.runs.memory_grid import MemoryGrid
 
@@ -50,14 +51,14 @@ def test_a_refusal_in_the_servers_words_is_talk(tmp_path, caplog, says):
     arrays = ArrayRecord({name: Array(array) for name, array in toy_arrays().items()})
     strategy = DareStrategy(seed=1, fraction_evaluate=0.0)
     strategy.start(MemoryGrid(toy_app(), 4, tamper=tamper), arrays, num_rounds=2)
-    recorder.row(OURS)
+    recorder.row(RunRow(OURS))
     assert strategy.outcome.measurements["accepted"] == 3
 
     mirror, shown = Mirror(tmp_path / "here"), []
     taken = [mirror.take(f"INFO :      {record.getMessage()}") for record in caplog.records]
     assert taken.count(True) == 2  # the recorder's state and its row
-    assert [row["round"] for row in load_rows(tmp_path / "here")] == [1]
-    assert "accuracy" not in load_rows(tmp_path / "here")[0]
+    assert [row.round for row in load_rows(tmp_path / "here")] == [1]
+    assert load_rows(tmp_path / "here")[0].accuracy is None
     assert json.loads((tmp_path / "here" / "run.json").read_text())["config"] == CONFIG
     assert resumed_config(tmp_path / "here") == CONFIG
 

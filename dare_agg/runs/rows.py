@@ -1,0 +1,93 @@
+"""A row of a run's measurements, and the two files that every run folder has.
+
+A row's keys stand here alone. What a row does not have reads as its default, keys of another
+version are kept, so folders of older runs are read.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any, Generic, TypeVar, overload
+
+METRICS_FILE = "metrics.jsonl"  # a row of JSON a round
+STATE_FILE = "run.json"  # status, config, fingerprints
+
+T = TypeVar("T")
+
+
+class Key(Generic[T]):
+    """A key of a row, and what a row reads as that has it not or of another kind."""
+
+    def __init__(self, default: T, kinds: type | tuple[type, ...] = (int, float), key: str = ""):
+        self.default, self.kinds, self.key = default, kinds, key
+
+    def __set_name__(self, owner: type, name: str) -> None:
+        self.key = self.key or name
+
+    @overload
+    def __get__(self, row: None, owner: type) -> Key[T]: ...
+    @overload
+    def __get__(self, row: RunRow, owner: type) -> T: ...
+    def __get__(self, row: RunRow | None, owner: type) -> Key[T] | T:
+        if row is None:
+            return self
+        value: Any = row.values.get(self.key)
+        fits = isinstance(value, self.kinds) and not isinstance(value, bool)
+        return value if fits else self.default
+
+
+@dataclass(frozen=True)
+class RunRow:
+    """One round of one method; ``values`` is the row as the file has it, made by `of`.
+
+    Byte counts are those of encoded payloads; ``_per_client`` ones are means, without the
+    messages around them. ``update_bytes`` are the delta group's, ``dense_bytes`` the small
+    dense group's. ``secure_…`` are a secure run's alone.
+    """
+
+    values: Mapping[str, Any]
+
+    method = Key("run", str)
+    round = Key(0)
+    accuracy = Key[float | None](None)
+    loss = Key[float | None](None)
+    train_loss = Key[float | None](None, key="train-loss")
+    clients = Key(0)
+    accepted = Key(0)
+    rejected = Key[Sequence[Mapping[str, Any]]]((), (list, tuple))
+    weights_cut = Key[Sequence[str]]((), (list, tuple))
+    parameters = Key[int | None](None)
+    update_bytes_per_client = Key(0)
+    dense_bytes_per_client = Key(0)
+    statistics_bytes_per_client = Key(0)
+    upload_bytes_per_client = Key(0)
+    download_bytes_per_client = Key(0)
+    upload_bytes = Key(0)
+    download_bytes = Key(0)
+    message_upload_bytes = Key(0)
+    evaluate_download_bytes = Key(0)
+    survivors_per_element = Key[float | None](None)
+    sign_conflict = Key[float | None](None)
+    touched = Key[float | None](None)
+    secure_lone_share = Key[float | None](None)
+    secure_conflict_share = Key[float | None](None)
+    secure_clipped_share = Key[float | None](None)
+    secure_bits = Key[int | None](None)
+    secure_word_bits = Key[int | None](None)
+    secure_results = Key[int | None](None)
+    merged_norm = Key[float | None](None)
+    delta_max = Key[float | None](None)
+    share_above = Key[float | None](None)
+    round_seconds = Key(0.0)
+    seconds = Key(0.0)
+
+    @classmethod
+    def of(cls, method: str, round: int, metrics: Mapping[str, Any], **said: Any) -> RunRow:
+        """Make a row: what clients measured, then keys by the names of this class, in order.
+
+        No metric of a client's stands in for a key that is ours.
+        """
+        first = {cls.method.key: method, cls.round.key: round}
+        keys = {vars(cls)[name].key: value for name, value in said.items()}
+        return cls({**first, **metrics, **first, **keys})

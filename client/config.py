@@ -7,6 +7,7 @@ from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Any
 
+from dare_agg.errors import ConfigError
 from dare_agg.files.app_config import config_defaults
 
 ConfigValue = bool | int | float | str | bytes
@@ -63,14 +64,33 @@ class TaskConfig:
     warm_up: float = 0.0
 
 
+# Beyond these one message would take all memory of whoever trains on it.
+_MOST = {
+    "batch": 1 << 14,
+    "steps": 1 << 20,
+    "epochs": 1 << 12,
+    "length": 1 << 15,
+    "image_size": 1 << 12,
+    "lora_rank": 1 << 12,
+}
+
+
 def configure(**words: Any) -> TaskConfig:
-    """Make a configuration: the run config's defaults but for ``words``, named as its fields."""
+    """Make a configuration: the run config's defaults but for ``words``, named as its fields.
+
+    Raises `ConfigError` for a number beyond its bound.
+    """
     known = {field.name for field in fields(TaskConfig)}
     usual = {key.replace("-", "_"): value for key, value in DEFAULTS.items()}
     settled = {**{name: usual[name] for name in known & usual.keys()}, **words}
     for name in ("labels", "lora_targets"):
         if isinstance(settled[name], str):
             settled[name] = split_list(settled[name])
+    for name, most in _MOST.items():
+        if not 0 <= settled[name] <= most:
+            raise ConfigError(
+                f"{name.replace('_', '-')} = {settled[name]}; 0 to {most} are possible"
+            )
     return TaskConfig(**settled)
 
 

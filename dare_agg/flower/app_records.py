@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
 
-from flwr.app import Array, ArrayRecord, Context, RecordDict
+from flwr.app import Array, ArrayRecord, ConfigRecord, Context, RecordDict
 
 from dare_agg.errors import LayoutError
 from dare_agg.flower.records import OURS, STATISTICS_KEY
@@ -13,22 +13,20 @@ from dare_agg.vectors.model import Arrays
 from dare_agg.vectors.patterns import compile_patterns, matches
 
 LOCAL_KEY = OURS + "local"
+# The secure sum that the local tensors come from, where they do, and those of one under way.
+AFTER_KEY = LOCAL_KEY + ".after"
+NEXT_KEY = LOCAL_KEY + ".next"
+_SESSION = "session"
 
 
-def content_for_app(
-    content: RecordDict, key: str, base: Mapping[str, Array], context: Context
-) -> RecordDict:
-    """Return what the app's own code sees: full arrays, with this client's local tensors."""
-    arrays = dict(base)
-    kept = context.state.get(LOCAL_KEY)
-    if isinstance(kept, ArrayRecord):
-        arrays.update(kept.items())
+def content_for_app(content: RecordDict, key: str, arrays: Mapping[str, Array]) -> RecordDict:
+    """Return what the app's own code sees: these arrays, and its own records."""
     others = {
         name: record
         for name, record in content.items()
         if name != key and not name.startswith(OURS)
     }
-    return RecordDict({key: ArrayRecord(arrays), **others})
+    return RecordDict({key: ArrayRecord(dict(arrays)), **others})
 
 
 def trained_record(content: RecordDict, key: str) -> tuple[str, ArrayRecord]:
@@ -48,11 +46,46 @@ def trained_record(content: RecordDict, key: str) -> tuple[str, ArrayRecord]:
     return key, found[key]
 
 
+def kept_local(context: Context) -> dict[str, Array]:
+    """This client's own tensors, as its last round left them."""
+    kept = context.state.get(LOCAL_KEY)
+    return dict(kept.items()) if isinstance(kept, ArrayRecord) else {}
+
+
 def keep_local(
     local: Iterable[str], exclude: Iterable[str], tuned: Arrays, context: Context
 ) -> None:
     """Keep this client's own tensors (heads, buffers) for its next round."""
-    own, patterns = set(local), compile_patterns(exclude)
-    kept = {name: array for name, array in tuned.items() if name in own or matches(name, patterns)}
+    kept = _local_of(local, exclude, tuned)
     if kept:
         context.state[LOCAL_KEY] = to_record(kept)
+        context.state.pop(AFTER_KEY, None)
+
+
+def set_local_aside(
+    local: Iterable[str], exclude: Iterable[str], tuned: Arrays, session: bytes, context: Context
+) -> None:
+    """Keep them for when this client has put its delta into the sum (`settle_local`)."""
+    kept = _local_of(local, exclude, tuned)
+    if kept:
+        context.state[NEXT_KEY] = to_record(kept)
+        context.state[NEXT_KEY + ".of"] = ConfigRecord({_SESSION: session})
+
+
+def settle_local(session: bytes, context: Context) -> None:
+    """Take over what was set aside for a sum; other sums' is forgotten."""
+    kept, of = (context.state.pop(key, None) for key in (NEXT_KEY, NEXT_KEY + ".of"))
+    if isinstance(of, ConfigRecord) and of[_SESSION] == session and isinstance(kept, ArrayRecord):
+        context.state[LOCAL_KEY], context.state[AFTER_KEY] = kept, of
+
+
+def settled_after(context: Context) -> bytes:
+    """The sum that the local tensors come from, b"" for none."""
+    after = context.state.get(AFTER_KEY)
+    found = after.get(_SESSION) if isinstance(after, ConfigRecord) else None
+    return found if isinstance(found, bytes) else b""
+
+
+def _local_of(local: Iterable[str], exclude: Iterable[str], tuned: Arrays) -> Arrays:
+    own, patterns = set(local), compile_patterns(exclude)
+    return {name: array for name, array in tuned.items() if name in own or matches(name, patterns)}

@@ -12,7 +12,12 @@ from flwr.app import Array, ArrayRecord, ConfigRecord, Context, Message, RecordD
 from dare_agg.deploy.identities import load_identity
 from dare_agg.downlink.protocol import Receiver
 from dare_agg.errors import DareError, UpdateError
-from dare_agg.flower.app_records import content_for_app, keep_local, trained_record
+from dare_agg.flower.app_records import (
+    content_for_app,
+    keep_local,
+    kept_local,
+    trained_record,
+)
 from dare_agg.flower.internals import ClientAppCallable
 from dare_agg.flower.reception import client_name, look_for_base, open_receiver, receive_base
 from dare_agg.flower.records import (
@@ -55,7 +60,8 @@ def dare_mod(msg: Message, ctxt: Context, call_next: ClientAppCallable) -> Messa
             look_for_base(msg, receiver, ctxt)
             return _answer(msg, _hello(receiver, ctxt))
         base = receive_base(msg.content, order, receiver)
-        msg.content = content_for_app(msg.content, order.arrays_key, base, ctxt)
+        arrays = {**base, **kept_local(ctxt)}
+        msg.content = content_for_app(msg.content, order.arrays_key, arrays)
     except DareError as error:
         return _answer(msg, _refusal(error, receiver))
     held = dict(base)  # training code may empty the record it is handed

@@ -181,6 +181,7 @@ class Parties:
         self,
         terms: SecureTerms,
         told: Callable[[int], tuple[Arrays, Mapping[str, Any], Mapping[str, Any]]],
+        after: bytes = b"",
     ) -> dict[int, str]:
         """Run the stages; ``told(party)`` is what it gets: arrays, the app's config, run config.
 
@@ -190,7 +191,7 @@ class Parties:
         self.sums = None
         for party in terms.cohort:
             arrays, config, run = told(party)
-            reply = self.send(party, training_content(terms, arrays, config), "train", run)
+            reply = self.send(party, training_content(terms, arrays, config, after), "train", run)
             try:
                 answer_record(reply)
                 server.take(read_message(reply.content, 1 << 30))
@@ -209,7 +210,11 @@ class Parties:
 
 
 def training_content(
-    terms: SecureTerms, arrays: Arrays, config: Mapping[str, Any], **more: Any
+    terms: SecureTerms,
+    arrays: Arrays,
+    config: Mapping[str, Any],
+    after: bytes = b"",
+    **more: Any,
 ) -> RecordDict:
     """A training message as `SecureStrategy` makes it."""
     ref = global_model(arrays, dense=terms.dense_patterns, exclude=terms.exclude).ref
@@ -222,16 +227,18 @@ def training_content(
             "config": ConfigRecord(dict(config)),
             "arrays": to_record(dict(arrays)),
             ORDER_KEY: order.to_record(),
-            SECURE_KEY: Train(terms=terms.encode(), weighted_by_key="").to_record(),
+            SECURE_KEY: Train(terms=terms.encode(), after=after).to_record(),
             **more,
         }
     )
 
 
-def digest_of(arrays: Arrays, config: Mapping[str, Any], run: Mapping[str, Any]) -> bytes:
+def digest_of(
+    arrays: Arrays, config: Mapping[str, Any], run: Mapping[str, Any], after: bytes = b""
+) -> bytes:
     """What an honest server puts into the terms."""
     content = RecordDict({"config": ConfigRecord(dict(config))})
-    return training_of(content, {"arrays": arrays}, run, weighted_by_key="")
+    return training_of(content, {"arrays": arrays}, run, weighted_by_key="", after=after)
 
 
 def base_arrays(head: bool = False) -> dict[str, np.ndarray]:

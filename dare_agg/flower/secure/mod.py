@@ -28,7 +28,12 @@ from dare_agg.errors import (
     DareError,
     ProtocolError,
 )
-from dare_agg.flower.app_records import content_for_app, keep_local, trained_record
+from dare_agg.flower.app_records import (
+    content_for_app,
+    set_local_aside,
+    settle_local,
+    trained_record,
+)
 from dare_agg.flower.internals import ClientAppCallable, FailureCode, app_mods
 from dare_agg.flower.mod import answer_hello
 from dare_agg.flower.reception import open_receiver, receive_base
@@ -51,6 +56,7 @@ from dare_agg.flower.secure.node import (
     secure_party,
 )
 from dare_agg.flower.secure.records import (
+    CONTRIBUTE,
     QUERY,
     RESULT,
     SECURE_KEY,
@@ -134,6 +140,8 @@ def _answer(
 
     message = read_message(content, MAX_MESSAGE)
     answer = party.answer(request.stage, request.session, message, deltas)
+    if request.stage == CONTRIBUTE:
+        settle_local(request.session, context)
     return content_of(Answered(stage=request.stage), answer)
 
 
@@ -245,8 +253,8 @@ def _train(
         policy = node_policy(ctxt, *names_of(model.ref))
         party.check(request.terms, policy)
         _check_training(msg.content, order, request, arrays, ctxt, terms)
-        own = own_tensors(msg, model.groups.local, terms.exclude, ctxt)
-        msg.content = content_for_app(msg.content, order.arrays_key, {**base, **own}, ctxt)
+        own = own_tensors(msg, model.groups.local, terms.exclude, ctxt, request.after)
+        msg.content = content_for_app(msg.content, order.arrays_key, {**base, **own})
         reply = call_next(msg, ctxt)
         if reply.has_error():
             raise DareError(f"the training code failed: {reply.error.reason}")
@@ -254,7 +262,7 @@ def _train(
         examples = _examples(reply.content, request.weighted_by_key)
         contribution = _contribution(model, tuned, examples)
         advert = party.advertise(request.terms, policy, contribution)
-        keep_local(model.groups.local, terms.exclude, tuned, ctxt)
+        set_local_aside(model.groups.local, terms.exclude, tuned, terms.session, ctxt)
     except Exception as error:
         return refusal_of(error, ctxt, TRAIN, receiver)
     return content_of(Answered(stage=TRAIN), advert)
@@ -274,6 +282,7 @@ def _check_training(
         {order.arrays_key: arrays},
         context.run_config,
         weighted_by_key=request.weighted_by_key,
+        after=request.after,
     )
     if mine != terms.training:
         raise ProtocolError(

@@ -36,6 +36,7 @@ MESSAGE_KEY = SECURE_KEY + ".message"
 QUERY = "secure"
 
 HELLO, TRAIN, ADVERTISE, RESULT = "hello", "train", "advertise", "result"
+CONTRIBUTE = "contribute"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -57,12 +58,14 @@ class Introduce(Staged):
 class Train(Staged):
     """Asks a party to train for a sum on these terms; the order beside it says on what.
 
-    ``weighted_by_key`` names the metric that weighs it, "" where all count alike.
+    ``weighted_by_key`` names the metric that weighs it, "" where all count alike; ``after`` the
+    session whose local tensors it begins with, b"" to begin with the party's own base's.
     """
 
     stage: str = said(TRAIN)
     terms: bytes = raw()
     weighted_by_key: str = text(default="")
+    after: bytes = raw(32, b"")
 
 
 @dataclass(frozen=True, kw_only=True)

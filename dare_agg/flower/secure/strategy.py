@@ -121,6 +121,8 @@ class SecureStrategy(RoundStrategy):
         self._start_seed = int.from_bytes(start[:4], "little")
         self._parties: dict[int, int] = {}
         self._strangers: set[int] = set()
+        # The sum that each party's local tensors come from.
+        self._settled: dict[int, bytes] = {}
 
     def summary(self) -> None:
         secure = self.secure
@@ -172,13 +174,15 @@ class SecureStrategy(RoundStrategy):
         log = SessionLog()
         chosen = self.choose(grid, ASK_TRAIN, number)
         nodes = self._meet(grid, chosen)
+        after, session = self._after(sorted(nodes)), b""
         try:
-            terms = self.terms(number, sorted(nodes), self._training(config))
+            terms = self.terms(number, sorted(nodes), self._training(config, after))
+            session = terms.session
             server = SecureServer(terms, self.roster)
             clients = {client.node: client for client in chosen}
 
             def first(node: int) -> Message:
-                return self._first(clients[node], terms, config, limit)
+                return self._first(clients[node], terms, config, after, limit)
 
             def again(party: int, reply: Message) -> Message | None:
                 node = nodes[party]
@@ -199,6 +203,10 @@ class SecureStrategy(RoundStrategy):
             self._no_sum(number, error, log, began)
             return None, None
         finally:
+            self._settled |= dict.fromkeys(log.vector_bytes, session)
+            for rejection in log.rejections:
+                if rejection.reason == "local":
+                    self._settled.pop(rejection.client, None)
             for party in log.upload:
                 self.broadcasting.have[nodes[party]] = model.ref.version
         delta, dense, measured = merged_parts(
@@ -267,13 +275,27 @@ class SecureStrategy(RoundStrategy):
             training=training,
         )
 
-    def _training(self, config: ConfigRecord) -> bytes:
+    def _after(self, cohort: Sequence[int]) -> bytes:
+        """The sum whose local tensors all of a cohort have; b"" lets all begin anew."""
+        if not self.broadcasting.model.groups.local:
+            return b""
+        found = {self._settled.get(party, b"") for party in cohort}
+        if len(found) == 1:
+            return found.pop()
+        LOG.warning(
+            "the parties' local tensors come from different sums (someone missed one): all begin "
+            "with those of their own base again; choose the same parties each round to keep them"
+        )
+        return b""
+
+    def _training(self, config: ConfigRecord, after: bytes) -> bytes:
         """The digest of all that a round's training messages say, the same to every party."""
         return training_of(
             RecordDict({self.broadcasting.config_key: config}),
             {self.broadcasting.arrays_key: self.broadcasting.model.arrays()},
             self.run_config,
             weighted_by_key=self._weight_key,
+            after=after,
         )
 
     @property
@@ -281,11 +303,16 @@ class SecureStrategy(RoundStrategy):
         return self.weighted_by_key if self.secure.weighting == "examples" else ""
 
     def _first(
-        self, client: Client, terms: SecureTerms, config: ConfigRecord, seconds: float
+        self,
+        client: Client,
+        terms: SecureTerms,
+        config: ConfigRecord,
+        after: bytes,
+        seconds: float,
     ) -> Message:
         """The training message: the model, the app's config and the terms."""
         content = self.broadcasting.content(client, self.broadcasting.order(ASK_TRAIN), config)
-        train = Train(terms=terms.encode(), weighted_by_key=self._weight_key)
+        train = Train(terms=terms.encode(), weighted_by_key=self._weight_key, after=after)
         content[SECURE_KEY] = train.to_record()
         return Message(content, client.node, MessageType.TRAIN, ttl=seconds + 60)
 

@@ -11,8 +11,9 @@ from __future__ import annotations
 
 import importlib
 import inspect
+import logging
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Collection, Sequence
 from dataclasses import dataclass, replace
 from enum import IntEnum
 from importlib.metadata import PackageNotFoundError, distribution
@@ -52,6 +53,19 @@ INTERNALS = {
     "verification": Internal(
         "flwr.supernode.start_client_internal:_verify_fab",
         "accepts or refuses a bundle; replaced by the comparison with the party's own app",
+    ),
+    "agents": Internal(
+        "flwr.supercore.constant:TaskType",
+        "names the kinds of runs; a pinned SuperNode starts no agents, which Flower would start in "
+        "place of the app",
+    ),
+    "sending": Internal(
+        "flwr.supernode.start_client_internal:_push_messages",
+        "sends replies, exceptions verbatim; wrapped so that a party's stay in its own log",
+    ),
+    "object-tree": Internal(
+        "flwr.supercore.inflatable.inflatable_object:get_object_tree",
+        "names the parts of a message as they travel, for an error that is told in other words",
     ),
     "give-up": Internal(
         "flwr.superlink.grid:HttpGrid._retry_invoker.should_giveup",
@@ -205,35 +219,77 @@ def app_bundle(app: Path) -> bytes:
     return bytes(internal("bundle")(app))
 
 
-def guard_bundles(accept: Callable[[bytes], bool]) -> None:
-    """Have this process's SuperNode ask ``accept`` about each run's bundle.
+def guard_bundles(accept: Callable[[bytes, str, str], bool]) -> None:
+    """Have this process's SuperNode ask ``accept`` about each run: its bundle, and the name
+    ("publisher/project") and version that the SuperLink gives it, by which Flower looks for the
+    app's folder.
 
     One that is not accepted is answered with Flower's "the FAB could not be verified" and not
     run. Raises `FlowerVersionError` with a Flower whose SuperNode was not looked at.
     """
     check_version("a pinned SuperNode")
     pull, verify = internal("reception"), internal("verification")
-    _check_words("reception", pull, ("get_fab", "trusted_entities"))
+    _check_words("reception", pull, ("get_run", "get_fab", "trusted_entities"))
     _check_words("verification", verify, ("fab", "trusted_entities"))
     # Flower asks only for bundles that carry a licence, of nodes that trust someone.
-    licence = "pinned"
+    licence, good = "valid_license", "accepted"
 
     def verified(fab: Any, trusted_entities: dict[str, str]) -> bool:
-        return accept(bytes(fab.content))
+        return good in fab.verifications
 
     def guarded_pull(**words: Any) -> int | None:
         fetch: Callable[[str, int], Any] = words["get_fab"]
+        ask: Callable[[int], Any] = words["get_run"]
+        runs: dict[int, Any] = {}
+
+        def get_run(run_id: int) -> Any:
+            runs[run_id] = ask(run_id)
+            return runs[run_id]
 
         def get_fab(fab_hash: str, run_id: int) -> Any:
-            return replace(fetch(fab_hash, run_id), verifications={"valid_license": licence})
+            fab, run = fetch(fab_hash, run_id), runs[run_id]
+            is_ours = run.primary_task_type != internal("agents").AGENT_APP and accept(
+                bytes(fab.content), str(run.fab_id), str(run.fab_version)
+            )
+            return replace(fab, verifications={licence: "pinned"} | ({good: ""} if is_ours else {}))
 
         found: int | None = pull(
-            **{**words, "get_fab": get_fab, "trusted_entities": {licence: licence}}
+            **{**words, "get_run": get_run, "get_fab": get_fab, "trusted_entities": {good: good}}
         )
         return found
 
     _replace("verification", verified)
     _replace("reception", guarded_pull)
+
+
+def guard_errors(told: Collection[str], otherwise: str) -> None:
+    """Have this process's SuperNode say of failures one of the texts ``told``, or ``otherwise``.
+
+    Flower sends exceptions verbatim, also those from before an app's own code runs, such as an
+    import's with the paths of this machine. They go into this process's log.
+    """
+    push, tree_of = internal("sending"), internal("object-tree")
+    _check_words("sending", push, ("send", "push_object"))
+
+    def guarded_push(**words: Any) -> None:
+        send, push_object = words["send"], words["push_object"]
+
+        def send_guarded(message: Message, tree: Any, seconds: float) -> Any:
+            if not message.has_error() or message.error.reason in told:
+                return send(message, tree, seconds)
+            logging.getLogger("flwr").warning("not told: %s", message.error.reason)
+            # The message that was stored stays as it is: Flower removes it by its id.
+            other = Message.inflate(message.deflate())
+            other.error = Error(message.error.code, otherwise)
+            other.metadata.__dict__["_message_id"] = other.object_id
+            missing, session = send(other, tree_of(other), seconds)
+            for object_id in missing:
+                push_object(other.metadata.run_id, session, object_id, other.deflate())
+            return set(), session
+
+        push(**{**words, "send": send_guarded})
+
+    _replace("sending", guarded_push)
 
 
 def _check_words(name: str, function: Any, words: Sequence[str]) -> None:

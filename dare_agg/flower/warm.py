@@ -34,7 +34,7 @@ from pathlib import Path
 
 from flwr.app import Context, Message
 
-from dare_agg.errors import ConfigError, FlowerVersionError, RunError, StateError
+from dare_agg.errors import ConfigError, RunError, StateError
 from dare_agg.files.trust import check_folder
 from dare_agg.flower.internals import (
     ClientAppCallable,
@@ -94,10 +94,10 @@ def warm_trainer(
         try:
             trainer = find_trainer(reference, ctxt)
             answer = call_trainer(trainer, pack_call(msg, ctxt))
-        except (RunError, FlowerVersionError) as error:
-            LOG.warning("%s; this message is handled without it", error)
+            return unpack_answer(answer, ctxt)
+        except Exception as error:  # of a folder, a socket, a process: not the app's
+            LOG.warning("no warm trainer: %s; this message is handled without it", error)
             return call_next(msg, ctxt)
-        return unpack_answer(answer, ctxt)
 
     return warm_mod
 

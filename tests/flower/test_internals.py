@@ -20,7 +20,16 @@ from typing import Any
 import httpx
 import numpy as np
 import pytest
-from flwr.app import Array, ArrayRecord, ConfigRecord, Context, Message, MetricRecord, RecordDict
+from flwr.app import (
+    Array,
+    ArrayRecord,
+    ConfigRecord,
+    Context,
+    Error,
+    Message,
+    MetricRecord,
+    RecordDict,
+)
 from flwr.clientapp import ClientApp
 from flwr.supercore.fab import Fab
 from flwr.supercore.run import Run
@@ -65,6 +74,18 @@ def reception() -> None:
 def verification() -> None:
     internals._check_words("verification", internal("verification"), ("fab", "trusted_entities"))
     assert {"content", "verifications"} <= {field.name for field in fields(Fab)}
+
+
+def agents() -> None:
+    assert Run.create_empty(1).primary_task_type != internal("agents").AGENT_APP
+    assert {"fab_id", "fab_version"} <= {field.name for field in fields(Run)}
+
+
+def sending() -> None:
+    internals._check_words("sending", internal("sending"), ("send", "push_object"))
+    said = Message(Error(2, "No module named x (/home/a)"), reply_to=example())
+    assert Message.inflate(said.deflate()).error.reason == said.error.reason
+    assert internal("object-tree")(said).object_id == said.object_id
 
 
 def http_grid() -> HttpGrid:
@@ -201,6 +222,9 @@ CHECKS: dict[str, Callable[..., None]] = {
     "bundle": bundle,
     "reception": reception,
     "verification": verification,
+    "agents": agents,
+    "sending": sending,
+    "object-tree": sending,
     "give-up": give_up,
     "database": database,
     "message-to-bytes": messages_travel,

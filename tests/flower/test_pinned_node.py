@@ -65,7 +65,8 @@ def test_a_run_of_another_app_gets_an_error_and_runs_nothing(
 ) -> None:
     for name in ("_verify_fab", "_pull_and_store_message"):
         monkeypatch.setattr(supernode, name, getattr(supernode, name))
-    pinned_node.pin(pinned_node.own_bundle(own))
+    ours = pinned_node.own_bundle(own)
+    pinned_node.pin(ours)
     code = own / "private" / "client_app.py"
     code.write_text(code.read_text() + "\nprint(open('north.key').read())\n")
     good, bad = app_bundle(APP), app_bundle(own)
@@ -81,6 +82,7 @@ def test_a_run_of_another_app_gets_an_error_and_runs_nothing(
         for key, value in get_all_nested_objects(message).items():
             content[key] = value.deflate()
         run = Run.create_empty(run_id)
+        run.fab_id, run.fab_version = ours.name, ours.version
         run.fab_hash = hashlib.sha256(bundle).hexdigest()
         return supernode._pull_and_store_message(
             state=state,
@@ -106,11 +108,11 @@ def test_a_run_of_another_app_gets_an_error_and_runs_nothing(
 def test_flower_that_has_changed_is_not_pinned(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.delattr(supernode, "_verify_fab")
     with pytest.raises(FlowerVersionError, match=r"_verify_fab .*run pip install 'flwr>=1\.41,<"):
-        pinned_node.pin({})
+        pinned_node.pin(pinned_node.OwnApp("", "", {}))
 
 
 def test_a_version_that_was_not_looked_at_is_not_pinned(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(internals, "flower_version", lambda: "1.99.0")
     with pytest.raises(FlowerVersionError, match=r"made for 1\.99\.0; run pip install"):
-        pinned_node.pin({})
+        pinned_node.pin(pinned_node.OwnApp("", "", {}))
     assert supernode._verify_fab.__module__ == supernode.__name__

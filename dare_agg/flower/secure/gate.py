@@ -45,6 +45,7 @@ TOLD = frozenset(
         "low-order", "shares", "nonce", "overlap", "alive", "duplicate", "second-cohort", "shape",
     )
 )  # fmt: skip
+TURNED_AWAY = "this node takes part in secure sums only: refused"
 KEPT_HERE = "this party does not take part; its own log says why"
 
 
@@ -77,8 +78,7 @@ def turned_away(message: Message) -> Message:
         "would let it take part in the clear)",
         str(message.metadata.message_type)[:40],
     )
-    text = "this node takes part in secure sums only: refused"
-    return Message(Error(FailureCode.APP_RAISED, text), reply_to=message)
+    return Message(Error(FailureCode.APP_RAISED, TURNED_AWAY), reply_to=message)
 
 
 def in_fixed_words(reply: Message, asked: Message) -> Message:

@@ -32,6 +32,7 @@ from dare_agg.errors import ConfigError, UpdateError
 MAGIC = b"DVST"
 STEP_VERSION = 1
 MAX_FAMILIES = 1 << 15
+MAX_MASKS = 1 << 16
 HEAD = struct.Struct("<4sBBBBI32s32s16sHHQQQ8s")
 FAMILY = struct.Struct("<BIIII16s")
 _VALUES = {row.code: row.name for row in VALUE_FORMATS.values()}
@@ -158,6 +159,9 @@ def _read_step(body: bytes, at: int, dense: bytes, dense_at: int) -> Step:
         if kind >= len(MASK_KINDS) or not 1 <= ranks <= 1 << 20:
             raise UpdateError(f"mask family of kind {kind}, {ranks} ranks", reason="malformed")
         found.append(Family(MASK_KINDS[kind], DropRate(num, den), first, ranks, mask_key))
+    # Each mask is drawn again: a head of 200 bytes could ask for billions.
+    if (masks := sum(family.ranks for family in found)) > MAX_MASKS:
+        raise UpdateError(f"step of {masks} masks, at most {MAX_MASKS}", reason="mask")
     if _FORMS[form].masked and not found:
         raise UpdateError("step without the masks it is made of", reason="malformed")
     head = StepHead(

@@ -32,7 +32,7 @@ REASONS: Mapping[str, str] = {
     "transport": "records that are no payload",
     "malformed": "not what it should be, or a field out of bounds",
     "checksum": "damaged on the way",
-    "non-finite": "a NaN, an infinity or a magnitude above 2**60",
+    "non-finite": "a NaN, an infinity or a magnitude that no training produces (above 2**20)",
     # another one than was agreed on
     "version": "another codec or protocol version",
     "package": "another copy of the library",

@@ -56,7 +56,7 @@ def _decode_i8(
         at += columns
 
 
-def _check_codes(codes: Bytes, _: int) -> None:
+def _check_codes(codes: Bytes, _: int, _most: np.float32) -> None:
     if int(codes.view(np.int8).min()) == -128:
         raise UpdateError("i8 code -128; codes run from -127 to 127", reason="malformed")
 

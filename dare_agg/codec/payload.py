@@ -10,7 +10,7 @@ import numpy as np
 from dare_agg.codec.derive import Keystream
 from dare_agg.codec.formats import find_values
 from dare_agg.codec.rotation import BLOCK, GROUP, count_blocks
-from dare_agg.codec.value_format import NOTHING, Bytes, check_magnitude
+from dare_agg.codec.value_format import MAX_MAGNITUDE, NOTHING, Bytes, check_magnitude
 from dare_agg.errors import ConfigError, UpdateError
 from dare_agg.files.pages import Pages
 from dare_agg.vectors.layout import FloatVector
@@ -51,13 +51,14 @@ def encode_values(
     key: bytes,
     out: memoryview,
     first_group: int = 0,
+    most: np.float32 = MAX_MAGNITUDE,
 ) -> int:
     """Write groups of a payload to ``out``, of `payload_bytes` bytes; return how many values.
 
     ``groups`` yields the survivors' values from group ``first_group`` on, in pieces of exactly
     `GROUP`, the last one shorter where it is the last of all. Groups may be written in any
-    order and by several threads. Raises `NonFiniteError` for a NaN, an infinity or a magnitude
-    above 2**60.
+    order and by several threads. Raises `NonFiniteError` for what `check_payload` would refuse:
+    a NaN, an infinity, a magnitude or 1024 scales above ``most``.
     """
     row = find_values(name)
     sections = payload_sections(name, survivors)
@@ -73,7 +74,7 @@ def encode_values(
             raise ConfigError(
                 f"group {number} of {values.size} values; {survivors} survivors were announced"
             )
-        check_magnitude(values, at)
+        check_magnitude(values, at, most)
         keystream = (
             stream.read(number * per_group, row.keystream_bytes(values.size)) if stream else None
         )
@@ -81,6 +82,7 @@ def encode_values(
         room = target[at * row.bits // 8 :][: -(-coded * row.bits // 8)]
         encode, _ = row.coder(values.size)
         scales, rest = encode(values, keystream, room)
+        _check_scales(scales, at // BLOCK, most)
         scale_at = sections.codes + 4 * (at // BLOCK)
         target[scale_at : scale_at + 4 * scales.size] = scales.view(np.uint8)
         rest_at = sections.codes + sections.scales
@@ -121,20 +123,31 @@ def decode_values(
     return values
 
 
-def check_payload(name: str, payload: Bytes, survivors: int, pages: Pages | None = None) -> None:
+def _check_scales(scales: FloatVector, first: int, most: np.float32) -> None:
+    # A code stands for at most 127 (i8), 1024 (b1) or, at the worst, 2,799 (b4) scales.
+    with np.errstate(over="ignore", invalid="ignore"):
+        check_magnitude(scales * np.float32(BLOCK), first, most, what="1024 times scale")
+
+
+def check_payload(
+    name: str,
+    payload: Bytes,
+    survivors: int,
+    pages: Pages | None = None,
+    most: np.float32 = MAX_MAGNITUDE,
+) -> None:
     """Refuse a payload of the right size whose contents are out of bounds.
 
-    Raises `NonFiniteError` for values that are NaN, infinite or above 2**60, `UpdateError`
-    for negative scales, codes that the format has not, and padding bits that are not 0.
+    Raises `NonFiniteError` for values, or 1024 scales, that are NaN, infinite or above ``most``,
+    `UpdateError` for negative scales, codes that the format has not, and padding bits that are
+    not 0.
     """
     row = find_values(name)
     sections = payload_sections(name, survivors)
     numbers = payload[sections.codes :].copy().view("<f4")
     scales = numbers[: sections.scales // 4]
-    # A code stands for at most 1024 (rotated) or 127 (i8) scales.
-    with np.errstate(over="ignore", invalid="ignore"):
-        check_magnitude(scales * np.float32(BLOCK), 0, what="scale")
-    check_magnitude(numbers[scales.size :], survivors - sections.rest // 4)
+    _check_scales(scales, 0, most)
+    check_magnitude(numbers[scales.size :], survivors - sections.rest // 4, most)
     if np.signbit(scales).any():
         raise UpdateError(
             f"scale number {int(np.argmax(np.signbit(scales)))} is negative; scales are >= 0",
@@ -145,7 +158,7 @@ def check_payload(name: str, payload: Bytes, survivors: int, pages: Pages | None
         each = GROUP * row.bits // 8
         for number, at in enumerate(range(0, codes.size, each)):
             piece = codes[at : at + each]
-            row.check_codes(piece, number * GROUP)
+            row.check_codes(piece, number * GROUP, most)
             if pages is not None:
                 pages.passed(piece.size)
     used = (survivors - sections.rest // 4) * row.bits % 8

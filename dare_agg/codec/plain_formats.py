@@ -59,32 +59,46 @@ def _decode_bf16(
     bits <<= np.uint32(16)
 
 
-def check_ends(dtype: str, end: int, decode: Decode) -> Callable[[Bytes, int], None]:
-    """A check of codes whose magnitude goes up with the code: none may be above ``end``."""
+def check_ends(
+    dtype: str, end: Callable[[np.float32], int], decode: Decode
+) -> Callable[[Bytes, int, np.float32], None]:
+    """A check of codes whose magnitude goes up with the code: none may be above ``end(most)``."""
     size = np.dtype(dtype).itemsize
     sign = np.array(1 << (8 * size - 1), dtype)
 
-    def check(codes: Bytes, first: int) -> None:
-        if (codes.view(dtype) & ~sign).max() > end:
+    def check(codes: Bytes, first: int, most: np.float32) -> None:
+        if (codes.view(dtype) & ~sign).max() > end(most):
             values = np.empty(codes.size // size, np.float32)
             decode(codes, NOTHING, NOTHING, values, None)
-            check_magnitude(values, first)
+            check_magnitude(values, first, most)
 
     return check
 
 
-# The codes of 2**60 and, in f16, of the largest number there is.
+# The codes of the largest magnitude that is allowed, a power of two.
+def _end_f32(most: np.float32) -> int:
+    return int(most.view(np.uint32))
+
+
+def _end_f16(most: np.float32) -> int:
+    return int(np.float16(min(most, np.float32(65504))).view(np.uint16))
+
+
+def _end_bf16(most: np.float32) -> int:
+    return int(most.view(np.uint32)) >> 16
+
+
 ROWS = (
     ValueFormat(
         "f32", 0, 32, 0.0, _encode_f32, _decode_f32,
-        check_codes=check_ends("<u4", 0x5D800000, _decode_f32),
+        check_codes=check_ends("<u4", _end_f32, _decode_f32),
     ),
     ValueFormat(
         "f16", 1, 16, 4.3e-8, encode_f16, _decode_f16,
-        check_codes=check_ends("<u2", 0x7BFF, _decode_f16),
+        check_codes=check_ends("<u2", _end_f16, _decode_f16),
     ),
     ValueFormat(
         "bf16", 2, 16, 2.8e-6, _encode_bf16, _decode_bf16,
-        check_codes=check_ends("<u2", 0x5D80, _decode_bf16),
+        check_codes=check_ends("<u2", _end_bf16, _decode_bf16),
     ),
 )  # fmt: skip

@@ -35,6 +35,7 @@ from dare_agg.codec.payload import (
     regrouped,
 )
 from dare_agg.codec.rotation import GROUP
+from dare_agg.codec.value_format import MAX_UPDATE
 from dare_agg.errors import ConfigError, UpdateError
 from dare_agg.files.pages import Pages
 from dare_agg.vectors.layout import FloatVector
@@ -77,6 +78,8 @@ class UpdateSpec:
     ``base`` and ``layout`` are hex fingerprints; ``context`` binds the update to a run, a
     round and a client (at most 32 bytes). ``rescale`` tells the receiver to multiply the
     survivors by 1/(1−p); without it they are added as they are (DropOnly, error feedback).
+    ``most`` is the largest magnitude of a survivor: that of a parameter's change, where the update
+    holds no statistics.
     """
 
     size: int
@@ -90,6 +93,7 @@ class UpdateSpec:
     layout: str
     rescale: bool = True
     context: bytes = b""
+    most: np.float32 = MAX_UPDATE
 
     def __post_init__(self) -> None:
         find_values(self.values)
@@ -281,7 +285,8 @@ def encode_update_into(
         groups = regrouped(pieces)
         if pages is not None:
             groups = _passing(groups, pages, payload_bytes(spec.values, GROUP))
-        return encode_values(spec.values, groups, survivors, spec.values_key, payload, first)
+        key, most = spec.values_key, spec.most
+        return encode_values(spec.values, groups, survivors, key, payload, first, most)
 
     count = -(-survivors // GROUP)
     in_memory = isinstance(delta, tuple | np.ndarray)
@@ -435,7 +440,7 @@ def _decode(
     if checksum != _checksum(spec, view, pages):
         raise UpdateError("the checksum does not fit the bytes: send it again", reason="checksum")
     payload_view = np.frombuffer(view, np.uint8, offset=HEADER_BYTES)
-    check_payload(spec.values, payload_view, survivors, pages)
+    check_payload(spec.values, payload_view, survivors, pages, spec.most)
     return Update(spec, spec.draw_mask(), payload_view, view.nbytes, survivors, pages)
 
 

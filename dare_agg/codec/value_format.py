@@ -19,9 +19,10 @@ Encode = Callable[[FloatVector, Bytes | None, Bytes], tuple[FloatVector, FloatVe
 # (codes, scales, rest, room for the values, keystream)
 Decode = Callable[[Bytes, FloatVector, FloatVector, FloatVector, Bytes | None], None]
 
-# Values beyond this are refused: rescaling and summing them could overflow float32.
+# What training changes a parameter by is less by far: an update beyond it is refused.
+MAX_UPDATE = np.float32(2.0**20)
+# Statistics and steps are sums and rescaled: beyond this, more of that could overflow float32.
 MAX_MAGNITUDE = np.float32(2.0**60)
-_MAX_BITS = int(MAX_MAGNITUDE.view(np.uint32))
 NOTHING = np.empty(0, np.float32)
 
 
@@ -45,7 +46,8 @@ class ValueFormat:
     keystream_bytes
         of the values key, for so many survivors.
     check_codes
-        refuses a group's codes from survivor number ``first`` on, where some are none.
+        refuses a group's codes from survivor number ``first`` on, where some are none or stand
+        for more than the given magnitude.
     """
 
     name: str
@@ -56,7 +58,7 @@ class ValueFormat:
     decode_group: Decode
     blocks: bool = False
     keystream_bytes: Callable[[int], int] = lambda count: 0
-    check_codes: Callable[[Bytes, int], None] | None = None
+    check_codes: Callable[[Bytes, int, np.float32], None] | None = None
 
     def coder(self, count: int) -> tuple[Encode, Decode]:
         """Encoder and decoder of a group: compiled loops for a whole one, where they pay."""
@@ -65,21 +67,23 @@ class ValueFormat:
         return plain if loops is None or count < GROUP else loops.GROUPS.get(self.name, plain)
 
 
-def check_magnitude(values: FloatVector, first: int, what: str = "survivor") -> None:
-    """Raise `NonFiniteError` unless all values are finite and at most 2**60 in magnitude."""
+def check_magnitude(
+    values: FloatVector, first: int, most: np.float32, what: str = "survivor"
+) -> None:
+    """Raise `NonFiniteError` unless all values are finite and at most ``most`` in magnitude."""
     if not values.size:
         return
-    loops = compiled()
-    if loops is not None and values.size == GROUP and loops.largest(values) <= _MAX_BITS:
+    loops, bits = compiled(), int(most.view(np.uint32))
+    if loops is not None and values.size == GROUP and loops.largest(values) <= bits:
         return
     # NaN fails every comparison, so it is caught too.
-    if values.max() <= MAX_MAGNITUDE and values.min() >= -MAX_MAGNITUDE:
+    if values.max() <= most and values.min() >= -most:
         return
-    good = np.abs(values) <= MAX_MAGNITUDE
+    good = np.abs(values) <= most
     at = int(np.argmin(good))
     raise NonFiniteError(
-        f"{what} number {first + at} is {values[at]:g}; only finite values of magnitude <= 2**60 "
-        "are allowed: check the training step (learning rate, overflow)"
+        f"{what} number {first + at} is {values[at]:g}; only finite values of magnitude <= "
+        f"{most:g} are allowed: check the training step (learning rate, overflow)"
     )
 
 

@@ -24,6 +24,7 @@ from numpy.typing import NDArray
 from dare_agg.codec.derive import derive_key
 from dare_agg.codec.mask import parse_drop_rate
 from dare_agg.codec.update import Update, UpdateSpec, decode_update, encode_update
+from dare_agg.codec.value_format import MAX_MAGNITUDE
 from dare_agg.errors import LayoutError, UpdateError, did_you_mean
 from dare_agg.rounds.plan import RoundPlan
 from dare_agg.vectors.layout import FloatVector, Layout, check_finite, layout_of
@@ -92,6 +93,7 @@ def statistics_spec(plan: RoundPlan, layout: Layout, names: Sequence[str] = ()) 
         values_key=key,
         rescale=False,
         context=context,
+        most=MAX_MAGNITUDE,
     )
     return _kind(plan).shape(spec, layout, names)
 

@@ -14,7 +14,7 @@ from hypothesis import strategies as st
 
 from dare_agg.codec.formats import VALUE_FORMATS
 from dare_agg.codec.mask import MASK_KINDS, parse_drop_rate
-from dare_agg.codec.payload import payload_bytes
+from dare_agg.codec.payload import payload_bytes, payload_sections
 from dare_agg.codec.update import (
     _CHECKSUM_AT,
     HEADER_BYTES,
@@ -24,6 +24,7 @@ from dare_agg.codec.update import (
     encode_update,
 )
 from dare_agg.codec.update_file import FILE_MAGIC, read_update_file, write_update_file
+from dare_agg.codec.value_format import MAX_MAGNITUDE, MAX_UPDATE
 from dare_agg.errors import (
     REASONS,
     CheckpointError,
@@ -378,3 +379,67 @@ def test_any_bytes_give_a_typed_error(data):
     for blob in (data, encode_update(spec_of(), DELTA)[: len(data)] + data):
         with pytest.raises(DareError):
             decode_update(blob, spec_of())
+
+
+# --- magnitudes that no training produces --------------------------------------------------
+
+HUGE = [2.0**60, 1.15e18, 2.0**21]
+
+
+def forged(spec, value, rest=0.0):
+    """An update whose survivors are all ``value``, by a sender without the bound."""
+    vector = np.full(LAYOUT.size, value, np.float32)
+    vector[-(LAYOUT.size % 1024) :] = rest  # 6, fewer than a block
+    with np.errstate(all="ignore"):
+        return encode_update(replace(spec, most=np.float32(np.inf)), vector)
+
+
+@pytest.mark.parametrize("value", [*HUGE, -(2.0**60)])
+@pytest.mark.parametrize("values", ["f32", "bf16", "i8", "b4", "b2", "b1"])
+def test_magnitudes_that_no_training_produces_are_refused(values, value):
+    """By what is decoded, by a block's scale alone, and by the unrotated rest alone."""
+    spec = spec_of(values, rate="0")
+    for vector in ((value, 0.0), (0.0, value)):
+        blob = forged(spec, *vector)
+        with pytest.raises(NonFiniteError, match=r"magnitude <= 1\.04858e"):
+            decode_update(blob, spec)
+    with pytest.raises(NonFiniteError, match="survivor number 0"):
+        encode_update(spec, np.full(LAYOUT.size, value, np.float32))
+
+
+@pytest.mark.parametrize("values", ["b4", "b2", "b1", "i8"])
+def test_a_scale_written_into_a_payload_is_bounded(values):
+    spec = spec_of(values, rate="0")
+    blob = bytearray(encode_update(spec, DELTA))
+    count = LAYOUT.size
+    at = HEADER_BYTES + payload_sections(values, count).codes
+    for scale, good in ((2.0**10, True), (2.0**10 * (1 + 2.0**-23), False), (2.0**50, False)):
+        blob[at : at + 4] = struct.pack("<f", scale)
+        if good:
+            decode_update(sealed(blob, spec), spec)
+        else:
+            with pytest.raises(NonFiniteError, match="1024 times scale number 0"):
+                decode_update(sealed(blob, spec), spec)
+
+
+@pytest.mark.parametrize("values", ["f32", "bf16"])
+def test_the_largest_change_passes(values):
+    spec = spec_of(values, rate="0")
+    vector = np.full(LAYOUT.size, MAX_UPDATE, np.float32)
+    update = decode_update(encode_update(spec, vector), spec)
+    assert np.array_equal(update.values(0, LAYOUT.size), vector)
+    statistics = replace(spec, most=MAX_MAGNITUDE)
+    sums = np.full(LAYOUT.size, MAX_MAGNITUDE, np.float32)
+    assert decode_update(encode_update(statistics, sums), statistics).values(0, 1) == MAX_MAGNITUDE
+
+
+@pytest.mark.parametrize("values", ["f32", "b1"])
+def test_files_keep_the_bound_too(tmp_path, values):
+    path = tmp_path / "x.dare"
+    huge = np.full(LAYOUT.size, 2.0**40, np.float32)
+    with pytest.raises(NonFiniteError):
+        write_update_file(path, spec_of(values), LAYOUT, huge, seed=4)
+    assert not path.exists()
+    write_update_file(path, spec_of(values, most=MAX_MAGNITUDE), LAYOUT, huge, seed=4)
+    with pytest.raises(NonFiniteError):
+        read_update_file(path)

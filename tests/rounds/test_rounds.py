@@ -9,6 +9,7 @@ import pytest
 
 from dare_agg.codec.budget import ClientTerms
 from dare_agg.codec.mask import parse_drop_rate
+from dare_agg.codec.update import encode_update
 from dare_agg.errors import BaseMismatchError, ConfigError, LayoutError, NonFiniteError, UpdateError
 from dare_agg.merge.methods import federated_methods, find_method
 from dare_agg.rounds.client import make_client_update
@@ -222,6 +223,20 @@ def test_absurd_weights_are_rejected(weight):
     _, (plan, *_), _ = play(settings_of())
     rejected = reply_to(plan, weight=weight)
     assert isinstance(rejected, Rejection) and rejected.reason == "weight"
+
+
+@pytest.mark.parametrize("values", ["f32", "bf16", "b1"])
+@pytest.mark.parametrize("group", ["blob", "dense_blob"])
+def test_a_reply_of_values_that_no_training_produces_is_rejected(values, group):
+    settings = settings_of(values=values, dense_values=values)
+    _, (plan, *_), _ = play(settings)
+    spec = plan.spec() if group == "blob" else plan.dense_spec()
+    huge = encode_update(
+        replace(spec, most=np.float32(np.inf)), np.full(spec.size, 2.0**60, np.float32)
+    )
+    rejected = reply_to(plan, **{group: huge})
+    assert isinstance(rejected, Rejection) and rejected.reason == "non-finite"
+    assert "magnitude <= 1.04858e+06" in rejected.detail
 
 
 def test_real_weights_pass():

@@ -2,10 +2,12 @@
 
 import numpy as np
 import pytest
+from guarded import Parties, base_arrays, digest_of, learner, quick_keys
 from parties import consortium
 
 from dare_agg.errors import ProtocolError
 from dare_agg.secure.ledger import FileLedger, MemoryLedger
+from dare_agg.secure.packing import merge_sums
 
 DELTA = np.linspace(-1, 1, 300, dtype=np.float32)
 TRAINED, ALMOST = b"t" * 32, b"u" * 32
@@ -65,3 +67,46 @@ def test_what_is_forgotten_is_forgotten_whole(tmp_path):
     other = terms((1, 2, 3, 4), run="another")
     book.claim(other, DELTA)
     book.sign(other, (1, 2, 3))
+
+
+EVERYONE = {"secure-min-cohort": 0.99, "secure-min-threshold": 1.0}
+
+
+@pytest.mark.parametrize("insists", [False, True])
+def test_another_version_by_one_bit(tmp_path, monkeypatch, insists):
+    """What remains: a base moved by one bit is another version, and the difference of two sums the
+    victim's delta. Who insists on everyone in each sum is in no such pair."""
+    quick_keys(monkeypatch)
+    parties = Parties(tmp_path, learner(), node=lambda number: EVERYONE if insists else {})
+    victim, sums = parties.ids[2], []
+    base = base_arrays()
+    moved = {"body.w": base["body.w"].copy()}
+    moved["body.w"][0, 0] = np.nextafter(base["body.w"][0, 0], np.float32(9))
+    others = [party for party in parties.ids if party != victim]
+    # A real model's delta has other bits from there; these parties' has them from the rate.
+    for arrays, cohort, config in (
+        (base, parties.ids, {"lr": 0.01}),
+        (moved, others, {"lr": 0.010001}),
+    ):
+        words = {"threshold": len(cohort), "run": str(len(cohort)), "cohort": cohort}
+        two = parties.terms(arrays, training=digest_of(arrays, config, {}), **words)
+        told = (arrays, config, {})
+        refused_by = parties.round(two, lambda party, told=told: told)
+        if len(cohort) == 3 and insists:
+            assert refused_by == dict.fromkeys(cohort, "parties")
+            return
+        assert refused_by == {}
+        sums.append(merge_sums(parties.sums, two.quantiser, "sum")[0])
+    found = sums[0] - sums[1]
+    alone = -np.float32(0.01) * np.random.default_rng(victim).normal(size=600).astype(np.float32)
+    cosine = found @ alone / np.linalg.norm(found) / np.linalg.norm(alone)
+    assert cosine > 0.9999 and not insists
+
+
+def test_who_insists_on_everyone_signs_for_no_fewer(tmp_path, monkeypatch):
+    quick_keys(monkeypatch)
+    parties = Parties(tmp_path, learner(), node=lambda number: EVERYONE)
+    arrays, config = base_arrays(), {"lr": 0.01}
+    fewer = parties.terms(arrays, training=digest_of(arrays, config, {}), threshold=3)
+    refused_by = parties.round(fewer, lambda party: (arrays, config, {}))
+    assert refused_by == dict.fromkeys(parties.ids, "threshold")

@@ -18,6 +18,7 @@ from dare_agg.downlink.base import read_base
 from dare_agg.downlink.ways import make_downlink
 from dare_agg.errors import DareError, RunError, StateError
 from dare_agg.flower import DareStrategy, RoundOutcome
+from dare_agg.flower.limits import ReplyLimit
 from dare_agg.flower.resume import keep_base, resume, save
 from dare_agg.flower.round_strategy import RoundStrategy
 from dare_agg.flower.transport import to_numpy, to_record
@@ -33,6 +34,8 @@ from server.start import secure_start
 
 app = ServerApp()
 Record = Callable[[RoundOutcome], None]
+# Of the model that the first client makes; how large it is only that client knows.
+MAX_MODEL_BYTES = 1 << 36
 
 
 @app.main()
@@ -163,7 +166,8 @@ def initial_state(grid: Grid, config: RunConfig, orders: ConfigRecord) -> ArrayR
     if config.initial:
         return to_record(read_base(config.initial))
     first = wait_for_nodes(grid, config)[:1]
-    initial = ask(grid, first, "initial", orders, config.node_timeout)[0]["arrays"]
+    limit = ReplyLimit(MAX_MODEL_BYTES)
+    initial = ask(grid, first, "initial", orders, config.node_timeout, limit)[0]["arrays"]
     assert isinstance(initial, ArrayRecord)
     return initial
 

@@ -8,12 +8,20 @@ from flwr.app import ConfigRecord, Message, RecordDict
 from flwr.serverapp import Grid
 
 from dare_agg.errors import RunError
-from dare_agg.flower.exchange import exchange, online_nodes, went_away
+from dare_agg.flower.exchange import ROOM, exchange, online_nodes, went_away
+from dare_agg.flower.limits import ReplyLimit
 from dare_agg.merge.methods import find_method
 from server.config import METHODS, RunConfig
 
 
-def ask(grid: Grid, nodes: list[int], what: str, config: ConfigRecord, timeout: float) -> list:
+def ask(
+    grid: Grid,
+    nodes: list[int],
+    what: str,
+    config: ConfigRecord,
+    timeout: float,
+    limit: ReplyLimit = ROOM,
+) -> list:
     """Send a query to nodes and return the replies' contents, in the order of the nodes.
 
     A node that is lost is asked again when it is back. Raises `RunError` naming the first node
@@ -31,7 +39,7 @@ def ask(grid: Grid, nodes: list[int], what: str, config: ConfigRecord, timeout: 
             Message(RecordDict({"config": config}), node, f"query.{what}", ttl=left + 60)
             for node in asked
         ]
-        for index, reply in exchange(grid, messages, left):
+        for index, reply in exchange(grid, messages, left, limit):
             if went_away(reply):
                 continue
             if reply.has_error():

@@ -139,10 +139,10 @@ class Clients:
     def _read(self, node: int, reply: Message) -> str | None:
         """Learn the client's name; returns what is wrong with it, or None."""
         if reply.has_error():
-            return (
-                f"it failed to say who it is ({failure_of(reply)}); is dare_mod in "
-                "ClientApp(mods=[dare_mod])?"
-            )
+            reason, detail = failure_of(reply)
+            said = f"it failed to say who it is ({reason}: {detail})"
+            mod = "; is dare_mod in ClientApp(mods=[dare_mod])?"
+            return said + mod if reason == "client-error" else said
         try:
             answer = read_answer(reply.content, Hello)
         except DareError as error:

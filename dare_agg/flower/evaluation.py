@@ -13,8 +13,9 @@ from dare_agg.errors import DareError
 from dare_agg.flower.broadcasting import Broadcasting
 from dare_agg.flower.clients import Client
 from dare_agg.flower.exchange import exchange
+from dare_agg.flower.limits import ReplyLimit
 from dare_agg.flower.metrics import MetricsFn, aggregate_metrics
-from dare_agg.flower.records import ASK_EVALUATE, Held, read_answer
+from dare_agg.flower.records import ASK_EVALUATE, Held, failure_of, read_answer
 from dare_agg.flower.transport import message_bytes
 from dare_agg.rounds.server import check_weight
 from dare_agg.rounds.weight_bound import bounded_weights
@@ -27,6 +28,7 @@ class Evaluation:
     """The exchange of one evaluation after another; ``nbytes`` are what the last one sent."""
 
     broadcasting: Broadcasting
+    limit: ReplyLimit
     nbytes: int = 0
 
     def messages(self, clients: Sequence[Client], config: ConfigRecord) -> list[Message]:
@@ -42,7 +44,7 @@ class Evaluation:
     def ask(self, grid: Grid, messages: Sequence[Message], timeout: float) -> list[Message]:
         """Send the messages; returns the replies of clients that could make the version."""
         replies = []
-        for index, reply in exchange(grid, messages, timeout):
+        for index, reply in exchange(grid, messages, timeout, self.limit):
             node = messages[index].metadata.dst_node_id
             if self.broadcasting.lost_version(node, reply):
                 continue
@@ -66,8 +68,11 @@ def evaluation_metrics(
     for reply in replies:
         node = reply.metadata.src_node_id
         client = known.get(node)
-        if reply.has_error() or client is None:
-            LOG.warning("evaluation on node %d failed", node)
+        if reply.has_error():
+            LOG.warning("evaluation on node %d failed: %s: %s", node, *failure_of(reply))
+            continue
+        if client is None:
+            LOG.warning("node %d was not asked to evaluate", node)
             continue
         metrics = next(iter(reply.content.metric_records.values()), None)
         if metrics is None:

@@ -2,7 +2,8 @@
 
 Flower's own ``send_and_receive`` keeps every reply in memory until the last one is there,
 and one pull blocks while a slow client uploads. Here replies are pulled one by one by a few
-threads and handed on at once; at the deadline, blocked pulls are left behind.
+threads and handed on at once; at the deadline, blocked pulls are left behind. A reply that is
+not taken comes as a failure of its sender (`Unread`), and the others go on.
 """
 
 from __future__ import annotations
@@ -16,14 +17,19 @@ from collections.abc import Iterator, Sequence
 from flwr.app import Message
 from flwr.serverapp import Grid
 
-from dare_agg.errors import RunError
+from dare_agg.errors import RunError, UpdateError
 from dare_agg.flower.internals import LOST, pushed_id
+from dare_agg.flower.limits import ReplyLimit
 from dare_agg.flower.patience import be_patient, named
+from dare_agg.flower.pulling import Pull
+from dare_agg.flower.records import unread
 
 LOG = logging.getLogger("flwr")
 PULLERS = 8
 POLL_SECONDS = 0.05
 POLL_SECONDS_MOST = 1.0
+# Of a reply that nothing large was asked of.
+ROOM = ReplyLimit()
 
 
 def online_nodes(grid: Grid) -> list[int]:
@@ -47,27 +53,28 @@ def went_away(reply: Message) -> bool:
 
 
 def exchange(
-    grid: Grid, messages: Sequence[Message], timeout: float
+    grid: Grid, messages: Sequence[Message], timeout: float, limit: ReplyLimit = ROOM
 ) -> Iterator[tuple[int, Message]]:
     """Send ``messages`` and yield ``(index of the message, reply)`` as replies arrive.
 
     Ends when every message has its reply, or after ``timeout`` seconds; messages without a
-    reply are simply not yielded. Raises `RunError` when the SuperLink takes no message.
+    reply are simply not yielded. A reply over the limit, or that cannot be read, is yielded as
+    a failure. Raises `RunError` when the SuperLink takes no message, or fails.
     """
     if not messages:
         return
     be_patient(grid)
     deadline = time.monotonic() + timeout
     sent = _push(grid, messages)
-    waiting: queue.SimpleQueue[str] = queue.SimpleQueue()
-    for message_id in sent:
-        waiting.put(message_id)
+    waiting: queue.SimpleQueue[Pull] = queue.SimpleQueue()
+    for message_id, index in sent.items():
+        waiting.put(Pull(grid, message_id, messages[index], limit))
     found: queue.Queue[tuple[str, Message] | BaseException] = queue.Queue(maxsize=PULLERS)
     stop = threading.Event()
     pullers = min(PULLERS, len(sent))
     for number in range(pullers):
         threading.Thread(
-            target=_pull, args=(grid, waiting, found, stop), name=f"puller-{number}", daemon=True
+            target=_pull, args=(waiting, found, stop), name=f"puller-{number}", daemon=True
         ).start()
     missing = set(sent)
     try:
@@ -110,27 +117,28 @@ def _push(grid: Grid, messages: Sequence[Message]) -> dict[str, int]:
 
 
 def _pull(
-    grid: Grid,
-    waiting: queue.SimpleQueue[str],
+    waiting: queue.SimpleQueue[Pull],
     found: queue.Queue[tuple[str, Message] | BaseException],
     stop: threading.Event,
 ) -> None:
     pause = POLL_SECONDS
     while not stop.is_set():
         try:
-            message_id = waiting.get_nowait()
+            pull = waiting.get_nowait()
         except queue.Empty:
             return
         try:
-            replies = list(grid.pull_messages([message_id]))
+            reply = pull.step()
+        except UpdateError as error:
+            reply = unread(error, pull.sent)
         except BaseException as error:
             _hand_over(found, named(error), stop)
             return
-        if replies:
-            _hand_over(found, (message_id, replies[0]), stop)
+        if reply is not None:
+            _hand_over(found, (pull.message_id, reply), stop)
             pause = POLL_SECONDS
         else:
-            waiting.put(message_id)
+            waiting.put(pull)
             stop.wait(pause)
             pause = min(pause * 1.2, POLL_SECONDS_MOST)
 

@@ -72,6 +72,35 @@ INTERNALS = {
         "ends a request for good; replaced so that a SuperLink that answers 500 for a moment does "
         "not end a run of hours",
     ),
+    "runtime-client": Internal(
+        "flwr.superlink.grid:HttpGrid._runtime_client",
+        "asks the SuperLink for one reply and its parts; without it whatever Flower raises over "
+        "one client's reply ends the run of all",
+    ),
+    "http-client": Internal(
+        "flwr.supercore.runtime:RuntimeHttpClient._client",
+        "sends the requests; hooked so that an answer longer than it may be is not read",
+    ),
+    "ask-for-reply": Internal(
+        "flwr.proto.runtime_pb2:PullAppMessagesRequest",
+        "asks the SuperLink whether the reply to a message is there",
+    ),
+    "ask-for-part": Internal(
+        "flwr.proto.message_pb2:PullObjectRequest",
+        "asks the SuperLink for one part of a reply, by its digest",
+    ),
+    "confirm-reply": Internal(
+        "flwr.proto.message_pb2:ConfirmMessageReceivedRequest",
+        "has the SuperLink forget a reply and its parts, taken or refused",
+    ),
+    "part-head": Internal(
+        "flwr.supercore.inflatable.inflatable_object:get_object_head_values_from_object_content",
+        "says what a part of a reply is and which parts it is made of, before it is opened",
+    ),
+    "inflate": Internal(
+        "flwr.supercore.inflatable.inflatable_utils:inflate_object_from_contents",
+        "makes the reply of its parts, and raises whatever a client wants it to",
+    ),
     "database": Internal(
         "flwr.supercore.sql_mixin:SqlMixin",
         "keeps the SuperLink's database behind SQLAlchemy's pool and waits five seconds for its "
@@ -322,6 +351,77 @@ def on_database_connection(act: Callable[..., None]) -> None:
     from sqlalchemy.pool import Pool
 
     event.listen(Pool, "checkout", act)
+
+
+# --- replies, part by part -----------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Announced:
+    """A reply that the SuperLink has: what it says of it, and the parts it is made of.
+
+    ``message`` has the SuperLink's word on who sent it, and no content yet. ``parts`` are the
+    digests, the root first and each once; ``count`` and ``depth`` are those of the whole tree.
+    """
+
+    message: Message
+    parts: Sequence[str]
+    count: int
+    depth: int
+
+
+def http_client(grid: Grid) -> Any | None:
+    """The client that a grid sends its requests with; None for a grid in memory."""
+    runtime = getattr(grid, "_runtime_client", None)
+    return None if runtime is None else runtime._client
+
+
+def ask_for_reply(grid: Any, message_id: str) -> Announced | None:
+    """The reply to a message as the SuperLink announces it; None while there is none."""
+    request = internal("ask-for-reply")(message_ids=[message_id])
+    answer = grid._runtime_client.PullMessages(request)
+    for message, tree in zip(answer.messages_list, answer.message_object_trees, strict=True):
+        parts: dict[str, None] = {}
+        count = depth = 0
+        level = [tree]
+        while level:
+            count, depth = count + len(level), depth + 1
+            parts.update(dict.fromkeys(node.object_id for node in level))
+            level = [child for node in level for child in node.children]
+        # What it holds is in the parts; an error travels in the message alone.
+        message.ClearField("content")
+        if not message.HasField("error"):
+            message.content.SetInParent()
+        return Announced(internal("bytes-to-message")(message), list(parts), count, depth)
+    return None
+
+
+def ask_for_part(grid: Any, digest: str) -> bytes | None:
+    """One part of a reply; empty while it is under way, None where the SuperLink has none."""
+    request = internal("ask-for-part")(node=grid.node, run_id=grid.run.run_id, object_id=digest)
+    answer = grid._runtime_client.PullObject(request)
+    if not answer.object_found:
+        return None
+    return bytes(answer.object_content) if answer.object_available else b""
+
+
+def confirm_reply(grid: Any, message: Message) -> None:
+    """Have the SuperLink forget a reply and its parts."""
+    request = internal("confirm-reply")(
+        node=grid.node, run_id=grid.run.run_id, message_object_id=message.metadata.message_id
+    )
+    grid._runtime_client.ConfirmMessageReceived(request)
+
+
+def head_of(part: bytes) -> tuple[str, list[str], int]:
+    """Kind, parts and length of the body of a part; raises what Flower raises for a faulty one."""
+    head: tuple[str, list[str], int] = internal("part-head")(part)
+    return head
+
+
+def inflate(root: str, parts: dict[str, bytes]) -> Any:
+    """What the parts of a reply make, emptying ``parts``; raises whatever Flower raises."""
+    return internal("inflate")(root, parts)
 
 
 # --- messages ------------------------------------------------------------------------------

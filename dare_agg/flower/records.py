@@ -13,7 +13,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any, Self, TypeVar
 
-from flwr.app import ArrayRecord, ConfigRecord, Message, RecordDict
+from flwr.app import ArrayRecord, ConfigRecord, Error, Message, RecordDict
 
 from dare_agg.codec.update import CODEC_VERSION
 from dare_agg.downlink.ways import WAYS
@@ -244,11 +244,27 @@ def one_line(text: object, limit: int = 300) -> str:
     return printable if len(printable) <= limit else printable[: limit - 1] + "…"
 
 
-def failure_of(message: Message) -> str:
-    """The error of a failed message in one line."""
+class Unread(Error):
+    """Why a reply was not taken, in place of its content; made here, and never sent."""
+
+    def __init__(self, error: DareError) -> None:
+        super().__init__(code=0, reason=one_line(error))
+        self.why = error.reason
+
+
+def unread(error: DareError, sent: Message) -> Message:
+    """What stands for the reply to ``sent`` that was not taken."""
+    return Message(Unread(error), reply_to=sent)
+
+
+def failure_of(message: Message) -> tuple[str, str]:
+    """The reason of a failed message, and its error in one line."""
+    if isinstance(message.error, Unread):
+        return message.error.why, message.error.reason or ""
     # The exception itself is the last line of the text Flower sends.
     lines = (message.error.reason or "").strip().splitlines()
-    return one_line(lines[-1] if lines else "no text")
+    said = one_line(lines[-1] if lines else "no text")
+    return "client-error", f"Flower error code {message.error.code}: {said}"
 
 
 def read_payload(content: RecordDict, key: str, limit: int) -> bytes | None:

@@ -15,6 +15,7 @@ from flwr.app import Message, MetricRecord, RecordDict
 from dare_agg.codec.payload import payload_bytes
 from dare_agg.codec.update import UpdateSpec
 from dare_agg.errors import DareError, UpdateError
+from dare_agg.flower.limits import ReplyLimit
 from dare_agg.flower.records import (
     DENSE_KEY,
     STATISTICS_KEY,
@@ -70,6 +71,11 @@ class Inbox:
     signers: Mapping[int, tuple[str, str]] = field(default_factory=dict)
     duplicates: int = 0
     layout: Layout | None = None
+
+    def limit(self, own: int) -> ReplyLimit:
+        """Most that a reply may hold, ``own`` bytes of the app's records included."""
+        payloads = [_payload_bytes(plan, self.layout) for plan in self.plans.values()]
+        return ReplyLimit(max(payloads, default=0), own)
 
     def take(self, node: int, message: Message) -> None:
         """Judge one reply to the message that was sent to ``node``."""
@@ -158,8 +164,7 @@ def judge(
     ``signer`` is the name and public key of the client that must have signed it.
     """
     if message.has_error():
-        detail = f"Flower error code {message.error.code}: {failure_of(message)}"
-        return Rejection(plan.client, "client-error", detail)
+        return Rejection(plan.client, *failure_of(message))
     content = message.content
     try:
         receipt = read_answer(content, Receipt)
@@ -213,6 +218,15 @@ def _read_statistics(
     limit = _limit(statistics_spec(plan, layout, names))
     blob = read_payload(content, STATISTICS_KEY, limit)
     return None if blob is None else StatisticsUpdate(blob, names)
+
+
+def _payload_bytes(plan: RoundPlan, layout: Layout | None) -> int:
+    """Most bytes that the payloads of a reply to this plan can have together."""
+    specs = [plan.spec(), plan.dense_spec()]
+    if plan.terms.statistics and layout is not None:
+        matrices = [entry.name for entry in layout.entries if len(entry.shape) == 2]
+        specs.append(statistics_spec(plan, layout, matrices))
+    return sum(_limit(spec) for spec in specs if spec is not None)
 
 
 def _limit(spec: UpdateSpec) -> int:

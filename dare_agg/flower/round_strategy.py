@@ -24,6 +24,7 @@ from dare_agg.flower import arguments
 from dare_agg.flower.broadcasting import Broadcasting
 from dare_agg.flower.clients import Client, Clients, Draw
 from dare_agg.flower.evaluation import Evaluation, evaluation_metrics
+from dare_agg.flower.limits import OWN_BYTES, ReplyLimit
 from dare_agg.flower.metrics import MetricsFn
 from dare_agg.flower.records import ASK_EVALUATE, ASK_HELLO, ASK_TRAIN
 from dare_agg.flower.round_outcome import RoundOutcome
@@ -58,6 +59,7 @@ class RoundStrategy(Strategy):
         max_empty_rounds: int = 0,
         identities: Mapping[str, str] | None = None,
         downlink: Downlink | None = None,
+        reply_room: int = OWN_BYTES,
         round_hook: Callable[[RoundOutcome], bool | None] | None = None,
     ) -> None:
         self.settings = settings
@@ -74,6 +76,7 @@ class RoundStrategy(Strategy):
         self.deadline = arguments.seconds("deadline", deadline)
         self.node_timeout = arguments.seconds("node_timeout", node_timeout) or 0.0
         self.max_empty_rounds = arguments.count("max_empty_rounds", max_empty_rounds)
+        self.reply_room = arguments.count("reply_room", reply_room)
         self.round_hook = round_hook
         self.secret = arguments.run_secret(seed)
         self.identities = check_identities(identities) if identities is not None else {}
@@ -86,7 +89,7 @@ class RoundStrategy(Strategy):
             arrayrecord_key,
             configrecord_key,
         )
-        self.evaluation = Evaluation(self.broadcasting)
+        self.evaluation = Evaluation(self.broadcasting, ReplyLimit(own=self.reply_room))
         self.step_state = StepState()
         self.outcome: RoundOutcome | None = None
         self.empty_rounds = 0

@@ -22,6 +22,7 @@ from dare_agg.flower import arguments
 from dare_agg.flower.clients import Client
 from dare_agg.flower.exchange import exchange
 from dare_agg.flower.internals import set_lifetime
+from dare_agg.flower.limits import OWN_BYTES
 from dare_agg.flower.metrics import MetricsFn, aggregate_metrics
 from dare_agg.flower.records import ASK_TRAIN, Hello
 from dare_agg.flower.replies import Inbox, TrainReply
@@ -83,6 +84,8 @@ class DareStrategy(RoundStrategy):
         public keys (hex) of the clients by name; their replies must be signed.
     downlink
         how the model reaches the clients; the full arrays unless given.
+    reply_room
+        most bytes of the app's own records in a reply, metrics and others (1 MiB).
     steps
         what stands between checking and merging, in order (`dare_agg.rounds.chain`).
     round_hook
@@ -127,6 +130,7 @@ class DareStrategy(RoundStrategy):
         identities: Mapping[str, str] | None = None,
         downlink: Downlink | None = None,
         steps: Sequence[UpdateStep] = (),
+        reply_room: int = OWN_BYTES,
         round_hook: Callable[[RoundOutcome], bool | None] | None = None,
     ) -> None:
         settings = FederatedSettings(
@@ -165,6 +169,7 @@ class DareStrategy(RoundStrategy):
             max_empty_rounds=max_empty_rounds,
             identities=identities,
             downlink=downlink,
+            reply_room=reply_room,
             round_hook=round_hook,
         )
         self.train_metrics_aggr_fn = train_metrics_aggr_fn
@@ -211,7 +216,8 @@ class DareStrategy(RoundStrategy):
             until = time.monotonic() + limit
             lost: list[Client] = []
             by_node = {client.node: client for client in opened.clients}
-            for index, reply in exchange(grid, messages, limit):
+            room = opened.inbox.limit(self.reply_room)
+            for index, reply in exchange(grid, messages, limit, room):
                 node = messages[index].metadata.dst_node_id
                 if self.broadcasting.lost_version(node, reply):
                     lost.append(by_node[node])
@@ -221,7 +227,7 @@ class DareStrategy(RoundStrategy):
             if lost and left > 0:
                 LOG.info("sending the whole model again to %d clients", len(lost))
                 again = [self._train_message(opened, client, config) for client in lost]
-                for index, reply in exchange(grid, again, left):
+                for index, reply in exchange(grid, again, left, room):
                     opened.inbox.take(again[index].metadata.dst_node_id, reply)
         return self.aggregate_train(number, ())
 

@@ -13,7 +13,10 @@ from collections.abc import Callable, Iterable
 from flwr.app import Context, Message, RecordDict
 from flwr.clientapp import ClientApp
 from flwr.serverapp import Grid
-from flwr.supercore.inflatable.inflatable_object import get_all_nested_objects
+from flwr.supercore.inflatable.inflatable_object import (
+    get_all_nested_objects,
+    no_object_id_recompute,
+)
 from flwr.supercore.inflatable.inflatable_utils import inflate_object_from_contents
 
 from dare_agg.flower.internals import failure, set_task
@@ -36,9 +39,10 @@ def stamp(message: Message, **fields: str | int) -> None:
 
 def over_the_wire(message: Message) -> Message:
     """Serialise and read back, as Flower's transport does."""
-    objects = get_all_nested_objects(message)
-    contents = {object_id: item.deflate() for object_id, item in objects.items()}
-    received = inflate_object_from_contents(message.object_id, contents)
+    with no_object_id_recompute():
+        objects = get_all_nested_objects(message)
+        contents = {object_id: item.deflate() for object_id, item in objects.items()}
+        received = inflate_object_from_contents(message.object_id, contents)
     stamp(received, message_id=message.metadata.message_id)
     return received
 

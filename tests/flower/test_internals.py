@@ -32,12 +32,16 @@ from flwr.app import (
 )
 from flwr.clientapp import ClientApp
 from flwr.supercore.fab import Fab
+from flwr.supercore.inflatable.inflatable_object import get_all_nested_objects, get_object_tree
 from flwr.supercore.run import Run
 from flwr.supercore.sql_mixin import SqlMixin
 from flwr.superlink.grid import HttpGrid, InMemoryGrid
+from made_superlink import Reply, SuperLink
+from toy import toy_app
 
-from dare_agg.errors import FlowerVersionError
+from dare_agg.errors import FlowerVersionError, UpdateError
 from dare_agg.flower import internals, mod, warm
+from dare_agg.flower.bounded import at_most
 from dare_agg.flower.internals import INTERNALS, FailureCode, internal
 from dare_agg.flower.processes.launch import flower_environment
 from dare_agg.flower.superlink import LOCK_SECONDS, wait_longer
@@ -108,6 +112,49 @@ def give_up() -> None:
     with pytest.raises(httpx.ConnectError):
         grid._retry_invoker.invoke(fails)
     assert len(asked) == 1
+
+
+def replies() -> None:
+    """A reply of a real client of Flower's, part by part, and its measure taken on the way."""
+    link = SuperLink(toy_app(), 1)
+    with link.serve() as grid:
+        sent = Message(RecordDict({"config": ConfigRecord({"server-round": 1})}), 7, "query.x")
+        sent.metadata.dst_node_id = next(iter(link.nodes.partitions))
+        (message_id,) = grid.push_messages([sent])
+        announced = internals.ask_for_reply(grid, message_id)
+        assert announced is not None and announced.message.error.code == FailureCode.APP_RAISED
+        client = internals.http_client(grid)
+        assert isinstance(client, httpx.Client)
+        link.attack = lambda client, asked, reply: a_reply(reply)
+        announced = internals.ask_for_reply(grid, message_id)
+        assert announced is not None and announced.message.has_content()
+        assert announced.message.metadata.src_node_id == sent.metadata.dst_node_id
+        assert (announced.count, announced.depth) == (5, 5)
+        root, *rest = announced.parts
+        assert root == announced.message.metadata.message_id
+        parts = {digest: internals.ask_for_part(grid, digest) or b"" for digest in announced.parts}
+        kinds = [internals.head_of(parts[digest])[0] for digest in announced.parts]
+        assert kinds == ["Message", "RecordDict", "ArrayRecord", "Array", "ArrayChunk"]
+        assert internals.head_of(parts[root])[1] == rest[:1]
+        assert internals.ask_for_part(grid, "0" * 64) is None
+        with at_most(client, 40), pytest.raises(UpdateError, match="in one of its parts"):
+            internals.ask_for_part(grid, rest[-1])
+        made = internals.inflate(root, parts)
+        assert made.content["arrays"]["w"].numpy().tolist() == [[0, 1, 2], [3, 4, 5]]
+        internals.confirm_reply(grid, announced.message)
+        assert link.confirmed == [root]
+
+
+def a_reply(reply: Reply) -> Reply:
+    """In place of the failure, the message of `example`."""
+    content = RecordDict({"arrays": example().content["arrays"]})
+    message = Message(content, 7, "train")
+    reply.message.ClearField("error")
+    reply.message.content.SetInParent()
+    tree = get_object_tree(message)
+    reply.message.metadata.message_id = tree.object_id
+    parts = {key: part.deflate() for key, part in get_all_nested_objects(message).items()}
+    return Reply(reply.message, tree, dict(parts))
 
 
 def database(tmp_path: Path) -> None:
@@ -226,6 +273,13 @@ CHECKS: dict[str, Callable[..., None]] = {
     "sending": sending,
     "object-tree": sending,
     "give-up": give_up,
+    "runtime-client": replies,
+    "http-client": replies,
+    "ask-for-reply": replies,
+    "ask-for-part": replies,
+    "confirm-reply": replies,
+    "part-head": replies,
+    "inflate": replies,
     "database": database,
     "message-to-bytes": messages_travel,
     "bytes-to-message": messages_travel,
@@ -243,7 +297,7 @@ CHECKS: dict[str, Callable[..., None]] = {
     "no-installs": no_installs,
 }
 # Parts of an object, which only an object has.
-OF_OBJECTS = {"give-up", "message-id", "lifetime", "mods"}
+OF_OBJECTS = {"give-up", "http-client", "message-id", "lifetime", "mods"}
 
 
 @pytest.mark.parametrize("name", INTERNALS)
@@ -305,7 +359,10 @@ ELSEWHERE = {
     "flwr.serverapp.strategy.fedopt": "Flower's own server steps are held against ours",
 }
 # Attributes by which one reaches into Flower's objects.
-HIDDEN = {"_retry_invoker", "should_giveup", "deflate", "_verify_fab", "_pull_and_store_message"}
+HIDDEN = {
+    "_retry_invoker", "should_giveup", "_runtime_client", "_client", "deflate", "_verify_fab",
+    "_pull_and_store_message",
+}  # fmt: skip
 
 
 def private_parts(path: Path) -> Iterator[str]:

@@ -249,6 +249,28 @@ def test_a_party_may_vanish_at_any_stage(
     assert np.abs(step - plain)[:-1][step[:-1] != 0].max() < 1e-4
 
 
+@pytest.mark.parametrize("stage", ["train", "contribute"])
+def test_a_party_whose_answer_cannot_be_read_is_out(
+    memory_grid: Any, toys: Any, keys: Any, stage: str
+) -> None:
+    folder = keys(5)
+
+    class Raising(memory_grid):  # type: ignore[misc]
+        def pull_messages(self, ids: Any) -> Any:
+            for reply in (replies := super().pull_messages(ids)):
+                if self.partitions[reply.metadata.src_node_id] == 2 and stage_of(reply) == stage:
+                    raise ValueError("Unexpected set of children")
+            return replies
+
+    strategy = strategy_for(folder, dense=[r"^head"])
+    strategy.start(Raising(secure_app(toys), 5), toys.record(toys.arrays()), num_rounds=1)
+    measured = strategy.outcome.measurements
+    assert sorted(measured["clients"]) == [f"site {i}" for i in (0, 1, 3, 4)]
+    (rejected,) = measured["rejected"]
+    assert (rejected["name"], rejected["reason"]) == ("site 2", "transport")
+    assert "ValueError: Unexpected set of children" in rejected["detail"]
+
+
 def test_large_vectors_travel_a_few_at_a_time(
     memory_grid: Any, toys: Any, keys: Any, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -163,10 +163,8 @@ def answer_record(reply: Message) -> ConfigRecord:
         # A SuperNode that is pinned to an app (dare-agg supernode).
         other = reply.error.code == FailureCode.WRONG_BUNDLE
         hint = " Its SuperNode runs another copy of the app" if other else ""
-        raise ProtocolError(
-            f"Flower error code {reply.error.code}: {failure_of(reply)}{hint}",
-            reason="client-error",
-        )
+        reason, detail = failure_of(reply)
+        raise ProtocolError(f"{detail}{hint}", reason=reason)
     record = read_config(reply.content, SECURE_KEY)
     if record is None:
         raise ProtocolError(

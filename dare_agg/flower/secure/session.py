@@ -18,6 +18,7 @@ from flwr.serverapp import Grid
 
 from dare_agg.errors import DareError, ProtocolError
 from dare_agg.flower.exchange import exchange
+from dare_agg.flower.limits import ReplyLimit
 from dare_agg.flower.records import one_line
 from dare_agg.flower.secure.records import (
     QUERY,
@@ -183,7 +184,7 @@ def _take_stage(
     until = time.monotonic() + seconds
     silent = set(parties)
     taken, retried = 0, {}
-    for index, reply in exchange(grid, list(messages.values()), seconds):
+    for index, reply in exchange(grid, list(messages.values()), seconds, ReplyLimit(limit)):
         party = parties[index]
         silent.discard(party)
         if again is not None and (message := again(party, reply)) is not None:

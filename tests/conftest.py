@@ -7,6 +7,7 @@ from typing import Any
 
 # scripts/flower_matrix.sh runs the fast ones of these on the oldest supported Flower too.
 FLOWER_TESTS = (
+    "tests/attacks/malicious_client/",
     "tests/flower/",
     "tests/server/test_asking.py",
     "tests/rounds/test_flower_steps.py",

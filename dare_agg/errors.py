@@ -86,12 +86,23 @@ REASONS: Mapping[str, str] = {
 }
 
 
+# Of a message: what it names may come from anywhere and be of any length.
+MOST_CHARACTERS = 800
+
+
 class DareError(Exception):
-    """Base of every error this library raises on purpose."""
+    """Base of every error this library raises on purpose.
+
+    The message is one printable line of at most `MOST_CHARACTERS`, whatever it names.
+    """
 
     reason = "error"
 
     def __init__(self, message: str, *, reason: str | None = None) -> None:
+        if len(message) > MOST_CHARACTERS:
+            message = f"{message[: MOST_CHARACTERS - 1]}…"
+        if not message.isprintable():
+            message = "".join(one if one.isprintable() else " " for one in message)
         super().__init__(message)
         if reason is not None:
             self.reason = reason

@@ -132,3 +132,9 @@ def test_the_documents_name_rows_of_the_table(page: str) -> None:
             named |= set(re.findall(r"`([^`]+)`", cells[column]))
     assert len(named) > 10
     assert named <= set(REASONS)
+
+
+def test_a_message_is_one_printable_line_whatever_it_names() -> None:
+    error = DareError("name 'a\nb\x1b[2J\ud800' is unknown" + "x" * 5000)
+    assert str(error).startswith("name 'a b [2J ' is unknownx")
+    assert str(error).isprintable() and len(str(error)) == errors.MOST_CHARACTERS

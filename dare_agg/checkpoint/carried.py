@@ -186,6 +186,8 @@ def _without_code(stream: BinaryIO, file: str) -> tuple[bytes, list[Left]]:
     except FormatError as error:
         raise _Stays(f"it cannot be searched for code: {str(error)[:80]}") from error
     if file == _MODULES:
+        if not isinstance(value, list):
+            raise _Stays("it is no list of modules")
         foreign = [m for m in value if not str(_type(m)).startswith("sentence_transformers.")]
         if foreign:
             raise _Stays(f"it names code, {str(_type(foreign[0]))[:80]!r}: --carry-code keeps it")

@@ -35,7 +35,7 @@ def remember(files: Iterable[Path], layout: str, fingerprint: str) -> None:
     """Keep a fingerprint for `recall`; where that is impossible, nothing happens."""
     chosen = list(files)
     with contextlib.suppress(OSError, StateError):
-        latest = max(max(s.st_mtime, s.st_ctime) for s in (f.stat() for f in chosen))
+        latest = max((max(s.st_mtime, s.st_ctime) for s in (f.stat() for f in chosen)), default=0.0)
         if time.time() - latest < _SETTLED_SECONDS:
             return
         own_folder(cache_folder("fingerprints"), remedy="")

@@ -188,10 +188,10 @@ def follow(folder: Path, command: tuple[str, ...], rounds: int) -> None:
 
 def show_progress(progress: Any, bars: Mapping[str, Any], metrics: Path, rounds: int) -> None:
     """Bring the bars up to what the metrics file says."""
-    from dare_agg.runs.report import read_metrics
+    from dare_agg.runs.rows import read_rows
     from dare_agg.runs.words import human_bytes
 
-    latest = {row.method: row for row in read_metrics(metrics)}
+    latest = {row.method: row for row in read_rows(metrics)}
     for place, name in enumerate(METHODS):
         row = latest.get(name)
         if row is None:

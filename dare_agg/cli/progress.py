@@ -7,9 +7,9 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from dare_agg.files.json_text import parse_json, read_json
+from dare_agg.files.json_text import read_json
 from dare_agg.runs.log import Mirror, planned_rounds, rejections, seconds_left
-from dare_agg.runs.rows import METRICS_FILE, STATE_FILE, RunRow
+from dare_agg.runs.rows import METRICS_FILE, STATE_FILE, RunRow, read_rows
 from dare_agg.runs.words import human_bytes, human_seconds
 
 if TYPE_CHECKING:
@@ -23,14 +23,7 @@ _ROUND = re.compile(r"INFO(?:\x1b\[0m|[\s:])*\[ROUND (\d+)/(\d+)\]\s*$")
 def load_rows(folder: Path) -> list[RunRow]:
     """Read a run's rows; a line that is still being written is left out."""
     path = folder / METRICS_FILE
-    rows = []
-    if path.is_file():
-        for line in path.read_text(encoding="utf-8").splitlines():
-            try:
-                rows.append(RunRow(parse_json(line)))
-            except ValueError:
-                continue
-    return rows
+    return read_rows(path, strict=False) if path.is_file() else []
 
 
 def follow(folder: Path, console: Console) -> Callable[[str], None]:
@@ -64,7 +57,7 @@ def load_config(folder: Path) -> dict[str, Any]:
     """The run config as run.json keeps it; empty where there is none yet."""
     try:
         config = read_json(folder / STATE_FILE)["config"]
-    except (OSError, ValueError, KeyError):
+    except (OSError, ValueError, KeyError, TypeError):
         return {}
     return config if isinstance(config, dict) else {}
 

@@ -72,8 +72,8 @@ class VersionReceiver:
         if not self._base_path.is_file():
             return ""
         try:
-            return str(_head_facts(self._head_path)["version"])
-        except (StateError, KeyError):
+            return _head_version(self._head_path)
+        except StateError:
             return self.base
 
     def wants_base(self) -> bool:
@@ -174,7 +174,7 @@ class VersionReceiver:
         try:
             arrays, facts = read_state(self._head_path)
             if facts["version"] != version:
-                raise StateError(f"it holds version {facts['version'][:12]}")
+                raise StateError(f"it holds version {str(facts['version'])[:12]!r}")
             counts, dense_counts = arrays["counts"], arrays["dense-counts"]
             fits = counts.shape == base.delta.shape and dense_counts.shape == base.dense.shape
             if not fits or counts.dtype != np.int32 or dense_counts.dtype != np.int32:
@@ -218,8 +218,8 @@ def _try_to(write: Callable[[], None]) -> None:
         LOG.warning("version cache: %s", error)
 
 
-def _head_facts(path: Path) -> dict[str, object]:
-    """The facts of a head without reading its counts; the checksum is looked at when used."""
+def _head_version(path: Path) -> str:
+    """The version of a head without reading its counts; the checksum is looked at when used."""
     try:
         with path.open("rb") as file:
             head = file.read(24)
@@ -228,7 +228,9 @@ def _head_facts(path: Path) -> dict[str, object]:
                 raise StateError(f"{path} is cut off")
             tensors = path.stat().st_size - 16 - 8 - header - 32
             metadata = parse_header(file.read(header_length(head[16:], size)), tensors)[1]
-            facts: dict[str, object] = parse_json(metadata["facts"])
-            return facts
+            version = parse_json(metadata["facts"])["version"]
+            if not isinstance(version, str) or not _VERSION.fullmatch(version):
+                raise StateError(f"{path} holds no version")
+            return version
     except (OSError, struct.error, ValueError, KeyError, TypeError) as error:
         raise StateError(f"{path} holds no version") from error

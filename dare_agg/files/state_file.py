@@ -12,7 +12,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from dare_agg.errors import StateError
+from dare_agg.errors import FormatError, StateError
 from dare_agg.files.atomic import REMEDY, replace_file
 from dare_agg.files.json_text import parse_json
 from dare_agg.files.safetensors_header import check_safetensors
@@ -41,6 +41,7 @@ def write_state(
 
 def read_state(path: Path) -> tuple[dict[str, NDArray[Any]], dict[str, Any]]:
     """Read a state file; raises `StateError` for one that is missing, cut off or altered."""
+    from safetensors import SafetensorError
     from safetensors.numpy import load
 
     try:
@@ -58,4 +59,13 @@ def read_state(path: Path) -> tuple[dict[str, NDArray[Any]], dict[str, Any]]:
     if hashlib.sha256(view[:-32]).digest() != data[-32:]:
         raise StateError(f"state {path} is corrupt: its checksum does not fit")
     body = bytes(view[start:-32])
-    return load(body), parse_json(check_safetensors(body)["facts"])
+    try:
+        facts = parse_json(check_safetensors(body)["facts"])
+        if not isinstance(facts, dict):
+            raise FormatError("its facts are no JSON object")
+        return load(body), facts
+    except (FormatError, SafetensorError, KeyError, TypeError) as error:
+        raise StateError(
+            f"state {path} holds no state ({type(error).__name__}: {str(error)[:200]}); an older "
+            "round's state is needed"
+        ) from error

@@ -79,7 +79,7 @@ def resume(strategy: RoundStrategy, folder: StateFolder) -> Resumed | None:
     terms = strategy.settings.terms
     base = global_model(folder.load_base(), dense=terms.dense, exclude=terms.exclude)
     model = unpack_model(state, base, strategy.downlink)
-    strategy.secret = bytes.fromhex(state.facts["secret"])
+    strategy.secret = state.raw("secret")
     LOG.info("resuming after round %d, version %s", state.round, model.ref.version[:12])
     return Resumed(
         state.round, to_record(model.arrays()), unpack_step(state), model.ref.version, state.facts

@@ -6,7 +6,6 @@ Reference: arXiv 2106.09685; rsLoRA (2312.03732) scales by α/√r.
 from __future__ import annotations
 
 import math
-import re
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -20,12 +19,14 @@ from dare_agg.checkpoint import open_checkpoint
 from dare_agg.errors import CheckpointError
 from dare_agg.files.json_text import read_json
 from dare_agg.vectors.layout import Entry, FloatVector, Layout
+from dare_agg.vectors.patterns import compile_patterns, matches
 from dare_agg.vectors.sources import CachedSource
 
 CONFIG_NAME = "adapter_config.json"
 WEIGHTS_NAME = "adapter_model.safetensors"
 _PREFIX = "base_model.model."
 _BLOCK = 1 << 18
+_MOST_ALPHA = 1e30
 
 
 @dataclass(frozen=True)
@@ -132,6 +133,11 @@ def adapter_source(path: Path, layout: Layout, base: CachedSource) -> AdapterSou
         if other not in saved.tensors:
             raise CheckpointError(f"{path}: {module!r} has lora_A but no lora_B")
         a, b = saved.array(name), saved.array(other)
+        if a.ndim != 2 or b.ndim != 2 or a.shape[0] != b.shape[1] or not a.size:
+            raise CheckpointError(
+                f"{path}: A and B of {module!r} have shapes {a.shape} and {b.shape}, which cannot "
+                "be multiplied: save the adapter again"
+            )
         entry = _entry_of(layout, f"{module}.weight", path)
         scale = np.float32(_scaling(config, module, a.shape[0]))
         if config.get("fan_in_fan_out"):
@@ -160,10 +166,19 @@ def _config(path: Path) -> dict[str, Any]:
 
 def _scaling(config: Mapping[str, Any], module: str, rank: int) -> float:
     alpha = config.get("lora_alpha", rank)
-    for pattern, value in (config.get("alpha_pattern") or {}).items():
-        if re.match(rf"(.*\.)?({pattern})$", module):
+    patterns = config.get("alpha_pattern") or {}
+    if not isinstance(patterns, dict):
+        raise CheckpointError(f"alpha_pattern of an adapter is {patterns!r:.40}, no mapping")
+    for pattern, value in patterns.items():
+        if matches(module, compile_patterns([rf"^(.*\.)?({pattern})$"])):
             alpha = value
             break
+    if (
+        isinstance(alpha, bool)
+        or not isinstance(alpha, int | float)
+        or not abs(alpha) < _MOST_ALPHA
+    ):
+        raise CheckpointError(f"lora_alpha {alpha!r:.40} of an adapter is no number; set it in it")
     return float(alpha) / (math.sqrt(rank) if config.get("use_rslora") else rank)
 
 

@@ -24,7 +24,7 @@ MERGEKIT_NORMS = {"mergekit-dare": "l1", "mergekit-dare-l2": "l2", "mergekit-dar
 
 # The parser of the standard library takes minutes for long dotted keys.
 _MOST_PARTS = 64
-_LONG_KEY = re.compile(rf"(?:[\w\"'-]++\s*+\.\s*+){{{_MOST_PARTS}}}")
+_LONG_KEY = re.compile(rf"(?<![\w\"'-])(?:[\w\"'-]++\s*+\.\s*+){{{_MOST_PARTS}}}")
 
 
 def _kebab(name: str) -> str:

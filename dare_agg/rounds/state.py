@@ -45,6 +45,20 @@ class RoundState:
     facts: Mapping[str, Any]
     arrays: NamedArrays = field(repr=False)
 
+    def text(self, fact: str) -> str:
+        """A fact that is text; raises `StateError` where there is none of this name."""
+        value = self.facts.get(fact)
+        if not isinstance(value, str):
+            raise StateError(f"round {self.round} was kept without {fact!r}; {_REMEDY}")
+        return value
+
+    def raw(self, fact: str) -> bytes:
+        """A fact that is bytes in hex; raises `StateError` as `text`."""
+        try:
+            return bytes.fromhex(self.text(fact))
+        except ValueError as error:
+            raise StateError(f"fact {fact!r} of round {self.round} is no hex; {_REMEDY}") from error
+
 
 class StateFolder:
     """The round states of a run: the base once, then the last `KEEP` rounds."""
@@ -100,7 +114,10 @@ class StateFolder:
     def load_base(self) -> dict[str, NDArray[Any]]:
         """Return the arrays a run started from; raises `StateError`."""
         arrays, facts = read_state(self.path / _BASE)
-        return {name: arrays[name] for name in facts["order"]}
+        order = facts.get("order")
+        if not isinstance(order, list) or order != [name for name in order if name in list(arrays)]:
+            raise StateError(f"{self.path / _BASE} holds other arrays than it names: {_REMEDY}")
+        return {name: arrays[name] for name in order}
 
     def save(self, state: RoundState) -> None:
         """Store a finished round, then forget the oldest; raises `StateError`."""
@@ -128,10 +145,12 @@ class StateFolder:
         for number in reversed(rounds):
             try:
                 arrays, facts = read_state(self.path / f"round-{number:08d}.state")
+                if facts.get("round") != number:
+                    raise StateError(f"the state of round {number} says that it is of another")
             except StateError as error:
                 problems.append(str(error))
                 continue
-            return RoundState(int(facts["round"]), facts, arrays), problems
+            return RoundState(number, facts, arrays), problems
         if rounds:
             raise StateError(
                 f"none of the {len(rounds)} round states in {self.path} is whole: {problems[0]}"
@@ -163,19 +182,21 @@ def unpack_model(state: RoundState, base: GlobalModel, downlink: Downlink) -> Gl
 
     Raises `StateError` where ``base`` or the downlink's settings are not those of the run.
     """
-    if state.facts["downlink"] != downlink.name:
+    if state.text("downlink") != downlink.name:
         raise StateError(
-            f"the run was kept with downlink {state.facts['downlink']!r}, this strategy has "
+            f"the run was kept with downlink {state.text('downlink')!r}, this strategy has "
             f"{downlink.name!r}; resume with the settings the run was started with"
         )
     if kept := part_of(state, _DOWN):
         model = downlink.restore(base, kept)
     else:
         found = part_of(state, _MODEL)
+        if found.keys() != {"delta", "dense"}:
+            raise StateError(f"round {state.round} was kept without its model; {_REMEDY}")
         model = base.placed(found["delta"], found["dense"])
-    if model.ref.version != state.facts["version"]:
+    if model.ref.version != state.text("version"):
         raise StateError(
-            f"round {state.round} was kept as version {state.facts['version'][:12]} and reads as "
+            f"round {state.round} was kept as version {state.text('version')[:12]} and reads as "
             f"{model.ref.version[:12]}; resume with the settings the run was started with"
         )
     return model

@@ -21,7 +21,7 @@ from typing import Any
 
 from dare_agg.files.atomic import replace_file
 from dare_agg.files.json_text import parse_json, read_json
-from dare_agg.runs.rows import METRICS_FILE, STATE_FILE, RunRow
+from dare_agg.runs.rows import METRICS_FILE, STATE_FILE, RunRow, read_rows
 
 _LINE = re.compile(r"dare-agg (row|state) ([0-9a-f]{16,64}) (\{.*)")
 
@@ -80,10 +80,10 @@ class Mirror:
         if not self._foreign:
             return
         path = self.folder / METRICS_FILE
-        lines = path.read_text(encoding="utf-8").splitlines() if path.is_file() else []
+        rows = read_rows(path, strict=False) if path.is_file() else []
         # A resumed run makes its last rounds again.
-        kept = [line for line in lines if not _again(RunRow(parse_json(line)), RunRow(row))]
-        replace_file(path, ((line + "\n").encode() for line in [*kept, json.dumps(row)]))
+        kept = [old.values for old in rows if not _again(old, RunRow(row))]
+        replace_file(path, ((json.dumps(one) + "\n").encode() for one in [*kept, row]))
 
 
 def _again(old: RunRow, new: RunRow) -> bool:
@@ -92,7 +92,8 @@ def _again(old: RunRow, new: RunRow) -> bool:
 
 def planned_rounds(config: Mapping[str, Any]) -> int:
     """Return how many rounds each method takes, 0 where that is unknown; a merge takes one."""
-    return 1 if config.get("secure-merge") else int(config.get("num-rounds", 0))
+    rounds = config.get("num-rounds")
+    return 1 if config.get("secure-merge") else rounds if type(rounds) is int else 0
 
 
 def seconds_left(rows: Sequence[RunRow], config: Mapping[str, Any]) -> float | None:
@@ -101,8 +102,10 @@ def seconds_left(rows: Sequence[RunRow], config: Mapping[str, Any]) -> float | N
     ``config`` is the run config (``num-rounds``, ``methods``). Rounds of one method are alike,
     those of another may not be: they count as long as those seen.
     """
-    methods = config.get("methods") or [""]
-    total = planned_rounds(config) * len(methods)
+    methods = config.get("methods")
+    total = planned_rounds(config) * (
+        len(methods) if isinstance(methods, list | tuple) and methods else 1
+    )
     if not rows or not total:
         return None
     each = statistics.median(row.round_seconds for row in rows[-8:])

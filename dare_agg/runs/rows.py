@@ -8,10 +8,17 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any, Generic, TypeVar, overload
+
+from dare_agg.errors import FormatError, StateError
+from dare_agg.files.json_text import parse_json
 
 METRICS_FILE = "metrics.jsonl"  # a row of JSON a round
 STATE_FILE = "run.json"  # status, config, fingerprints
+
+# What is not below, not finite among it, counts as absent.
+_MOST = 1e300
 
 T = TypeVar("T")
 
@@ -19,8 +26,14 @@ T = TypeVar("T")
 class Key(Generic[T]):
     """A key of a row, and what a row reads as that has it not or of another kind."""
 
-    def __init__(self, default: T, kinds: type | tuple[type, ...] = (int, float), key: str = ""):
-        self.default, self.kinds, self.key = default, kinds, key
+    def __init__(
+        self,
+        default: T,
+        kinds: type | tuple[type, ...] = (int, float),
+        key: str = "",
+        each: type = object,
+    ) -> None:
+        self.default, self.kinds, self.key, self.each = default, kinds, key, each
 
     def __set_name__(self, owner: type, name: str) -> None:
         self.key = self.key or name
@@ -34,6 +47,10 @@ class Key(Generic[T]):
             return self
         value: Any = row.values.get(self.key)
         fits = isinstance(value, self.kinds) and not isinstance(value, bool)
+        if isinstance(value, int | float):
+            fits = fits and -_MOST < value < _MOST
+        elif isinstance(value, list | tuple):
+            fits = fits and all(isinstance(item, self.each) for item in value)
         return value if fits else self.default
 
 
@@ -55,8 +72,8 @@ class RunRow:
     train_loss = Key[float | None](None, key="train-loss")
     clients = Key(0)
     accepted = Key(0)
-    rejected = Key[Sequence[Mapping[str, Any]]]((), (list, tuple))
-    weights_cut = Key[Sequence[str]]((), (list, tuple))
+    rejected = Key[Sequence[Mapping[str, Any]]]((), (list, tuple), each=Mapping)
+    weights_cut = Key[Sequence[str]]((), (list, tuple), each=str)
     parameters = Key[int | None](None)
     update_bytes_per_client = Key(0)
     dense_bytes_per_client = Key(0)
@@ -91,3 +108,29 @@ class RunRow:
         first = {cls.method.key: method, cls.round.key: round}
         keys = {vars(cls)[name].key: value for name, value in said.items()}
         return cls({**first, **metrics, **first, **keys})
+
+
+def read_rows(path: Path, *, strict: bool = True) -> list[RunRow]:
+    """Read a metrics file; a last line that is still being written is left out.
+
+    Raises `StateError` for a line in the middle that is no row; not ``strict``, leaves it out.
+    """
+    lines = path.read_bytes().splitlines()
+    rows = []
+    for number, line in enumerate(lines, 1):
+        try:
+            rows.append(parse_row(line))
+        except FormatError as error:
+            if strict and number < len(lines):
+                raise StateError(
+                    f"{path}: line {number} is not JSON ({error}); remove the line"
+                ) from error
+    return rows
+
+
+def parse_row(line: str | bytes) -> RunRow:
+    """Read one line of a metrics file; raises `FormatError`."""
+    values = parse_json(line)
+    if not isinstance(values, dict):
+        raise FormatError("a row is no JSON object")
+    return RunRow(values)

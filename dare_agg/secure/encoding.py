@@ -69,10 +69,11 @@ class Reader:
 
     def take(self, count: int) -> bytes:
         """The next ``count`` bytes."""
-        if count > self.left:
+        stop = self._at + count
+        if stop > len(self._data):
             raise self.bad(f"{self.left} bytes are left where {count} are needed")
-        piece = self._data[self._at : self._at + count]
-        self._at += count
+        piece = self._data[self._at : stop]
+        self._at = stop
         return piece
 
     def u8(self) -> int:

@@ -371,6 +371,11 @@ class ServerSide(Mutants):
 
     name = "secure-server"
 
+    def __init__(self) -> None:
+        super().__init__()
+        # Kept ones that party 1 signed: they may come again as they are.
+        self.own: set[bytes] = set()
+
     def attempt(self, rng: random.Random) -> Attempt:
         at, stage = rng.randrange(len(self.runs)), rng.choice(STAGES)
         run = self.runs[at]
@@ -397,11 +402,17 @@ class ServerSide(Mutants):
                 assert same(server, before), "a refusal changed the server"
                 raise
             honest = blob in run.signed and run.answers[stage][sender] == blob
-            assert honest or (own and sender == MALICIOUS), "a forgery was taken"
+            dishonest = sender == MALICIOUS and (own or blob in self.own)
+            assert honest or dishonest, "a forgery was taken"
             if goes_on:
                 self._go_on(run, server, stage, lost)
 
-        return Attempt(work, lambda: self.keep(at, stage, blob))
+        def keep() -> None:
+            self.keep(at, stage, blob)
+            if own:
+                self.own.add(blob)
+
+        return Attempt(work, keep)
 
     @staticmethod
     def _go_on(run: Recording, server: SecureServer, stage: str, lost: set[int]) -> None:

@@ -128,7 +128,7 @@ def mutate_file(rng: random.Random, blob: bytes, others: Callable[[], bytes]) ->
         return mutate(rng, blob, others)
     body = blob[-(-(16 + length) // 8) * 8 :]
     for _ in range(rng.choice((1, 1, 2))):
-        _mutate_tree(rng, record)
+        mutate_tree(rng, record)
     text = json.dumps(record, sort_keys=rng.random() < 0.9, separators=(",", ":")).encode()
     if rng.random() < 0.05:
         text = rng.choice((b"[" * 5000, b"{}", b"", b"[1e999]", text[:-1], text + b" "))
@@ -150,14 +150,15 @@ def refitted(rng: random.Random, blob: bytes) -> bytes:
     return blob[:start] + sealed(spec, _header(spec, survivors, len(payload)) + payload)
 
 
-def _mutate_tree(rng: random.Random, node: Any) -> None:
+def mutate_tree(rng: random.Random, node: Any) -> None:
+    """Change a value, a number or a key somewhere in a JSON value, in place."""
     keys: Any = list(node) if isinstance(node, dict) else range(len(node))
     if not keys:
         return
     key = rng.choice(list(keys))
     child = node[key]
     if isinstance(child, list | dict) and child and rng.random() < 0.7:
-        _mutate_tree(rng, child)
+        mutate_tree(rng, child)
     elif isinstance(child, int) and not isinstance(child, bool) and rng.random() < 0.5:
         node[key] = rng.choice((child + 1, child - 1, child * 2, rng.choice(_NUMBERS)))
     elif rng.random() < 0.1 and isinstance(node, dict):

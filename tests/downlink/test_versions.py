@@ -15,6 +15,7 @@ from dare_agg.downlink.grid import add_steps, grid_of
 from dare_agg.downlink.steps import HEAD, apply_step, read_steps
 from dare_agg.downlink.ways import make_downlink
 from dare_agg.errors import BaseMismatchError, ConfigError, DareError, StateError, UpdateError
+from dare_agg.files.state_file import read_state, write_state
 from dare_agg.rounds.plan import make_plans
 from dare_agg.rounds.terms import UpdateTerms
 from dare_agg.vectors.model import global_model
@@ -242,6 +243,20 @@ def test_files_that_are_not_whole_are_asked_for_again(tmp_path):
     assert receiver.have() == ""
     receiver.receive(third.ref.version, downlink.broadcast(third, "").payloads, None)
     assert receiver.have() == third.ref.version
+
+
+@pytest.mark.parametrize("facts", [7, {}, {"version": 5}, {"version": None}, {"version": "x" * 9}])
+def test_a_head_of_other_facts_is_asked_for_again(tmp_path, facts):
+    downlink, model = started()
+    (moved,) = grow(downlink, model, [1])
+    receiver = VersionReceiver(tmp_path, "client", downlink.base_version, dense=("^head",))
+    receiver.receive(moved.ref.version, downlink.broadcast(moved, "").payloads, None)
+    (head,) = (tmp_path / "heads").iterdir()
+    arrays, _ = read_state(head)
+    write_state(head, arrays, facts)
+    assert receiver.have() == downlink.base_version
+    with pytest.raises(BaseMismatchError):
+        receiver.receive(moved.ref.version, {}, None)
 
 
 def test_a_step_sent_twice_moves_once(tmp_path):

@@ -112,3 +112,26 @@ def test_a_folder_that_cannot_be_written(tmp_path):
 def test_states_are_private(tmp_path):
     write_state(tmp_path / "s", {}, {})
     assert (tmp_path / "s").stat().st_mode & 0o777 == 0o600
+
+
+@pytest.mark.parametrize("facts", [7, [], None, {}, {"round": "2"}, {"round": 3}])
+def test_a_whole_file_of_other_facts_costs_one_round_too(tmp_path, facts):
+    folder = StateFolder(tmp_path)
+    folder.save(a_round(1))
+    write_state(tmp_path / "round-00000002.state", {"w": np.ones(3, np.float32)}, facts)
+    state, problems = folder.load()
+    assert state.round == 1 and len(problems) == 1
+
+
+@pytest.mark.parametrize("order", [None, 5, "w", ["w", "x"], [["w"]], {"w": 1}])
+def test_a_base_that_names_other_arrays_is_refused(tmp_path, order):
+    write_state(tmp_path / "base.state", {"w": np.ones(3, np.float32)}, {"order": order})
+    with pytest.raises(StateError, match="names"):
+        StateFolder(tmp_path).load_base()
+
+
+@pytest.mark.parametrize("kept", [{}, {"version": 5}, {"version": "zz"}])
+def test_a_fact_of_another_kind_is_refused(kept):
+    state = RoundState(2, kept, {})
+    with pytest.raises(StateError, match="version"):
+        state.raw("version")

@@ -13,11 +13,11 @@ from dare_agg.runs.report import (
     RoundRecord,
     RunRecord,
     histogram_of,
-    read_metrics,
     table_row,
     write_diagnosis,
     write_report,
 )
+from dare_agg.runs.rows import read_rows
 from dare_agg.vectors.layout import layout_of
 from dare_agg.vectors.sources import array_source
 
@@ -68,10 +68,10 @@ def test_same_runs_give_the_same_page(tmp_path: Path) -> None:
 def test_metrics_file_that_is_being_written_is_read_up_to_there(tmp_path: Path) -> None:
     path = tmp_path / "metrics.jsonl"
     path.write_text('{"round": 1}\n{"round": 2', encoding="utf-8")
-    assert [row.values for row in read_metrics(path)] == [{"round": 1}]
+    assert [row.values for row in read_rows(path)] == [{"round": 1}]
     path.write_text('{"round": 1\n{"round": 2}\n', encoding="utf-8")
     with pytest.raises(StateError, match="line 1 is not JSON"):
-        read_metrics(path)
+        read_rows(path)
 
 
 def test_the_page_of_a_diagnosis(tmp_path: Path) -> None:

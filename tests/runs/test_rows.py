@@ -1,6 +1,9 @@
+from pathlib import Path
+
 import pytest
 
-from dare_agg.runs.rows import RunRow
+from dare_agg.errors import StateError
+from dare_agg.runs.rows import RunRow, parse_row, read_rows
 
 
 def test_a_row_is_read_as_it_was_made():
@@ -23,3 +26,19 @@ def test_rows_of_other_versions_are_read(values):
     assert (row.method, row.round, row.loss, row.rejected) == ("run", 0, None, ())
     assert row.parameters is None and row.round_seconds == 0.0
     assert row.values == values
+
+
+@pytest.mark.parametrize("line", [b"[1]", b"7", b'"x"', b"\xff", b"null"])
+def test_a_line_that_is_no_row_is_named(tmp_path: Path, line: bytes) -> None:
+    path = tmp_path / "metrics.jsonl"
+    path.write_bytes(line + b'\n{"round": 2}\n')
+    with pytest.raises(StateError, match="line 1"):
+        read_rows(path)
+    assert [row.round for row in read_rows(path, strict=False)] == [2]
+
+
+def test_values_that_are_no_numbers_read_as_absent() -> None:
+    row = parse_row('{"round": NaN, "seconds": 1e999, "clients": 1' + "0" * 400 + ', "loss": true}')
+    assert (row.round, row.seconds, row.clients, row.loss) == (0, 0.0, 0, None)
+    row = parse_row('{"rejected": [1], "weights_cut": [null], "method": 5}')
+    assert (row.rejected, row.weights_cut, row.method) == ((), (), "run")

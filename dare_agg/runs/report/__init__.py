@@ -7,7 +7,6 @@ from dare_agg.runs.report.records import (
     RoundRecord,
     RunRecord,
     histogram_of,
-    read_metrics,
     read_run,
 )
 
@@ -17,7 +16,6 @@ __all__ = [
     "RoundRecord",
     "RunRecord",
     "histogram_of",
-    "read_metrics",
     "read_run",
     "table_row",
     "write_diagnosis",

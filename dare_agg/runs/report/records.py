@@ -8,9 +8,9 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from dare_agg.errors import FormatError, StateError
-from dare_agg.files.json_text import parse_json, read_json
-from dare_agg.runs.rows import METRICS_FILE, STATE_FILE, RunRow
+from dare_agg.errors import StateError
+from dare_agg.files.json_text import read_json
+from dare_agg.runs.rows import METRICS_FILE, STATE_FILE, RunRow, read_rows
 
 
 @dataclass(frozen=True)
@@ -80,24 +80,6 @@ class RunRecord:
         return max((r.clients for r in self.rounds), default=0)
 
 
-def read_metrics(path: Path) -> list[RunRow]:
-    """Read a metrics file; a last line that is still being written is left out.
-
-    Raises `StateError` for a line in the middle that is not JSON.
-    """
-    lines = path.read_text(encoding="utf-8").splitlines()
-    rows = []
-    for number, line in enumerate(lines, 1):
-        try:
-            rows.append(RunRow(parse_json(line)))
-        except FormatError as error:
-            if number < len(lines):
-                raise StateError(
-                    f"{path}: line {number} is not JSON ({error}); remove the line"
-                ) from error
-    return rows
-
-
 # Titles of the methods that a run may compare.
 TITLES: Mapping[str, str] = {
     "fedavg": "FedAvg",
@@ -124,9 +106,11 @@ def read_run(folder: Path, *, histograms: bool = False) -> list[RunRecord]:
     status = folder / STATE_FILE
     if status.is_file():
         state = read_json(status)
-        config, prints = state.get("config", {}), state.get("fingerprints", {})
+        if not isinstance(state, dict):
+            raise StateError(f"{status} is no JSON object; remove it")
+        config, prints = (_mapping(state.get(key)) for key in ("config", "fingerprints"))
     grouped: dict[str, list[RunRow]] = {}
-    for row in read_metrics(path):
+    for row in read_rows(path):
         grouped.setdefault(row.method, []).append(row)
     runs = []
     for method, rows in grouped.items():
@@ -141,10 +125,14 @@ def read_run(folder: Path, *, histograms: bool = False) -> list[RunRecord]:
                 seconds=float(rows[-1].seconds),
                 config=config,
                 histogram=_moved(model, str(config.get("model", ""))) if histograms else None,
-                fingerprint=prints.get(method, ""),
+                fingerprint=str(prints.get(method, "")),
             )
         )
     return runs
+
+
+def _mapping(value: object) -> Mapping[str, Any]:
+    return value if isinstance(value, dict) else {}
 
 
 def _round(row: RunRow, head_only: bool) -> RoundRecord:

@@ -204,6 +204,35 @@ def test_secrets_are_nowhere_in_the_clear(
     assert not np.array_equal(heads[0], heads[1])
 
 
+def test_local_tensors_go_on_together_or_begin_anew(
+    memory_grid: Any,
+    toys: Any,
+    keys: Any,
+    monkeypatch: pytest.MonkeyPatch,
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    """A party that missed a sum has another head than the others: from there all begin anew."""
+    made: list[int] = []
+
+    def own_base(message: Any, context: Context) -> Any:
+        made[-1] += 1
+        return toys.arrays()
+
+    monkeypatch.setattr(reception, "_OFFERS", [own_base])
+    folder = keys(4)
+    grid = memory_grid(secure_app(toys), 4)
+
+    def hook(outcome: Any) -> None:
+        made.append(0)
+        grid.offline = set(list(grid.contexts)[:1]) if len(made) == 2 else set()
+
+    strategy = strategy_for(folder, exclude=[r"^head"], round_hook=hook)
+    made.append(0)
+    strategy.start(grid, toys.record(toys.arrays()), num_rounds=4)
+    assert made == [4, 0, 4, 0, 0]
+    assert sum("begin with those of their own base again" in r.message for r in caplog.records) == 1
+
+
 def deflated(content: RecordDict) -> bytes:
     parts = []
     for record in content.values():

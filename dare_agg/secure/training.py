@@ -31,7 +31,8 @@ def training_digest(
     ``package`` is the fingerprint of the code, ``run_config`` the run's settings, ``words``
     what the message says beside the app's own ``records`` (name → plain values), ``arrays``
     the model and any other arrays by record and name, those that stay local included. Equal
-    values have equal digests, whatever the order of names and the layout in memory.
+    values have equal digests, whatever the layout in memory and the order of names, but for
+    arrays: code that takes them by position would train on others.
     """
     said = {
         "package": package,
@@ -39,7 +40,7 @@ def training_digest(
         "words": _plain(words),
         "records": {name: _plain(record) for name, record in records.items()},
         "arrays": {
-            name: {key: _array(array) for key, array in group.items()}
+            name: [[key, *_array(array)] for key, array in group.items()]
             for name, group in arrays.items()
         },
     }

@@ -60,6 +60,16 @@ def test_another_record_or_array_beside_the_apps_own(parties):
         assert reply.content["dare.secure"]["refused"] == "training"
 
 
+def test_the_same_arrays_in_another_order(parties):
+    """Code that takes arrays by position would put the head where the body belongs."""
+    arrays, first = base_arrays(head=True), parties.ids[0]
+    head = (r"^head\.",)
+    terms = honest_terms(parties, arrays, exclude=head)
+    content = training_content(terms, dict(reversed(arrays.items())), CONFIG)
+    reply = parties.send(first, content, "train", RUN)
+    assert reply.content["dare.secure"]["refused"] == "training"
+
+
 def test_a_head_of_zeros_where_the_head_is_no_part_of_the_sum(parties, monkeypatch):
     """The excluded head comes from the party alone, so a server's zeros teach nobody stillness."""
     arrays, victim = base_arrays(head=True), parties.ids[2]

@@ -191,7 +191,7 @@ def fuzz(
         "reasons": dict(found.most_common()),
         "slowest_ms": round(1e3 * slowest, 1),
         "memory_growth_mib": round(grown, 1),
-        "cpu_seconds": round(time.process_time() - used, 1),
+        "cpu": round(time.process_time() - used, 1),
         "seconds": round(time.perf_counter() - started, 1),
     }
 

@@ -11,6 +11,7 @@ import re
 from collections.abc import Mapping
 from pathlib import Path
 
+from cryptography.exceptions import UnsupportedAlgorithm
 from cryptography.hazmat.primitives import serialization
 from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
 
@@ -56,7 +57,7 @@ def load_identity(path: Path | str) -> Ed25519PrivateKey:
         raise StateError(f"identity {path} cannot be read: {error.strerror or error}") from error
     try:
         key = serialization.load_pem_private_key(data, None)
-    except (ValueError, TypeError) as error:
+    except (ValueError, TypeError, UnsupportedAlgorithm) as error:
         raise ConfigError(f"identity {path} is no PEM private key: {error}") from error
     if not isinstance(key, Ed25519PrivateKey):
         raise ConfigError(f"identity {path} is a {type(key).__name__}; Ed25519 is needed")

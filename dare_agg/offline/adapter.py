@@ -16,7 +16,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from dare_agg.checkpoint import open_checkpoint
-from dare_agg.errors import CheckpointError
+from dare_agg.errors import CheckpointError, NonFiniteError
 from dare_agg.files.json_text import read_json
 from dare_agg.vectors.layout import Entry, FloatVector, Layout
 from dare_agg.vectors.patterns import compile_patterns, matches
@@ -77,7 +77,10 @@ class AdapterSource:
             block = done // (rows * width)
             if getattr(self._last, "key", None) != (entry.name, block):
                 part = factors.left[block * rows : (block + 1) * rows]
-                self._last.values = (part @ factors.right).reshape(-1)
+                with np.errstate(invalid="ignore", over="ignore"):
+                    values = (part @ factors.right).reshape(-1)
+                _check_finite(values, entry.name)
+                self._last.values = values
                 self._last.key = (entry.name, block)
             start = block * rows * width
             stop = min(last, start + self._last.values.size)
@@ -127,6 +130,7 @@ def adapter_source(path: Path, layout: Layout, base: CachedSource) -> AdapterSou
         else:
             found = _entry_of(layout, plain, path)
             whole[found.name] = saved.array(name)
+            _check_finite(whole[found.name], found.name)
             _fits(path, found, whole[found.name].shape)
     for module, name in left.items():
         other = name.replace(".lora_A.", ".lora_B.")
@@ -197,6 +201,13 @@ def _entry_of(layout: Layout, name: str, path: Path) -> Entry:
         f"{path}: the base has no tensor {name!r} (or it is excluded); the adapter belongs to "
         "another model"
     )
+
+
+def _check_finite(values: FloatVector, name: str) -> None:
+    if not np.isfinite(values).all():
+        raise NonFiniteError(
+            f"the delta that an adapter makes of {name!r} is not finite: check how it was trained"
+        )
 
 
 def _fits(path: Path, entry: Entry, shape: tuple[int, ...]) -> None:

@@ -1,5 +1,6 @@
 """Files whose values are of another kind or size than any program writes (found by fuzzing)."""
 
+import base64
 import json
 from collections.abc import Callable
 from pathlib import Path
@@ -7,10 +8,13 @@ from time import process_time
 
 import numpy as np
 import pytest
+from cryptography.hazmat.primitives import serialization
+from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
 from safetensors.numpy import save_file
 
 from dare_agg.checkpoint import carry_files, open_checkpoint
-from dare_agg.errors import MOST_CHARACTERS, CheckpointError, ConfigError
+from dare_agg.deploy.identities import load_identity
+from dare_agg.errors import MOST_CHARACTERS, CheckpointError, ConfigError, NonFiniteError
 from dare_agg.offline.adapter import adapter_source
 from dare_agg.offline.recipe import read_recipe
 from dare_agg.vectors.sources import CachedSource
@@ -26,9 +30,14 @@ def opened(tmp_path: Path) -> Callable[..., np.ndarray]:
     layout, adapter = base.layout(), tmp_path / "adapter"
     adapter.mkdir()
 
-    def read(config: dict, a: tuple[int, ...] = (2, 5), b: tuple[int, ...] = (6, 2)) -> np.ndarray:
+    def read(
+        config: dict, a: tuple[int, ...] = (2, 5), b: tuple[int, ...] = (6, 2), scale: float = 1
+    ) -> np.ndarray:
         names = ("base_model.model.a.lora_A.weight", "base_model.model.a.lora_B.weight")
-        factors = {name: np.ones(shape, np.float32) for name, shape in zip(names, (a, b))}  # noqa: B905
+        factors = {
+            name: np.full(shape, scale, np.float32)
+            for name, shape in zip(names, (a, b), strict=True)
+        }
         save_file(factors, adapter / "adapter_model.safetensors")
         (adapter / "adapter_config.json").write_text(json.dumps({**CONFIG, **config}))
         source = adapter_source(adapter, layout, CachedSource(base.reader(layout)))
@@ -70,6 +79,13 @@ def test_factors_that_cannot_be_multiplied_are_refused(
         opened({}, a, b)
 
 
+@pytest.mark.parametrize("alpha", [1e29, -1e29])
+def test_a_delta_beyond_float32_is_refused(opened: Callable[..., np.ndarray], alpha: float) -> None:
+    opened({"lora_alpha": alpha})
+    with pytest.raises(NonFiniteError, match="not finite"):
+        opened({"lora_alpha": alpha}, scale=1e6)
+
+
 @pytest.mark.parametrize("shard", ["x" * 300, "a\nb", "\x1b[2J"])
 def test_an_index_of_impossible_names_is_refused_on_one_line(tmp_path: Path, shard: str) -> None:
     index = {"weight_map": {"a.weight": shard + ".safetensors"}}
@@ -97,3 +113,17 @@ def test_a_long_word_in_a_recipe_costs_nothing(tmp_path: Path, text: str) -> Non
     with pytest.raises(ConfigError, match="cannot be read"):
         read_recipe(tmp_path / "recipe.toml")
     assert process_time() - began < 1
+
+
+def test_a_key_of_an_unknown_kind_is_refused(tmp_path: Path) -> None:
+    path = tmp_path / "client.pem"
+    der = Ed25519PrivateKey.generate().private_bytes(
+        serialization.Encoding.DER,
+        serialization.PrivateFormat.PKCS8,
+        serialization.NoEncryption(),
+    )
+    text = base64.b64encode(der.replace(b"\x2b\x65\x70", b"\x2b\x65\x03")).decode()
+    path.write_text(f"-----BEGIN PRIVATE KEY-----\n{text}\n-----END PRIVATE KEY-----\n")
+    path.chmod(0o600)
+    with pytest.raises(ConfigError, match="PEM"):
+        load_identity(path)

@@ -31,8 +31,8 @@ from dare_agg.errors import ConfigError, UpdateError
 
 MAGIC = b"DVST"
 STEP_VERSION = 1
-MAX_FAMILIES = 1 << 15
-MAX_MASKS = 1 << 16
+# In all families together, a client each; a small model draws so many in half a second.
+MAX_MASKS = 1 << 14
 HEAD = struct.Struct("<4sBBBBI32s32s16sHHQQQ8s")
 FAMILY = struct.Struct("<BIIII16s")
 _VALUES = {row.code: row.name for row in VALUE_FORMATS.values()}
@@ -72,7 +72,7 @@ def families_of(plans: Sequence[DrawnMask]) -> tuple[Family, ...]:
 def write_step(head: StepHead, payload: bytes, dense: bytes) -> Step:
     """Put a step together: head, checksum and both payloads, as it is stored and sent.
 
-    Raises `ConfigError` for more than `MAX_FAMILIES` families of masks.
+    Raises `ConfigError` for more than `MAX_MASKS` masks.
     """
     families = b"".join(
         FAMILY.pack(
@@ -85,8 +85,11 @@ def write_step(head: StepHead, payload: bytes, dense: bytes) -> Step:
         )
         for f in head.families
     )
-    if len(head.families) > MAX_FAMILIES:
-        raise ConfigError(f"{len(head.families)} mask families; at most {MAX_FAMILIES}")
+    if (masks := sum(family.ranks for family in head.families)) > MAX_MASKS:
+        raise ConfigError(
+            f"{masks} masks in a round, at most {MAX_MASKS} make a step: sample fewer clients, or "
+            "choose the downlink 'full'"
+        )
 
     def packed(checksum: bytes) -> bytes:
         return HEAD.pack(
@@ -156,7 +159,7 @@ def _read_step(body: bytes, at: int, dense: bytes, dense_at: int) -> Step:
     found = []
     for place in range(families):
         kind, num, den, first, ranks, mask_key = FAMILY.unpack_from(rest, place * FAMILY.size)
-        if kind >= len(MASK_KINDS) or not 1 <= ranks <= 1 << 20:
+        if kind >= len(MASK_KINDS) or not ranks:
             raise UpdateError(f"mask family of kind {kind}, {ranks} ranks", reason="malformed")
         found.append(Family(MASK_KINDS[kind], DropRate(num, den), first, ranks, mask_key))
     # Each mask is drawn again: a head of 200 bytes could ask for billions.

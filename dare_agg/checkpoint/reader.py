@@ -347,7 +347,7 @@ def _open_sharded(folder: Path) -> Checkpoint:
     for shard in shards:
         if not isinstance(shard, str) or Path(shard).name != shard:
             raise CheckpointError(f"{folder / INDEX_NAME} names shard {shard!r} outside its folder")
-        if not _is_file(folder / shard):
+        if not os.path.isfile(folder / shard):  # which takes names of any length
             raise CheckpointError(f"{folder}: shard {shard} of the index is missing; copy it")
         found, extra = _read_header(folder / shard)
         metadata.update(extra)
@@ -358,14 +358,6 @@ def _open_sharded(folder: Path) -> Checkpoint:
     if missing:
         raise CheckpointError(f"{folder}: tensor {missing[0]!r} of the index is in no shard")
     return Checkpoint(folder, dict(sorted(tensors.items())), metadata)
-
-
-def _is_file(path: Path) -> bool:
-    """Whether there is such a file; no name is too long to ask."""
-    try:
-        return path.is_file()
-    except OSError:
-        return False
 
 
 def _read_header(file: Path) -> tuple[dict[str, TensorInfo], dict[str, str]]:

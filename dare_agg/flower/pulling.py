@@ -8,7 +8,6 @@ Here the parts are asked for one by one within a `ReplyLimit`, and what is wrong
 
 from __future__ import annotations
 
-import json
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from functools import partial
@@ -19,6 +18,7 @@ from flwr.app import Error, Message, RecordDict
 from flwr.serverapp import Grid
 
 from dare_agg.errors import DareError, UpdateError
+from dare_agg.files.json_text import parse_json
 from dare_agg.flower.bounded import at_most
 from dare_agg.flower.internals import (
     Announced,
@@ -150,7 +150,7 @@ class _Parts:
         # An array may name one chunk any number of times.
         data = 0
         for children, body in self._arrays:
-            indices = json.loads(body)["arraychunk_ids"]
+            indices = parse_json(body)["arraychunk_ids"]
             data += sum(self._chunks[children[index]] for index in indices)
             need(data, self.limit.arrays, "bytes of arrays")
         made = inflate(announced.metadata.message_id, self._contents)

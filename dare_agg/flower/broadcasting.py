@@ -9,6 +9,7 @@ from flwr.app import ArrayRecord, ConfigRecord, Message, RecordDict
 from dare_agg.downlink.protocol import Downlink
 from dare_agg.flower.clients import Client
 from dare_agg.flower.records import (
+    ASK_HELLO,
     DOWN_PREFIX,
     ORDER_KEY,
     REPLY_KEY,
@@ -75,6 +76,17 @@ class Broadcasting:
             exclude=self.exclude,
             facts=self.downlink.facts(),
             plan=plan,
+        )
+
+    def hello(self, config: ConfigRecord) -> RecordDict:
+        """The question who a client is, made like any training message but without the model.
+
+        Mods in front of ours find the app's records under its keys; a client may make the base
+        by itself from ``config``.
+        """
+        asked = self.order(ASK_HELLO).to_record()
+        return RecordDict(
+            {self.arrays_key: ArrayRecord(), self.config_key: config, ORDER_KEY: asked}
         )
 
     def content(self, client: Client, order: Order, config: ConfigRecord) -> RecordDict:

@@ -13,16 +13,14 @@ import time
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 
-from flwr.app import ConfigRecord, Message, MessageType, RecordDict
+from flwr.app import Message, MessageType, RecordDict
 from flwr.serverapp import Grid
 
 from dare_agg.codec.derive import derive_key
 from dare_agg.errors import DareError, RunError
 from dare_agg.flower.exchange import exchange, online_nodes, went_away
 from dare_agg.flower.records import (
-    ORDER_KEY,
     Hello,
-    Order,
     Refusal,
     failure_of,
     one_line,
@@ -59,18 +57,16 @@ class Draw:
 class Clients:
     """The nodes met so far; those refused are asked no second time, those lost meanwhile are.
 
-    ``config``, the app's own, goes with the question who they are: a client may make the base
-    from it by itself. With ``identities`` (name → public key) only those clients take part.
+    With ``identities`` (name → public key) only those clients take part.
     """
 
-    config: ConfigRecord | None = None
     identities: Mapping[str, str] = field(default_factory=dict)
     hello_timeout: float = 600.0
     known: dict[int, Client] = field(default_factory=dict)
     refused: dict[int, str] = field(default_factory=dict)
 
     def choose(
-        self, grid: Grid, hello: Order, drawn: Draw, *, least: int, timeout: float
+        self, grid: Grid, hello: RecordDict, drawn: Draw, *, least: int, timeout: float
     ) -> list[Client]:
         """Draw the clients of a round once ``least`` are online; raises as `wait`."""
         ready = self.wait(grid, hello, max(least, drawn.least, 1), timeout)
@@ -79,7 +75,7 @@ class Clients:
         LOG.info("%s: %d of %d clients", drawn.what, len(chosen), len(ready))
         return chosen
 
-    def wait(self, grid: Grid, hello: Order, minimum: int, timeout: float) -> list[Client]:
+    def wait(self, grid: Grid, hello: RecordDict, minimum: int, timeout: float) -> list[Client]:
         """Return the clients that are online, by name, once there are ``minimum`` of them.
 
         ``hello`` asks new ones who they are.
@@ -116,14 +112,11 @@ class Clients:
                 said = len(ready)
             time.sleep(min(WAIT_SECONDS, max(0.01, deadline - time.monotonic())))
 
-    def _meet(self, grid: Grid, hello: Order, nodes: Sequence[int], timeout: float) -> None:
+    def _meet(self, grid: Grid, hello: RecordDict, nodes: Sequence[int], timeout: float) -> None:
         """Ask each node who it is."""
-        content = {
-            ORDER_KEY: hello.to_record(),
-            **({"config": self.config} if self.config else {}),
-        }
+        # Apps need have no function for queries: one asked by that name would reach no mod.
         messages = [
-            Message(RecordDict({**content}), node, MessageType.TRAIN, ttl=timeout + 60)
+            Message(RecordDict(dict(hello.items())), node, MessageType.TRAIN, ttl=timeout + 60)
             for node in nodes
         ]
         for index, reply in exchange(grid, messages, timeout):
@@ -141,8 +134,11 @@ class Clients:
         if reply.has_error():
             reason, detail = failure_of(reply)
             said = f"it failed to say who it is ({reason}: {detail})"
-            mod = "; is dare_mod in ClientApp(mods=[dare_mod])?"
-            return said + mod if reason == "client-error" else said
+            mods = (
+                "; either its app lacks dare_mod, or a mod before dare_mod needs trained arrays or "
+                "metrics, which are not there: list dare_mod first, ClientApp(mods=[dare_mod, …])"
+            )
+            return said + mods if reason == "client-error" else said
         try:
             answer = read_answer(reply.content, Hello)
         except DareError as error:

@@ -7,7 +7,15 @@ quantises and sends. Messages of other strategies (FedAvg) pass through untouche
 
 from __future__ import annotations
 
-from flwr.app import Array, ArrayRecord, ConfigRecord, Context, Message, RecordDict
+from flwr.app import (
+    Array,
+    ArrayRecord,
+    ConfigRecord,
+    Context,
+    Message,
+    MetricRecord,
+    RecordDict,
+)
 
 from dare_agg.deploy.identities import load_identity
 from dare_agg.downlink.protocol import Receiver
@@ -58,7 +66,7 @@ def dare_mod(msg: Message, ctxt: Context, call_next: ClientAppCallable) -> Messa
         receiver = open_receiver(order, ctxt)
         if order.ask == ASK_HELLO:
             look_for_base(msg, receiver, ctxt)
-            return _answer(msg, _hello(receiver, ctxt))
+            return _answer(msg, _hello(receiver, ctxt), MetricRecord())
         base = receive_base(msg.content, order, receiver)
         arrays = {**base, **kept_local(ctxt)}
         msg.content = content_for_app(msg.content, order.arrays_key, arrays)
@@ -88,8 +96,12 @@ def answer_hello(msg: Message, ctxt: Context) -> Message:
         return _answer(msg, _refusal(error, None))
 
 
-def _answer(msg: Message, answer: Hello | Refusal) -> Message:
-    return Message(RecordDict({REPLY_KEY: answer.to_record()}), reply_to=msg)
+def _answer(msg: Message, answer: Hello | Refusal, metrics: MetricRecord | None = None) -> Message:
+    """Our own answer; mods in front of ours may look for ``metrics``."""
+    content = RecordDict({REPLY_KEY: answer.to_record()})
+    if metrics is not None:
+        content["metrics"] = metrics
+    return Message(content, reply_to=msg)
 
 
 def _refusal(error: DareError, receiver: Receiver | None) -> Refusal:

@@ -26,7 +26,7 @@ from dare_agg.flower.clients import Client, Clients, Draw
 from dare_agg.flower.evaluation import Evaluation, evaluation_metrics
 from dare_agg.flower.limits import OWN_BYTES, ReplyLimit
 from dare_agg.flower.metrics import MetricsFn
-from dare_agg.flower.records import ASK_EVALUATE, ASK_HELLO, ASK_TRAIN
+from dare_agg.flower.records import ASK_EVALUATE, ASK_TRAIN
 from dare_agg.flower.round_outcome import RoundOutcome
 from dare_agg.rounds.settings import FederatedSettings
 from dare_agg.rounds.step import StepState
@@ -90,6 +90,7 @@ class RoundStrategy(Strategy):
             configrecord_key,
         )
         self.evaluation = Evaluation(self.broadcasting, ReplyLimit(own=self.reply_room))
+        self.train_config = ConfigRecord()
         self.step_state = StepState()
         self.outcome: RoundOutcome | None = None
         self.empty_rounds = 0
@@ -133,7 +134,7 @@ class RoundStrategy(Strategy):
         LOG.info("Starting %s:", type(self).__name__)
         self.summary()
         self.broadcasting.adopt(initial_arrays)
-        self.clients.config = train_config
+        self.train_config = train_config
         self.step_state = step_state or StepState()
         arrays = self.broadcasting.arrays
         limit = min(timeout, self.deadline) if self.deadline else timeout
@@ -182,7 +183,7 @@ class RoundStrategy(Strategy):
         )
         return self.clients.choose(
             grid,
-            self.broadcasting.order(ASK_HELLO),
+            self.broadcasting.hello(ConfigRecord({**self.train_config, ROUND_WORD: number})),
             Draw(what, number, self.secret, fraction, least),
             least=self.min_available_nodes,
             timeout=self.node_timeout,

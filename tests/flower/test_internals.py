@@ -339,7 +339,13 @@ def test_a_part_that_is_gone_is_named_with_the_remedy(monkeypatch: Any) -> None:
 
 # --- and it stands in one module -----------------------------------------------------------
 
-PUBLIC = ("flwr.app", "flwr.serverapp", "flwr.serverapp.strategy", "flwr.clientapp")
+PUBLIC = (
+    "flwr.app",
+    "flwr.serverapp",
+    "flwr.serverapp.strategy",
+    "flwr.clientapp",
+    "flwr.clientapp.mod",
+)
 # What tests and simulations reach into Flower for themselves, and why.
 ELSEWHERE = {
     "flwr.supercore.inflatable": "a grid in memory writes and reads messages as the transport does",

@@ -123,7 +123,7 @@ def test_a_round_is_the_merge_of_all(
     assert (measured["secure"]["lone_share"] is None) == (method == "mean")
     # Nothing that left a party holds its delta, its examples or its loss.
     for reply in grid.received:
-        assert not list(reply.content.metric_records.values())
+        assert not any(reply.content.metric_records.values())
         assert all("encoder" not in key for r in reply.content.array_records.values() for key in r)
 
 

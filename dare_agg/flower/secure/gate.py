@@ -65,7 +65,8 @@ def is_asked_well(message: Message, context: Context) -> bool:
     secure, order = read_config(content, SECURE_KEY), read_config(content, ORDER_KEY)
     ask = None if order is None else order.get(words_of(Order)["ask"])
     if kind == MessageType.TRAIN:
-        says_hello = ask == ASK_HELLO and not content.array_records
+        # A hello has an empty record where other messages have the model.
+        says_hello = ask == ASK_HELLO and not any(content.array_records.values())
         return says_hello or (secure is not None and stage_of(secure) == TRAIN)
     return kind == MessageType.EVALUATE and context.node_config.get("secure-evaluate") is True
 

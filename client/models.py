@@ -9,6 +9,8 @@ from functools import cache
 from pathlib import Path
 
 from client.unpack import SUFFIXES, file_digest, unpack
+from dare_agg.checkpoint import refuse_quantised
+from dare_agg.checkpoint.quantised import Quantisation, declared_in, refusal
 from dare_agg.errors import ConfigError
 
 # What a built-in model is.
@@ -100,6 +102,25 @@ def model_path(name: str) -> str:
         file = Path(name)
         return str(unpack(file.stem, (file,), file_digest(file), ".gguf", ""))
     return name
+
+
+def refuse_quantised_model(name: str) -> None:
+    """Raise `QuantisedError` where a model's weights are codes, of which no delta can be made.
+
+    ``name`` is a folder or a hub's name, of which the configuration alone is fetched.
+    """
+    if Path(name).exists():
+        refuse_quantised(Path(name))
+        return
+    from transformers import PretrainedConfig
+
+    try:
+        config, _ = PretrainedConfig.get_config_dict(name)
+    except (OSError, ValueError):  # loading it says what is wrong
+        return
+    declared = declared_in(config)
+    if declared is not None:
+        raise refusal(name, Quantisation(declared.kind, "its config.json says", codes=True))
 
 
 @cache

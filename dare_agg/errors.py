@@ -19,6 +19,7 @@ REASONS: Mapping[str, str] = {
     "base": "another base, version or plan than it was made for",
     "merge": "the models cannot be merged as asked",
     "checkpoint": "a checkpoint cannot be read or written",
+    "quantised": "a model's weights are codes of a quantiser, not numbers",
     "format": "a text or header from outside is malformed or larger than what is read",
     "budget": "no drop rate and value format fit the budget",
     "state": "persisted state is missing, corrupt, or cannot be written",

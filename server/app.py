@@ -14,7 +14,6 @@ from flwr.app import ArrayRecord, ConfigRecord, Context
 from flwr.serverapp import Grid, ServerApp
 
 from dare_agg.deploy.identities import read_identities
-from dare_agg.downlink.base import read_base
 from dare_agg.downlink.ways import make_downlink
 from dare_agg.errors import DareError, RunError, StateError
 from dare_agg.flower import DareStrategy, RoundOutcome
@@ -30,7 +29,7 @@ from server.config import METHODS, RunConfig, read_config
 from server.export import export_model
 from server.recorder import Recorder
 from server.secure import merge_models, secure_strategy
-from server.start import secure_start
+from server.start import read_initial, secure_start
 
 app = ServerApp()
 Record = Callable[[RoundOutcome], None]
@@ -164,7 +163,7 @@ def initial_state(grid: Grid, config: RunConfig, orders: ConfigRecord) -> ArrayR
     themselves are not sent it either.
     """
     if config.initial:
-        return to_record(read_base(config.initial))
+        return to_record(read_initial(config.initial))
     first = wait_for_nodes(grid, config)[:1]
     limit = ReplyLimit(MAX_MODEL_BYTES)
     initial = ask(grid, first, "initial", orders, config.node_timeout, limit)[0]["arrays"]

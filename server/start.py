@@ -16,7 +16,9 @@ from pathlib import Path
 from typing import Any
 
 from flwr.app import ArrayRecord
+from numpy.typing import NDArray
 
+from dare_agg.checkpoint import refuse_quantised
 from dare_agg.downlink.base import read_base
 from dare_agg.errors import ConfigError
 from dare_agg.files.json_text import parse_json
@@ -35,13 +37,19 @@ class Start:
     labels: tuple[str, ...]
 
 
+def read_initial(file: str) -> dict[str, NDArray[Any]]:
+    """The arrays of a run's ``initial`` file; raises `QuantisedError` where they are codes."""
+    refuse_quantised(Path(file))
+    return read_base(file)
+
+
 def secure_start(config: RunConfig, run_config: Mapping[str, Any]) -> Start:
     """The start that the run config means; its ``initial`` file where it names one.
 
     Raises `ConfigError` where this machine cannot make it, with what can be done.
     """
     if config.initial:
-        return Start(to_record(read_base(config.initial)), config.labels)
+        return Start(to_record(read_initial(config.initial)), config.labels)
     with tempfile.TemporaryDirectory() as folder:
         made = Path(folder) / "base.safetensors"
         words = [

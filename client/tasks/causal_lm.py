@@ -14,7 +14,13 @@ import numpy as np
 from client.config import TaskConfig
 from client.data import load_text
 from client.head import with_adapters
-from client.models import LANGUAGE_MODEL, built_in, built_in_kind, model_path
+from client.models import (
+    LANGUAGE_MODEL,
+    built_in,
+    built_in_kind,
+    model_path,
+    refuse_quantised_model,
+)
 from client.rows import Data, Indices, Rows
 from client.tasks.cross_entropy import IGNORED
 from client.tasks.task import Batch, Reader, Task
@@ -130,11 +136,11 @@ def language_model(config: TaskConfig, labels: int) -> Any:
 
     _check(config)
     logging.disable_progress_bar()
+    folder = model_path(config.model)
+    refuse_quantised_model(folder)
     torch.manual_seed(config.seed)  # for what the checkpoint lacks
     try:
-        network = AutoModelForCausalLM.from_pretrained(
-            model_path(config.model), dtype=torch.float32
-        )
+        network = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)
     except (OSError, ValueError) as error:
         raise _not_loaded(config.model, error) from error
 

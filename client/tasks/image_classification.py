@@ -11,7 +11,14 @@ import numpy as np
 from client.config import TaskConfig
 from client.head import linear_head, with_adapters
 from client.images import is_image_source, load_images, read_image
-from client.models import IMAGE_ENCODER, MODELS, built_in, built_in_kind, model_path
+from client.models import (
+    IMAGE_ENCODER,
+    MODELS,
+    built_in,
+    built_in_kind,
+    model_path,
+    refuse_quantised_model,
+)
 from client.rows import Data, Indices, Rows
 from client.tasks.task import Batch, Reader, Task
 from dare_agg.errors import ConfigError
@@ -108,6 +115,7 @@ def _hugging_face(config: TaskConfig) -> tuple[Any, int, Callable[[Any, Any], An
     from transformers.utils import logging
 
     logging.disable_progress_bar()
+    refuse_quantised_model(config.model)
     torch.manual_seed(config.seed)  # for what the checkpoint lacks, such as a pooler
     try:
         model = AutoModel.from_pretrained(config.model, dtype=torch.float32)

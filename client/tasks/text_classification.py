@@ -7,7 +7,7 @@ from typing import Any
 from client.config import TaskConfig
 from client.data import load_text
 from client.head import linear_head, with_adapters
-from client.models import IMAGE_ENCODER, built_in_kind, model_path
+from client.models import IMAGE_ENCODER, built_in_kind, model_path, refuse_quantised_model
 from client.rows import Data, Indices, Rows
 from client.tasks.task import Batch, Reader, Task
 from dare_agg.errors import ConfigError
@@ -57,6 +57,7 @@ def text_model(config: TaskConfig, labels: int) -> Any:
         raise ConfigError(f"model {config.model!r} sees images; data {config.data!r} is text")
     logging.disable_progress_bar()
     folder = model_path(config.model)
+    refuse_quantised_model(folder)
     torch.manual_seed(config.seed)  # for what the checkpoint lacks, such as a pooler
     try:
         encoder = AutoModel.from_pretrained(

@@ -1,12 +1,12 @@
 """Checkpoints: safetensors files and Hugging Face folders, read mapped, written atomically."""
 
 from dare_agg.checkpoint.carried import Carried, Left, carry_files
+from dare_agg.checkpoint.opening import open_checkpoint, open_tensors, refuse_quantised
 from dare_agg.checkpoint.reader import (
     Checkpoint,
     CheckpointReader,
     TensorInfo,
     narrow,
-    open_checkpoint,
     parse_dtype,
     widen,
 )
@@ -28,8 +28,10 @@ __all__ = [
     "carry_files",
     "narrow",
     "open_checkpoint",
+    "open_tensors",
     "parse_dtype",
     "plan_like",
+    "refuse_quantised",
     "widen",
     "write_checkpoint",
 ]

@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import math
 import mmap
-import os
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from functools import cached_property
@@ -19,22 +18,11 @@ import numpy as np
 from numpy.typing import NDArray
 
 from dare_agg.checkpoint.fingerprints import recall, remember
-from dare_agg.errors import CheckpointError, FormatError, LayoutError, NonFiniteError
-from dare_agg.files.json_text import parse_json, read_bounded
-from dare_agg.files.safetensors_header import header_length, parse_header
-from dare_agg.vectors.layout import (
-    MAX_TENSORS,
-    FingerprintStream,
-    FloatVector,
-    Layout,
-    bad_name,
-    layout_of,
-)
+from dare_agg.errors import CheckpointError, LayoutError, NonFiniteError
+from dare_agg.vectors.layout import FingerprintStream, FloatVector, Layout, layout_of
 
 WEIGHTS_NAME = "model.safetensors"
 INDEX_NAME = "model.safetensors.index.json"
-# An index names each tensor and its shard; the largest known has 14 MB.
-_MOST_INDEX_BYTES = 24 << 20
 FLOAT_DTYPES = {"F32": "<f4", "F16": "<f2", "BF16": "<u2", "F64": "<f8"}
 DTYPE_WORDS = {"float32": "F32", "float16": "F16", "bfloat16": "BF16"}
 # Bits of the exponent: all set means NaN or infinity.
@@ -67,7 +55,7 @@ class TensorInfo:
 
 @dataclass(frozen=True)
 class Checkpoint:
-    """A model on disk, its tensors mapped, not loaded. Make one with `open_checkpoint`."""
+    """A model on disk, its tensors mapped, not loaded. `open_checkpoint` makes one."""
 
     path: Path
     tensors: Mapping[str, TensorInfo]
@@ -302,82 +290,6 @@ class CheckpointReader:
                 widen(picked, dtype, out[at:stop])
                 at = stop
         return out
-
-
-def open_checkpoint(path: str | os.PathLike[str]) -> Checkpoint:
-    """Open a ``.safetensors`` file or a Hugging Face folder (sharded or not).
-
-    Raises `CheckpointError` for a missing path, pickled weights or a malformed file.
-    """
-    where = Path(path)
-    if where.is_file():
-        if where.suffix != _SUFFIX:
-            raise CheckpointError(
-                f"{where} is no {_SUFFIX} file; save the model with safe serialization first"
-            )
-        tensors, metadata = _read_header(where)
-        return Checkpoint(where, tensors, metadata)
-    if not where.is_dir():
-        raise CheckpointError(f"{where} does not exist; give a {_SUFFIX} file or a model folder")
-    if (where / INDEX_NAME).is_file():
-        return _open_sharded(where)
-    if (where / WEIGHTS_NAME).is_file():
-        tensors, metadata = _read_header(where / WEIGHTS_NAME)
-        return Checkpoint(where, tensors, metadata)
-    others = sorted(p.name for p in where.iterdir() if p.suffix in (".bin", ".pt", ".pth", ".ckpt"))
-    if others:
-        raise CheckpointError(
-            f"{where} has only pickled weights ({others[0]}), which are not read: pickle runs "
-            "code; save the model again with save_pretrained"
-        )
-    raise CheckpointError(f"{where} has no {WEIGHTS_NAME}; give a model folder or a file")
-
-
-def _open_sharded(folder: Path) -> Checkpoint:
-    try:
-        index = read_bounded(folder / INDEX_NAME, _MOST_INDEX_BYTES)
-        # A tensor costs 2.
-        index = parse_json(index, most=_MOST_INDEX_BYTES, cost=3 * MAX_TENSORS)
-        weight_map = index["weight_map"]
-        shards = sorted(set(weight_map.values()))
-    except (ValueError, KeyError, TypeError, AttributeError) as error:
-        raise CheckpointError(f"{folder / INDEX_NAME} is no index: {error}") from error
-    tensors: dict[str, TensorInfo] = {}
-    metadata: dict[str, str] = {}
-    for shard in shards:
-        if not isinstance(shard, str) or Path(shard).name != shard:
-            raise CheckpointError(f"{folder / INDEX_NAME} names shard {shard!r} outside its folder")
-        if not os.path.isfile(folder / shard):  # which takes names of any length
-            raise CheckpointError(f"{folder}: shard {shard} of the index is missing; copy it")
-        found, extra = _read_header(folder / shard)
-        metadata.update(extra)
-        for name, info in found.items():
-            if weight_map.get(name) == shard:
-                tensors[name] = info
-    missing = sorted(set(weight_map) - set(tensors))
-    if missing:
-        raise CheckpointError(f"{folder}: tensor {missing[0]!r} of the index is in no shard")
-    return Checkpoint(folder, dict(sorted(tensors.items())), metadata)
-
-
-def _read_header(file: Path) -> tuple[dict[str, TensorInfo], dict[str, str]]:
-    """Read and check a safetensors header: every byte of the file belongs to one tensor."""
-    total = file.stat().st_size
-    try:
-        with file.open("rb") as stream:
-            length = header_length(stream.read(8), total)
-            places, metadata = parse_header(stream.read(length), total - 8 - length)
-    except FormatError as error:
-        raise CheckpointError(f"{file}: {error}") from error
-    begin = 8 + length
-    for name in places:
-        if problem := bad_name(name):
-            raise CheckpointError(f"{file}: tensor name {name[:80]!r} {problem}")
-    tensors = {
-        name: TensorInfo(name, p.dtype, p.shape, file, begin + p.start, begin + p.stop)
-        for name, p in places.items()
-    }
-    return tensors, metadata
 
 
 def parse_dtype(word: str) -> str:

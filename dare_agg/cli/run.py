@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import time
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Annotated
 
@@ -135,6 +136,16 @@ def absolute_paths(settings: dict[str, bool | int | float | str]) -> None:
             settings[key] = ",".join(found)
 
 
+def refuse_quantised_models(settings: Mapping[str, bool | int | float | str]) -> None:
+    """Raise `QuantisedError` before anything starts where a folder or file named is quantised."""
+    from dare_agg.checkpoint import refuse_quantised
+
+    for key in ("model", "initial"):
+        path = Path(str(settings.get(key, "")))
+        if settings.get(key) and (path.is_dir() or path.suffix == ".safetensors"):
+            refuse_quantised(path)
+
+
 def practice(folder: Path, clients: int, settings: dict) -> str:
     """Give simulated clients keys of their own; returns the roster's path."""
     import os
@@ -153,6 +164,7 @@ def execute(folder, overrides, *, app=None, clients=10, cpus=1, federation="",  
     from dare_agg.flower.processes import launch
 
     source = launch.find_app(app)
+    refuse_quantised_models(overrides)
     home = folder / "flower"
     home.mkdir(parents=True, exist_ok=True)
     settings = {"output": str(folder), **overrides}

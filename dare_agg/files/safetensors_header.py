@@ -24,8 +24,10 @@ _FIELDS = {"dtype", "shape", "data_offsets"}
 DTYPE_BYTES = {
     "F64": 8, "I64": 8, "U64": 8, "F32": 4, "I32": 4, "U32": 4,
     "F16": 2, "BF16": 2, "I16": 2, "U16": 2, "I8": 1, "U8": 1, "BOOL": 1,
-    "F8_E4M3": 1, "F8_E5M2": 1, "C64": 8,
+    "F8_E4M3": 1, "F8_E5M2": 1, "F8_E8M0": 1, "F8_E4M3FNUZ": 1, "F8_E5M2FNUZ": 1, "C64": 8,
 }  # fmt: skip
+# Elements of less than a byte, packed.
+DTYPE_BITS = {"F4": 4, "F6_E2M3": 6, "F6_E3M2": 6} | {k: 8 * v for k, v in DTYPE_BYTES.items()}
 
 
 class Place(NamedTuple):
@@ -98,7 +100,7 @@ def _place(name: str, entry: Any) -> Place:
     if not isinstance(entry, dict) or entry.keys() != _FIELDS:
         raise FormatError(f"tensor {name!r} has not the fields dtype, shape, data_offsets")
     dtype, shape, offsets = entry["dtype"], entry["shape"], entry["data_offsets"]
-    if not isinstance(dtype, str) or dtype not in DTYPE_BYTES:
+    if not isinstance(dtype, str) or dtype not in DTYPE_BITS:
         raise FormatError(f"tensor {name!r} has unknown dtype {str(dtype)[:20]!r}")
     if not _whole(shape) or not _whole(offsets) or len(offsets) != 2:
         raise FormatError(f"tensor {name!r}: shape and offsets are not whole numbers")
@@ -110,10 +112,10 @@ def _place(name: str, entry: Any) -> Place:
         if largest > MAX_ELEMENTS:
             raise FormatError(f"tensor {name!r} has a shape of more than {MAX_ELEMENTS} elements")
     lo, hi = offsets
-    if hi - lo != size * DTYPE_BYTES[dtype]:
+    bits = size * DTYPE_BITS[dtype]
+    if bits != 8 * (hi - lo):
         raise FormatError(
-            f"tensor {name!r} has {hi - lo} bytes, its shape and dtype need "
-            f"{size * DTYPE_BYTES[dtype]}"
+            f"tensor {name!r} has {hi - lo} bytes, its shape and dtype need {bits / 8:.10g}"
         )
     return Place(dtype, tuple(shape), lo, hi)
 

@@ -9,8 +9,9 @@ from typing import Any
 
 from dare_agg.checkpoint import Checkpoint, open_checkpoint
 from dare_agg.checkpoint.names import renamed
-from dare_agg.errors import BaseMismatchError, LayoutError
+from dare_agg.errors import BaseMismatchError, CheckpointError, LayoutError
 from dare_agg.offline.adapter import adapter_base, adapter_source, is_adapter
+from dare_agg.offline.integers import check_same_integers
 from dare_agg.offline.recipe import ModelInput
 from dare_agg.vectors.layout import Layout
 from dare_agg.vectors.patterns import compile_patterns, matches
@@ -48,8 +49,12 @@ def open_model(
         own = base.path.name.removesuffix(".safetensors")
         source = adapter_source(path, layout, cached)
         if named and Path(named).is_absolute() and Path(named).exists() and base.folder:
-            other = open_checkpoint(named)
-            if other.path.resolve() != base.path.resolve() and other.shapes != base.shapes:
+            try:
+                shapes = open_checkpoint(named).shapes
+            except CheckpointError:
+                # Quantised, pickled or damaged, it says nothing: BASE takes its place.
+                shapes = base.shapes
+            if shapes != base.shapes:
                 raise BaseMismatchError(
                     f"{path} was trained on {named}, BASE is {own}; give that as BASE"
                 )
@@ -69,6 +74,7 @@ def open_model(
             f"{path} has tensor {strangers[0]!r} that BASE lacks ({len(strangers)} in all); if "
             f"it is a task's own head, leave it out: --exclude '{re.escape(strangers[0])}'"
         )
+    check_same_integers(base, checkpoint, patterns)
     reader = checkpoint.reader(layout)
     return OpenedModel(given, DifferenceSource(cached, reader), "checkpoint", checkpoint)
 

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 from numpy.typing import NDArray
 
-from dare_agg.checkpoint import open_checkpoint, write_checkpoint
+from dare_agg.checkpoint import open_checkpoint, refuse_quantised, write_checkpoint
 from dare_agg.errors import ConfigError, did_you_mean
 from dare_agg.files.json_text import parse_json, read_json
 from dare_agg.merge.collect import (
@@ -93,6 +93,7 @@ def _classifier(folder: Path) -> tuple[Any, torch.nn.Module, Forward]:
             f"{folder} has no config.json; give the Hugging Face folder of a fine-tuned text "
             "classifier"
         )
+    refuse_quantised(folder)
     try:
         from transformers import AutoModelForSequenceClassification, AutoTokenizer
         from transformers.utils import logging

@@ -1,0 +1,66 @@
+"""Tensors that are not floating point: OUT has BASE's, so a model must not have others.
+
+Positions, masks and indices are the same in every model of an architecture. Where they are
+not, something was trained, packed or built otherwise, and BASE's would be another model.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Sequence
+
+import numpy as np
+from numpy.typing import NDArray
+
+from dare_agg.checkpoint import Checkpoint
+from dare_agg.errors import LayoutError
+from dare_agg.vectors.patterns import Pattern, matches
+
+_BLOCK = 1 << 20
+# As safetensors says it; what has no word here is compared byte by byte.
+_NUMPY = {
+    "I64": "<i8", "U64": "<u8", "I32": "<i4", "U32": "<u4", "I16": "<i2", "U16": "<u2",
+    "I8": "<i1", "U8": "<u1", "BOOL": "<u1", "C64": "<c8",
+}  # fmt: skip
+
+
+def check_same_integers(base: Checkpoint, model: Checkpoint, excluded: Sequence[Pattern]) -> None:
+    """Raise `LayoutError` for the first tensor, not floating point, that ``model`` has otherwise.
+
+    Counters (of one element, as batch norm's) may differ, tensors that one of them lacks, and
+    dtypes that hold the same values.
+    """
+    for name, info in base.tensors.items():
+        other = model.tensors.get(name)
+        if info.is_float or other is None or info.size <= 1 or matches(name, excluded):
+            continue
+        if info.size == other.size and _equal(base, model, name):
+            continue
+        what = f"{info.dtype} of shape {info.shape} in BASE, {other.dtype} of {other.shape} there"
+        if (info.dtype, info.shape) == (other.dtype, other.shape):
+            what = f"{info.dtype}, with other values than BASE's"
+        raise LayoutError(
+            f"{model.path}: tensor {name!r} is {what}; only floating point is merged: if BASE's "
+            f"serves the result, keep it: --exclude '^{re.escape(name)}$'"
+        )
+
+
+def _equal(base: Checkpoint, model: Checkpoint, name: str) -> bool:
+    """Whether two tensors of one size hold the same values, looked at block by block."""
+    one, other = _elements(base, name), _elements(model, name)
+    return one.size == other.size and all(
+        np.array_equal(one[lo : lo + _BLOCK], other[lo : lo + _BLOCK])
+        for lo in range(0, one.size, _BLOCK)
+    )
+
+
+def _elements(model: Checkpoint, name: str) -> NDArray[np.generic]:
+    info, stored = model.tensors[name], model.raw(name)
+    if info.is_float:
+        return model.array(name).reshape(-1)
+    word = _NUMPY.get(info.dtype)
+    if word is None:
+        return stored
+    if stored.ctypes.data % np.dtype(word).itemsize:
+        stored = stored.copy()
+    return stored.view(word)

@@ -43,7 +43,13 @@ ARROWS = {
     "cli": "*",
 }
 # The same for simulations/: run.py stands on top, and nothing imports it.
-SIMULATIONS = {"runs": "", "bench": "runs", "pages": "runs", "run": "runs"}
+SIMULATIONS = {
+    "runs": "",
+    "bench": "runs",
+    "flower_examples": "runs",
+    "pages": "runs",
+    "run": "runs",
+}
 # The most entries that may stand side by side at the library's root.
 MOST_ENTRIES = 14
 # Rooms of arithmetic: numpy and cryptography (and RE2 for patterns of names), and nothing else

@@ -30,12 +30,14 @@ from dare_agg.flower.round_outcome import OpenRound, RoundOutcome, round_measure
 from dare_agg.flower.round_strategy import ROUND_WORD, RoundStrategy
 from dare_agg.flower.transport import message_bytes
 from dare_agg.rounds.chain import Passed, StepContext, UpdateStep, chain
-from dare_agg.rounds.plan import make_plans
+from dare_agg.rounds.noise import NoiseWatch, round_noise
+from dare_agg.rounds.plan import RoundPlan, make_plans
 from dare_agg.rounds.server import Accepted, Rejection, advance, merge_round, round_weights
 from dare_agg.rounds.settings import FederatedSettings
 from dare_agg.rounds.step import ServerStep
 from dare_agg.rounds.terms import UpdateTerms
 from dare_agg.rounds.weight_bound import bound_step, bound_weights
+from dare_agg.vectors.model import GlobalModel
 
 LOG = logging.getLogger("flwr")
 
@@ -175,6 +177,7 @@ class DareStrategy(RoundStrategy):
         self.train_metrics_aggr_fn = train_metrics_aggr_fn
         self.min_replies = arguments.count("min_replies", min_replies, least=1)
         self.steps = chain(bound_step, *steps)
+        self.noise_watch = NoiseWatch()
         self.client_terms = client_terms
         self.upload_budget = upload_budget
         if client_terms is not None and upload_budget is not None:
@@ -328,13 +331,15 @@ class DareStrategy(RoundStrategy):
                 ", ".join(measurements["weights_cut"]),
                 self.settings.weight_bound,
             )
+        weights = round_weights(
+            bound_weights([reply.accepted for reply in taken], self.settings),
+            self.settings.weighting,
+        )
+        measurements["noise"] = self._watch_noise(measurements, plans, weights, moved)
         metrics = aggregate_metrics(
             self.train_metrics_aggr_fn,
             [reply.metrics for reply in taken],
-            round_weights(
-                bound_weights([reply.accepted for reply in taken], self.settings),
-                self.settings.weighting,
-            ),
+            weights,
             self.weighted_by_key,
         )
         LOG.info(
@@ -349,6 +354,31 @@ class DareStrategy(RoundStrategy):
             opened.number, moved, step_state, measurements, rejections, plans, metrics
         )
         return self.move(outcome), metrics
+
+    def _watch_noise(
+        self,
+        measured: Mapping[str, Any],
+        plans: Sequence[RoundPlan],
+        weights: Sequence[float],
+        moved: GlobalModel,
+    ) -> float | None:
+        """Measure the noise of a round's drop; once, warn of what would ruin the model."""
+        noise = round_noise(
+            plans, measured["delta_norms"], weights, self.settings, self.broadcasting.model, moved
+        )
+        remedy = self.noise_watch.look(noise, plans)
+        if remedy is not None:
+            nbytes = remedy.nbytes(moved.delta.size) + max(measured["dense_bytes"])
+            budget = f"an upload_budget of at least {nbytes} bytes"
+            LOG.warning(
+                "round %d: the drop's noise is %.0f %% of the weights' own size: the model changes "
+                "too much a round for what is sent of it, as in training from scratch, and may end "
+                "far below FedAvg's; give DareStrategy %s",
+                measured["round"],
+                100 * self.noise_watch.loudest,
+                budget if self.upload_budget else remedy,
+            )
+        return noise
 
     def _pass_steps(self, number: int, accepted: Sequence[Accepted]) -> Passed:
         """What the steps before the merge let through; their draws are no client's to know."""

@@ -7,8 +7,6 @@ from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
 
-import numpy as np
-
 from dare_agg.codec.update import decode_update
 from dare_agg.downlink.protocol import Downlink, DrawnMask, FullDownlink
 from dare_agg.errors import (
@@ -18,6 +16,7 @@ from dare_agg.errors import (
 )
 from dare_agg.merge.engine import merge_deltas
 from dare_agg.merge.methods import MEAN
+from dare_agg.rounds.noise import norm_of
 from dare_agg.rounds.plan import RoundPlan
 from dare_agg.rounds.settings import WEIGHTINGS, FederatedSettings
 from dare_agg.rounds.statistics import (
@@ -180,7 +179,7 @@ def merge_round(
         "weights": list(weights),
         "survivors": [survivors_of(reply.update) for reply in ordered],
         "survivors_per_element": math.fsum(reply.keep for reply in ordered),
-        "merged_norm": _norm(delta),
+        "merged_norm": norm_of(delta),
         "merge": asdict(measured),
     }
     return MergedRound(delta, dense, weights, measurements)
@@ -221,11 +220,3 @@ def advance(
     check_finite(model.groups.layout, step, "server step")
     carrier = downlink or FullDownlink()
     return carrier.advance(model, step, merged.dense, plans), next_state
-
-
-def _norm(vector: FloatVector) -> float:
-    squares = math.fsum(
-        float(np.sum(np.square(vector[lo : lo + (1 << 16)]), dtype=np.float64))
-        for lo in range(0, vector.size, 1 << 16)
-    )
-    return math.sqrt(squares)

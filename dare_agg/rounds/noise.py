@@ -1,0 +1,135 @@
+"""How loud a round's drop is beside the model's own weights, and what to do where it drowns them.
+
+An update at drop rate p in a format of error v is unbiased with squared error ω‖δ‖²,
+ω = (1 + v)/(1 − p) − 1 (`dare_agg.codec.budget`). The merged delta Σ wᵢ δ̂ᵢ therefore carries noise
+of norm λ·√(Σ wᵢ² ωᵢ ‖δᵢ‖²) at most. Fine-tuning moves weights by a thousandth, and noise many
+times the delta does no harm; training from scratch moves them by their own size, and the same
+noise is the model. So it is compared with ‖W‖, not with the delta.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+from fractions import Fraction
+
+import numpy as np
+
+from dare_agg.codec.formats import VALUE_FORMATS
+from dare_agg.codec.mask import DropRate, parse_drop_rate
+from dare_agg.codec.payload import payload_bytes
+from dare_agg.codec.update import HEADER_BYTES
+from dare_agg.rounds.plan import RoundPlan
+from dare_agg.rounds.settings import FederatedSettings
+from dare_agg.vectors.layout import FloatVector
+from dare_agg.vectors.model import GlobalModel
+
+# Measured on Flower's examples (docs/FLOWER_APP.md): fine-tuning stays below 0.02, training from
+# scratch that the drop ruins has 0.25 to 1.1 in its first rounds, one round of it is made good.
+LOUD = 0.25
+LOUD_ROUNDS = 2
+# What a remedy must bring the loudest round to.
+QUIET = 0.1
+_PIECE = 1 << 16
+_RATES = tuple(map(parse_drop_rate, ("0.99", "0.98", "0.95", "0.9", "0.8", "0.5", "0")))
+_FORMATS = ("b1", "b2", "b4", "i8")
+
+
+def error_of(rate: DropRate, values: str) -> float:
+    """ω of an update: its expected squared error relative to its squared delta."""
+    return (1 + VALUE_FORMATS[values].nmse) / rate.keep - 1
+
+
+def round_noise(
+    plans: Sequence[RoundPlan],
+    delta_norms: Sequence[float],
+    weights: Sequence[float],
+    settings: FederatedSettings,
+    before: GlobalModel,
+    after: GlobalModel,
+) -> float | None:
+    """Norm of a round's noise relative to ‖W‖, from each client's own ‖δ‖ and weight.
+
+    W is the model the round began with, or ended with where that was zero. None where it cannot
+    be judged, also since a client told a norm that is no number.
+    """
+    step = settings.server_step
+    adapters = any("lora_" in name for name in before.groups.layout.names)
+    if adapters or step.name not in ("plain", "momentum"):
+        return None
+    squares = [
+        (weight * norm) ** 2 * error_of(plan.drop_rate, plan.terms.values)
+        for plan, norm, weight in zip(plans, delta_norms, weights, strict=True)
+    ]
+    noise = abs(settings.scaling) * step.numbers["lr"] * math.sqrt(math.fsum(squares))
+    size = norm_of(before.delta) or norm_of(after.delta)
+    return noise / size if math.isfinite(noise) and size > 0 else None
+
+
+def norm_of(vector: FloatVector) -> float:
+    """‖x‖ in float64."""
+    pieces = (vector[lo : lo + _PIECE] for lo in range(0, vector.size, _PIECE))
+    return math.sqrt(
+        math.fsum(float(np.sum(np.square(piece), dtype=np.float64)) for piece in pieces)
+    )
+
+
+@dataclass(frozen=True)
+class Remedy:
+    """Terms whose noise the model bears, of the fewest bits."""
+
+    drop_rate: DropRate
+    values: str
+
+    def nbytes(self, parameters: int) -> int:
+        """Bytes of an update at these terms, its header included."""
+        survivors = -(-parameters * self.drop_rate.denominator // self.drop_rate.numerator)
+        return HEADER_BYTES + payload_bytes(self.values, survivors)
+
+    def __str__(self) -> str:
+        """As `DareStrategy`'s words."""
+        return f'drop_rate={self.drop_rate}, values="{self.values}"'
+
+
+def remedy(noise: float, rate: DropRate, values: str) -> Remedy | None:
+    """The terms of fewest bits that bring a round's ``noise`` at these terms to `QUIET`.
+
+    None where no drop and no format is to blame: these terms send all there is.
+    """
+    error = error_of(rate, values)
+    found = [
+        (VALUE_FORMATS[name].bits * Fraction(r.denominator, r.numerator), index, r, name)
+        for index, (r, name) in enumerate((r, name) for r in _RATES for name in _FORMATS)
+        if error > 0 and noise * math.sqrt(error_of(r, name) / error) <= QUIET
+    ]
+    if not found:
+        return None
+    *_, rate, values = min(found, key=lambda row: row[:2])
+    return Remedy(rate, values)
+
+
+class NoiseWatch:
+    """Looks at the noise of round after round, and speaks once; ``loudest`` is of the loud ones."""
+
+    def __init__(self) -> None:
+        self.loudest = 0.0
+        self._in_a_row = 0
+        self._told = False
+
+    def look(self, noise: float | None, plans: Sequence[RoundPlan]) -> Remedy | None:
+        """Take a round's noise; returns the remedy when it is time to speak, once.
+
+        A single loud round is made good by the next ones: `LOUD_ROUNDS` in a row are not.
+        """
+        if noise is None or noise <= LOUD:
+            self._in_a_row = 0
+            return None
+        self._in_a_row += 1
+        self.loudest = max(self.loudest, noise)
+        if self._told or self._in_a_row < LOUD_ROUNDS:
+            return None
+        found = max(plans, key=lambda plan: error_of(plan.drop_rate, plan.terms.values))
+        way = remedy(self.loudest, found.drop_rate, found.terms.values)
+        self._told = way is not None
+        return way

@@ -1,0 +1,1 @@
+"""Flower's own examples beside their form with the two changed lines, on packaged data."""

@@ -34,7 +34,8 @@ def merge(
         typer.Option("--option", help="key=value of the method; a,b,… for one value a model."),
     ] = None,
     drop_rate: Annotated[
-        str | None, typer.Option("--drop-rate", help="Sparsify every delta first.")
+        str | None,
+        typer.Option("--drop-rate", help="Sparsify the deltas first: one rate, or p1,p2,…"),
     ] = None,
     sparsifier: Annotated[
         str | None,
@@ -96,8 +97,8 @@ def merge(
     if "base" not in values or "models" not in values:
         raise ConfigError("no models are named; give BASE MODEL... or a --recipe that has them")
     flags = {
-        "method": method, "scaling": scaling, "drop-rate": drop_rate, "sparsifier": sparsifier,
-        "mask": mask, "seed": seed, "exclude": exclude, "dtype": dtype,
+        "method": method, "scaling": scaling, "drop-rate": _rates(drop_rate),
+        "sparsifier": sparsifier, "mask": mask, "seed": seed, "exclude": exclude, "dtype": dtype,
     }  # fmt: skip
     values |= {key: value for key, value in flags.items() if value}
     values |= {key: value for key, value in flags.items() if value == 0 and value is not None}
@@ -141,6 +142,10 @@ def merge(
         f"{report.out}: {len(report.models)} models merged by {report.method}, "
         f"{report.parameters:,} parameters in {report.tensors} tensors, {spent['seconds']:.1f} s"
     )
+
+
+def _rates(text: str | None) -> str | list[str] | None:
+    return text.split(",") if text and "," in text else text
 
 
 def _pairs(words: list[str], what: str) -> list[tuple[str, str]]:

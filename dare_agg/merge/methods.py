@@ -7,6 +7,8 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
+import numpy as np
+
 from dare_agg.errors import ConfigError, did_you_mean
 from dare_agg.merge.fisher import fisher
 from dare_agg.merge.linear import average, linear, task_arithmetic
@@ -21,9 +23,10 @@ from dare_agg.merge.ties import ties
 class Option:
     """One option of a method: its default, what is allowed, and what it does.
 
-    ``per_model`` options also take a list, one number for each model. A ``None`` default
-    means "not given": what then happens is ``usual``. ``also`` maps other words, in lower
-    case, to choices.
+    ``per_model`` options also take a list, one number for each model, and ``by_tensor`` ones an
+    array over the layout's tensors: (models, tensors) where they are per model too, else
+    (tensors,). A ``None`` default means "not given": what then happens is ``usual``. ``also`` maps
+    other words, in lower case, to choices.
     """
 
     default: Any
@@ -32,6 +35,7 @@ class Option:
     low: float = -math.inf
     high: float = math.inf
     per_model: bool = False
+    by_tensor: bool = False
     also: Mapping[str, str] = field(default_factory=dict)
     usual: Any = None
 
@@ -39,6 +43,11 @@ class Option:
         """Return the value in the default's type; raises `ConfigError` out of bounds."""
         if value is None and self.default is None:
             return None
+        if self.by_tensor and isinstance(value, np.ndarray):
+            for bound in (value.min(initial=np.inf), value.max(initial=-np.inf)):
+                if value.size:
+                    self.check(name, float(bound))
+            return value
         if self.per_model and isinstance(value, list | tuple):
             return tuple(self.check(name, one) for one in value)
         if self.choices:
@@ -96,7 +105,15 @@ class Method:
         }
 
 
-_DENSITY = Option(1.0, "share of each delta that is kept", low=0, high=1, per_model=True)
+_DENSITY = Option(
+    1.0, "share of each delta that is kept", low=0, high=1, per_model=True, by_tensor=True
+)
+_RESCALE = Option(
+    "none",
+    "restore this norm of each delta after trimming (mergekit; true is l1)",
+    ("none", "l1", "l2", "linf"),
+    also={"true": "l1", "false": "none"},
+)
 _SIGNS = Option(True, "elect signs and erase those that disagree, as ties does")
 _SIGN_TIE = Option(
     "majority",
@@ -147,6 +164,7 @@ METHODS: dict[str, Method] = {
                     low=0,
                     high=1,
                     per_model=True,
+                    by_tensor=True,
                     usual=0.8,
                 ),
                 "density": Option(
@@ -155,18 +173,14 @@ METHODS: dict[str, Method] = {
                     low=0,
                     high=1,
                     per_model=True,
+                    by_tensor=True,
                 ),
                 "trim-scope": Option(
                     "model", "rank over the whole model or each tensor", ("model", "tensor")
                 ),
                 "normalize": _NORMALIZE,
                 "sign-tie": _SIGN_TIE,
-                "rescale": Option(
-                    "none",
-                    "restore this norm of each delta after trimming (mergekit; true is l1)",
-                    ("none", "l1", "l2", "linf"),
-                    also={"true": "l1", "false": "none"},
-                ),
+                "rescale": _RESCALE,
                 "elect": Option(
                     "sum", "signs by the sum of the entries or by their count", ("sum", "count")
                 ),
@@ -216,7 +230,11 @@ METHODS: dict[str, Method] = {
             "sin((1-t)φ)/sin φ·a + sin(tφ)/sin φ·b for each tensor",
             "https://en.wikipedia.org/wiki/Slerp",
             slerp,
-            {"t": Option(0.5, "0 is the first model (BASE if one is given), 1 the second")},
+            {
+                "t": Option(
+                    0.5, "0 is the first model (BASE if one is given), 1 the second", by_tensor=True
+                )
+            },
         ),
         Method(
             "multislerp",
@@ -251,7 +269,15 @@ METHODS: dict[str, Method] = {
             breadcrumbs,
             {
                 "density": _DENSITY,
-                "gamma": Option(0.01, "share of the largest entries removed", low=0, high=1),
+                "gamma": Option(
+                    0.01,
+                    "share of the largest entries removed",
+                    low=0,
+                    high=1,
+                    per_model=True,
+                    by_tensor=True,
+                ),
+                "rescale": _RESCALE,
                 "sign-consensus": Option(False, _SIGNS.help),
                 "normalize": Option(
                     "none", _NORMALIZE.help, _NORMALIZE.choices, also=_AGREEING_OR_NOT
@@ -265,8 +291,17 @@ METHODS: dict[str, Method] = {
             "https://arxiv.org/abs/2406.11617",
             della,
             {
-                "density": Option(0.5, _DENSITY.help, low=0, high=1, per_model=True),
-                "epsilon": Option(0.15, "half the range of keep probabilities", low=0, high=0.5),
+                "density": Option(
+                    0.5, _DENSITY.help, low=0, high=1, per_model=True, by_tensor=True
+                ),
+                "epsilon": Option(
+                    0.15,
+                    "half the range of keep probabilities",
+                    low=0,
+                    high=0.5,
+                    per_model=True,
+                    by_tensor=True,
+                ),
                 "rescale": Option(
                     "keep",
                     "divide by the keep probability, restore the L1 norm (mergekit), or not",
@@ -285,7 +320,16 @@ METHODS: dict[str, Method] = {
             "base + λ·Σ w·δ where the models vary most, w ~ mean δ² of the tensor, signs elected",
             "https://arxiv.org/abs/2408.07990",
             sce,
-            {"select-topk": Option(1.0, "share of the elements by variance", low=0, high=1)},
+            {
+                "select-topk": Option(
+                    1.0, "share of the elements by variance", low=0, high=1, by_tensor=True
+                ),
+                "least-energy": Option(
+                    0.0,
+                    "below this Σ mean δ² of a tensor weights are equal (mergekit: 1e-6)",
+                    low=0,
+                ),
+            },
         ),
     )
 }

@@ -14,7 +14,7 @@ from dare_agg.merge.linear import normalized, weighted_sum
 from dare_agg.merge.norms import norm_ratios
 from dare_agg.merge.task import FIXED_BLOCK, Kernel, MergeTask, Scratch, cut, span_starts
 from dare_agg.merge.thresholds import kth_smallest
-from dare_agg.merge.ties import consensus
+from dare_agg.merge.ties import consensus, norm_factors
 from dare_agg.merge.wrapped import BandSource, ScaledSource
 from dare_agg.vectors.layout import Entry, FloatVector
 from dare_agg.vectors.sources import DeltaSource
@@ -26,18 +26,19 @@ def breadcrumbs(task: MergeTask) -> Kernel:
     With ``sign-consensus`` the rest is merged as TIES does.
     """
     spans = task.tensor_spans
-    gamma = task.options["gamma"]
+    sizes = [hi - lo for lo, hi in spans]
+    densities, gammas = task.numbers("density"), task.numbers("gamma")
     low = np.empty((task.count, len(spans)), np.float32)
     high = np.empty_like(low)
-    for i, (source, density) in enumerate(
-        zip(task.sources, task.per_model("density"), strict=True)
-    ):
-        sizes = [hi - lo for lo, hi in spans]
-        kept = [size if density >= 1 else int(density * size) for size in sizes]
+    for i, source in enumerate(task.sources):
+        kept = [
+            size if density >= 1 else int(float(density) * size)
+            for size, density in zip(sizes, densities[i], strict=True)
+        ]
         # The top gives way where it would leave less than the density.
         bottoms = [
-            0 if density >= 1 else max(0, size - keep - int(gamma * size))
-            for size, keep in zip(sizes, kept, strict=True)
+            0 if keep == size else max(0, size - keep - int(float(gamma) * size))
+            for size, keep, gamma in zip(sizes, kept, gammas[i], strict=True)
         ]
         ranks = [min(b + 1, size) if b else 0 for b, size in zip(bottoms, sizes, strict=True)]
         low[i] = kth_smallest(source, spans, ranks, task.tile)
@@ -45,11 +46,16 @@ def breadcrumbs(task: MergeTask) -> Kernel:
         high[i] = kth_smallest(source, spans, tops, task.tile)
         high[i, [t == size for t, size in zip(tops, sizes, strict=True)]] = np.inf
         low[i, [keep == 0 for keep in kept]] = np.inf
+    factors = None
+    if task.options["rescale"] != "none":
+        factors = norm_factors(task, spans, (low, high), task.options["rescale"])
     if task.options["sign-consensus"]:
-        return consensus(task, spans, (low, high))
+        return consensus(task, spans, (low, high), factors)
     weights = task.values_at(task.weights, spans)
     if task.options["normalize"] == "agreeing":
         weights = normalized(weights)
+    if factors is not None:
+        weights = weights * factors
     banded = tuple(
         BandSource(source, spans, low[i], high[i]) for i, source in enumerate(task.sources)
     )
@@ -94,21 +100,24 @@ def variance(stack: NDArray[np.float32], out: FloatVector) -> None:
 def sce(task: MergeTask) -> Kernel:
     """Select the elements of largest variance, weigh models by their mean δ² in each tensor,
     erase minority signs (arXiv 2408.07990)."""
-    spans, topk = task.tensor_spans, task.options["select-topk"]
+    spans, topk = task.tensor_spans, task.shared("select-topk")
     spread = _Variance(task)
     limits = np.full(len(spans), -1, np.float32)
     energy = np.zeros((task.count, len(spans)))
     stack = np.empty((task.count, FIXED_BLOCK), np.float32)
     buffer = np.empty(FIXED_BLOCK, np.float32)
-    if topk < 1:
+    if (topk < 1).any():
         ranks = []
-        for start, stop in spans:
+        for (start, stop), share in zip(spans, topk, strict=True):
+            if share >= 1:
+                ranks.append(0)
+                continue
             nonzero = 0
             for lo in range(start, stop, FIXED_BLOCK):
                 hi = min(stop, lo + FIXED_BLOCK)
                 spread.read(lo, hi, buffer[: hi - lo])
                 nonzero += int(np.count_nonzero(buffer[: hi - lo]))
-            keep = int(nonzero * topk)
+            keep = int(nonzero * float(share))
             ranks.append(stop - start - keep + 1)
         sizes = [hi - lo for lo, hi in spans]
         limits = kth_smallest(
@@ -129,9 +138,10 @@ def sce(task: MergeTask) -> Kernel:
         energy[:, number] /= stop - start
     total = energy.sum(axis=0)
     # mergekit gives equal weights below a sum of 1e-6, which real deltas undercut; here only
-    # where nothing is left.
-    weights = np.where(total > 0, energy / np.where(total > 0, total, 1), 1 / task.count)
-    return _sce_kernel(task, weights, limits if topk < 1 else None)
+    # where nothing is left, unless it is asked for.
+    speaks = (total > 0) & (total >= task.options["least-energy"])
+    weights = np.where(speaks, energy / np.where(speaks, total, 1), 1 / task.count)
+    return _sce_kernel(task, weights, limits if (topk < 1).any() else None)
 
 
 def _sce_kernel(
@@ -178,10 +188,10 @@ def della(task: MergeTask) -> Kernel:
 
     Raises `ConfigError` unless density ± epsilon lies inside (0, 1).
     """
-    epsilon, rescale = task.options["epsilon"], task.options["rescale"]
-    densities = task.per_model("density")
-    for density in densities:
-        if density < 1 and not 0 < density - epsilon <= density + epsilon < 1:
+    rescale = task.options["rescale"]
+    densities, epsilons = task.numbers("density"), task.numbers("epsilon")
+    for density, epsilon in zip(densities.flat, epsilons.flat, strict=True):
+        if 0 < density < 1 and not 0 < density - epsilon <= density + epsilon < 1:
             raise ConfigError(
                 f"density {density:g} with epsilon {epsilon:g}: density ± epsilon must lie inside "
                 f"(0, 1); give epsilon < {min(density, 1 - density):g}"
@@ -189,8 +199,10 @@ def della(task: MergeTask) -> Kernel:
     secret = seed_secret(task.options["seed"])
     keys = task.options.get("keys") or [derive_key(secret, "della", i) for i in range(task.count)]
     sources: tuple[DeltaSource, ...] = tuple(
-        source if density >= 1 else _DellaSource(task, source, density, epsilon, key, rescale)
-        for source, density, key in zip(task.sources, densities, keys, strict=True)
+        source
+        if (densities[i] >= 1).all()
+        else _DellaSource(task, source, densities[i], epsilons[i], keys[i], rescale)
+        for i, source in enumerate(task.sources)
     )
     dropped = replace(task, sources=sources)
     if rescale == "l1":
@@ -215,13 +227,14 @@ class _DellaSource:
         self,
         task: MergeTask,
         source: DeltaSource,
-        density: float,
-        epsilon: float,
+        densities: NDArray[np.float64],
+        epsilons: NDArray[np.float64],
         key: bytes,
         rescale: str,
     ) -> None:
-        self._layout, self._source, self._key = task.layout, source, key
-        self._density, self._epsilon, self._rescale = density, epsilon, rescale
+        self._layout, self._source, self._key, self._rescale = task.layout, source, key, rescale
+        filled = (entry.name for entry in task.layout.entries if entry.size)
+        self._shares = dict(zip(filled, zip(densities, epsilons, strict=True), strict=True))
 
     @property
     def size(self) -> int:
@@ -229,18 +242,24 @@ class _DellaSource:
 
     def read(self, lo: int, hi: int, out: FloatVector) -> None:
         for entry, first, last in self._layout.pieces(lo, hi):
+            density, epsilon = self._shares[entry.name]
+            if density >= 1 or density <= 0:
+                a, b = entry.offset + first, entry.offset + last
+                self._source.read(a, b, out[a - lo : b - lo])
+                out[a - lo : b - lo] *= density >= 1
+                continue
             width = _row_width(entry)
             at = entry.offset + first - first % width
             while at < entry.offset + last:
                 # Whole rows, as many as lie in one go of about 2^16 elements.
                 count = max(1, FIXED_BLOCK // width)
                 stop = min(entry.stop, at + count * width)
-                rows = self._rows(at, stop, width)
+                rows = self._rows(at, stop, width, float(density), float(epsilon))
                 a, b = max(at, lo), min(stop, hi)
                 out[a - lo : b - lo] = rows[a - at : b - at]
                 at = stop
 
-    def _rows(self, lo: int, hi: int, width: int) -> FloatVector:
+    def _rows(self, lo: int, hi: int, width: int, density: float, epsilon: float) -> FloatVector:
         values = np.empty(hi - lo, np.float32)
         self._source.read(lo, hi, values)
         # Magnitude, then place: equal ones keep their order, and whole numbers sort fast.
@@ -251,9 +270,7 @@ class _DellaSource:
         order &= np.uint64(0xFFFFFFFF)
         places = order.view(np.int64)
         count = (hi - lo) // width
-        keep = (
-            self._density - self._epsilon + 2 * self._epsilon * np.arange(width) / max(1, width - 1)
-        )
+        keep = density - epsilon + 2 * epsilon * np.arange(width) / max(1, width - 1)
         threshold = np.empty(hi - lo, np.uint64)
         threshold[places] = np.tile((keep * 2.0**32).astype(np.uint64), count)
         values *= Keystream(self._key).words(lo, hi - lo) < threshold

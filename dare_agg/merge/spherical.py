@@ -51,11 +51,12 @@ def slerp(task: MergeTask) -> Kernel:
 
     Raises `MergeError` for another number of models.
     """
-    t = float(task.options["t"])
+    shares = task.shared("t")
     if task.count > 2:
         raise MergeError(f"slerp takes one model (with the base) or two, not {task.count}")
 
-    def coefficients(gram: Matrix, weights: Matrix) -> Matrix:
+    def coefficients(number: int, gram: Matrix, weights: Matrix) -> Matrix:
+        t = float(shares[number])
         a, b = (0, 1) if task.count == 1 else (1, 2)
         result = np.zeros(len(gram))
         first, second = math.sqrt(gram[a, a]), math.sqrt(gram[b, b])
@@ -75,7 +76,7 @@ def karcher(task: MergeTask) -> Kernel:
     """Karcher mean of the models' directions on the sphere, times their mean norm."""
     iterations, tolerance = task.options["max-iter"], task.options["tol"]
 
-    def coefficients(gram: Matrix, weights: Matrix) -> Matrix:
+    def coefficients(number: int, gram: Matrix, weights: Matrix) -> Matrix:
         shares = weights / (weights.sum() or 1.0)
         norms = np.sqrt(np.diagonal(gram)[1:])
         result = np.zeros(len(gram))
@@ -190,9 +191,10 @@ def _row_width(entry: Entry) -> int:
 
 
 def _of_models(
-    task: MergeTask, name: str, coefficients: Callable[[Matrix, Matrix], Matrix]
+    task: MergeTask, name: str, coefficients: Callable[[int, Matrix, Matrix], Matrix]
 ) -> Kernel:
-    """Merge whole models θ = base + δ with coefficients (base first) from their products."""
+    """Merge whole models θ = base + δ with coefficients (base first) that follow from a tensor's
+    number, its models' products and their weights."""
     base = task.need_base(name)
     spans = list(task.tensor_spans)
     grams = gram_matrices([base, *task.sources], spans)
@@ -201,7 +203,8 @@ def _of_models(
     change[1:, 0] = 1
     weights = task.values_at(task.weights, spans)
     found = np.stack(
-        [coefficients(change @ g @ change.T, weights[:, i]) for i, g in enumerate(grams)], axis=1
+        [coefficients(i, change @ g @ change.T, weights[:, i]) for i, g in enumerate(grams)],
+        axis=1,
     )
     scaling = task.values_at(task.scaling, spans)
     # Σ c·θ − base = Σ c·δ + (Σc − 1)·base

@@ -53,7 +53,8 @@ class MergeTask:
     """Deltas, their weights and a method's settled options.
 
     ``spans`` cut the vector where weights or scaling change; ``weights`` is
-    (models, spans), ``scaling`` (spans,). ``statistics`` holds each
+    (models, spans), ``scaling`` (spans,). Options by tensor are arrays over the layout's tensors,
+    (models, tensors) or (tensors,): see `numbers` and `shared`. ``statistics`` holds each
     model's Fisher values or Gram matrices.
     """
 
@@ -89,6 +90,8 @@ class MergeTask:
         Raises `MergeError` for a list of another length.
         """
         value = self.options[option]
+        if isinstance(value, np.ndarray):
+            raise MergeError(f"{option} differs from tensor to tensor; give one number a model")
         if isinstance(value, list | tuple):
             if len(value) != self.count:
                 raise MergeError(
@@ -97,6 +100,25 @@ class MergeTask:
                 )
             return [float(v) for v in value]
         return [float(value)] * self.count
+
+    def numbers(self, option: str) -> NDArray[np.float64]:
+        """A per-model option for every model and tensor, (models, `tensor_spans`)."""
+        value = self.options[option]
+        if isinstance(value, np.ndarray):
+            return value[:, self._filled]
+        column = np.array(self.per_model(option), np.float64)[:, None]
+        return np.repeat(column, len(self._filled), axis=1)
+
+    def shared(self, option: str) -> NDArray[np.float64]:
+        """An option of the whole merge for every tensor, (`tensor_spans`,)."""
+        value = self.options[option]
+        if isinstance(value, np.ndarray):
+            return value[self._filled]
+        return np.full(len(self._filled), float(value))
+
+    @property
+    def _filled(self) -> list[int]:
+        return [i for i, entry in enumerate(self.layout.entries) if entry.size]
 
     def values_at(self, values: NDArray[np.float64], spans: Sequence[Span]) -> NDArray[np.float64]:
         """Values (last axis: the task's spans) for other, finer spans."""

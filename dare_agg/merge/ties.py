@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from functools import partial
 
 import numpy as np
@@ -33,19 +33,38 @@ def ties(task: MergeTask) -> Kernel:
     if options["density"] is not None:
         if options["trim"] is not None:
             raise ConfigError("trim and density are both given; density is 1 - trim: give one")
-        kept = [[_kept(hi - lo, d) for lo, hi in scope] for d in task.per_model("density")]
+        kept = _counts(task, "density", scope, _kept)
+    elif options["trim"] is not None:
+        kept = _counts(task, "trim", scope, _reference_kept)
     else:
-        rates = [0.8] * task.count if options["trim"] is None else task.per_model("trim")
-        kept = [[_reference_kept(hi - lo, r) for lo, hi in scope] for r in rates]
+        kept = [[_reference_kept(hi - lo, 0.8) for lo, hi in scope]] * task.count
     bounds = _trim_bounds(task, scope, kept)
     factors = None
     if options["rescale"] != "none" and bounds is not None:
-        factors = _norm_factors(task, scope, bounds, options["rescale"])
+        factors = norm_factors(task, scope, bounds, options["rescale"])
     if len(spans) > len(scope) and bounds is not None:
         # One threshold a model for spans that differ in weight only.
         bounds = tuple(np.repeat(b, len(spans), axis=1) for b in bounds)  # type: ignore[assignment]
         factors = None if factors is None else np.repeat(factors, len(spans), axis=1)
     return consensus(task, spans, bounds, factors)
+
+
+def _counts(
+    task: MergeTask, option: str, scope: Sequence[Span], count: Callable[[int, float], int]
+) -> list[list[int]]:
+    """How many entries each model keeps in each span; raises `ConfigError` for values by tensor
+    where the rank is over the whole model."""
+    if task.options["trim-scope"] == "tensor":
+        shares = task.numbers(option)
+    elif isinstance(task.options[option], np.ndarray):
+        raise ConfigError(
+            f"{option} differs from tensor to tensor, but entries are ranked over the whole model; "
+            "add --option trim-scope=tensor"
+        )
+    else:
+        shares = np.array(task.per_model(option))[:, None]
+    sizes = [hi - lo for lo, hi in scope]
+    return [[count(n, float(s)) for n, s in zip(sizes, row, strict=True)] for row in shares]
 
 
 def _kept(size: int, density: float) -> int:
@@ -252,7 +271,7 @@ def _balance(
     return balance
 
 
-def _norm_factors(
+def norm_factors(
     task: MergeTask, spans: Sequence[Span], bounds: Bounds, norm: str
 ) -> NDArray[np.float32]:
     """‖δ‖ / ‖trimmed δ‖ for each model and span."""

@@ -43,6 +43,42 @@ class MaskedSource:
 
 
 @dataclass(frozen=True)
+class PiecewiseSource:
+    """A delta that another source gives in each of its ``pieces`` [first, stop); None is zero.
+
+    ``survivors`` says how many elements are listed in all.
+    """
+
+    pieces: Sequence[tuple[int, int, DeltaSource | None]]
+    survivors: int
+
+    @property
+    def size(self) -> int:
+        return self.pieces[-1][1] if self.pieces else 0
+
+    def sparse(self, lo: int, hi: int) -> Iterator[tuple[Positions, FloatVector]]:
+        for source, a, b in self._within(lo, hi):
+            if isinstance(source, MaskedSource):
+                yield from source.sparse(a, b)
+            elif source is not None:
+                values = np.empty(b - a, np.float32)
+                source.read(a, b, values)
+                yield np.arange(a, b, dtype=np.int64), values
+
+    def read(self, lo: int, hi: int, out: FloatVector) -> None:
+        for source, a, b in self._within(lo, hi):
+            if source is None:
+                out[a - lo : b - lo] = 0
+            else:
+                source.read(a, b, out[a - lo : b - lo])
+
+    def _within(self, lo: int, hi: int) -> Iterator[tuple[DeltaSource | None, int, int]]:
+        for start, stop, source in self.pieces:
+            if start < hi and stop > lo:
+                yield source, max(lo, start), min(hi, stop)
+
+
+@dataclass(frozen=True)
 class TrimmedSource:
     """A delta without its entries of \\|x\\| ≤ a threshold for each span (magnitude drop)."""
 

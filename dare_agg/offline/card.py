@@ -34,10 +34,12 @@ def model_card(
         for m in models
     )
     dropped = ""
-    if recipe.get("drop-rate"):
+    rates = [m.get("drop-rate", recipe.get("drop-rate")) for m in recipe["models"]]
+    if any(rates):
+        said = ", ".join(str(rate) for rate in rates) if len({*map(str, rates)}) > 1 else rates[0]
         dropped = (
-            f"\nEvery delta was sparsified first ({recipe.get('sparsifier', 'dare')}, drop rate "
-            f"{recipe['drop-rate']}, seed {recipe.get('seed', 0)}).\n"
+            f"\nThe deltas were sparsified first ({recipe.get('sparsifier', 'dare')}, drop rate "
+            f"{said}, seed {recipe.get('seed', 0)}).\n"
         )
     return f"""---
 {yaml.safe_dump(head, sort_keys=False).strip()}

@@ -31,8 +31,9 @@ from dare_agg.merge.engine import prepare_merge, run_tiles
 from dare_agg.merge.task import Scratch, is_sparse
 from dare_agg.offline.card import model_card
 from dare_agg.offline.opening import OpenedModel, described, open_model
+from dare_agg.offline.parameters import Choices, Gradient, Place, by_tensor, order_key, places
 from dare_agg.offline.range_check import range_warnings
-from dare_agg.offline.recipe import Recipe
+from dare_agg.offline.recipe import Recipe, settled_options
 from dare_agg.offline.sparsify import sparsified
 from dare_agg.vectors.contents import content_order, sketch
 from dare_agg.vectors.layout import Layout
@@ -100,7 +101,7 @@ def merge_offline(
         order = content_order(
             [m.source for m in ordered],
             names,
-            [(m.given.weight or 0.0, m.given.seed or 0, m.number) for m in ordered],
+            [(order_key(m.given.weight), m.given.seed or 0, m.number) for m in ordered],
         )
         ordered = [ordered[i] for i in order]
         weights, scaling = tensor_weights(recipe, ordered, layout)
@@ -111,7 +112,7 @@ def merge_offline(
             recipe.method,
             weights=weights,
             scaling=scaling,
-            options=_options(recipe, ordered),
+            options=_options(recipe, ordered, layout),
             tile=used,
             base=cached,
             statistics=[
@@ -170,26 +171,30 @@ def _tile(sources: list[DeltaSource]) -> int:
 def tensor_weights(
     recipe: Recipe, ordered: list[OpenedModel], layout: Layout
 ) -> tuple[NDArray[np.float64] | None, float | NDArray[np.float64]]:
-    """Weights and scaling as the engine takes them; rules make them (…, tensors).
+    """Weights and scaling as the engine takes them; rules, gradients and filters make them
+    (…, tensors).
 
-    Raises `ConfigError` for a rule that matches no tensor.
+    Raises `ConfigError` for a rule that matches no tensor, a tensor that no filter matches.
     """
-    weights: NDArray[np.float64] | None = None
-    if all(m.given.weight is not None for m in ordered):
-        weights = np.array([m.given.weight for m in ordered], np.float64)
-    if not recipe.rules:
-        return weights, recipe.scaling
-    count = len(ordered)
-    if weights is None:
-        mean = recipe.row.mean
-        weights = np.full(count, 1 / count if mean else 1.0)
-    table = np.tile(weights[:, None], (1, len(layout.entries)))
-    scaling = np.full(len(layout.entries), recipe.scaling)
+    given = [m.given.weight for m in ordered]
+    weighted = all(weight is not None for weight in given)
+    plain = all(weight is None or isinstance(weight, float) for weight in given)
+    if not recipe.rules and plain and isinstance(recipe.scaling, float):
+        return np.array(given, np.float64) if weighted else None, recipe.scaling
+    where = _places(layout)
+    default = 1 / len(ordered) if recipe.row.mean else 1.0
+    table = np.stack(
+        [
+            by_tensor(default if m.given.weight is None else m.given.weight, where, _weight_of(m))
+            for m in ordered
+        ]
+    )
+    scaling = by_tensor(recipe.scaling, where, "scaling")
     for rule in recipe.rules:
         pattern = compile_patterns([rule.match])
-        hits = [i for i, e in enumerate(layout.entries) if matches(e.name, pattern)]
-        if not hits:
-            raise ConfigError(f"rule {rule.match!r} matches no tensor; see the model's names")
+        hits = np.array([matches(e.name, pattern) for e in layout.entries])
+        if not hits.any():
+            raise ConfigError(f"rule {rule.match!r} matches no tensor; see dare-agg diagnose")
         if rule.scaling is not None:
             scaling[hits] = rule.scaling
         if rule.weights is not None:
@@ -198,23 +203,47 @@ def tensor_weights(
     return table, scaling
 
 
-def _options(recipe: Recipe, ordered: list[OpenedModel]) -> dict[str, Any]:
-    """The recipe's options with per-model values put in the models' order."""
-    options = dict(recipe.options)
+def _weight_of(model: OpenedModel) -> str:
+    return f"{model.given.path}: weight"
+
+
+def _places(layout: Layout) -> list[Place]:
+    return places(layout.names, (*layout.names, *layout.excluded, *layout.buffers))
+
+
+def _options(recipe: Recipe, ordered: list[OpenedModel], layout: Layout) -> dict[str, Any]:
+    """The recipe's options, per-model values in the models' order, parameters by tensor."""
+    options = settled_options(recipe.row, recipe.options)
     for name, value in options.items():
-        if isinstance(value, list | tuple) and len(value) == len(ordered):
-            options[name] = [value[m.number] for m in ordered]
+        if isinstance(value, tuple) and len(value) == len(ordered):
+            options[name] = tuple(value[m.number] for m in ordered)
     own = sorted({name for m in ordered for name in m.given.options})
     for name in own:
         option = recipe.row.options[name]
         if not option.per_model:
             raise ConfigError(f"option {name} is for all models; give it once, not for a model")
         common = options.get(name, option.default)
-        common = common if isinstance(common, list) else [common] * len(ordered)
-        options[name] = [m.given.options.get(name, c) for m, c in zip(ordered, common, strict=True)]
+        common = common if isinstance(common, tuple) else [common] * len(ordered)
+        options[name] = tuple(
+            m.given.options.get(name, c) for m, c in zip(ordered, common, strict=True)
+        )
         if any(v is None for v in options[name]):
             raise ConfigError(f"option {name} is given for some models only; give it for all")
-    return options
+    return {name: _arrays(recipe, name, value, layout, ordered) for name, value in options.items()}
+
+
+def _arrays(
+    recipe: Recipe, name: str, value: Any, layout: Layout, ordered: list[OpenedModel]
+) -> Any:
+    """An option with a parameter in it as an array by tensor; any other as it is."""
+    alone = not isinstance(value, tuple)
+    if not any(isinstance(v, Gradient | Choices) for v in ((value,) if alone else value)):
+        return value
+    where = _places(layout)
+    if alone and not recipe.row.options[name].per_model:
+        return by_tensor(value, where, f"option {name}")
+    each = [value] * len(ordered) if alone else value
+    return np.stack([by_tensor(v, where, f"option {name}") for v in each])
 
 
 def _statistics(path: Path, kind: str | None, layout: Layout) -> Mapping[str, NDArray[Any]]:

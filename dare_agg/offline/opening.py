@@ -12,6 +12,7 @@ from dare_agg.checkpoint.names import renamed
 from dare_agg.errors import BaseMismatchError, CheckpointError, LayoutError
 from dare_agg.offline.adapter import adapter_base, adapter_source, is_adapter
 from dare_agg.offline.integers import check_same_integers
+from dare_agg.offline.parameters import plain_parameter
 from dare_agg.offline.recipe import ModelInput
 from dare_agg.vectors.layout import Layout
 from dare_agg.vectors.patterns import compile_patterns, matches
@@ -101,7 +102,7 @@ def described(model: OpenedModel, name: bytes) -> dict[str, Any]:
     """What a card says of one input: path, kind, weight, seed, content (16 hex digits)."""
     described: dict[str, Any] = {"path": str(model.given.path), "kind": model.kind}
     if model.given.weight is not None:
-        described["weight"] = model.given.weight
+        described["weight"] = plain_parameter(model.given.weight)
     if model.given.seed is not None:
         described["seed"] = model.given.seed
     described["content"] = name.hex()[:16]

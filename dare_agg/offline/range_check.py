@@ -52,7 +52,7 @@ def range_warnings(opened: list[OpenedModel], recipe: Recipe) -> list[str]:
     warnings = list(found.warnings)
     if any("nearer to each other" in warning for warning in warnings):
         warnings += filter(None, [bases_named_by([model.given.path for model in dense])])
-    if recipe.drop_rate is None:
+    if not recipe.drops:
         return [w for w in warnings if "unsafe" not in w]
     return warnings
 

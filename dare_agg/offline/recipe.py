@@ -8,14 +8,32 @@ import tomllib
 from collections.abc import Mapping
 from functools import cached_property
 from pathlib import Path
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
+from pydantic import (
+    BaseModel,
+    ConfigDict,
+    Field,
+    PlainSerializer,
+    PlainValidator,
+    ValidationError,
+    field_validator,
+    model_validator,
+)
 
 from dare_agg.codec.mask import parse_drop_rate
 from dare_agg.errors import ConfigError, FormatError, did_you_mean
 from dare_agg.files.json_text import parse_json, read_bounded
 from dare_agg.merge.methods import Method, find_method
+from dare_agg.offline.parameters import (
+    Choices,
+    Gradient,
+    Parameter,
+    ParameterField,
+    numbers_of,
+    parse_parameter,
+    plain_parameter,
+)
 from dare_agg.offline.yaml_text import MOST_BYTES, parse_yaml
 from dare_agg.vectors.patterns import compile_patterns
 
@@ -31,20 +49,61 @@ def _kebab(name: str) -> str:
     return name.replace("_", "-")
 
 
+# A drop rate is kept as its decimals, which say exactly what is meant.
+Rate = str | Gradient | Choices
+
+
+def _rate(value: Any) -> Any:
+    """One model's drop rate; a list is a gradient over its layers."""
+    if value is None or isinstance(value, Gradient | Choices):
+        return value
+    if isinstance(value, list | tuple | Mapping):
+        parameter = parse_parameter(value)
+        for number in numbers_of(parameter):
+            if not 0 <= number <= 1:
+                raise ValueError(f"drop rate {number:g} is outside [0, 1]; for example 0.9")
+        return parameter
+    parse_drop_rate(str(value))
+    return str(value)
+
+
+def _rates(value: Any) -> Any:
+    """The models' drop rates: one for all, a list with one for each, or one by tensor."""
+    if isinstance(value, list | tuple) and not any(isinstance(v, Mapping) for v in value):
+        return tuple(_rate(one) for one in value)
+    return _rate(value)
+
+
 class _Strict(BaseModel):
     model_config = ConfigDict(
         extra="forbid", frozen=True, alias_generator=_kebab, populate_by_name=True
     )
 
 
+def _own_options(value: Any) -> Any:
+    if not isinstance(value, Mapping):
+        raise ValueError("options are written {density: 0.5}")
+    return {str(name): parse_parameter(one) for name, one in value.items()}
+
+
+def _plain_options(value: Mapping[str, Parameter]) -> dict[str, Any]:
+    return {name: plain_parameter(one) for name, one in value.items()}
+
+
 class ModelInput(_Strict):
-    """One model: where it is, its weight, and what else travels with it."""
+    """One model: where it is, its weight, and what else travels with it.
+
+    Numbers may be parameters (`dare_agg.offline.parameters`); a plain list is a gradient.
+    """
 
     path: Path
-    weight: float | None = None
+    weight: ParameterField | None = None
+    drop_rate: Annotated[Any, PlainValidator(_rate), PlainSerializer(plain_parameter)] = None
     seed: int | None = None
     statistics: Path | None = None
-    options: dict[str, float] = Field(default_factory=dict)
+    options: Annotated[
+        dict[str, Parameter], PlainValidator(_own_options), PlainSerializer(_plain_options)
+    ] = Field(default_factory=dict)
 
 
 class Rule(_Strict):
@@ -56,14 +115,18 @@ class Rule(_Strict):
 
 
 class Recipe(_Strict):
-    """A merge. ``rules`` apply in order, the last match wins; see `read_recipe` for files."""
+    """A merge. ``rules`` apply in order, the last match wins; see `read_recipe` for files.
+
+    A plain list is one number for each model in ``drop-rate`` and in options that are per model,
+    else a gradient; ``{gradient: […]}`` is one everywhere.
+    """
 
     base: Path
     models: list[ModelInput] = Field(min_length=1)
     method: str
-    scaling: float = 1.0
+    scaling: ParameterField = 1.0
     options: dict[str, Any] = Field(default_factory=dict)
-    drop_rate: str | None = None
+    drop_rate: Annotated[Any, PlainValidator(_rates), PlainSerializer(plain_parameter)] = None
     seed: int = 0
     sparsifier: Literal[
         "dare", "drop-only", "magnitude", "mergekit-dare", "mergekit-dare-l2", "mergekit-dare-linf"
@@ -80,19 +143,17 @@ class Recipe(_Strict):
             return [{"path": v} if isinstance(v, str | Path) else v for v in value]
         return value
 
-    @field_validator("drop_rate", mode="before")
-    @classmethod
-    def _rate_as_text(cls, value: Any) -> Any:
-        return None if value is None else str(value)
-
     @model_validator(mode="after")
     def _fits_together(self) -> Recipe:
         row = self.row
-        row.settle(self.options)
+        common = settled_options(row, self.options)
         for model in self.models:
-            row.settle({**self.options, **model.options})
-        if self.drop_rate is not None:
-            parse_drop_rate(self.drop_rate)
+            settled_options(row, {**common, **model.options}, own=True)
+        if isinstance(self.drop_rate, tuple) and len(self.drop_rate) != len(self.models):
+            raise ConfigError(
+                f"drop-rate has {len(self.drop_rate)} values for {len(self.models)} models; give "
+                "one for all, one for each, or {gradient: [...]} over the layers"
+            )
         compile_patterns([*self.exclude, *(rule.match for rule in self.rules)])
         given = [model.statistics is not None for model in self.models]
         if row.statistics and not all(given):
@@ -118,9 +179,52 @@ class Recipe(_Strict):
         """The method's row; a recipe of an unknown method does not exist."""
         return find_method(self.method)
 
+    def rate_of(self, number: int) -> Rate | None:
+        """The drop rate of the model named as number ``number``: its own, or the recipe's."""
+        own = self.models[number].drop_rate
+        if own is not None:
+            return own
+        return self.drop_rate[number] if isinstance(self.drop_rate, tuple) else self.drop_rate
+
+    @property
+    def drops(self) -> bool:
+        """Whether any delta is sparsified before the merge."""
+        return any(self.rate_of(n) not in (None, "0", "0.0") for n in range(len(self.models)))
+
     def as_dict(self) -> dict[str, Any]:
         """The recipe as plain values, as it may stand in a file."""
         return self.model_dump(mode="json", by_alias=True, exclude_defaults=True)
+
+
+def settled_options(row: Method, given: Mapping[str, Any], *, own: bool = False) -> dict[str, Any]:
+    """Options checked against the method's row; those by tensor as parameters.
+
+    With ``own``, of one model, a list is a gradient even where the option is per model.
+    Raises `ConfigError` for an unknown option, a number out of bounds, and a parameter where one
+    number is needed.
+    """
+    settled = {}
+    for name, value in given.items():
+        option = row.options.get(name)
+        listed = isinstance(value, list | tuple)
+        by_tensor = isinstance(value, Gradient | Choices | Mapping) or (
+            listed and (own or any(isinstance(v, Mapping) for v in value))
+        )
+        if option is None or not (
+            by_tensor or (listed and option.by_tensor and not option.per_model)
+        ):
+            settled[name] = row.settle({name: value})[name]
+            continue
+        if not option.by_tensor:
+            raise ConfigError(f"option {name} is one number for all tensors; give that")
+        try:
+            parameter = parse_parameter(value)
+        except ValueError as error:
+            raise ConfigError(f"option {name}: {error}") from error
+        for number in numbers_of(parameter):
+            option.check(name, number)
+        settled[name] = parameter
+    return settled
 
 
 def make_recipe(values: Mapping[str, Any]) -> Recipe:
@@ -144,8 +248,9 @@ def make_recipe(values: Mapping[str, Any]) -> Recipe:
             raise ConfigError(
                 f"{where} {first['input']!r} is unknown{did_you_mean(str(first['input']), known)}"
             ) from error
+        said = first["msg"].removeprefix("Value error, ")
         raise ConfigError(
-            f"recipe {where or 'as a whole'}: {first['msg']} (got {str(first['input'])[:60]!r})"
+            f"recipe {where or 'as a whole'}: {said} (got {str(first['input'])[:60]!r})"
         ) from error
 
 

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import math
 import mmap
-from collections.abc import Iterable, Mapping
+from collections.abc import Collection, Iterable, Mapping
 from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
@@ -98,13 +98,10 @@ class Checkpoint:
         """The names of the files that hold the tensors."""
         return tuple(file.name for file in self.files)
 
-    def layout(self, exclude: Iterable[str] = ()) -> Layout:
-        """Lay out the floating-point tensors; the others are buffers."""
-        return layout_of(
-            self.shapes,
-            exclude=exclude,
-            buffers=[name for name, info in self.tensors.items() if not info.is_float],
-        )
+    def layout(self, exclude: Iterable[str] = (), without: Collection[str] = ()) -> Layout:
+        """Lay out the floating-point tensors but those of ``without``; the others are buffers."""
+        others = {name for name, info in self.tensors.items() if not info.is_float}
+        return layout_of(self.shapes, exclude=exclude, buffers=others.union(without))
 
     def raw(self, name: str) -> NDArray[np.generic]:
         """Return a tensor's elements, flat, as stored (bfloat16 as uint16), mapped read-only."""

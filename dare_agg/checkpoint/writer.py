@@ -7,7 +7,7 @@ import json
 import math
 import os
 import shutil
-from collections.abc import Mapping
+from collections.abc import Container, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from types import TracebackType
@@ -27,7 +27,7 @@ from dare_agg.checkpoint.reader import (
 from dare_agg.errors import CheckpointError, NonFiniteError
 from dare_agg.files.atomic import draft_beside, put_in_place
 from dare_agg.files.safetensors_header import DTYPE_BYTES
-from dare_agg.vectors.layout import FloatVector, Layout
+from dare_agg.vectors.layout import FloatVector
 
 _SPARE_BYTES = 64 << 20
 
@@ -218,18 +218,18 @@ def check_target(out: Path, plans: Mapping[str, TensorPlan], *, overwrite: bool)
 
 
 def plan_like(
-    checkpoint: Checkpoint, out: Path, layout: Layout, dtype: str | None
+    checkpoint: Checkpoint, out: Path, merged: Container[str], dtype: str | None
 ) -> dict[str, TensorPlan]:
     """Plan an output with the tensors, dtypes and shards of ``checkpoint``.
 
-    ``dtype`` (a safetensors word) replaces the dtype of the layout's tensors. A single-file
+    ``dtype`` (a safetensors word) replaces the dtype of the ``merged`` tensors. A single-file
     output has one shard.
     """
     single = out.suffix == _SUFFIX
     sharded = len(checkpoint.files) > 1
     return {
         name: TensorPlan(
-            dtype if dtype is not None and name in layout else info.dtype,
+            dtype if dtype is not None and name in merged else info.dtype,
             info.shape,
             info.file.name if sharded and not single else WEIGHTS_NAME,
         )

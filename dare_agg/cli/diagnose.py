@@ -32,21 +32,21 @@ def diagnose(
     from rich import box
     from rich.table import Table
 
-    from dare_agg.checkpoint import open_checkpoint
     from dare_agg.cli.output import print_json, stderr_console, stdout_console
+    from dare_agg.offline.base import open_base
     from dare_agg.offline.diagnose import QUANTILES, diagnose_deltas
-    from dare_agg.offline.opening import open_model
+    from dare_agg.offline.opening import open_models
     from dare_agg.offline.range_check import bases_named_by
     from dare_agg.offline.recipe import ModelInput
     from dare_agg.vectors.sources import CachedSource
 
-    opened = open_checkpoint(base)
-    layout = opened.layout(exclude or ())
+    ground = open_base(base, models, exclude or ())
+    opened, layout = ground.checkpoint, ground.layout
     cached = CachedSource(opened.reader(layout))
     opened.check_finite(layout)
     sources = []
-    for path in models:
-        model = open_model(ModelInput(path=path), opened, layout, cached, list(exclude or ()))
+    inputs = [ModelInput(path=path) for path in models]
+    for model in open_models(inputs, ground, cached, exclude or ()):
         if model.checkpoint is not None:
             model.checkpoint.check_finite(layout)
         sources.append(model.source)
@@ -54,8 +54,8 @@ def diagnose(
     hint = (
         bases_named_by(models) if any("nearer to each other" in w for w in found.warnings) else ""
     )
-    if hint:
-        found = replace(found, warnings=(*found.warnings, hint))
+    more = (*ground.warnings, *([hint] if hint else []))
+    found = replace(found, warnings=(*found.warnings, *more))
     if report is not None:
         from dare_agg.runs.report import write_diagnosis
 

@@ -24,6 +24,7 @@ from dare_agg.checkpoint import (
     plan_like,
 )
 from dare_agg.checkpoint.fingerprints import remember
+from dare_agg.checkpoint.tied import followers_in, names_of
 from dare_agg.codec.derive import derive_key, seed_secret
 from dare_agg.codec.formats import find_values
 from dare_agg.codec.mask import DropRate, parse_drop_rate
@@ -31,7 +32,8 @@ from dare_agg.codec.rotation import GROUP
 from dare_agg.codec.update import Update, UpdateSpec
 from dare_agg.codec.update_file import FileHeader, read_update_file, write_update_file
 from dare_agg.errors import BaseMismatchError, LayoutError
-from dare_agg.offline.opening import open_model
+from dare_agg.offline.base import open_base
+from dare_agg.offline.opening import open_models
 from dare_agg.offline.recipe import ModelInput
 from dare_agg.offline.sparsify import UPDATE_MASK
 from dare_agg.vectors.contents import sketch
@@ -102,12 +104,12 @@ def write_diff(
     rate = parse_drop_rate(drop_rate)
     find_values(values)
     secret = seed_secret(seed)
-    base = open_checkpoint(base_path)
-    layout = base.layout(exclude)
+    ground = open_base(base_path, [tuned_path], exclude)
+    base, layout = ground.checkpoint, ground.layout
     if not layout.size:
         raise LayoutError(f"{base_path} has no parameter left; exclude less")
-    model = open_model(
-        ModelInput(path=tuned_path), base, layout, CachedSource(base.reader(layout)), list(exclude)
+    (model,) = open_models(
+        [ModelInput(path=tuned_path)], ground, CachedSource(base.reader(layout)), exclude
     )
     if model.kind == "update":
         raise LayoutError(f"{tuned_path} is an update already; give the tuned model")
@@ -193,7 +195,10 @@ def apply_update(
             "give the base it was made from"
         )
     reader = base.reader(layout)
-    plans = plan_like(base, out, layout, parse_dtype(dtype) if dtype else None)
+    followers = followers_in(base, layout)
+    written = names_of(layout, followers)
+    merged = {*layout.names, *followers}
+    plans = plan_like(base, out, merged, parse_dtype(dtype) if dtype else None)
     with CheckpointWriter(out, plans, {"format": "pt"}, overwrite) as writer:
         tile = np.empty(TILE, np.float32)
         for lo in range(0, layout.size, TILE):
@@ -203,13 +208,14 @@ def apply_update(
             update.add(lo, hi, piece, scaling)
             for entry, first, last in layout.pieces(lo, hi):
                 at = entry.offset - lo
-                writer.write(entry.name, first, piece[at + first : at + last])
+                for name in written[entry.name]:
+                    writer.write(name, first, piece[at + first : at + last])
             if lo // _MAPPED != hi // _MAPPED:
                 base.release()
             if on_progress is not None:
                 on_progress(hi, layout.size)
         for name in base.names:
-            if name not in layout:
+            if name not in merged:
                 writer.write_raw(name, 0, base.raw(name))
         carried = Carried()
         if not writer.single and base.folder is not None:

@@ -25,12 +25,14 @@ from dare_agg.checkpoint import (
     plan_like,
 )
 from dare_agg.checkpoint.carried import CARD, HEAD_NAME
-from dare_agg.checkpoint.names import renamed
+from dare_agg.checkpoint.names import under_names
+from dare_agg.checkpoint.tied import names_of
 from dare_agg.errors import ConfigError, MergeError
 from dare_agg.merge.engine import prepare_merge, run_tiles
 from dare_agg.merge.task import Scratch, is_sparse
+from dare_agg.offline.base import open_base
 from dare_agg.offline.card import model_card
-from dare_agg.offline.opening import OpenedModel, described, open_model
+from dare_agg.offline.opening import OpenedModel, described, open_models
 from dare_agg.offline.parameters import Choices, Gradient, Place, by_tensor, order_key, places
 from dare_agg.offline.range_check import range_warnings
 from dare_agg.offline.recipe import Recipe, settled_options
@@ -81,21 +83,19 @@ def merge_offline(
     Raises a `DareError` before any work where anything
     does not fit; ``out`` appears complete or not at all.
     """
-    base = open_checkpoint(recipe.base)
-    layout = base.layout(recipe.exclude)
+    ground = open_base(recipe.base, [model.path for model in recipe.models], recipe.exclude)
+    base, layout = ground.checkpoint, ground.layout
     if not layout.size:
         raise MergeError(f"{recipe.base} has no parameter left to merge; exclude less")
     cached = CachedSource(base.reader(layout))
-    opened = [
-        replace(open_model(model, base, layout, cached, recipe.exclude), number=number)
-        for number, model in enumerate(recipe.models)
-    ]
-    plans = plan_like(base, out, layout, parse_dtype(recipe.dtype) if recipe.dtype else None)
+    opened = open_models(recipe.models, ground, cached, recipe.exclude)
+    dtype = parse_dtype(recipe.dtype) if recipe.dtype else None
+    plans = plan_like(base, out, {*layout.names, *ground.followers}, dtype)
     with CheckpointWriter(out, plans, {"format": "pt"}, overwrite) as writer:
         if check:
             for checkpoint in [base, *(m.checkpoint for m in opened if m.checkpoint)]:
                 checkpoint.check_finite(layout)
-        warnings = range_warnings(opened, recipe)
+        warnings = [*ground.warnings, *range_warnings(opened, recipe)]
         ordered = sparsified(opened, recipe, layout)
         names = [sketch(m.source) for m in ordered]
         order = content_order(
@@ -122,6 +122,8 @@ def merge_offline(
             ],
         )
 
+        written = names_of(layout, ground.followers)
+
         def work(lo: int, hi: int, scratch: Scratch) -> None:
             merged = scratch.get("merged", hi - lo)
             # Read first: the survivors' base values are then picked from this tile.
@@ -130,13 +132,15 @@ def merge_offline(
             merged += cached.tile(lo, hi)
             for entry, first, last in layout.pieces(lo, hi):
                 at = entry.offset - lo
-                writer.write(entry.name, first, merged[at + first : at + last])
+                for name in written[entry.name]:
+                    writer.write(name, first, merged[at + first : at + last])
             if on_progress is not None:
                 on_progress(hi, layout.size)
 
         run_tiles(task, work, threads)
         for name in (*layout.excluded, *layout.buffers):
-            writer.write_raw(name, 0, base.raw(name))
+            if name not in ground.followers:
+                writer.write_raw(name, 0, base.raw(name))
         models = tuple(described(m, names[i]) for m, i in zip(ordered, order, strict=True))
         carried = Carried()
         if not writer.single:
@@ -255,7 +259,9 @@ def _statistics(path: Path, kind: str | None, layout: Layout) -> Mapping[str, ND
             f"{path} holds {found} statistics, {kind} is needed; make it with dare-agg statistics "
             f"--kind {kind}"
         )
-    checkpoint = replace(checkpoint, tensors=renamed(checkpoint.tensors, layout.names))
+    shapes = {entry.name: entry.shape for entry in layout.entries}
+    tensors = under_names(checkpoint.tensors, checkpoint.shapes, shapes)
+    checkpoint = replace(checkpoint, tensors=tensors)
     arrays = {}
     for name, info in checkpoint.tensors.items():
         stored = checkpoint.raw(name)

@@ -2,20 +2,20 @@
 
 from __future__ import annotations
 
-import re
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 from dare_agg.checkpoint import Checkpoint, open_checkpoint
-from dare_agg.checkpoint.names import renamed
 from dare_agg.errors import BaseMismatchError, CheckpointError, LayoutError
-from dare_agg.offline.adapter import adapter_base, adapter_source, is_adapter
+from dare_agg.offline.adapter import adapter_base, adapter_source
+from dare_agg.offline.base import UPDATE, OpenedBase
 from dare_agg.offline.integers import check_same_integers
 from dare_agg.offline.parameters import plain_parameter
 from dare_agg.offline.recipe import ModelInput
 from dare_agg.vectors.layout import Layout
-from dare_agg.vectors.patterns import compile_patterns, matches
+from dare_agg.vectors.patterns import compile_patterns
 from dare_agg.vectors.sources import CachedSource, DeltaSource, DifferenceSource
 
 
@@ -30,54 +30,48 @@ class OpenedModel:
     number: int = 0
 
 
-def open_model(
-    given: ModelInput,
-    base: Checkpoint,
-    layout: Layout,
-    cached: CachedSource,
-    exclude: list[str],
-) -> OpenedModel:
-    """Open a checkpoint, an adapter folder or an update file as a delta over the base.
+def open_models(
+    models: Sequence[ModelInput], base: OpenedBase, cached: CachedSource, exclude: Sequence[str]
+) -> list[OpenedModel]:
+    """Open checkpoints, adapter folders and update files as deltas over the base.
 
     Raises `BaseMismatchError` for what was made from another base, `LayoutError` for tensors
-    that the base lacks.
+    that do not fit.
     """
-    path = given.path
-    if path.suffix == ".dare":
-        return OpenedModel(given, _open_update(path, base, layout), "update")
-    if is_adapter(path):
-        named = adapter_base(path)
-        own = base.path.name.removesuffix(".safetensors")
-        source = adapter_source(path, layout, cached)
-        if named and Path(named).is_absolute() and Path(named).exists() and base.folder:
-            try:
-                shapes = open_checkpoint(named).shapes
-            except CheckpointError:
-                # Quantised, pickled or damaged, it says nothing: BASE takes its place.
-                shapes = base.shapes
-            if shapes != base.shapes:
-                raise BaseMismatchError(
-                    f"{path} was trained on {named}, BASE is {own}; give that as BASE"
-                )
-        return OpenedModel(given, source, "adapter")
-    checkpoint = open_checkpoint(path)
-    under = renamed(checkpoint.tensors, layout.names)
-    if under.keys() >= set(layout.names):
-        checkpoint = replace(checkpoint, tensors=under)
-    patterns = compile_patterns(exclude)
-    strangers = [
-        name
-        for name, info in checkpoint.tensors.items()
-        if info.is_float and name not in base.tensors and not matches(name, patterns)
+    return [
+        _open_model(model, number, base, cached, exclude) for number, model in enumerate(models)
     ]
-    if strangers:
-        raise LayoutError(
-            f"{path} has tensor {strangers[0]!r} that BASE lacks ({len(strangers)} in all); if "
-            f"it is a task's own head, leave it out: --exclude '{re.escape(strangers[0])}'"
+
+
+def _open_model(
+    given: ModelInput, number: int, base: OpenedBase, cached: CachedSource, exclude: Sequence[str]
+) -> OpenedModel:
+    path, layout = given.path, base.layout
+    if number in base.fits:
+        fit = base.fits[number]
+        checkpoint = replace(fit.model, tensors=fit.tensors)
+        check_same_integers(base.checkpoint, checkpoint, compile_patterns(exclude))
+        reader = checkpoint.reader(layout)
+        source = DifferenceSource(cached, reader)
+        return OpenedModel(given, source, "checkpoint", checkpoint, number)
+    if path.suffix == UPDATE:
+        return OpenedModel(
+            given, _open_update(path, base.checkpoint, layout), "update", None, number
         )
-    check_same_integers(base, checkpoint, patterns)
-    reader = checkpoint.reader(layout)
-    return OpenedModel(given, DifferenceSource(cached, reader), "checkpoint", checkpoint)
+    named = adapter_base(path)
+    own = base.checkpoint.path.name.removesuffix(".safetensors")
+    adapter = adapter_source(path, layout, cached)
+    if named and Path(named).is_absolute() and Path(named).exists() and base.checkpoint.folder:
+        try:
+            shapes = open_checkpoint(named).shapes
+        except CheckpointError:
+            # Quantised, pickled or damaged, it says nothing: BASE takes its place.
+            shapes = base.checkpoint.shapes
+        if shapes != base.checkpoint.shapes:
+            raise BaseMismatchError(
+                f"{path} was trained on {named}, BASE is {own}; give that as BASE"
+            )
+    return OpenedModel(given, adapter, "adapter", None, number)
 
 
 def _open_update(path: Path, base: Checkpoint, layout: Layout) -> DeltaSource:

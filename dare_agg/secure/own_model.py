@@ -77,7 +77,7 @@ def write_model(like: Checkpoint, layout: Layout, vector: FloatVector, out: Path
 
     All other files of its folder, which is the party's own, go along.
     """
-    plans = plan_like(like, out, layout, None)
+    plans = plan_like(like, out, layout.names, None)
     with CheckpointWriter(out, plans, {"format": "pt"}) as writer:
         for name in like.names:
             if name in layout:

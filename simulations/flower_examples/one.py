@@ -165,7 +165,7 @@ def names_of_older_flowers() -> None:
 
     if not hasattr(flwr.common.typing, "UserConfig"):
         flwr.common.typing.UserConfig = user_config.UserConfig  # type: ignore[attr-defined]
-    sys.modules.setdefault("flwr.client.typing", clientapp_typing)
+    sys.modules.setdefault(f"{flwr.__name__}.client.typing", clientapp_typing)
 
 
 def torchvision_without_cuda() -> None:

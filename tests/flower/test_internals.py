@@ -362,6 +362,9 @@ ELSEWHERE = {
     "flwr.supercore.primitives.asymmetric": "SecAgg+ is what secure sums are measured against",
     "flwr.common:ndarrays_to_parameters": "SecAgg+ is what secure sums are measured against",
     "flwr.serverapp.strategy.strategy_utils": "FedAvg's own sum is measured beside ours",
+    "flwr.common.typing": "Flower's examples of older releases import it",
+    "flwr.app:user_config": "Flower's examples of older releases import it elsewhere",
+    "flwr.clientapp:typing": "Flower's examples of older releases import it elsewhere",
     "flwr.serverapp.strategy.fedopt": "Flower's own server steps are held against ours",
 }
 # Attributes by which one reaches into Flower's objects.

@@ -1,0 +1,97 @@
+"""BASE as all models of one job see it: which of its tensors are merged, which follow others."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from dare_agg.checkpoint import Checkpoint, open_checkpoint
+from dare_agg.checkpoint.families import is_buffer
+from dare_agg.checkpoint.tied import copies_in
+from dare_agg.errors import LayoutError
+from dare_agg.offline.adapter import is_adapter
+from dare_agg.offline.differences import config_of, exclusion
+from dare_agg.offline.fitting import Fit, fit_to
+from dare_agg.vectors.layout import Layout
+from dare_agg.vectors.patterns import compile_patterns, matches
+
+UPDATE = ".dare"
+
+
+@dataclass(frozen=True)
+class OpenedBase:
+    """BASE with the layout that it shares with a job's models.
+
+    ``followers`` are tied names outside of the layout and the tensor of it whose values they
+    get; ``fits`` are the models that are checkpoints, by their place among the models.
+    """
+
+    checkpoint: Checkpoint
+    layout: Layout
+    followers: Mapping[str, str]
+    fits: Mapping[int, Fit]
+    warnings: tuple[str, ...] = ()
+
+
+def open_base(path: Path, models: Sequence[Path], exclude: Sequence[str] = ()) -> OpenedBase:
+    """Open BASE, and find how the checkpoints among ``models`` stand to it.
+
+    Tensors that BASE holds twice are one; buffers that a model lacks stay BASE's. Raises
+    `LayoutError` where a model is no tuned BASE, saying in which way.
+    """
+    base = open_checkpoint(path)
+    patterns = compile_patterns(exclude)
+    copies = copies_in(base)
+    fits: dict[int, Fit] = {}
+    apart: dict[str, str] = {}
+    lacking: set[str] = set()
+    warnings = []
+    ties = config_of(base).get("tie_word_embeddings")
+    for number, model in enumerate(models):
+        if model.suffix == UPDATE:
+            missing, own = _of_update(model, base, copies, exclude)
+            lacking |= missing
+        elif is_adapter(model):
+            continue
+        else:
+            fits[number] = fit = fit_to(open_checkpoint(model), base, copies, patterns)
+            lacking |= fit.lacking
+            own = {name for name in fit.apart if not matches(name, patterns)}
+            if own and ties:
+                raise LayoutError(f"{model} {_untied(own, copies)}; {exclusion(own, base)}")
+        for name in sorted(own - apart.keys()):
+            apart[name] = str(model)
+    for name, model_path in apart.items():
+        warnings.append(
+            f"{name!r} and {copies[name]!r} are one tensor in BASE and two in {model_path}: they "
+            "are merged as two, and OUT does not load as tied"
+        )
+    if apart:
+        copies = copies_in(base, apart)
+    layout = base.layout(exclude, {*copies, *lacking})
+    followers = {name: first for name, first in copies.items() if first in layout}
+    return OpenedBase(base, layout, followers, fits, tuple(warnings))
+
+
+def _of_update(
+    path: Path, base: Checkpoint, copies: Mapping[str, str], exclude: Sequence[str]
+) -> tuple[set[str], set[str]]:
+    """BASE's buffers that an update was made without, and the copies that it holds apart."""
+    from dare_agg.codec.update_file import read_update_file
+
+    _, header = read_update_file(path)
+    own = {name for name in copies if name in header.layout}
+    there = base.layout(exclude, {*copies} - own)
+    missing = [entry for entry in there.entries if entry.name not in header.layout]
+    if all(is_buffer(entry.name, entry.shape) for entry in missing):
+        return {entry.name for entry in missing}, own
+    return set(), own
+
+
+def _untied(apart: set[str], copies: Mapping[str, str]) -> str:
+    name = min(apart)
+    return (
+        f"holds {name!r} and {copies[name]!r} as two tensors, BASE ties them (its config.json has "
+        "tie_word_embeddings true) and so would OUT"
+    )

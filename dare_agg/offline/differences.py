@@ -1,0 +1,266 @@
+"""In which way two models differ, in one true line, with a remedy that works when typed."""
+
+from __future__ import annotations
+
+import contextlib
+import shlex
+from collections import defaultdict
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from functools import cached_property
+from typing import Any
+
+from dare_agg.checkpoint import Checkpoint
+from dare_agg.checkpoint.embeddings import is_output, is_token_tensor
+from dare_agg.checkpoint.families import pattern_of
+from dare_agg.files.json_text import read_json
+
+# Modules that hold in one tensor what others hold in several.
+_FUSED = {
+    "attention's query, key and value": (
+        {"qkv_proj", "query_key_value", "c_attn", "Wqkv", "wqkv", "qkv", "in_proj", "W_pack",
+         "attn_qkv", "linear_qkv", "in_proj_weight", "in_proj_bias"},
+        {"q_proj", "k_proj", "v_proj", "query", "key", "value", "q", "k", "v", "wq", "wk", "wv",
+         "q_lin", "k_lin", "v_lin"},
+    ),
+    "the gate and up projections": (
+        {"gate_up_proj", "w13", "fc1_gate", "linear_fc1", "w1_w3"},
+        {"gate_proj", "up_proj", "w1", "w3"},
+    ),
+}  # fmt: skip
+_DEPTH = ("num_hidden_layers", "n_layer", "num_layers", "n_layers", "encoder_layers", "depth")
+_WIDTH = (
+    "hidden_size", "d_model", "n_embd", "dim", "intermediate_size", "d_ff", "ffn_dim",
+    "num_attention_heads", "num_key_value_heads", "head_dim", "d_kv", "patch_size", "image_size",
+)  # fmt: skip
+_POSITIONS = ("max_position_embeddings", "n_positions", "max_target_positions", "image_size")
+
+
+@dataclass(frozen=True)
+class Difference:
+    """What keeps MODEL from being a tuned BASE.
+
+    ``strangers`` are MODEL's names of what BASE lacks, ``missing`` and ``unlike`` BASE's names of
+    what MODEL lacks or has in another shape; ``own`` says what MODEL calls BASE's tensors.
+    """
+
+    model: Checkpoint
+    base: Checkpoint
+    strangers: Sequence[str]
+    missing: Sequence[str]
+    unlike: Sequence[str]
+    own: Mapping[str, str]
+
+    @cached_property
+    def configs(self) -> tuple[dict[str, Any], dict[str, Any]]:
+        """The two configurations, those of a language model inside taken in; empty for none."""
+        return config_of(self.model), config_of(self.base)
+
+    def setting(self, keys: Iterable[str]) -> str:
+        """How the configurations differ in the first of ``keys`` that both have: "k 3, not 2"."""
+        mine, theirs = self.configs
+        for key in keys:
+            if key in mine and key in theirs and mine[key] != theirs[key]:
+                return f"{key} {mine[key]!r:.20}, BASE's {theirs[key]!r:.20}"
+        return ""
+
+    def remedy(self) -> str:
+        """``--exclude`` with what leaves out all that differs; "" where no short pattern does."""
+        names = [*self.strangers, *self.missing, *self.unlike]
+        chosen = set(names)
+        pattern = pattern_of(names, [name for name in self.base.names if name not in chosen])
+        return f"--exclude {shlex.quote(pattern)}" if pattern else ""
+
+
+def exclusion(names: Iterable[str], base: Checkpoint) -> str:
+    """What to type so that these tensors of a model are left out."""
+    chosen = set(names)
+    pattern = pattern_of(sorted(chosen), [name for name in base.names if name not in chosen])
+    return f"leave {'it' if len(chosen) == 1 else 'them'} out: --exclude {shlex.quote(pattern)}"
+
+
+def config_of(checkpoint: Checkpoint) -> dict[str, Any]:
+    """The folder's config.json, with a language model's inside it on top; {} for none."""
+    if checkpoint.folder is None:
+        return {}
+    with contextlib.suppress(OSError, ValueError):
+        config = read_json(checkpoint.folder / "config.json")
+        if isinstance(config, dict):
+            inner = config.get("text_config")
+            return {**config, **(inner if isinstance(inner, dict) else {})}
+    return {}
+
+
+def why_it_does_not_fit(found: Difference) -> str:
+    """Say in which way MODEL differs from BASE, and what helps."""
+    for look in (_form, _architecture, _depth, _fused, _shapes):
+        said = look(found)
+        if said:
+            return f"{found.model.path}: {said}"
+    return f"{found.model.path} {_parts(found)}"
+
+
+def _form(found: Difference) -> str:
+    """Forms of a file that are not the model's own."""
+    for name in found.strangers:
+        if ".lora_A." in name or ".base_layer." in name:
+            return (
+                f"a PEFT model saved whole ({name!r}); save it after merge_and_unload(), or give "
+                "the adapter's own folder"
+            )
+        if name.endswith("_flat_param"):
+            return f"FSDP's flattened parameters ({name!r}); save the model with a full state dict"
+    return ""
+
+
+def _architecture(found: Difference) -> str:
+    known = sum(found.model.tensors[own].shape == found.base.tensors[name].shape
+                for name, own in found.own.items())  # fmt: skip
+    mine, theirs = len(found.model.tensors), len(found.base.tensors)
+    if 2 * len(found.own) >= min(mine, theirs) or (known and found.unlike):
+        return ""
+    types = [str(config.get("model_type", "")) for config in found.configs]
+    told = f" ({types[0]}, BASE is {types[1]})" if all(types) and types[0] != types[1] else ""
+    first = next(iter(found.strangers), next(iter(found.model.names), ""))
+    return (
+        f"another model than BASE{told}: {known} of its {mine} tensors are among BASE's {theirs} "
+        f"(the first that is not: {first!r}); give a model tuned from BASE"
+    )
+
+
+def _depth(found: Difference) -> str:
+    mine, theirs = _numbers(found.model.names), _numbers(found.base.names)
+    named = {**{own: own for own in found.strangers}, **{v: k for k, v in found.own.items()}}
+    mine = _numbers([named.get(name, name) for name in found.model.names])
+    for module in sorted(mine.keys() & theirs.keys(), key=lambda m: (m.count("."), m)):
+        here, there = mine[module], theirs[module]
+        if here == there or not (here < there or here > there):
+            continue
+        what = "experts" if "expert" in module else "layers"
+        told = found.setting(_DEPTH) if what == "layers" else found.setting(("num_experts",))
+        return (
+            f"{len(here)} {what} in {module!r}, BASE has {len(there)}"
+            f"{f' ({told})' if told else ''}: models of other "
+            f"{'depth' if what == 'layers' else 'numbers of experts'} cannot be merged; give a "
+            "model tuned from BASE"
+        )
+    return ""
+
+
+def _numbers(names: Iterable[str]) -> dict[str, set[int]]:
+    """The numbers that follow each module's name: its layers; other numbers in it are ``*``."""
+    found: defaultdict[str, set[int]] = defaultdict(set)
+    for name in names:
+        parts = name.split(".")
+        for at, part in enumerate(parts[:-1]):
+            if part.isdecimal() and len(part) < 7:
+                found[".".join("*" if p.isdecimal() else p for p in parts[:at])].add(int(part))
+    return found
+
+
+def _fused(found: Difference) -> str:
+    mine, theirs = _modules(found.strangers), _modules(found.missing)
+    for what, (fused, split) in _FUSED.items():
+        for held, here, there in (("one tensor", fused, split), ("several tensors", split, fused)):
+            own, other = sorted(mine & here), sorted(theirs & there)
+            if own and other:
+                return (
+                    f"{what} are {held} ({', '.join(own)}), in BASE {', '.join(other)}; convert "
+                    "one of the two models with the tool that wrote it"
+                )
+    if any(".parametrizations." in name for name in (*found.strangers, *found.missing)):
+        return (
+            "weight_norm is in one of the two models and removed from the other; apply or remove "
+            "it in both"
+        )
+    return ""
+
+
+def _modules(names: Iterable[str]) -> set[str]:
+    return {part for name in names for part in name.split(".")[-2:]}
+
+
+def _shapes(found: Difference) -> str:
+    if not found.unlike:
+        return ""
+    empty = [n for n in found.unlike if not found.model.tensors[found.own.get(n, n)].size]
+    if empty:
+        return (
+            f"{len(empty)} of {len(found.model.tensors)} tensors are empty, such as "
+            f"{empty[0]!r} of shape {found.model.tensors[found.own.get(empty[0], empty[0])].shape}:"
+            " the model was saved while its parts lay on several devices (DeepSpeed ZeRO-3, FSDP);"
+            " save it again gathered (stage3_gather_16bit_weights_on_model_save), or make it of "
+            "the training's checkpoint with zero_to_fp32.py"
+        )
+    name = next((n for n in found.unlike if is_token_tensor(n)), found.unlike[0])
+    here, there = _two_shapes(found, name)
+    example = f"{name!r} has shape {here}, BASE's {there}"
+    rows = [n for n in found.unlike if _only_rows(found, n)]
+    tokens = [n for n in rows if is_token_tensor(n)]
+    remedy = found.remedy()
+    also = f"; to merge the rest, leave {_out(found)} out: {remedy}" if remedy else ""
+    if tokens and len(rows) == len(found.unlike):
+        return (
+            f"a vocabulary of {here[0]} rows, BASE has {there[0]} ({example})"
+            f"{also or '; give a model with the vocabulary of BASE'}"
+        )
+    if len(rows) == len(found.unlike) and all("position" in n for n in rows) and remedy:
+        told = found.setting(_POSITIONS)
+        return (
+            f"other positions{f' ({told})' if told else ''}: {example}; leave {_out(found)} out: "
+            f"{remedy}"
+        )
+    if 4 * len(found.unlike) < len(found.base.tensors) and remedy:
+        return (
+            f"{example} ({len(found.unlike)} tensors in all); if that is a task's own head, leave "
+            f"{_out(found)} out: {remedy}"
+        )
+    told = found.setting(_WIDTH)
+    return (
+        f"{len(found.unlike)} of {len(found.base.tensors)} tensors have other shapes, such as "
+        f"{example}{f' ({told})' if told else ''}: models of other width cannot be merged; give a "
+        "model tuned from BASE"
+    )
+
+
+def _two_shapes(found: Difference, name: str) -> tuple[tuple[int, ...], tuple[int, ...]]:
+    return found.model.tensors[found.own.get(name, name)].shape, found.base.tensors[name].shape
+
+
+def _only_rows(found: Difference, name: str) -> bool:
+    here, there = _two_shapes(found, name)
+    return len(here) == len(there) > 0 and here[1:] == there[1:]
+
+
+def _out(found: Difference) -> str:
+    return "it" if len(found.unlike) + len(found.strangers) + len(found.missing) == 1 else "them"
+
+
+def _parts(found: Difference) -> str:
+    """Tensors that only one of the two has."""
+    said = []
+    if found.strangers:
+        what = "tensor" if len(found.strangers) == 1 else f"{len(found.strangers)} tensors, such as"
+        said.append(f"has {what} {found.strangers[0]!r}, that BASE lacks")
+    if found.missing:
+        what = (
+            "tensor"
+            if len(found.missing) == 1
+            else f"{len(found.missing)} tensors of BASE, such as"
+        )
+        said.append(f"lacks {what} {found.missing[0]!r}")
+    remedy = found.remedy()
+    head = "a task's own head" if found.strangers else "no part of what was trained"
+    heads = [n for n in found.strangers if is_output(n)]
+    if heads and not found.missing and _ties(found):
+        head = "a head that MODEL has untied from the embeddings"
+    end = (
+        f"if that is {head}, leave {_out(found)} out: {remedy}"
+        if remedy
+        else "they have too little in common to leave them out: give a model tuned from BASE"
+    )
+    return f"{' and '.join(said)}; {end}"
+
+
+def _ties(found: Difference) -> bool:
+    return bool(found.configs[1].get("tie_word_embeddings"))

@@ -20,7 +20,7 @@ from numpy.typing import NDArray
 from safetensors.numpy import save_file
 
 from dare_agg import __version__
-from dare_agg.checkpoint import carry_files
+from dare_agg.checkpoint import carry_files, open_tensors, state_dtype
 from dare_agg.checkpoint.carried import CARD, HEAD_NAME
 from dare_agg.errors import CheckpointError
 from dare_agg.files.atomic import folder_draft
@@ -98,6 +98,7 @@ def export_model(
                 _copy_base(base, draft, weights=not (whole or lora))
             if whole:
                 save_file(whole, draft / "model.safetensors", metadata)
+                state_dtype(draft, open_tensors(draft).tensors)
         if lora:
             os.replace(adapter, draft / "adapter")
         if head:

@@ -10,6 +10,7 @@ from dare_agg.checkpoint.reader import (
     parse_dtype,
     widen,
 )
+from dare_agg.checkpoint.stated_dtype import state_dtype
 from dare_agg.checkpoint.writer import (
     CheckpointWriter,
     TensorPlan,
@@ -32,6 +33,7 @@ __all__ = [
     "parse_dtype",
     "plan_like",
     "refuse_quantised",
+    "state_dtype",
     "widen",
     "write_checkpoint",
 ]

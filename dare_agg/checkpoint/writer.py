@@ -40,6 +40,11 @@ class TensorPlan:
     shape: tuple[int, ...]
     shard: str = WEIGHTS_NAME
 
+    @property
+    def size(self) -> int:
+        """Number of elements; 1 for a scalar."""
+        return math.prod(self.shape)
+
 
 @dataclass
 class CheckpointWriter:
@@ -161,7 +166,7 @@ class CheckpointWriter:
         os.truncate(file, 8 + len(text) + at)
 
     def _write_index(self) -> None:
-        total = sum(math.prod(p.shape) * DTYPE_BYTES[p.dtype] for p in self.plans.values())
+        total = sum(p.size * DTYPE_BYTES[p.dtype] for p in self.plans.values())
         index = {
             "metadata": {"total_size": total},
             "weight_map": {name: self.plans[name].shard for name in sorted(self.plans)},
@@ -209,7 +214,7 @@ def check_target(out: Path, plans: Mapping[str, TensorPlan], *, overwrite: bool)
     parent = out.absolute().parent
     while not parent.exists():
         parent = parent.parent
-    needed = sum(math.prod(p.shape) * DTYPE_BYTES[p.dtype] for p in plans.values()) + _SPARE_BYTES
+    needed = sum(p.size * DTYPE_BYTES[p.dtype] for p in plans.values()) + _SPARE_BYTES
     free = shutil.disk_usage(parent).free
     if free < needed:
         raise CheckpointError(

@@ -22,6 +22,7 @@ from dare_agg.checkpoint import (
     open_checkpoint,
     parse_dtype,
     plan_like,
+    state_dtype,
 )
 from dare_agg.checkpoint.fingerprints import remember
 from dare_agg.checkpoint.tied import followers_in, names_of
@@ -221,6 +222,7 @@ def apply_update(
         if not writer.single and base.folder is not None:
             skip = base.weights
             carried = carry_files(base.folder, writer.folder, code=carry_code, skip=skip)
+            state_dtype(writer.folder, plans)
     return header, carried
 
 

@@ -23,6 +23,7 @@ from dare_agg.checkpoint import (
     open_checkpoint,
     parse_dtype,
     plan_like,
+    state_dtype,
 )
 from dare_agg.checkpoint.carried import CARD, HEAD_NAME
 from dare_agg.checkpoint.names import under_names
@@ -147,6 +148,7 @@ def merge_offline(
             if base.folder is not None:
                 skip = (CARD, *base.weights)
                 carried = carry_files(base.folder, writer.folder, code=carry_code, skip=skip)
+                state_dtype(writer.folder, plans)
             card = model_card(recipe.as_dict(), models, layout, recipe.row)
             (writer.folder / "README.md").write_text(card, encoding="utf-8")
     return MergeReport(

@@ -55,31 +55,33 @@ def main() -> None:
         return
     if options.flower is None or options.data is None:
         parser.error("a checkout of Flower and --data are needed")
-    there = {key_of(row) for row in read_rows(options.out)}
-    wanted = [
-        (name, form, seed, options.rounds or APPS[name].rounds)
-        for name in options.only
-        for form in options.forms
-        for seed in options.seeds
-    ]
-    running = []
-    with ThreadPoolExecutor(options.jobs) as pool:
-        for key in wanted:
-            words = APPS[key[0]].words if key[1] == "words" else ""
-            if key in there or (key[1] == "words" and not words):
-                continue
-            running.append(pool.submit(one, options, key, words))
-    for run in running:
-        run.result()
+    for form in options.forms:
+        rows = {key_of(row): row for row in read_rows(options.out)}
+        with ThreadPoolExecutor(options.jobs) as pool:
+            running = []
+            for name in options.only:
+                for seed in options.seeds:
+                    key = (name, form, seed, options.rounds or APPS[name].rounds)
+                    words = named(rows.get((name, "dare", *key[2:]))) if form == "words" else ""
+                    if key not in rows and (words or form != "words"):
+                        running.append(pool.submit(one, options, key, words))
+        for run in running:
+            run.result()
 
 
-# "words": DARE with what the warning of the defaults named.
+# "words": with the line that the warning named, in the run of the same seed at the defaults.
 FORMS = ("fedavg", "dare", "words")
 
 
 def key_of(row: dict) -> tuple[str, str, int, int]:
     """What a row is the result of."""
     return row["example"], row["form"], row["seed"], row["rounds"]
+
+
+def named(row: dict | None) -> str:
+    """The words that a run's warning named; none where it had no such warning."""
+    said = row["warnings"] if row else []
+    return next((s.split("give DareStrategy ")[1] for s in said if "give DareStrategy " in s), "")
 
 
 def one(options: argparse.Namespace, key: tuple[str, str, int, int], words: str) -> None:

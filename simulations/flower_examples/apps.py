@@ -14,8 +14,7 @@ class App:
     ``rows`` are the training and test rows of the stand-in for its data set, ``clients`` the
     supernodes (its README's, else Flower's ten), ``config`` what of its run config is set
     otherwise. ``metric`` names its accuracy: of its own central evaluation where ``central``,
-    else of its clients' evaluation of the last model, on all of them. ``words`` is what the
-    warning of the defaults names.
+    else of its clients' evaluation of the last model, on all of them.
     """
 
     folder: str
@@ -26,16 +25,15 @@ class App:
     metric: str
     central: bool = False
     config: Mapping[str, Any] = field(default_factory=dict)
-    words: str = ""
 
 
 APPS: Mapping[str, App] = {
     app.folder: app
     for app in (
-        App("quickstart-sklearn", "hitorilabs/iris", (150, 0), 10, 100, "accuracy"),
+        App("quickstart-sklearn", "hitorilabs/iris", (150, 0), 2, 60, "accuracy"),
         App("fl-tabular", "scikit-learn/adult-census-income", (12_000, 0), 5, 8, "accuracy"),
-        App("quickstart-jax", "ylecun/mnist", (8_000, 0), 10, 15, "eval_acc"),
-        App("quickstart-tensorflow", "uoft-cs/cifar10", (6_000, 0), 10, 12, "eval_acc"),
+        App("quickstart-jax", "ylecun/mnist", (4_000, 0), 10, 20, "eval_acc"),
+        App("quickstart-tensorflow", "uoft-cs/cifar10", (4_000, 0), 10, 15, "eval_acc"),
         App(
             "quickstart-pytorch", "uoft-cs/cifar10", (12_000, 2_000), 10, 12, "accuracy",
             central=True, config={"learning-rate": 0.01},
@@ -47,12 +45,12 @@ APPS: Mapping[str, App] = {
             "accuracy", central=True,
         ),
         App(
-            "quickstart-huggingface", "stanfordnlp/imdb", (8_000, 0), 100, 30, "accuracy",
+            "quickstart-huggingface", "stanfordnlp/imdb", (8_000, 0), 20, 20, "accuracy",
             config={"model-name": "models/encoder"},
         ),
         App(
-            "whisper-federated-finetuning", "speech_commands", (1_200, 300), 30, 10,
-            "test_accuracy", central=True, config={"central-eval": True, "fraction-train": 0.15},
+            "whisper-federated-finetuning", "speech_commands", (800, 96), 20, 12,
+            "test_accuracy", central=True, config={"central-eval": True, "fraction-train": 0.25},
         ),
         App(
             "flowertune-llm", "vicgalle/alpaca-gpt4", (2_000, 300), 20, 10, "accuracy",

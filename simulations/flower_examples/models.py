@@ -44,7 +44,7 @@ MODELS = {"models/encoder": encoder, "models/decoder": decoder}
 
 
 def random_whisper(*_: Any, **__: Any) -> Any:
-    """A Whisper of whisper-tiny's width with one encoder layer and random weights."""
+    """A Whisper of whisper-tiny's width: random convolutions, and no layers behind them."""
     import torch
     from transformers import WhisperConfig, WhisperForConditionalGeneration
 
@@ -52,7 +52,7 @@ def random_whisper(*_: Any, **__: Any) -> Any:
     torch.manual_seed(0)  # the encoder is frozen: the same one on all clients and the server
     model = WhisperForConditionalGeneration(
         WhisperConfig(
-            d_model=384, encoder_layers=1, encoder_attention_heads=6, encoder_ffn_dim=1536,
+            d_model=384, encoder_layers=0, encoder_attention_heads=6, encoder_ffn_dim=384,
             decoder_layers=1, decoder_attention_heads=6, decoder_ffn_dim=384, vocab_size=64,
             pad_token_id=0, bos_token_id=1, eos_token_id=2, decoder_start_token_id=3,
             suppress_tokens=None, begin_suppress_tokens=None,

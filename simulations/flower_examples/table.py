@@ -28,11 +28,12 @@ def table(rows: Sequence[dict]) -> str:
             continue
         parameters = f"{found['fedavg'][0]['parameters']:,}"
         warned = sum(any("noise" in said for said in row["warnings"]) for row in found["dare"])
+        words = ", ".join(f"`{line}`" for line in sorted({row["words"] for row in found["words"]}))
         lines.append(
             f"| {name} | {parameters} | {app.clients}, {app.rounds} | "
             f"{_accuracy(found['fedavg'])} | {_accuracy(found['dare'])} | "
             f"{warned} of {len(found['dare'])} | "
-            + (f"`{app.words}`: {_accuracy(found['words'])} |" if found["words"] else "– |")
+            + (f"{words}: {_accuracy(found['words'])} |" if found["words"] else "– |")
         )
     return "\n".join(lines)
 

@@ -20,6 +20,7 @@ from pathlib import Path
 from typing import Any, BinaryIO
 
 from dare_agg.checkpoint.reader import INDEX_NAME
+from dare_agg.checkpoint.stand_ins import LFS_POINTER, is_lfs_pointer
 from dare_agg.checkpoint.writer import unwritable
 from dare_agg.errors import FormatError
 from dare_agg.files.json_text import MOST_BYTES, parse_json
@@ -43,6 +44,7 @@ _KNOWN = (
 )
 _NAME = re.compile("|".join(_KNOWN), re.ASCII)
 _UNKNOWN = "not known to belong to a model"
+_PICKLED = "pickled weights, which run code: save the model again as safetensors"
 # Of no use beside the merged ones, and heavy.
 _WEIGHTS = (".safetensors", ".bin", ".pt", ".pth", ".ckpt", ".h5", ".msgpack", ".onnx", ".gguf")
 # Folders of a model: sentence-transformers' steps after the body, and further chat templates.
@@ -118,7 +120,8 @@ def _listed(source: Path, code: bool, own: bool) -> Iterator[tuple[str, str]]:
                 continue
             for inner in sorted(path.iterdir()):
                 known = pattern.fullmatch(inner.name)
-                yield f"{name}/{inner.name}", "" if known else _UNKNOWN
+                why = _PICKLED if inner.suffix in (".bin", ".pt", ".pth") else _UNKNOWN
+                yield f"{name}/{inner.name}", "" if known else why
         elif name.endswith(_CODE):
             yield name, "" if code else "code: --carry-code takes it along"
         elif name == CARD:
@@ -145,6 +148,9 @@ def _copy(source: Path, file: str, target: Path, code: bool) -> list[Left]:
         found = os.fstat(handle)
         if not stat.S_ISREG(found.st_mode):
             raise _Stays("no regular file")
+        if is_lfs_pointer(stream.read(len(LFS_POINTER))):
+            raise _Stays("a Git LFS pointer: `git lfs pull` in the folder fetches what it names")
+        stream.seek(0)
         content: bytes | None = None
         left: list[Left] = []
         if not code and file.endswith(("config.json", _MODULES)):

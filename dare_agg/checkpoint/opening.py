@@ -1,6 +1,6 @@
 """Opening a model on disk: a safetensors file, or a folder with one or with shards.
 
-What is no model, or no whole one, is named as what it is: pickled weights, quantised ones.
+What is no model, or no whole one, is named as what it is: quantised, empty, no weights at all.
 """
 
 from __future__ import annotations
@@ -15,14 +15,12 @@ from dare_agg.checkpoint.quantised import (
     check_not_quantised,
     gguf_refusal,
 )
-from dare_agg.checkpoint.reader import _SUFFIX, INDEX_NAME, WEIGHTS_NAME, Checkpoint, TensorInfo
+from dare_agg.checkpoint.reader import _SUFFIX, Checkpoint, TensorInfo
+from dare_agg.checkpoint.stand_ins import stands_for
+from dare_agg.checkpoint.weight_files import weight_files
 from dare_agg.errors import CheckpointError, FormatError
-from dare_agg.files.json_text import parse_json, read_bounded
 from dare_agg.files.safetensors_header import header_length, parse_header
-from dare_agg.vectors.layout import MAX_TENSORS, bad_name
-
-# An index names each tensor and its shard; the largest known has 14 MB.
-_MOST_INDEX_BYTES = 24 << 20
+from dare_agg.vectors.layout import bad_name
 
 
 def open_checkpoint(path: str | os.PathLike[str]) -> Checkpoint:
@@ -39,7 +37,21 @@ def open_checkpoint(path: str | os.PathLike[str]) -> Checkpoint:
         check_declared(where)
         raise
     check_not_quantised(where, checkpoint.tensors)
+    _check_not_empty(checkpoint)
     return checkpoint
+
+
+def _check_not_empty(model: Checkpoint) -> None:
+    """Raise `CheckpointError` for parameters of shape (0,): sharded training leaves them so."""
+    empty = [name for name, info in model.tensors.items() if info.is_float and info.shape == (0,)]
+    if empty:
+        raise CheckpointError(
+            f"{model.path}: {len(empty)} of {len(model.tensors)} tensors are empty, such as "
+            f"{empty[0]!r} of shape (0,): the model was saved while its parts lay on several "
+            "devices (DeepSpeed ZeRO-3, FSDP); save it again gathered "
+            "(stage3_gather_16bit_weights_on_model_save), or make it of the training's checkpoint "
+            "with zero_to_fp32.py"
+        )
 
 
 def refuse_quantised(where: Path) -> None:
@@ -63,55 +75,35 @@ def open_tensors(where: Path) -> Checkpoint:
         if where.suffix == GGUF_SUFFIX:
             raise gguf_refusal(where)
         if where.suffix != _SUFFIX:
-            raise CheckpointError(
-                f"{where} is no {_SUFFIX} file; save the model with safe serialization first"
+            what = stands_for(where, where.stat().st_size) or (
+                f"is no {_SUFFIX} file; save the model with safe serialization first"
             )
-        tensors, metadata = _read_header(where)
-        return Checkpoint(where, tensors, metadata)
+            raise CheckpointError(f"{where} {what}")
+        return Checkpoint(where, *_read_header(where))
     if not where.is_dir():
         raise CheckpointError(f"{where} does not exist; give a {_SUFFIX} file or a model folder")
-    if (where / INDEX_NAME).is_file():
-        return _open_sharded(where)
-    if (where / WEIGHTS_NAME).is_file():
-        tensors, metadata = _read_header(where / WEIGHTS_NAME)
-        return Checkpoint(where, tensors, metadata)
-    gguf = sorted(where.glob(f"*{GGUF_SUFFIX}"))
-    if gguf:
-        raise gguf_refusal(gguf[0])
-    others = sorted(p.name for p in where.iterdir() if p.suffix in (".bin", ".pt", ".pth", ".ckpt"))
-    if others:
-        raise CheckpointError(
-            f"{where} has only pickled weights ({others[0]}), which are not read: pickle runs "
-            "code; save the model again with save_pretrained"
-        )
-    raise CheckpointError(f"{where} has no {WEIGHTS_NAME}; give a model folder or a file")
-
-
-def _open_sharded(folder: Path) -> Checkpoint:
-    try:
-        index = read_bounded(folder / INDEX_NAME, _MOST_INDEX_BYTES)
-        # A tensor costs 2.
-        index = parse_json(index, most=_MOST_INDEX_BYTES, cost=3 * MAX_TENSORS)
-        weight_map = index["weight_map"]
-        shards = sorted(set(weight_map.values()))
-    except (ValueError, KeyError, TypeError, AttributeError) as error:
-        raise CheckpointError(f"{folder / INDEX_NAME} is no index: {error}") from error
+    files, weight_map = weight_files(where)
     tensors: dict[str, TensorInfo] = {}
     metadata: dict[str, str] = {}
-    for shard in shards:
-        if not isinstance(shard, str) or Path(shard).name != shard:
-            raise CheckpointError(f"{folder / INDEX_NAME} names shard {shard!r} outside its folder")
-        if not os.path.isfile(folder / shard):  # which takes names of any length
-            raise CheckpointError(f"{folder}: shard {shard} of the index is missing; copy it")
-        found, extra = _read_header(folder / shard)
+    for file in files:
+        found, extra = _read_header(file)
         metadata.update(extra)
         for name, info in found.items():
-            if weight_map.get(name) == shard:
-                tensors[name] = info
-    missing = sorted(set(weight_map) - set(tensors))
+            if weight_map.get(name, file.name) != file.name:
+                continue
+            if name in tensors:
+                raise CheckpointError(
+                    f"{where}: tensor {name!r} is in {tensors[name].file.name} and in {file.name}; "
+                    "remove the shards of another model"
+                )
+            tensors[name] = info
+    missing = sorted(weight_map.keys() - tensors.keys())
     if missing:
-        raise CheckpointError(f"{folder}: tensor {missing[0]!r} of the index is in no shard")
-    return Checkpoint(folder, dict(sorted(tensors.items())), metadata)
+        raise CheckpointError(
+            f"{where}: tensor {missing[0]!r} of the index is not in {weight_map[missing[0]]}; "
+            "download or copy the shards and the index again"
+        )
+    return Checkpoint(where, dict(sorted(tensors.items())), metadata)
 
 
 def _read_header(file: Path) -> tuple[dict[str, TensorInfo], dict[str, str]]:
@@ -122,7 +114,8 @@ def _read_header(file: Path) -> tuple[dict[str, TensorInfo], dict[str, str]]:
             length = header_length(stream.read(8), total)
             places, metadata = parse_header(stream.read(length), total - 8 - length)
     except FormatError as error:
-        raise CheckpointError(f"{file}: {error}") from error
+        what = stands_for(file, total)
+        raise CheckpointError(f"{file} {what}" if what else f"{file}: {error}") from error
     begin = 8 + length
     for name in places:
         if problem := bad_name(name):

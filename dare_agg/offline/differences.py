@@ -183,15 +183,6 @@ def _modules(names: Iterable[str]) -> set[str]:
 def _shapes(found: Difference) -> str:
     if not found.unlike:
         return ""
-    empty = [n for n in found.unlike if not found.model.tensors[found.own.get(n, n)].size]
-    if empty:
-        return (
-            f"{len(empty)} of {len(found.model.tensors)} tensors are empty, such as "
-            f"{empty[0]!r} of shape {found.model.tensors[found.own.get(empty[0], empty[0])].shape}:"
-            " the model was saved while its parts lay on several devices (DeepSpeed ZeRO-3, FSDP);"
-            " save it again gathered (stage3_gather_16bit_weights_on_model_save), or make it of "
-            "the training's checkpoint with zero_to_fp32.py"
-        )
     name = next((n for n in found.unlike if is_token_tensor(n)), found.unlike[0])
     here, there = _two_shapes(found, name)
     example = f"{name!r} has shape {here}, BASE's {there}"

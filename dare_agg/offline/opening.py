@@ -9,7 +9,8 @@ from typing import Any
 
 from dare_agg.checkpoint import Checkpoint, open_checkpoint
 from dare_agg.errors import BaseMismatchError, CheckpointError, LayoutError
-from dare_agg.offline.adapter import adapter_base, adapter_source
+from dare_agg.offline.adapters.folder import adapter_base
+from dare_agg.offline.adapters.source import adapter_source
 from dare_agg.offline.base import UPDATE, OpenedBase
 from dare_agg.offline.integers import check_same_integers
 from dare_agg.offline.parameters import plain_parameter
@@ -60,7 +61,7 @@ def _open_model(
         )
     named = adapter_base(path)
     own = base.checkpoint.path.name.removesuffix(".safetensors")
-    adapter = adapter_source(path, layout, cached)
+    adapter = adapter_source(path, base, cached, exclude)
     if named and Path(named).is_absolute() and Path(named).exists() and base.checkpoint.folder:
         try:
             shapes = open_checkpoint(named).shapes

@@ -10,7 +10,7 @@ import numpy as np
 
 from dare_agg.errors import NonFiniteError
 from dare_agg.files.json_text import read_bounded, read_json
-from dare_agg.offline.adapter import CONFIG_NAME
+from dare_agg.offline.adapters.folder import CONFIG_NAME
 from dare_agg.offline.diagnose import diagnose_deltas
 from dare_agg.offline.opening import OpenedModel
 from dare_agg.offline.recipe import Recipe

@@ -44,7 +44,8 @@ from dare_agg.downlink.server import VersionDownlink
 from dare_agg.downlink.steps import FAMILY, HEAD
 from dare_agg.downlink.steps import _checksum as step_checksum
 from dare_agg.errors import DareError
-from dare_agg.offline.adapter import adapter_source
+from dare_agg.offline.adapters.source import adapter_source
+from dare_agg.offline.base import open_base
 from dare_agg.offline.range_check import bases_named_by
 from dare_agg.offline.recipe import make_recipe, read_recipe
 from dare_agg.rounds.plan import make_plans
@@ -512,9 +513,9 @@ def _adapter(folder: Path, which: str) -> Reader:
     base_path, adapter = folder / "base.safetensors", folder / "adapter"
     adapter.mkdir()
     base_path.write_bytes(save(_arrays()))
-    base = open_checkpoint(base_path)
-    layout = base.layout()
-    cached = CachedSource(base.reader(layout))
+    base = open_base(base_path, [])
+    layout = base.layout
+    cached = CachedSource(base.checkpoint.reader(layout))
     left, right = np.ones((6, 2), np.float32), np.ones((2, 5), np.float32)
     prefix = "base_model.model.a"
     factors = {f"{prefix}.lora_A.weight": right, f"{prefix}.lora_B.weight": left,
@@ -527,7 +528,7 @@ def _adapter(folder: Path, which: str) -> Reader:
     path = adapter / ("adapter_config.json" if which == "config" else "adapter_model.safetensors")
 
     def read() -> None:
-        source, out = adapter_source(adapter, layout, cached), np.empty(layout.size, np.float32)
+        source, out = adapter_source(adapter, base, cached), np.empty(layout.size, np.float32)
         source.read(0, layout.size, out)
 
     return Reader(path, (path.read_bytes(),), read, _all if which == "config" else _header)

@@ -30,7 +30,7 @@ from dare_agg.cli.run import resumed_config
 from dare_agg.codec.update_file import read_update_file
 from dare_agg.deploy.identities import read_identities
 from dare_agg.downlink.base import read_base
-from dare_agg.offline.adapter import adapter_base
+from dare_agg.offline.adapters.folder import adapter_base
 from dare_agg.offline.range_check import bases_named_by
 from dare_agg.offline.recipe import read_recipe
 from dare_agg.runs.report.records import read_run

@@ -15,7 +15,8 @@ from safetensors.numpy import save_file
 from dare_agg.checkpoint import carry_files, open_checkpoint
 from dare_agg.deploy.identities import load_identity
 from dare_agg.errors import MOST_CHARACTERS, CheckpointError, ConfigError, NonFiniteError
-from dare_agg.offline.adapter import adapter_source
+from dare_agg.offline.adapters.source import adapter_source
+from dare_agg.offline.base import open_base
 from dare_agg.offline.recipe import read_recipe
 from dare_agg.vectors.sources import CachedSource
 
@@ -26,8 +27,8 @@ CONFIG = {"peft_type": "LORA", "r": 2, "lora_alpha": 4}
 def opened(tmp_path: Path) -> Callable[..., np.ndarray]:
     """Reads an adapter of the given configuration and factors to its end."""
     save_file({"a.weight": np.zeros((6, 5), np.float32)}, tmp_path / "base.safetensors")
-    base = open_checkpoint(tmp_path / "base.safetensors")
-    layout, adapter = base.layout(), tmp_path / "adapter"
+    base = open_base(tmp_path / "base.safetensors", [])
+    layout, adapter = base.layout, tmp_path / "adapter"
     adapter.mkdir()
 
     def read(
@@ -40,7 +41,7 @@ def opened(tmp_path: Path) -> Callable[..., np.ndarray]:
         }
         save_file(factors, adapter / "adapter_model.safetensors")
         (adapter / "adapter_config.json").write_text(json.dumps({**CONFIG, **config}))
-        source = adapter_source(adapter, layout, CachedSource(base.reader(layout)))
+        source = adapter_source(adapter, base, CachedSource(base.checkpoint.reader(layout)))
         out = np.empty(layout.size, np.float32)
         source.read(0, layout.size, out)
         return out

@@ -105,6 +105,22 @@ def carry_files(
     return Carried(tuple(files), tuple(left))
 
 
+def may_be_carried(file: str) -> bool:
+    """Whether a file, by its name within a model's folder, is known to belong to a model."""
+    folder, slash, name = file.rpartition("/")
+    if not slash:
+        return _NAME.fullmatch(name) is not None
+    pattern = _pattern_of(folder)
+    return pattern is not None and pattern.fullmatch(name) is not None
+
+
+def _pattern_of(folder: str) -> re.Pattern[str] | None:
+    """What the files of a model's subfolder are called; None for a folder that is no model's."""
+    if folder == _TEMPLATES:
+        return _TEMPLATE
+    return _STEP_FILE if _STEP.fullmatch(folder) else None
+
+
 class _Stays(Exception):
     """Why a file is not carried."""
 
@@ -114,8 +130,8 @@ def _listed(source: Path, code: bool, own: bool) -> Iterator[tuple[str, str]]:
     for path in sorted(source.iterdir()):
         name = path.name
         if path.is_dir():
-            pattern = _TEMPLATE if name == _TEMPLATES else _STEP_FILE
-            if path.is_symlink() or not (name == _TEMPLATES or _STEP.fullmatch(name)):
+            pattern = _pattern_of(name)
+            if path.is_symlink() or pattern is None:
                 yield f"{name}/", _UNKNOWN
                 continue
             for inner in sorted(path.iterdir()):

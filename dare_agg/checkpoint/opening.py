@@ -8,6 +8,7 @@ from __future__ import annotations
 import os
 from pathlib import Path
 
+from dare_agg.checkpoint.hub_names import missing_path
 from dare_agg.checkpoint.quantised import (
     GGUF_SUFFIX,
     QuantisedError,
@@ -81,7 +82,7 @@ def open_tensors(where: Path) -> Checkpoint:
             raise CheckpointError(f"{where} {what}")
         return Checkpoint(where, *_read_header(where))
     if not where.is_dir():
-        raise CheckpointError(f"{where} does not exist; give a {_SUFFIX} file or a model folder")
+        raise missing_path(where)
     files, weight_map = weight_files(where)
     tensors: dict[str, TensorInfo] = {}
     metadata: dict[str, str] = {}

@@ -22,7 +22,7 @@ from dare_agg.vectors.layout import MAX_TENSORS
 _MOST_INDEX_BYTES = 24 << 20
 _SHARD = re.compile(r"(.{1,100})-(\d{5,6})-of-(\d{5,6})\.safetensors", re.ASCII)
 _ADAPTER = "adapter_model.safetensors"
-_PICKLES = (".bin", ".pt", ".pth", ".ckpt", ".pkl")
+PICKLES = (".bin", ".pt", ".pth", ".ckpt", ".pkl")
 # Of other frameworks: what they are called, and what makes safetensors of them.
 _OTHERS = {
     ".h5": "Keras weights", ".msgpack": "Flax weights", ".onnx": "an ONNX graph",
@@ -143,7 +143,7 @@ def _no_weights(folder: Path) -> CheckpointError:
     pickled = [
         path.name
         for path in files
-        if path.suffix in _PICKLES and not _NO_WEIGHTS.fullmatch(path.name)
+        if path.suffix in PICKLES and not _NO_WEIGHTS.fullmatch(path.name)
     ]
     if pickled:
         return CheckpointError(

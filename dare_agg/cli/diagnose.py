@@ -32,6 +32,7 @@ def diagnose(
     from rich import box
     from rich.table import Table
 
+    from dare_agg.checkpoint.hub import located_all
     from dare_agg.cli.output import print_json, stderr_console, stdout_console
     from dare_agg.offline.base import open_base
     from dare_agg.offline.diagnose import QUANTILES, diagnose_deltas
@@ -40,20 +41,19 @@ def diagnose(
     from dare_agg.offline.recipe import ModelInput
     from dare_agg.vectors.sources import CachedSource
 
-    ground = open_base(base, models, exclude or ())
+    first, *paths = located_all([base, *models])
+    ground = open_base(first, paths, exclude or ())
     opened, layout = ground.checkpoint, ground.layout
     cached = CachedSource(opened.reader(layout))
     opened.check_finite(layout)
     sources = []
-    inputs = [ModelInput(path=path) for path in models]
+    inputs = [ModelInput(path=path) for path in paths]
     for model in open_models(inputs, ground, cached, exclude or ()):
         if model.checkpoint is not None:
             model.checkpoint.check_finite(layout)
         sources.append(model.source)
     found = diagnose_deltas(layout, sources, names=_labels(models))
-    hint = (
-        bases_named_by(models) if any("nearer to each other" in w for w in found.warnings) else ""
-    )
+    hint = bases_named_by(paths) if any("nearer to each other" in w for w in found.warnings) else ""
     more = (*ground.warnings, *([hint] if hint else []))
     found = replace(found, warnings=(*found.warnings, *more))
     if report is not None:

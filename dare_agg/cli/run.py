@@ -124,10 +124,12 @@ def absolute_paths(settings: dict[str, bool | int | float | str]) -> None:
 
     A word that names nothing here (a built-in data set, a hub's name) stays as it is.
     """
+    from dare_agg.checkpoint.hub import located
+
     for key in ("data", "model", "initial", "identities", "secure-models"):
         words = str(settings.get(key, "")).split(",")
         found = [
-            str(Path(word.strip()).absolute())
+            str(located(Path(word.strip()).absolute()))
             if word.strip() and Path(word.strip()).exists()
             else word
             for word in words
@@ -139,10 +141,12 @@ def absolute_paths(settings: dict[str, bool | int | float | str]) -> None:
 def refuse_quantised_models(settings: Mapping[str, bool | int | float | str]) -> None:
     """Raise `QuantisedError` before anything starts where a folder or file named is quantised."""
     from dare_agg.checkpoint import refuse_quantised
+    from dare_agg.checkpoint.hub import in_cache
 
     for key in ("model", "initial"):
-        path = Path(str(settings.get(key, "")))
-        if settings.get(key) and (path.is_dir() or path.suffix == ".safetensors"):
+        word = str(settings.get(key, ""))
+        path = in_cache(word) or Path(word)
+        if word and (path.is_dir() or path.suffix == ".safetensors"):
             refuse_quantised(path)
 
 

@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from pathlib import PurePath
 from typing import TYPE_CHECKING, Any
 
 import yaml
 
 from dare_agg import __version__
+from dare_agg.checkpoint.hub_names import shown_name
 from dare_agg.vectors.layout import Layout
 
 if TYPE_CHECKING:
@@ -24,12 +24,12 @@ def model_card(
     """Return the card as Markdown with a YAML head that hubs read."""
     head = {
         "tags": ["merge", "dare-agg", method.name],
-        "base_model": [PurePath(str(recipe["base"])).name]
-        + [PurePath(str(m["path"])).name for m in models],
+        "base_model": [shown_name(str(recipe["base"]))]
+        + [shown_name(str(m["path"])) for m in models],
         "base_model_relation": "merge",
     }
     rows = "\n".join(
-        f"| {PurePath(str(m['path'])).name} | {m['kind']} | {m.get('weight', 'default')} | "
+        f"| {shown_name(str(m['path']))} | {m['kind']} | {m.get('weight', 'default')} | "
         f"`{m['content']}` |"
         for m in models
     )
@@ -44,7 +44,7 @@ def model_card(
     return f"""---
 {yaml.safe_dump(head, sort_keys=False).strip()}
 ---
-# {PurePath(str(recipe["base"])).name}, merged by {method.name}
+# {shown_name(str(recipe["base"]))}, merged by {method.name}
 
 Made with dare-agg {__version__}: {method.formula} ([reference]({method.reference})).
 {dropped}

@@ -25,6 +25,7 @@ from dare_agg.checkpoint import (
     state_dtype,
 )
 from dare_agg.checkpoint.fingerprints import remember
+from dare_agg.checkpoint.hub import located, located_all
 from dare_agg.checkpoint.tied import followers_in, names_of
 from dare_agg.codec.derive import derive_key, seed_secret
 from dare_agg.codec.formats import find_values
@@ -105,6 +106,7 @@ def write_diff(
     rate = parse_drop_rate(drop_rate)
     find_values(values)
     secret = seed_secret(seed)
+    base_path, tuned_path = located_all([base_path, tuned_path])
     ground = open_base(base_path, [tuned_path], exclude)
     base, layout = ground.checkpoint, ground.layout
     if not layout.size:
@@ -187,7 +189,7 @@ def apply_update(
     """
     update, header = read_update_file(update_path)
     layout = header.layout
-    base = open_checkpoint(base_path)
+    base = open_checkpoint(located(base_path))
     base.check_layout(layout)
     found = checked_fingerprint(base, layout)
     if found != header.base:

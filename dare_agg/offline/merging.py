@@ -84,6 +84,7 @@ def merge_offline(
     Raises a `DareError` before any work where anything
     does not fit; ``out`` appears complete or not at all.
     """
+    given, recipe = recipe, recipe.with_files_located()
     ground = open_base(recipe.base, [model.path for model in recipe.models], recipe.exclude)
     base, layout = ground.checkpoint, ground.layout
     if not layout.size:
@@ -142,14 +143,17 @@ def merge_offline(
         for name in (*layout.excluded, *layout.buffers):
             if name not in ground.followers:
                 writer.write_raw(name, 0, base.raw(name))
-        models = tuple(described(m, names[i]) for m, i in zip(ordered, order, strict=True))
+        models = tuple(
+            {**described(m, names[i]), "path": str(given.models[m.number].path)}
+            for m, i in zip(ordered, order, strict=True)
+        )
         carried = Carried()
         if not writer.single:
             if base.folder is not None:
                 skip = (CARD, *base.weights)
                 carried = carry_files(base.folder, writer.folder, code=carry_code, skip=skip)
                 state_dtype(writer.folder, plans)
-            card = model_card(recipe.as_dict(), models, layout, recipe.row)
+            card = model_card(given.as_dict(), models, layout, recipe.row)
             (writer.folder / "README.md").write_text(card, encoding="utf-8")
     return MergeReport(
         str(out), recipe.row.name, layout.size, len(layout.entries),

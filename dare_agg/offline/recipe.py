@@ -21,6 +21,8 @@ from pydantic import (
     model_validator,
 )
 
+from dare_agg.checkpoint.hub import located_all
+from dare_agg.checkpoint.hub_names import hub_name
 from dare_agg.codec.mask import parse_drop_rate
 from dare_agg.errors import ConfigError, FormatError, did_you_mean
 from dare_agg.files.json_text import parse_json, read_bounded
@@ -186,6 +188,15 @@ class Recipe(_Strict):
             return own
         return self.drop_rate[number] if isinstance(self.drop_rate, tuple) else self.drop_rate
 
+    def with_files_located(self) -> Recipe:
+        """The recipe with the paths of its base and models; those of a hub are downloaded."""
+        base, *paths = located_all([self.base, *(model.path for model in self.models)])
+        models = [
+            model.model_copy(update={"path": path})
+            for model, path in zip(self.models, paths, strict=True)
+        ]
+        return self.model_copy(update={"base": base, "models": models})
+
     @property
     def drops(self) -> bool:
         """Whether any delta is sparsified before the merge."""
@@ -280,15 +291,19 @@ def read_recipe(path: Path) -> dict[str, Any]:
     def here(value: Any) -> Any:
         return str(folder / value) if isinstance(value, str) else value
 
-    for key in ("base", "out"):
+    def model(value: Any) -> Any:
+        return value if isinstance(value, str) and hub_name(value, folder) else here(value)
+
+    where = {"path": model, "statistics": here}
+    for key, read in (("base", model), ("out", here)):
         if key in values:
-            values[key] = here(values[key])
+            values[key] = read(values[key])
     models = values.get("models")
     if isinstance(models, list):
         values["models"] = [
-            {k: here(v) if k in ("path", "statistics") else v for k, v in m.items()}
+            {k: where[k](v) if k in where else v for k, v in m.items()}
             if isinstance(m, dict)
-            else here(m)
+            else model(m)
             for m in models
         ]
     return values

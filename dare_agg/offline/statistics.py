@@ -12,6 +12,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from dare_agg.checkpoint import open_checkpoint, refuse_quantised, write_checkpoint
+from dare_agg.checkpoint.hub import located
 from dare_agg.errors import ConfigError, did_you_mean
 from dare_agg.files.json_text import parse_json, read_json
 from dare_agg.merge.collect import (
@@ -59,7 +60,7 @@ def statistics_of_folder(
     texts = list(_limited(read_texts(data, text_column), examples))
     if not texts:
         raise ConfigError(f"{data} has no row; statistics need data")
-    tokenizer, network, forward = _classifier(model)
+    tokenizer, network, forward = _classifier(located(model))
 
     def batches() -> Iterator[Batch]:
         for start in range(0, len(texts), batch_size):

@@ -77,7 +77,9 @@ def describe(msg: Message, context: Context) -> Message:
     assert isinstance(needs, list)
     task.kind.check(str(need) for need in needs)
     labels = list(task.data.label_names) if task.kind.agreed_labels else []
-    described = ConfigRecord({"labels": labels, "rows": len(task.train_rows)})
+    described = ConfigRecord(
+        {"labels": labels, "rows": len(task.train_rows), "notes": list(task.data.notes)}
+    )
     return Message(RecordDict({"description": described}), reply_to=msg)
 
 
@@ -127,7 +129,8 @@ def evaluate(msg: Message, context: Context) -> Message:
     number, count = place(context.run_config, context.node_config)
     rows = np.arange(number, len(task.test_rows), count)
     metrics = task.evaluate(_state(msg, task), rows)
-    measured = MetricRecord({"num-examples": len(rows), **metrics})
+    examples = len(task.readable("test", rows))
+    measured = MetricRecord({"num-examples": examples, **metrics})
     return Message(RecordDict({"metrics": measured}), reply_to=msg)
 
 

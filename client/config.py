@@ -23,6 +23,9 @@ class TaskConfig:
     task: a row of `client.tasks.table.TASKS`, or "auto" to tell it from ``data`` and ``model``.
     model: a row of `client.models.MODELS`, a Hugging Face name, a folder or a GGUF file.
     data: see the task's ``load``, such as `client.data.load_text` or `client.images.load_images`.
+    delimiter: what divides the columns of a CSV file, a character or a word of
+        `client.tables.DELIMITERS`; none: told from the file.
+    encoding: of text files; none: told from the file, or refused.
     labels: names of the labels; none: all that the data have.
     partition_by: the column by whose values rows are divided among simulated clients.
     train: "full" fine-tuning, "lora" adapters, or "head" only.
@@ -42,6 +45,8 @@ class TaskConfig:
     data: str
     text_column: str
     label_column: str
+    delimiter: str
+    encoding: str
     labels: tuple[str, ...]
     partition_by: str
     train: str
@@ -96,7 +101,7 @@ def configure(**words: Any) -> TaskConfig:
 
 # What a node's own config may set. Each of these may also be a list in the run config: one
 # entry for each of several data sources.
-_OWN = ("data", "text-column", "label-column", "partition-by")
+_OWN = ("data", "text-column", "label-column", "delimiter", "encoding", "partition-by")
 
 
 def task_config(

@@ -1,30 +1,34 @@
 """Image data: a folder of classes, MNIST's file format, a built-in set, a `datasets` folder.
 
-An input is a path, an array of pixels or a `datasets` cell; `read_image` decodes it when it is
-first trained on.
+An input is a path, an array of pixels or a `datasets` cell; `client.pixels` decodes it when it
+is first trained on.
 """
 
 from __future__ import annotations
 
-import csv
 import gzip
-import warnings
+import unicodedata
+from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import numpy as np
-from numpy.typing import NDArray
 
+from client.cells import label_of
+from client.pixels import Pixels, check_image
 from client.rows import Data, RawRow, RawSets, make_data
+from client.tables import read_table
 from dare_agg.errors import ConfigError, did_you_mean
 from dare_agg.files.json_text import read_json
 
-Pixels = NDArray[np.uint8]
-
 IMAGE_SUFFIXES = (".png", ".jpg", ".jpeg", ".webp", ".bmp", ".gif", ".tif", ".tiff", ".ppm", ".pgm")
-TEST_SPLITS = ("test", "validation", "val")
+# Folders' names, in small letters, of splits.
+TRAIN_SPLITS = ("train", "training")
+TEST_SPLITS = ("test", "testing", "validation", "valid", "val", "eval", "dev")
+# What systems put into folders, beside names that begin with a dot.
+_LITTER = ("__macosx", "thumbs.db", "desktop.ini")
 METADATA = "metadata.csv"
 _IDX_NAMES = ("train-images-idx3-ubyte", "train-labels-idx1-ubyte")
 _IDX_TEST = ("t10k-images-idx3-ubyte", "t10k-labels-idx1-ubyte")
@@ -80,8 +84,10 @@ def load_images(
     optionally under ``train/`` and ``test/``; a folder with MNIST's four IDX files; or a
     `datasets` name or folder with one image column. ``partition_by`` names a column of
     the folder's ``metadata.csv`` (``file_name`` and others, relative to the split), or of
-    the `datasets` set. Raises `ConfigError` for what is missing.
+    the `datasets` set. Files that are no images are left out; `Data.notes` says how many.
+    Raises `ConfigError` for what is missing.
     """
+    notes: list[str] = []
     row = BUILT_IN_IMAGES.get(source)
     folder = Path(row.folder if row else source)
     if row and not folder.is_dir():
@@ -89,74 +95,99 @@ def load_images(
     if _idx_file(folder, _IDX_NAMES[0]):
         sets = _read_idx_folder(folder, row.label_names if row else ())
     elif folder.is_dir() and not _saved_dataset(folder):
-        sets = _read_class_folders(folder, partition_by)
+        sets = _read_class_folders(folder, partition_by, notes)
     else:
-        sets = _from_datasets(source, label_column, partition_by)
-    return make_data(source, sets, label_names=label_names, test_share=test_share, seed=seed)
-
-
-def read_image(item: Any, size: int) -> Pixels:
-    """Decode an image into uint8 (size, size, 3): centre-cropped square, scaled, RGB.
-
-    Raises `ConfigError` naming a file that is no readable image.
-    """
-    from PIL import Image, ImageOps, UnidentifiedImageError
-
-    opened = item() if callable(item) else item
-    try:
-        with warnings.catch_warnings():
-            warnings.simplefilter("error", Image.DecompressionBombWarning)
-            image = (
-                Image.fromarray(opened) if isinstance(opened, np.ndarray) else _opened(opened)
-            ).convert("RGB")
-    except (
-        UnidentifiedImageError,
-        Image.DecompressionBombError,
-        Image.DecompressionBombWarning,
-        OSError,
-        ValueError,
-        SyntaxError,  # what a broken PNG raises
-    ) as error:
-        raise ConfigError(f"image {str(opened)!r:.200} cannot be read: {error}") from error
-    return np.asarray(ImageOps.fit(image, (size, size), Image.Resampling.BILINEAR), np.uint8)
-
-
-def _opened(source: Any) -> Any:
-    from PIL import Image
-
-    return Image.open(source) if isinstance(source, Path) else source
+        sets = _from_datasets(source, label_column, partition_by, notes)
+    return make_data(
+        source, sets, label_names=label_names, test_share=test_share, seed=seed, notes=notes
+    )
 
 
 # --- folders of classes --------------------------------------------------------------------
 
 
-def _images_below(folder: Path) -> Iterator[Path]:
+def _files_below(folder: Path) -> Iterator[Path]:
+    """All files but what systems leave: hidden ones, thumbnails, an archive's second half."""
     for path in sorted(folder.rglob("*")):
-        if path.suffix.lower() in IMAGE_SUFFIXES and path.is_file():
+        if not any(map(_is_litter, path.relative_to(folder).parts)) and path.is_file():
             yield path
 
 
-def _read_class_folders(folder: Path, group: str) -> RawSets:
-    names = {path.name: path for path in sorted(folder.iterdir()) if path.is_dir()}
-    if "train" not in names:
-        return _read_split(folder, group), None
-    test = next((names[name] for name in TEST_SPLITS if name in names), None)
-    return _read_split(names["train"], group), _read_split(test, group) if test else None
+def _is_litter(name: str) -> bool:
+    return name.startswith(".") or name.lower() in _LITTER
 
 
-def _read_split(folder: Path, group: str) -> list[RawRow]:
+def _is_image(path: Path) -> bool:
+    return path.suffix.lower() in IMAGE_SUFFIXES
+
+
+def _images_below(folder: Path) -> Iterator[Path]:
+    return filter(_is_image, _files_below(folder))
+
+
+def _folders_in(folder: Path) -> list[Path]:
+    return [p for p in sorted(folder.iterdir()) if p.is_dir() and not _is_litter(p.name)]
+
+
+def _is_split(folder: Path) -> bool:
+    """Whether images are divided into subfolders there; else the folder is a class itself."""
+    return not any(_is_image(p) for p in folder.iterdir()) and bool(_folders_in(folder))
+
+
+def _read_class_folders(folder: Path, group: str, notes: list[str]) -> RawSets:
+    splits = {path.name.lower(): path for path in _folders_in(folder) if _is_split(path)}
+    train = next((splits[name] for name in TRAIN_SPLITS if name in splits), None)
+    if train is None:
+        return _read_split(folder, group, notes), None
+    test = next((splits[name] for name in TEST_SPLITS if name in splits), None)
+    unused = [p.name for p in _folders_in(folder) if p not in (train, test)]
+    if unused:
+        notes.append(f"data {str(folder)!r}: {', '.join(unused)[:120]} beside the splits not used")
+    return (
+        _read_split(train, group, notes),
+        _read_split(test, group, notes) if test else None,
+    )
+
+
+def _read_split(folder: Path, group: str, notes: list[str]) -> list[RawRow]:
     """Rows of one split: the label is the first subfolder's name."""
     groups = _read_groups(folder, group) if group else None
     rows: list[RawRow] = []
-    for kind in sorted(path for path in folder.iterdir() if path.is_dir()):
-        for path in _images_below(kind):
+    others: Counter[str] = Counter()
+    empty: list[str] = []
+    broken: list[str] = []
+    for kind in _folders_in(folder):
+        before = len(rows) + len(broken)
+        for path in _files_below(kind):
+            if not _is_image(path):
+                others[path.suffix.lower() or path.name] += 1
+                continue
+            if why := check_image(path):
+                broken.append(why)
+                continue
             name = path.relative_to(folder).as_posix()
             if groups is not None and name not in groups:
                 raise ConfigError(f"{folder / METADATA} has no row for {name!r}; add one")
-            rows.append((path, kind.name, groups[name] if groups else ""))
+            # The same name from another system may be composed in another way.
+            label = unicodedata.normalize("NFC", kind.name)
+            rows.append((path, label, groups[name] if groups else ""))
+        if len(rows) + len(broken) == before:
+            empty.append(kind.name)
+    what, loose = f"data {str(folder)!r}", sum(map(_is_image, folder.iterdir()))
+    if broken:
+        notes.append(f"{what}: {len(broken)} images are left out; {broken[0]}")
+    if loose:
+        notes.append(f"{what}: {loose} images in no class's subfolder are left out")
+    if others:
+        kinds = ", ".join(f"{count} {kind}" for kind, count in others.most_common(4))
+        notes.append(f"{what}: files of other kinds are left out ({kinds})")
+    if empty and rows:
+        notes.append(f"{what}: no images in {', '.join(empty)[:120]}, so no such class")
+    if not rows and broken:
+        raise ConfigError(f"{what}: none of its {len(broken)} images can be read; {broken[0]}")
     if not rows:
         raise ConfigError(
-            f"data {str(folder)!r} holds no images ({', '.join(IMAGE_SUFFIXES[:4])}, …) in "
+            f"{what} holds no images ({', '.join(IMAGE_SUFFIXES[:4])}, …) in "
             "subfolders; put the images of each class into a subfolder of its name"
         )
     return rows
@@ -168,15 +199,11 @@ def _read_groups(folder: Path, column: str) -> dict[str, str]:
         raise ConfigError(
             f"partition-by {column!r} needs {str(path)!r} with the columns file_name and {column}"
         )
-    with path.open(encoding="utf-8", newline="") as file:
-        rows = csv.DictReader(file)
-        names = rows.fieldnames or ()
-        for wanted in ("file_name", column):
-            if wanted not in names:
-                raise ConfigError(
-                    f"{str(path)!r} has no column {wanted!r}{did_you_mean(wanted, names)}"
-                )
-        return {row["file_name"]: str(row[column]) for row in rows}
+    table = read_table(path, ("file_name", column))
+    return {
+        str(name): str(value)
+        for name, value in zip(table.column("file_name"), table.column(column), strict=True)
+    }
 
 
 # --- MNIST's IDX files ---------------------------------------------------------------------
@@ -242,10 +269,10 @@ def _has_image_feature(path: Path) -> bool:
     return any(isinstance(f, dict) and f.get("_type") == "Image" for f in features.values())
 
 
-def _from_datasets(source: str, label: str, group: str) -> RawSets:
-    from client.data import open_datasets
+def _from_datasets(source: str, label: str, group: str, notes: list[str]) -> RawSets:
+    from client.data import named_labels, open_datasets
 
-    def rows(split: Any) -> list[RawRow]:
+    def rows(split: Any, name: str) -> list[RawRow]:
         features = split.features
         images = [name for name, kind in features.items() if type(kind).__name__ == "Image"]
         if len(images) != 1:
@@ -255,14 +282,19 @@ def _from_datasets(source: str, label: str, group: str) -> RawSets:
                 raise ConfigError(
                     f"data {source!r} has no column {wanted!r}{did_you_mean(wanted, features)}"
                 )
-        names = getattr(features[label], "names", None)
-        labels = [str(names[v] if names else v) for v in split[label][:]]
+        what = f"data {source!r} ({name})"
+        labels = [label_of(v, f"{what}, column {label!r}") for v in named_labels(split, label)]
         groups = [str(v) for v in split[group][:]] if group else [""] * len(labels)
 
         def cell(number: int) -> Callable[[], Any]:
             return lambda: split[number][images[0]]
 
-        return [(cell(i), y, g) for i, (y, g) in enumerate(zip(labels, groups, strict=True))]
+        if unlabelled := labels.count(None):
+            notes.append(
+                f"{what}: {unlabelled} of {len(labels)} rows are left out, without a label"
+            )
+        pairs = enumerate(zip(labels, groups, strict=True))
+        return [(cell(i), y, g) for i, (y, g) in pairs if y is not None]
 
     train, test = open_datasets(source, BUILT_IN_IMAGES)
-    return rows(train), rows(test) if test is not None else None
+    return rows(train, "train"), (rows(test, "test") or None) if test is not None else None

@@ -21,7 +21,7 @@ PLACES = {
     "model": ("base-path", tuple(MODELS)),
 }
 # Columns are the node's, else the app's own defaults.
-COLUMNS = ("text-column", "label-column", "partition-by")
+COLUMNS = ("text-column", "label-column", "delimiter", "encoding", "partition-by")
 
 
 def own_words(

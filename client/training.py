@@ -8,6 +8,7 @@ one thread, no dropout, batches drawn from the seed.
 from __future__ import annotations
 
 import ctypes
+import logging
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cache
@@ -25,6 +26,7 @@ from dare_agg.errors import ConfigError
 # Rows that one round trains on: more would not fit as a list of batches.
 MOST_ROWS = 1 << 24
 State = dict[str, NDArray[np.float32]]
+LOG = logging.getLogger("flwr")
 
 
 def build_task(config: TaskConfig, data: Data | None = None) -> FineTuning:
@@ -37,7 +39,10 @@ def build_task(config: TaskConfig, data: Data | None = None) -> FineTuning:
         raise ConfigError(f"pooling {config.pooling!r} is unknown; known: mean, cls")
     kind = find_task(config)
     kind.check((config.train,))
-    return FineTuning(config, data or kind.load(config), kind)
+    data = data or kind.load(config)
+    for note in data.notes:
+        LOG.warning("%s", note)
+    return FineTuning(config, data, kind)
 
 
 @dataclass
@@ -49,6 +54,7 @@ class FineTuning:
     kind: Task
     _model: Any = field(default=None, init=False, repr=False)
     _readers: dict[str, Reader] = field(default_factory=dict, init=False, repr=False)
+    _said: set[str] = field(default_factory=set, init=False, repr=False)
 
     def __post_init__(self) -> None:
         for name in ("train", "test"):
@@ -132,10 +138,25 @@ class FineTuning:
         import torch
 
         rows = self.train_rows if split == "train" else self.test_rows
-        if split not in self._readers:
-            self._readers[split] = self.kind.reader(self.config, rows)
-        batch = self._readers[split](at)
+        batch = self._reader(split)(at)
         return batch, self.kind.targets(batch, torch.from_numpy(rows.labels[at])).flatten()
+
+    def _reader(self, split: str) -> Reader:
+        if split not in self._readers:
+            rows = self.train_rows if split == "train" else self.test_rows
+            self._readers[split] = self.kind.reader(self.config, rows)
+        return self._readers[split]
+
+    def readable(self, split: str, rows: Indices) -> Indices:
+        """Those of some rows whose inputs can be read; says the first other in the log."""
+        check = getattr(self._reader(split), "readable", None)
+        if check is None:
+            return rows
+        good, why = check(rows)
+        if why and why not in self._said:
+            self._said.add(why)
+            LOG.warning("%d of %d rows are left out: %s", len(rows) - len(good), len(rows), why)
+        return good
 
     def _scores(self, batch: Batch) -> Any:
         """The model's scores (flat targets, outputs), in float32."""
@@ -158,7 +179,14 @@ class FineTuning:
         model.eval()  # no dropout: the same seed gives the same bits
         for name, parameter in model.named_parameters():
             parameter.requires_grad_(name in named)
-        batches = draw_batches(rows, self.config, seed)
+        drawn = draw_batches(rows, self.config, seed)
+        seen = np.unique(np.concatenate(drawn))
+        good = self.readable("train", seen)
+        if not len(good):
+            raise ConfigError(f"none of the {len(seen)} rows drawn for this round can be read")
+        batches = [kept for at in drawn if len(kept := at[np.isin(at, good)])]
+        # Of rows that were not drawn, nothing is known.
+        examples = len(rows) - (len(seen) - len(good))
         head = [p for n, p in named.items() if n.startswith("head.")]
         body = [p for n, p in named.items() if not n.startswith("head.")]
         optimizer = torch.optim.AdamW(
@@ -189,7 +217,7 @@ class FineTuning:
         del optimizer, schedule, loss, scores
         model.zero_grad(set_to_none=True)
         trained = {name: p.detach().numpy().copy() for name, p in named.items()}
-        return trained, len(rows), {"train-loss": float(np.mean(losses))}
+        return trained, examples, {"train-loss": float(np.mean(losses))}
 
     def statistics(
         self, kind: str, state: Mapping[str, NDArray], rows: Indices, *, examples: int
@@ -210,7 +238,7 @@ class FineTuning:
         model.eval()
         for name, parameter in model.named_parameters():
             parameter.requires_grad_(name in named)
-        chosen = rows[:examples]
+        chosen = self.readable("train", rows[:examples])
         batches = (
             self._batch("train", chosen[lo : lo + 16])[0] for lo in range(0, len(chosen), 16)
         )
@@ -232,7 +260,10 @@ class FineTuning:
         model.eval()
         chosen = np.arange(len(self.test_rows)) if rows is None else rows
         if not len(chosen):
-            raise ConfigError("no test rows to evaluate on; raise the test share")
+            raise ConfigError("no test rows to evaluate on; use fewer clients or more data")
+        if not len(readable := self.readable("test", chosen)):
+            raise ConfigError(f"none of the {len(chosen)} test rows can be read")
+        chosen = readable
         total, sums, size = 0, dict[str, float](), self.kind.evaluate_rows
         with torch.inference_mode(), self._precision():
             for lo in range(0, len(chosen), size):

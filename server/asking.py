@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import time
 
 from flwr.app import ConfigRecord, Message, RecordDict
@@ -10,8 +11,13 @@ from flwr.serverapp import Grid
 from dare_agg.errors import RunError
 from dare_agg.flower.exchange import ROOM, exchange, online_nodes, went_away
 from dare_agg.flower.limits import ReplyLimit
+from dare_agg.flower.records import one_line
 from dare_agg.merge.methods import find_method
 from server.config import METHODS, RunConfig
+
+LOG = logging.getLogger("flwr")
+# Remarks on data, of one node and of all, that are shown.
+_MOST_NOTES = 8
 
 
 def ask(
@@ -83,8 +89,15 @@ def agree_on_labels(grid: Grid, config: RunConfig) -> tuple[str, ...]:
         nodes = nodes[:1] if needs else []
     found: set[str] = set()
     asked = ConfigRecord({"needs": needs})
+    notes: dict[str, None] = {}
     for content in ask(grid, nodes, "describe", asked, config.node_timeout):
-        found.update(str(name) for name in content["description"]["labels"])
+        described = content["description"]
+        found.update(str(name) for name in described["labels"])
+        said = described.get("notes")
+        if isinstance(said, list):
+            notes |= dict.fromkeys(one_line(note) for note in said[:_MOST_NOTES])
+    for note in list(notes)[:_MOST_NOTES]:
+        LOG.warning("a client's data: %s", note)
     return config.labels if settled else tuple(sorted(found))
 
 

@@ -139,6 +139,8 @@ class RunConfig(BaseModel):
     data: str
     text_column: str
     label_column: str
+    delimiter: str
+    encoding: str
     labels: Words
     partition: Literal["iid", "dirichlet", "column"]
     partition_by: str

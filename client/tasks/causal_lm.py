@@ -35,6 +35,8 @@ def load_blocks(config: TaskConfig) -> Data:
         text_column=config.text_column,
         label_column=config.label_column,
         partition_by=config.partition_by,
+        delimiter=config.delimiter,
+        encoding=config.encoding,
         label_optional=True,  # labels only serve to divide rows: clients need not share them
         seed=config.seed,
     )
@@ -44,6 +46,7 @@ def load_blocks(config: TaskConfig) -> Data:
         _blocks(data.train, tokenizer, config, 1),
         _blocks(data.test, tokenizer, config, 2),
         data.label_names,
+        data.notes,
     )
 
 

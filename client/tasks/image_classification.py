@@ -10,7 +10,7 @@ import numpy as np
 
 from client.config import TaskConfig
 from client.head import linear_head, with_adapters
-from client.images import is_image_source, load_images, read_image
+from client.images import is_image_source, load_images
 from client.models import (
     IMAGE_ENCODER,
     MODELS,
@@ -19,8 +19,9 @@ from client.models import (
     model_path,
     refuse_quantised_model,
 )
+from client.pixels import read_image
 from client.rows import Data, Indices, Rows
-from client.tasks.task import Batch, Reader, Task
+from client.tasks.task import Batch, Task
 from dare_agg.errors import ConfigError
 from dare_agg.files.json_text import read_json
 
@@ -43,27 +44,42 @@ def _load(config: TaskConfig) -> Data:
     )
 
 
-def image_reader(config: TaskConfig, rows: Rows) -> Reader:
-    """Decode images when first asked for; a batch is ``pixel_values`` (n, 3, size, size)."""
-    import torch
+class ImageReader:
+    """Decodes images when first asked for; a batch is ``pixel_values`` (n, 3, size, size)."""
 
-    size = config.image_size or _own_size(config.model)
-    mean, deviation = _normalisation(config.model)
-    pixels = np.zeros((len(rows), size, size, 3), np.uint8)
-    decoded = np.zeros(len(rows), np.bool_)
+    def __init__(self, config: TaskConfig, rows: Rows) -> None:
+        self.size = config.image_size or _own_size(config.model)
+        self.mean, self.deviation = _normalisation(config.model)
+        self.inputs = rows.inputs
+        self.pixels = np.zeros((len(rows), self.size, self.size, 3), np.uint8)
+        # Per row: "" once decoded, why it cannot be, None before it was asked for.
+        self.wrong: list[str | None] = [None] * len(rows)
 
-    def read(at: Indices) -> Batch:
-        for row in at:
-            if not decoded[row]:
-                pixels[row] = read_image(rows.inputs[row], size)
-                decoded[row] = True
-        images = pixels[at].astype(np.float32)
-        images -= 255 * mean
-        images /= 255 * deviation
+    def readable(self, at: Indices) -> tuple[Indices, str]:
+        """Those of the rows that hold an image, and why the first other does not."""
+        for row in map(int, at):
+            if self.wrong[row] is not None:
+                continue
+            try:
+                self.pixels[row] = read_image(self.inputs[row], self.size)
+                self.wrong[row] = ""
+            except ConfigError as error:
+                self.wrong[row] = str(error)
+        why = next((said for row in map(int, at) if (said := self.wrong[row])), "")
+        return (at[[not self.wrong[row] for row in map(int, at)]] if why else at), why
+
+    def __call__(self, at: Indices) -> Batch:
+        """The batch of some rows; raises `ConfigError` for one without a readable image."""
+        import torch
+
+        _, why = self.readable(at)
+        if why:
+            raise ConfigError(why)
+        images = self.pixels[at].astype(np.float32)
+        images -= 255 * self.mean
+        images /= 255 * self.deviation
         # Kept as (n, size, size, 3) in memory, "channels last": a third faster on a CPU.
         return {"pixel_values": torch.from_numpy(images.transpose(0, 3, 1, 2))}
-
-    return read
 
 
 def image_model(config: TaskConfig, labels: int) -> Any:
@@ -160,5 +176,5 @@ TASK = Task(
     recognises=_recognises,
     load=_load,
     network=image_model,
-    reader=image_reader,
+    reader=ImageReader,
 )

@@ -43,7 +43,8 @@ class Task:
     network: makes the pretrained model for a number of labels; its
         own parts under ``head.``, the pretrained ones under ``encoder.``, or under their own names
         where there is no head: so they are exported.
-    reader: makes, for rows, the function that gives the batch of some of them.
+    reader: makes, for rows, the function that gives the batch of some of them. Where rows may
+        turn out unreadable it has ``readable(rows)`` too: those that are, and why another is not.
     scores: a network's scores (…, outputs) for a batch.
     targets: what they are held against (…), from the batch and the labels (n,) of its rows.
     loss: mean loss of float32 scores (n, outputs) and flat targets (n,), to be differentiated.

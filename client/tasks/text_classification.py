@@ -21,6 +21,8 @@ def load_labelled_text(config: TaskConfig) -> Data:
         label_column=config.label_column,
         partition_by=config.partition_by,
         label_names=config.labels,
+        delimiter=config.delimiter,
+        encoding=config.encoding,
         seed=config.seed,
     )
 

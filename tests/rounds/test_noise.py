@@ -95,3 +95,20 @@ def test_one_loud_round_is_forgiven_two_are_told_once():
     assert watch.loudest == 0.9
     assert str(told[5]) == 'drop_rate=0, values="b2"'
     assert told[5].nbytes(80_000) == HEADER_BYTES + payload_bytes("b2", 80_000)
+
+
+@pytest.mark.parametrize(
+    ("rounds", "told"),
+    [
+        ((0.44, 0.26, 0.12), False),  # falls by itself: fl-tabular, which loses nothing
+        ((0.05, 0.2, 0.25, 0.2), False),
+        ((0.27, 0.83), True),  # rises: quickstart-jax, which loses a quarter
+        ((0.41, 0.48), True),
+    ],
+)
+def test_two_rounds_are_judged_together(rounds, told):
+    model = global_model({"w": np.ones(3, np.float32)})
+    plans = make_plans(bytes(32), 1, [None, None], UpdateTerms(), model.ref)
+    watch = NoiseWatch()
+    ways = [watch.look(noise, plans) for noise in rounds]
+    assert [way is not None for way in ways] == [False] * (len(rounds) - 1) + [told]

@@ -14,7 +14,7 @@ import os
 import re
 import shutil
 import stat
-from collections.abc import Collection, Iterator
+from collections.abc import Callable, Collection, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, BinaryIO
@@ -26,15 +26,18 @@ from dare_agg.errors import FormatError
 from dare_agg.files.json_text import MOST_BYTES, parse_json
 
 CARD, HEAD_NAME = "README.md", "head.safetensors"
-# Regular expressions of whole names, by what the files are.
-_KNOWN = (
-    r"config\.json|generation_config\.json|params\.json",
-    # Tokenizers: fast, WordPiece, BPE, SentencePiece, tiktoken, Mistral's, translation models'.
+# Regular expressions of whole names, by what the files are. Tokenizers: fast, WordPiece, BPE,
+# SentencePiece, tiktoken, Mistral's, translation models'.
+_TOKENIZER = (
     r"tokenizer\.json|tokenizer_config\.json|special_tokens_map\.json|added_tokens\.json",
     r"vocab\.(json|txt|bpe)|vocab-(src|tgt)\.json|(source|target)_vocab\.json|vocabulary\.txt",
     r"merges\.txt|bpe\.codes|dict\.txt|encoder\.json|emoji\.json|normalizer\.json|tekken\.json",
     r"[\w.-]+\.(spm|tiktoken)|(\w*tokenizer|\w*spiece|spm?|\w*sentencepiece[\w.]*)\.model(\.v\d)?",
     r"unigram\.json|entity_vocab\.json|word_(shape|pronunciation)\.json|chat_template\.(json|jinja)",
+)
+_KNOWN = (
+    *_TOKENIZER,
+    r"config\.json|generation_config\.json|params\.json",
     r"(image_|video_|)(pre|)processor_config\.json|feature_extractor_config\.json",
     # sentence-transformers.
     r"modules\.json|config_sentence_transformers\.json|sentence_[a-z]+_config\.json",
@@ -43,6 +46,7 @@ _KNOWN = (
     r"(LICEN[CS]E|NOTICE|COPYING|USE_POLICY)([.-][\w.-]*)?",
 )
 _NAME = re.compile("|".join(_KNOWN), re.ASCII)
+_TOKENIZER_NAME = re.compile("|".join((*_TOKENIZER, r"tokenization_\w+\.py")), re.ASCII)
 _UNKNOWN = "not known to belong to a model"
 _PICKLED = "pickled weights, which run code: save the model again as safetensors"
 # Of no use beside the merged ones, and heavy.
@@ -82,18 +86,20 @@ def carry_files(
     code: bool = False,
     own: bool = False,
     skip: Collection[str] = (),
+    only: Callable[[str], bool] = lambda _: True,
 ) -> Carried:
     """Copy what belongs to a model from one folder into another, but for its weights.
 
     Nothing in ``target`` is replaced, and no file becomes readable for more people than before.
     ``code`` carries Python files and what refers to them. ``own`` is for a folder that the user
     answers for: its card, its code and files of any name go along too. ``skip`` are names that
-    the caller takes care of. Raises `CheckpointError` where ``target`` cannot be written.
+    the caller takes care of, and so are those that ``only`` is not true of. Raises
+    `CheckpointError` where ``target`` cannot be written.
     """
     files: list[str] = []
     left: list[Left] = []
     for file, why in _listed(source, code or own, own):
-        if file in (INDEX_NAME, *skip) or (target / file).exists():
+        if file in (INDEX_NAME, *skip) or not only(file) or (target / file).exists():
             continue
         try:
             if why:
@@ -103,6 +109,17 @@ def carry_files(
         except _Stays as stays:
             left.append(Left(_printable(file), str(stays)))
     return Carried(tuple(files), tuple(left))
+
+
+def is_tokenizer_file(file: str) -> bool:
+    """Whether a file, by its name within a model's folder, is one of the tokenizer's."""
+    folder = file.partition("/")[0]
+    return folder == _TEMPLATES or _TOKENIZER_NAME.fullmatch(file) is not None
+
+
+def steps_of(folder: Path) -> list[str]:
+    """The names of sentence-transformers' steps after the body, folders of a model's folder."""
+    return sorted(p.name for p in folder.iterdir() if _STEP.fullmatch(p.name) and p.is_dir())
 
 
 def may_be_carried(file: str) -> bool:

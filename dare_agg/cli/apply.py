@@ -16,6 +16,13 @@ def apply(
     dtype: Annotated[
         str | None, typer.Option("--dtype", help="float32, bfloat16 or float16. [the base's]")
     ] = None,
+    tokenizer: Annotated[
+        str | None,
+        typer.Option(
+            "--tokenizer",
+            help="base, or a folder: whose tokenizer, template and end tokens OUT gets. [base]",
+        ),
+    ] = None,
     carry_code: Annotated[
         bool, typer.Option("--carry-code", help="Copy BASE's Python files and auto_map too.")
     ] = False,
@@ -33,8 +40,9 @@ def apply(
     if not math.isfinite(scaling):
         raise ConfigError(f"--scaling {scaling}; a finite number is needed")
     header, carried = apply_update(
-        base, update, out, scaling=scaling, dtype=dtype, overwrite=force, carry_code=carry_code
-    )
+        base, update, out, scaling=scaling, dtype=dtype, overwrite=force, carry_code=carry_code,
+        tokenizer=tokenizer,
+    )  # fmt: skip
     layout = header.layout
     if json_:
         print_json(

@@ -66,6 +66,13 @@ def merge(
     recipe: Annotated[
         Path | None, typer.Option("--recipe", help="YAML, TOML or JSON file with all of this.")
     ] = None,
+    tokenizer: Annotated[
+        str | None,
+        typer.Option(
+            "--tokenizer",
+            help="base, or a MODEL: whose tokenizer, chat template and end tokens OUT gets. [base]",
+        ),
+    ] = None,
     carry_code: Annotated[
         bool, typer.Option("--carry-code", help="Copy BASE's Python files and auto_map too.")
     ] = False,
@@ -99,6 +106,7 @@ def merge(
     flags = {
         "method": method, "scaling": scaling, "drop-rate": _rates(drop_rate),
         "sparsifier": sparsifier, "mask": mask, "seed": seed, "exclude": exclude, "dtype": dtype,
+        "tokenizer": tokenizer,
     }  # fmt: skip
     values |= {key: value for key, value in flags.items() if value}
     values |= {key: value for key, value in flags.items() if value == 0 and value is not None}

@@ -18,11 +18,9 @@ from dare_agg.checkpoint import (
     Carried,
     Checkpoint,
     CheckpointWriter,
-    carry_files,
     open_checkpoint,
     parse_dtype,
     plan_like,
-    state_dtype,
 )
 from dare_agg.checkpoint.fingerprints import remember
 from dare_agg.checkpoint.hub import located, located_all
@@ -38,6 +36,7 @@ from dare_agg.offline.base import open_base
 from dare_agg.offline.opening import open_models
 from dare_agg.offline.recipe import ModelInput
 from dare_agg.offline.sparsify import UPDATE_MASK
+from dare_agg.offline.tokenizer_choice import carry_model, chosen_tokenizer
 from dare_agg.vectors.contents import sketch
 from dare_agg.vectors.layout import FingerprintStream, FloatVector, Layout
 from dare_agg.vectors.sources import CachedSource, DeltaSource, take
@@ -180,10 +179,12 @@ def apply_update(
     dtype: str | None = None,
     overwrite: bool = False,
     carry_code: bool = False,
+    tokenizer: str | None = None,
     on_progress: Callable[[int, int], None] | None = None,
 ) -> tuple[FileHeader, Carried]:
     """Write base + ``scaling`` × rescaled survivors, with the base's dtypes and other files.
 
+    ``tokenizer`` is a folder whose tokenizer goes along in place of the base's.
     Returns the update's header and which of the base's files went along. Raises
     `BaseMismatchError` for another base than the update was made from.
     """
@@ -202,6 +203,7 @@ def apply_update(
     written = names_of(layout, followers)
     merged = {*layout.names, *followers}
     plans = plan_like(base, out, merged, parse_dtype(dtype) if dtype else None)
+    chosen = chosen_tokenizer(tokenizer, out, plans)
     with CheckpointWriter(out, plans, {"format": "pt"}, overwrite) as writer:
         tile = np.empty(TILE, np.float32)
         for lo in range(0, layout.size, TILE):
@@ -221,10 +223,10 @@ def apply_update(
             if name not in merged:
                 writer.write_raw(name, 0, base.raw(name))
         carried = Carried()
-        if not writer.single and base.folder is not None:
-            skip = base.weights
-            carried = carry_files(base.folder, writer.folder, code=carry_code, skip=skip)
-            state_dtype(writer.folder, plans)
+        if not writer.single:
+            carried = carry_model(
+                base.folder, chosen, writer.folder, plans, code=carry_code, skip=base.weights
+            )
     return header, carried
 
 

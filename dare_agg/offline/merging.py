@@ -7,7 +7,7 @@ which they were named changes nothing; weights, seeds and statistics travel with
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -19,25 +19,25 @@ from dare_agg.checkpoint import (
     Carried,
     CheckpointWriter,
     Left,
-    carry_files,
     open_checkpoint,
     parse_dtype,
     plan_like,
-    state_dtype,
 )
-from dare_agg.checkpoint.carried import CARD, HEAD_NAME
+from dare_agg.checkpoint.carried import CARD
 from dare_agg.checkpoint.names import under_names
 from dare_agg.checkpoint.tied import names_of
 from dare_agg.errors import ConfigError, MergeError
 from dare_agg.merge.engine import prepare_merge, run_tiles
 from dare_agg.merge.task import Scratch, is_sparse
 from dare_agg.offline.base import open_base
+from dare_agg.offline.beside_the_body import left_beside
 from dare_agg.offline.card import model_card
 from dare_agg.offline.opening import OpenedModel, described, open_models
 from dare_agg.offline.parameters import Choices, Gradient, Place, by_tensor, order_key, places
 from dare_agg.offline.range_check import range_warnings
 from dare_agg.offline.recipe import Recipe, settled_options
 from dare_agg.offline.sparsify import sparsified
+from dare_agg.offline.tokenizer_choice import carry_model, chosen_tokenizer, tokenizer_warnings
 from dare_agg.vectors.contents import content_order, sketch
 from dare_agg.vectors.layout import Layout
 from dare_agg.vectors.patterns import compile_patterns, matches
@@ -93,11 +93,15 @@ def merge_offline(
     opened = open_models(recipe.models, ground, cached, recipe.exclude)
     dtype = parse_dtype(recipe.dtype) if recipe.dtype else None
     plans = plan_like(base, out, {*layout.names, *ground.followers}, dtype)
+    where = [(a.path, b.path) for a, b in zip(given.models, recipe.models, strict=True)]
+    tokenizer = chosen_tokenizer(recipe.tokenizer, out, plans, dict(where))
     with CheckpointWriter(out, plans, {"format": "pt"}, overwrite) as writer:
         if check:
             for checkpoint in [base, *(m.checkpoint for m in opened if m.checkpoint)]:
                 checkpoint.check_finite(layout)
         warnings = [*ground.warnings, *range_warnings(opened, recipe)]
+        if recipe.tokenizer is None and not writer.single:
+            warnings += tokenizer_warnings(base.folder, where)
         ordered = sparsified(opened, recipe, layout)
         names = [sketch(m.source) for m in ordered]
         order = content_order(
@@ -149,25 +153,17 @@ def merge_offline(
         )
         carried = Carried()
         if not writer.single:
-            if base.folder is not None:
-                skip = (CARD, *base.weights)
-                carried = carry_files(base.folder, writer.folder, code=carry_code, skip=skip)
-                state_dtype(writer.folder, plans)
+            carried = carry_model(
+                base.folder, tokenizer, writer.folder, plans,
+                code=carry_code, skip=(CARD, *base.weights),
+            )  # fmt: skip
             card = model_card(given.as_dict(), models, layout, recipe.row)
             (writer.folder / "README.md").write_text(card, encoding="utf-8")
+    beside = left_beside(base.folder, [model.path for model in recipe.models], out)
     return MergeReport(
         str(out), recipe.row.name, layout.size, len(layout.entries),
-        layout.excluded, models, carried.files, (*carried.left, *_heads(opened)), tuple(warnings),
+        layout.excluded, models, carried.files, (*carried.left, *beside), tuple(warnings),
     )  # fmt: skip
-
-
-def _heads(opened: list[OpenedModel]) -> Iterator[Left]:
-    """The heads of the models' own folders: they belong to one task each."""
-    for model in opened:
-        if (model.given.path / HEAD_NAME).is_file():
-            yield Left(
-                str(model.given.path / HEAD_NAME), "heads are not merged: copy the one you need"
-            )
 
 
 def _tile(sources: list[DeltaSource]) -> int:

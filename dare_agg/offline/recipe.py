@@ -39,6 +39,8 @@ from dare_agg.offline.parameters import (
 from dare_agg.offline.yaml_text import MOST_BYTES, parse_yaml
 from dare_agg.vectors.patterns import compile_patterns
 
+# In the place of a folder: OUT has BASE's tokenizer.
+BASES_TOKENIZER = "base"
 # Sparsifiers that restore a tensor's norm after a random drop, as mergekit does.
 MERGEKIT_NORMS = {"mergekit-dare": "l1", "mergekit-dare-l2": "l2", "mergekit-dare-linf": "linf"}
 
@@ -137,6 +139,7 @@ class Recipe(_Strict):
     exclude: list[str] = Field(default_factory=list)
     rules: list[Rule] = Field(default_factory=list)
     dtype: Literal["float32", "float16", "bfloat16"] | None = None
+    tokenizer: str | None = None
 
     @field_validator("models", mode="before")
     @classmethod
@@ -294,8 +297,11 @@ def read_recipe(path: Path) -> dict[str, Any]:
     def model(value: Any) -> Any:
         return value if isinstance(value, str) and hub_name(value, folder) else here(value)
 
+    def tokenizer(value: Any) -> Any:
+        return value if value == BASES_TOKENIZER else model(value)
+
     where = {"path": model, "statistics": here}
-    for key, read in (("base", model), ("out", here)):
+    for key, read in (("base", model), ("out", here), ("tokenizer", tokenizer)):
         if key in values:
             values[key] = read(values[key])
     models = values.get("models")

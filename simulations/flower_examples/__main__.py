@@ -15,6 +15,7 @@ import sys
 import tempfile
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+from typing import Any
 
 from dare_agg.files.json_text import read_json
 from simulations.flower_examples.apps import APPS
@@ -60,10 +61,12 @@ def main() -> None:
         with ThreadPoolExecutor(options.jobs) as pool:
             running = []
             for name in options.only:
+                app = APPS[name]
                 for seed in options.seeds:
-                    key = (name, form, seed, options.rounds or APPS[name].rounds)
-                    words = named(rows.get((name, "dare", *key[2:]))) if form == "words" else ""
-                    if key not in rows and (words or form != "words"):
+                    size = (options.rounds or app.rounds, app.clients, *app.rows)
+                    words = named(rows.get((name, "dare", seed, *size))) if form == "words" else ""
+                    if (name, form, seed, *size) not in rows and (words or form != "words"):
+                        key = (name, form, seed, size[0])
                         running.append(pool.submit(one, options, key, words))
         for run in running:
             run.result()
@@ -73,9 +76,10 @@ def main() -> None:
 FORMS = ("fedavg", "dare", "words")
 
 
-def key_of(row: dict) -> tuple[str, str, int, int]:
+def key_of(row: dict) -> tuple[Any, ...]:
     """What a row is the result of."""
-    return row["example"], row["form"], row["seed"], row["rounds"]
+    what = (row["example"], row["form"], row["seed"], row["rounds"], row["clients"])
+    return (*what, *row["rows"])
 
 
 def named(row: dict | None) -> str:

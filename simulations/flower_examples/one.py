@@ -90,6 +90,8 @@ def run(app: App, folder: Path, options: argparse.Namespace) -> dict[str, Any]:
         "words": options.words,
         "seed": options.seed,
         "rounds": rounds,
+        "clients": app.clients,
+        "rows": app.rows,
         "accuracy": curve[-1] if app.central else ask_all(grid, app, result.arrays, rounds),
         "by_round": [round(value, 4) for value in curve],
         "parameters": sum(array.numpy().size for array in result.arrays.values()),

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import statistics
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from typing import Any
 
 from simulations.flower_examples.apps import APPS
 
@@ -11,31 +12,43 @@ from simulations.flower_examples.apps import APPS
 def table(rows: Sequence[dict]) -> str:
     """Mean and spread by example and form, beside what the log warned of, as Markdown."""
     lines = [
-        "| example | parameters | clients, rounds | FedAvg | the two lines | warned | with the "
-        "line that the warning names |",
-        "|---|---|---|---|---|---|---|",
+        "| example | in place of its data and model | run config | rows | clients, rounds, seeds | "
+        "parameters | FedAvg | the two lines | warned | with the line that the warning names |",
+        "|---|---|---|---|---|---|---|---|---|---|",
     ]
     for name, app in APPS.items():
-        found = {
-            form: sorted(
-                (row for row in rows if row["example"] == name and row["form"] == form),
-                key=lambda row: row["seed"],
-            )
-            for form in ("fedavg", "dare", "words")
-        }
-        found = {form: [r for r in of if r["rounds"] == app.rounds] for form, of in found.items()}
+        found: dict[str, list[dict]] = {"fedavg": [], "dare": [], "words": []}
+        for row in sorted(rows, key=lambda row: row["seed"]):
+            if row["example"] == name and as_in_the_table(row):
+                found[row["form"]].append(row)
         if not found["fedavg"]:
             continue
-        parameters = f"{found['fedavg'][0]['parameters']:,}"
         warned = sum(any("noise" in said for said in row["warnings"]) for row in found["dare"])
         words = ", ".join(f"`{line}`" for line in sorted({row["words"] for row in found["words"]}))
-        lines.append(
-            f"| {name} | {parameters} | {app.clients}, {app.rounds} | "
-            f"{_accuracy(found['fedavg'])} | {_accuracy(found['dare'])} | "
-            f"{warned} of {len(found['dare'])} | "
-            + (f"{words}: {_accuracy(found['words'])} |" if found["words"] else "– |")
+        cells = (
+            name,
+            app.instead,
+            ", ".join(f"{key} {value}" for key, value in app.config.items() if key not in _MODELS),
+            f"{sum(app.rows):,}",
+            f"{app.clients}, {app.rounds}, {len(found['fedavg'])}",
+            f"{found['fedavg'][0]['parameters']:,}",
+            _accuracy(found["fedavg"]),
+            _accuracy(found["dare"]),
+            f"{warned} of {len(found['dare'])}",
+            f"{words}: {_accuracy(found['words'])}" if words else "–",
         )
+        lines.append(f"| {' | '.join(cells)} |")
     return "\n".join(lines)
+
+
+_MODELS = ("model-name", "model.name")
+
+
+def as_in_the_table(row: Mapping[str, Any]) -> bool:
+    """Whether a row is of the rounds, clients and data that `APPS` has now."""
+    app = APPS[row["example"]]
+    now = (app.rounds, app.clients, list(app.rows))
+    return (row["rounds"], row["clients"], row["rows"]) == now
 
 
 def _accuracy(rows: Sequence[dict]) -> str:

@@ -103,7 +103,7 @@ def test_one_loud_round_is_forgiven_two_are_told_once():
         ((0.44, 0.26, 0.12), False),  # falls by itself: fl-tabular, which loses nothing
         ((0.05, 0.2, 0.25, 0.2), False),
         ((0.27, 0.83), True),  # rises: quickstart-jax, which loses a quarter
-        ((0.41, 0.48), True),
+        ((0.36, 0.39), True),  # stays: whisper-federated-finetuning
     ],
 )
 def test_two_rounds_are_judged_together(rounds, told):

@@ -13,11 +13,11 @@ import tempfile
 import zipfile
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
 
 from dare_agg.errors import ConfigError
 from dare_agg.files.cache import cache_folder
 from dare_agg.files.trust import own_folder
+from dare_agg.offline.gguf import folder_from_gguf
 
 SUFFIXES = (".gguf", ".zip")
 _KEPT = (".json", ".txt", ".model", ".safetensors", ".jinja")
@@ -48,7 +48,7 @@ def unpack(name: str, parts: Sequence[Path], sha256: str, suffix: str, remedy: s
             raise ConfigError(f"model {name!r} has SHA-256 {found[:12]}, not {sha256}…; {remedy}")
         made = draft / "model"
         made.mkdir()
-        (_from_gguf if suffix == ".gguf" else _from_zip)(joined, made)
+        (folder_from_gguf if suffix == ".gguf" else _from_zip)(joined, made)
         with contextlib.suppress(OSError):  # another process was first: its folder serves
             made.replace(target)
     return target
@@ -86,27 +86,3 @@ def _from_zip(archive: Path, folder: Path) -> None:
             if name.startswith(inside) and own and "/" not in own and own.endswith(_KEPT):
                 with opened.open(name) as source, (folder / own).open("wb") as target:
                     shutil.copyfileobj(source, target, _CHUNK)
-
-
-def _from_gguf(file: Path, folder: Path) -> None:
-    import torch
-    from transformers import AutoModelForCausalLM, AutoTokenizer
-    from transformers.utils import logging
-
-    logging.disable_progress_bar()
-    try:
-        model: Any = AutoModelForCausalLM.from_pretrained(
-            str(file.parent), gguf_file=file.name, dtype=torch.float32
-        )
-        tokenizer = AutoTokenizer.from_pretrained(str(file.parent), gguf_file=file.name)
-    except (OSError, ValueError, ImportError) as error:
-        raise ConfigError(
-            f"{str(file)!r} cannot be read as GGUF: {' '.join(str(error).split())[:200]}; the "
-            "packages gguf and accelerate are needed, and an architecture transformers knows"
-        ) from error
-    # What was read is plain float32 now; transformers would refuse to save "quantised" weights.
-    model.hf_quantizer, model.is_quantized = None, False
-    if hasattr(model.config, "quantization_config"):
-        del model.config.quantization_config
-    model.save_pretrained(folder)
-    tokenizer.save_pretrained(folder)

@@ -10,7 +10,7 @@ from __future__ import annotations
 import contextlib
 import re
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, NamedTuple, Protocol
 
@@ -35,6 +35,7 @@ _SPELLING = {
     "modelopt": "ModelOpt", "mlx": "MLX",
 }  # fmt: skip
 _NESTED_DEEP = 4
+_CONFIG_KEYS = ("quantization_config", "compression_config")
 # Kinds by the name of a tensor that is not floating point, most telling first.
 _BY_NAME = tuple(
     (re.compile(pattern, re.ASCII), kind)
@@ -97,12 +98,14 @@ class Declared(NamedTuple):
 class Quantisation:
     """How a checkpoint is quantised, and by what that was seen.
 
-    ``codes`` is whether tensors are codes; else a file alone says so.
+    ``codes`` is whether tensors are codes; else a file alone says so. ``dequantises`` is whether
+    `dare-agg dequantise` makes numbers of them.
     """
 
     kind: str
     evidence: str
     codes: bool
+    dequantises: bool = False
 
 
 def declared_by(folder: Path) -> Declared | None:
@@ -133,6 +136,15 @@ def declared_in(config: Mapping[str, Any]) -> Declared | None:
     if isinstance(own, dict) and {"bits", "group_size"} & own.keys():
         return Declared(_kind_of(own, "MLX"), "config.json", own)
     return None
+
+
+def without_quantisation(config: Mapping[str, Any]) -> dict[str, Any]:
+    """A model's configuration, nested ones too, without what says that it is quantised."""
+    return {
+        key: without_quantisation(value) if isinstance(value, dict) else value
+        for key, value in config.items()
+        if key not in _CONFIG_KEYS
+    }
 
 
 def quantisation_of(tensors: Mapping[str, Tensor]) -> Quantisation | None:
@@ -168,7 +180,9 @@ def check_not_quantised(path: Path, tensors: Mapping[str, Tensor]) -> None:
     if declared is not None:
         file = f"{declared.file} says"
         seen = found.evidence if found else file
-        found = Quantisation(declared.kind, seen, codes=found is not None)
+        found = Quantisation(declared.kind, seen, found is not None, _all_fp8(tensors))
+    elif found is not None:
+        found = replace(found, dequantises=_all_fp8(tensors))
     if found is not None:
         raise refusal(path, found, declared)
 
@@ -183,7 +197,7 @@ def check_declared(folder: Path) -> None:
 
 def gguf_refusal(file: Path) -> QuantisedError:
     """The error for a GGUF file, whose tensors are not read here."""
-    return refusal(file, Quantisation("GGUF", "a llama.cpp file", True))
+    return refusal(file, Quantisation("GGUF", "a llama.cpp file", True, True))
 
 
 def refusal(
@@ -196,10 +210,17 @@ def refusal(
             f"floating point; if they are the full-precision weights, take that out of "
             f"{declared.file}, else give the model that it was made from"
         )
+    way = f", or make one of the codes: dare-agg dequantise {path} -o OUT"
     return QuantisedError(
         f"{path} is quantised ({found.kind}: {found.evidence}); its weights are codes, which "
         "cannot be merged or compared: give the full-precision model that it was made from"
+        f"{way if found.dequantises else ''}"
     )
+
+
+def _all_fp8(tensors: Mapping[str, Tensor]) -> bool:
+    rest = {name: t for name, t in tensors.items() if not t.dtype.startswith("F8_")}
+    return len(rest) < len(tensors) and quantisation_of(rest) is None
 
 
 def _values(file: Path) -> dict[str, Any]:
@@ -212,7 +233,7 @@ def _values(file: Path) -> dict[str, Any]:
 
 def _settings(config: Mapping[str, Any], depth: int) -> Iterator[Mapping[str, Any]]:
     """The quantisation settings of a configuration, its own before those of its parts."""
-    for key in ("quantization_config", "compression_config"):
+    for key in _CONFIG_KEYS:
         settings = config.get(key)
         if isinstance(settings, dict) and settings and not _switched_off(settings):
             yield settings

@@ -24,6 +24,7 @@ COMMANDS: dict[str, str] = {
     "inspect": "Show what an update file holds.",
     "apply": "Apply an update file to its BASE.",
     "merge": "Merge checkpoints, adapters or updates into one model.",
+    "dequantise": "Write a quantised model (FP8, GGUF) in full precision, without a GPU.",
     "methods": "List the merge methods with options, defaults and formulas.",
     "statistics": "Collect the Fisher diagonal or Gram matrices of a model on data.",
     "diagnose": "Say whether models fit BASE and which drop rate is safe.",

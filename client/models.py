@@ -120,7 +120,9 @@ def refuse_quantised_model(name: str) -> None:
         return
     declared = declared_in(config)
     if declared is not None:
-        raise refusal(name, Quantisation(declared.kind, "its config.json says", codes=True))
+        fp8 = declared.kind.startswith("FP8")
+        said = Quantisation(declared.kind, "its config.json says", codes=True, dequantises=fp8)
+        raise refusal(name, said)
 
 
 @cache

@@ -15,7 +15,7 @@ from dare_agg.checkpoint.quantised import GGUF_SUFFIX, gguf_refusal
 from dare_agg.checkpoint.reader import _SUFFIX, INDEX_NAME, WEIGHTS_NAME
 from dare_agg.checkpoint.stand_ins import stands_for
 from dare_agg.errors import CheckpointError
-from dare_agg.files.json_text import parse_json, read_bounded
+from dare_agg.files.json_text import parse_json, read_bounded, read_json
 from dare_agg.vectors.layout import MAX_TENSORS
 
 # An index names each tensor and its shard; the largest known has 14 MB.
@@ -42,6 +42,12 @@ def weight_files(folder: Path) -> tuple[tuple[Path, ...], Mapping[str, str]]:
     names. Raises `CheckpointError` where there are none, where the index is none, and naming
     the shards that are missing.
     """
+    named = _named_in_config(folder)
+    if named not in (None, WEIGHTS_NAME, INDEX_NAME):
+        raise CheckpointError(
+            f"{folder}: config.json says that the weights are in {named!r} (transformers_weights); "
+            f"call that file {WEIGHTS_NAME} and take the entry out of config.json"
+        )
     if (folder / WEIGHTS_NAME).is_file():
         return (folder / WEIGHTS_NAME,), {}
     if (folder / INDEX_NAME).is_file():
@@ -61,6 +67,16 @@ def weight_files(folder: Path) -> tuple[tuple[Path, ...], Mapping[str, str]]:
     if shards:
         return tuple(folder / shard for shard in shards), {}
     raise _no_weights(folder)
+
+
+def _named_in_config(folder: Path) -> str | None:
+    """The file that ``config.json`` has transformers load in place of the usual ones."""
+    try:
+        config = read_json(folder / "config.json")
+    except (OSError, ValueError):
+        return None
+    named = config.get("transformers_weights") if isinstance(config, dict) else None
+    return str(named)[:80] if named is not None else None
 
 
 def _weight_map(file: Path) -> dict[str, str]:

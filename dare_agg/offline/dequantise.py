@@ -30,6 +30,7 @@ from dare_agg.checkpoint.hub import located
 from dare_agg.checkpoint.quantised import (
     GGUF_SUFFIX,
     Declared,
+    QuantisedError,
     check_not_quantised,
     declared_by,
     without_quantisation,
@@ -82,6 +83,13 @@ def dequantise(
         check_not_quantised(model.path, model.tensors)
         raise CheckpointError(f"{given} is not quantised; merge it as it is")
     declared = declared_by(where) if where.is_dir() else None
+    bare = [name for name, scale in weights.scales.items() if scale is None]
+    if bare and declared is not None:
+        raise QuantisedError(
+            f"{where}: {declared.file} says that it is quantised ({declared.kind}), and no scale "
+            f"stands beside the codes {bare[0]!r}; download it again, or give the full-precision "
+            "model that it was made from"
+        )
     word = dtype or _stated(where) or "bfloat16"
     left = _write(model, weights, declared, out, parse_dtype(word), overwrite, carry_code)
     return Dequantised(str(out), "FP8", len(weights.scales), word, left)

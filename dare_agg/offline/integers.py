@@ -7,12 +7,13 @@ not, something was trained, packed or built otherwise, and BASE's would be anoth
 from __future__ import annotations
 
 import re
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 
 import numpy as np
 from numpy.typing import NDArray
 
 from dare_agg.checkpoint import Checkpoint
+from dare_agg.checkpoint.families import is_buffer
 from dare_agg.errors import LayoutError
 from dare_agg.vectors.patterns import Pattern, matches
 
@@ -27,8 +28,8 @@ _NUMPY = {
 def check_same_integers(base: Checkpoint, model: Checkpoint, excluded: Sequence[Pattern]) -> None:
     """Raise `LayoutError` for the first tensor, not floating point, that ``model`` has otherwise.
 
-    Counters (of one element, as batch norm's) may differ, tensors that one of them lacks, and
-    dtypes that hold the same values.
+    Counters (of one element, as batch norm's) may differ, and dtypes that hold the same values.
+    What ``model`` lacks is BASE's.
     """
     for name, info in base.tensors.items():
         other = model.tensors.get(name)
@@ -43,6 +44,24 @@ def check_same_integers(base: Checkpoint, model: Checkpoint, excluded: Sequence[
             f"{model.path}: tensor {name!r} is {what}; only floating point is merged: if BASE's "
             f"serves the result, keep it: --exclude '^{re.escape(name)}$'"
         )
+
+
+def check_integers_known(
+    model: Checkpoint, matched: Collection[str], excluded: Sequence[Pattern]
+) -> None:
+    """Raise `LayoutError` for a tensor, not floating point, that BASE lacks and that is no buffer.
+
+    ``matched`` are the tensors of ``model``, by its own names, that BASE has.
+    """
+    for name, info in model.tensors.items():
+        if info.is_float or info.size <= 1 or name in matched or matches(name, excluded):
+            continue
+        if not is_buffer(name, info.shape):
+            raise LayoutError(
+                f"{model.path} has tensor {name!r} of {info.dtype} that BASE lacks; only floating "
+                "point is merged: if the result does without it, leave it out: "
+                f"--exclude '^{re.escape(name)}$'"
+            )
 
 
 def _equal(base: Checkpoint, model: Checkpoint, name: str) -> bool:

@@ -12,7 +12,7 @@ from dare_agg.errors import BaseMismatchError, CheckpointError, LayoutError
 from dare_agg.offline.adapters.folder import adapter_base
 from dare_agg.offline.adapters.source import adapter_source
 from dare_agg.offline.base import UPDATE, OpenedBase
-from dare_agg.offline.integers import check_same_integers
+from dare_agg.offline.integers import check_integers_known, check_same_integers
 from dare_agg.offline.parameters import plain_parameter
 from dare_agg.offline.recipe import ModelInput
 from dare_agg.vectors.layout import Layout
@@ -51,7 +51,9 @@ def _open_model(
     if number in base.fits:
         fit = base.fits[number]
         checkpoint = replace(fit.model, tensors=fit.tensors)
-        check_same_integers(base.checkpoint, checkpoint, compile_patterns(exclude))
+        patterns = compile_patterns(exclude)
+        check_integers_known(fit.model, {info.name for info in fit.tensors.values()}, patterns)
+        check_same_integers(base.checkpoint, checkpoint, patterns)
         reader = checkpoint.reader(layout)
         source = DifferenceSource(cached, reader)
         return OpenedModel(given, source, "checkpoint", checkpoint, number)

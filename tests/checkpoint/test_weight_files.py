@@ -124,6 +124,13 @@ def test_the_file_that_transformers_loads_is_the_model(base: Path, tmp_path: Pat
     assert open_checkpoint(base).names == ("a.weight",)
 
 
+def test_weights_that_the_configuration_names_are_not_passed_over(base: Path) -> None:
+    (base / "config.json").write_text('{"transformers_weights": "other.safetensors"}')
+    assert "says that the weights are in 'other.safetensors'" in refused(base)
+    (base / "config.json").write_text('{"transformers_weights": "model.safetensors"}')
+    open_checkpoint(base)
+
+
 def test_a_folder_without_weights_says_what_it_has(base: Path, tmp_path: Path) -> None:
     def folder(*files: str) -> Path:
         there = tmp_path / "there"

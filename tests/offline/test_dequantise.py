@@ -169,6 +169,17 @@ def test_what_is_not_understood_is_refused(
     assert words.count("\n") == 1 and not (tmp_path / "o").exists()
 
 
+def test_codes_without_scales_are_numbers_where_nobody_speaks_of_scales(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    folder = stored(tmp_path / "q", a__weight=("F8_E4M3", (2, 3), ONE))
+    assert command(capsys, "dequantise", folder, "-o", tmp_path / "o")[0] == 0
+    assert tensors(tmp_path / "o")["a.weight"].tolist() == [[1, 1, 1], [1, 1, 1]]
+    (folder / "config.json").write_text('{"quantization_config": {"quant_method": "fp8"}}')
+    status, said = command(capsys, "dequantise", folder, "-o", tmp_path / "p")
+    assert status == 1 and "no scale stands beside the codes 'a.weight'" in said
+
+
 def test_a_model_of_numbers_and_codes_of_other_kinds_say_so(
     base: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:

@@ -33,6 +33,21 @@ def test_other_integers_are_refused_and_the_remedy_works(
     assert np.allclose(out.array("w"), open_checkpoint(other).array("w"))
 
 
+def test_integers_that_base_lacks_are_refused_unless_they_are_buffers(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    base = write(tmp_path / "b.safetensors", 0)
+    ids = np.arange(8)[None]
+    words = ("merge", base, write(tmp_path / "m.safetensors", 1, position_ids=ids), "-o")
+    assert command(capsys, *words, tmp_path / "o.safetensors")[0] == 0
+    other = write(tmp_path / "n.safetensors", 1, **{"router.table": ids})
+    words = ("merge", base, other, "-o", tmp_path / "p.safetensors")
+    status, said = command(capsys, *words)
+    assert status == 1 and "'router.table' of I64 that BASE lacks" in said
+    exclude = said.split("leave it out: ")[1].split()
+    assert command(capsys, *words, exclude[0], exclude[1].strip("'"))[0] == 0
+
+
 def test_the_same_values_in_another_dtype_are_the_same(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:

@@ -67,8 +67,8 @@ APPS: Mapping[str, App] = {
         App(
             "whisper-federated-finetuning", "speech_commands",
             "made sounds; random convolutions for whisper-tiny's encoder",
-            (400, 200), 10, 12, "test_accuracy", central=True,
-            config={"central-eval": True, "fraction-train": 0.4},
+            (480, 144), 5, 12, "test_accuracy", central=True,
+            config={"central-eval": True, "fraction-train": 1.0},
         ),
         App(
             "flowertune-llm", "vicgalle/alpaca-gpt4",

@@ -136,16 +136,16 @@ def spoken_words(part: str, rows: int, folder: Path) -> Columns:
     """Made one-second sounds in the form of Speech Commands: a melody of three notes a word.
 
     Ten known words, unknown ones, and background noise (label 35); speakers differ in pitch,
-    speed and noise. The last speaker says too little to train on.
+    speed and noise. The background's own "speaker" has too little to train on.
     """
     random = np.random.default_rng({"train": 0, "validation": 1, "test": 2}[part])
     melodies = np.random.default_rng(9).uniform(300, 2_500, (20, 3))
     columns: Columns = {name: [] for name in ("file", "audio", "label", "is_unknown")}
     columns |= {"speaker_id": [], "utterance_id": []}
-    speakers = max(6, rows // 8)
+    speakers = max(6, rows // 24)
     for speaker in range(speakers):
         pitch, loud = random.uniform(0.93, 1.07), random.uniform(0.02, 0.1)
-        for utterance in range(8 if speaker < speakers - 1 else 2):
+        for utterance in range(24 if speaker < speakers - 1 else 2):
             word = int(random.integers(0, 12))
             known = word < 10
             notes = melodies[word if known else random.integers(10, 20)] * pitch

@@ -9,6 +9,7 @@ from dare_agg.checkpoint import Carried, TensorPlan, carry_files, state_dtype
 from dare_agg.checkpoint.carried import is_tokenizer_file
 from dare_agg.checkpoint.embeddings import is_token_tensor
 from dare_agg.checkpoint.hub import located
+from dare_agg.checkpoint.hub_names import missing_path
 from dare_agg.checkpoint.tokenizer import (
     carry_with_tokenizer,
     differences,
@@ -36,6 +37,8 @@ def chosen_tokenizer(
     if out.suffix == ".safetensors":
         raise ConfigError(f"--tokenizer {word}: {out} is a file, which has none; name a folder")
     folder = (models or {}).get(Path(str(word))) or located(str(word))
+    if not folder.exists():
+        raise missing_path(folder)
     if not has_tokenizer(folder):
         raise ConfigError(
             f"--tokenizer {word} has no tokenizer; give base, or a model's folder that has one"
@@ -69,7 +72,8 @@ def tokenizer_warnings(base: Path | None, models: Sequence[tuple[Path, Path]]) -
             other = differences(own, read_tokenizer(folder))
             if not other:
                 continue
-            found = f"differs from BASE in its {' and '.join(other)}"
+            listed = ", ".join(other[:-1]) + (" and " if other[1:] else "") + other[-1]
+            found = f"differs from BASE in its {listed}"
             keeps = "OUT has BASE's (--tokenizer base, if that is meant)"
         told.append(f"{name} {found}: {keeps}; --tokenizer {name} takes its own")
     return told

@@ -55,4 +55,6 @@ def _accuracy(rows: Sequence[dict]) -> str:
     if not rows:
         return "–"
     values = [100 * row["accuracy"] for row in rows]
+    if len(values) == 1:
+        return f"{values[0]:.1f}"
     return f"{statistics.mean(values):.1f} ({min(values):.1f} to {max(values):.1f})"

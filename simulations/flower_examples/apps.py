@@ -39,7 +39,7 @@ APPS: Mapping[str, App] = {
             (12_000, 0), 5, 8, "accuracy",
         ),
         App(
-            "quickstart-jax", "ylecun/mnist", "4,000 of MNIST's digits", (4_000, 0), 10, 20,
+            "quickstart-jax", "ylecun/mnist", "4,000 of MNIST's digits", (4_000, 0), 10, 35,
             "eval_acc",
         ),
         App("quickstart-tensorflow", "uoft-cs/cifar10", _CIFAR, (4_000, 0), 10, 15, "eval_acc"),

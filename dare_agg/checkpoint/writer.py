@@ -231,7 +231,7 @@ def plan_like(
     output has one shard.
     """
     single = out.suffix == _SUFFIX
-    sharded = len(checkpoint.files) > 1
+    sharded = len(set(checkpoint.weights)) > 1
     return {
         name: TensorPlan(
             dtype if dtype is not None and name in merged else info.dtype,

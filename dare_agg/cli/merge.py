@@ -73,6 +73,13 @@ def merge(
             help="base, or a MODEL: whose tokenizer, chat template and end tokens OUT gets. [base]",
         ),
     ] = None,
+    vocabulary: Annotated[
+        str | None,
+        typer.Option(
+            "--vocabulary",
+            help="base or union: align rows token by token; union adds the models' further tokens.",
+        ),
+    ] = None,
     carry_code: Annotated[
         bool, typer.Option("--carry-code", help="Copy BASE's Python files and auto_map too.")
     ] = False,
@@ -106,7 +113,7 @@ def merge(
     flags = {
         "method": method, "scaling": scaling, "drop-rate": _rates(drop_rate),
         "sparsifier": sparsifier, "mask": mask, "seed": seed, "exclude": exclude, "dtype": dtype,
-        "tokenizer": tokenizer,
+        "tokenizer": tokenizer, "vocabulary": vocabulary,
     }  # fmt: skip
     values |= {key: value for key, value in flags.items() if value}
     values |= {key: value for key, value in flags.items() if value == 0 and value is not None}

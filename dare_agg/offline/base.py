@@ -13,10 +13,9 @@ from dare_agg.errors import LayoutError
 from dare_agg.offline.adapters.folder import is_adapter
 from dare_agg.offline.differences import config_of, exclusion
 from dare_agg.offline.fitting import Fit, fit_to
+from dare_agg.offline.vocabulary import UPDATE, Alignment, Target
 from dare_agg.vectors.layout import Layout
 from dare_agg.vectors.patterns import compile_patterns, matches
-
-UPDATE = ".dare"
 
 
 @dataclass(frozen=True)
@@ -32,30 +31,48 @@ class OpenedBase:
     followers: Mapping[str, str]
     fits: Mapping[int, Fit]
     warnings: tuple[str, ...] = ()
+    target: Target | None = None
 
 
-def open_base(path: Path, models: Sequence[Path], exclude: Sequence[str] = ()) -> OpenedBase:
+def open_base(
+    path: Path,
+    models: Sequence[Path],
+    exclude: Sequence[str] = (),
+    alignment: Alignment | None = None,
+) -> OpenedBase:
     """Open BASE, and find how the checkpoints among ``models`` stand to it.
 
-    Tensors that BASE holds twice are one; buffers that a model lacks stay BASE's. Raises
-    `LayoutError` where a model is no tuned BASE, saying in which way.
+    Tensors that BASE holds twice are one; buffers that a model lacks stay BASE's. With an
+    ``alignment`` all have a row for each token of its ``target``. Raises `LayoutError` where a
+    model is no tuned BASE, saying in which way.
     """
     base = open_checkpoint(path)
+    opened = {
+        number: open_checkpoint(model)
+        for number, model in enumerate(models)
+        if model.suffix != UPDATE and not is_adapter(model)
+    }
+    target = None
+    if alignment is not None:
+        stored = base
+        base, opened, target = alignment.align(base, opened)
+        if base is not stored:
+            alignment.check_others([m for n, m in enumerate(models) if n not in opened])
     patterns = compile_patterns(exclude)
     copies = copies_in(base)
     fits: dict[int, Fit] = {}
     apart: dict[str, str] = {}
     lacking: set[str] = set()
-    warnings = []
+    warnings = list(target.warnings) if target else []
     ties = config_of(base).get("tie_word_embeddings")
     for number, model in enumerate(models):
         if model.suffix == UPDATE:
             missing, own = _of_update(model, base, copies, exclude)
             lacking |= missing
-        elif is_adapter(model):
+        elif number not in opened:
             continue
         else:
-            fits[number] = fit = fit_to(open_checkpoint(model), base, copies, patterns)
+            fits[number] = fit = fit_to(opened[number], base, copies, patterns)
             lacking |= fit.lacking
             own = {name for name in fit.apart if not matches(name, patterns)}
             if own and ties:
@@ -71,7 +88,7 @@ def open_base(path: Path, models: Sequence[Path], exclude: Sequence[str] = ()) -
         copies = copies_in(base, apart)
     layout = base.layout(exclude, {*copies, *lacking})
     followers = {name: first for name, first in copies.items() if first in layout}
-    return OpenedBase(base, layout, followers, fits, tuple(warnings))
+    return OpenedBase(base, layout, followers, fits, tuple(warnings), target)
 
 
 def _of_update(

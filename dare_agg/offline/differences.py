@@ -13,6 +13,7 @@ from typing import Any
 from dare_agg.checkpoint import Checkpoint
 from dare_agg.checkpoint.embeddings import is_output, is_token_tensor
 from dare_agg.checkpoint.families import pattern_of
+from dare_agg.checkpoint.vocabulary import has_vocabulary
 from dare_agg.files.json_text import read_json
 
 # Modules that hold in one tensor what others hold in several.
@@ -191,9 +192,13 @@ def _shapes(found: Difference) -> str:
     remedy = found.remedy()
     also = f"; to merge the rest, leave {_out(found)} out: {remedy}" if remedy else ""
     if tokens and len(rows) == len(found.unlike):
+        known = has_vocabulary(found.model.folder) and has_vocabulary(found.base.folder)
+        align = (
+            "; dare-agg merge --vocabulary union (or base) aligns them by token" if known else ""
+        )
         return (
             f"a vocabulary of {here[0]} rows, BASE has {there[0]} ({example})"
-            f"{also or '; give a model with the vocabulary of BASE'}"
+            f"{align}{also or ('' if known else '; give a model with the vocabulary of BASE')}"
         )
     if len(rows) == len(found.unlike) and all("position" in n for n in rows) and remedy:
         told = found.setting(_POSITIONS)

@@ -29,7 +29,7 @@ from dare_agg.checkpoint.tied import names_of
 from dare_agg.errors import ConfigError, MergeError
 from dare_agg.merge.engine import prepare_merge, run_tiles
 from dare_agg.merge.task import Scratch, is_sparse
-from dare_agg.offline.base import open_base
+from dare_agg.offline.base import OpenedBase, open_base
 from dare_agg.offline.beside_the_body import left_beside
 from dare_agg.offline.card import model_card
 from dare_agg.offline.opening import OpenedModel, described, open_models
@@ -38,6 +38,7 @@ from dare_agg.offline.range_check import range_warnings
 from dare_agg.offline.recipe import Recipe, settled_options
 from dare_agg.offline.sparsify import sparsified
 from dare_agg.offline.tokenizer_choice import carry_model, chosen_tokenizer, tokenizer_warnings
+from dare_agg.offline.vocabulary import alignment
 from dare_agg.vectors.contents import content_order, sketch
 from dare_agg.vectors.layout import Layout
 from dare_agg.vectors.patterns import compile_patterns, matches
@@ -84,9 +85,32 @@ def merge_offline(
     Raises a `DareError` before any work where anything
     does not fit; ``out`` appears complete or not at all.
     """
-    given, recipe = recipe, recipe.with_files_located()
-    ground = open_base(recipe.base, [model.path for model in recipe.models], recipe.exclude)
-    base, layout = ground.checkpoint, ground.layout
+    located = recipe.with_files_located()
+    numbers = {model.path: number for number, model in enumerate(recipe.models)}
+    with alignment(recipe.vocabulary, recipe.tokenizer, numbers, out) as rows:
+        paths = [model.path for model in located.models]
+        ground = open_base(located.base, paths, located.exclude, rows)
+        return _merged(
+            recipe, located, ground, out, overwrite=overwrite, tile=tile, threads=threads,
+            check=check, carry_code=carry_code, on_progress=on_progress,
+        )  # fmt: skip
+
+
+def _merged(
+    given: Recipe,
+    recipe: Recipe,
+    ground: OpenedBase,
+    out: Path,
+    *,
+    overwrite: bool,
+    tile: int | None,
+    threads: int,
+    check: bool,
+    carry_code: bool,
+    on_progress: Callable[[int, int], None] | None,
+) -> MergeReport:
+    """Merge what has been opened; ``given`` is the recipe with the names that were given."""
+    base, layout, target = ground.checkpoint, ground.layout, ground.target
     if not layout.size:
         raise MergeError(f"{recipe.base} has no parameter left to merge; exclude less")
     cached = CachedSource(base.reader(layout))
@@ -101,7 +125,7 @@ def merge_offline(
                 checkpoint.check_finite(layout)
         warnings = [*ground.warnings, *range_warnings(opened, recipe)]
         if recipe.tokenizer is None and not writer.single:
-            warnings += tokenizer_warnings(base.folder, where)
+            warnings += tokenizer_warnings(base.folder, where, tokens=target is None)
         ordered = sparsified(opened, recipe, layout)
         names = [sketch(m.source) for m in ordered]
         order = content_order(
@@ -157,6 +181,8 @@ def merge_offline(
                 base.folder, tokenizer, writer.folder, plans,
                 code=carry_code, skip=(CARD, *base.weights),
             )  # fmt: skip
+            if target is not None:
+                target.write(writer.folder)
             card = model_card(given.as_dict(), models, layout, recipe.row)
             (writer.folder / "README.md").write_text(card, encoding="utf-8")
     beside = left_beside(base.folder, [model.path for model in recipe.models], out)

@@ -70,7 +70,7 @@ def _open_model(
         except CheckpointError:
             # Quantised, pickled or damaged, it says nothing: BASE takes its place.
             shapes = base.checkpoint.shapes
-        if shapes != base.checkpoint.shapes:
+        if shapes not in (base.checkpoint.shapes, open_checkpoint(base.checkpoint.path).shapes):
             raise BaseMismatchError(
                 f"{path} was trained on {named}, BASE is {own}; give that as BASE"
             )

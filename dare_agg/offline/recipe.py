@@ -140,6 +140,7 @@ class Recipe(_Strict):
     rules: list[Rule] = Field(default_factory=list)
     dtype: Literal["float32", "float16", "bfloat16"] | None = None
     tokenizer: str | None = None
+    vocabulary: Literal["base", "union"] | None = None
 
     @field_validator("models", mode="before")
     @classmethod
@@ -168,6 +169,11 @@ class Recipe(_Strict):
             )
         if any(given) and not row.statistics:
             raise ConfigError(f"{row.name} takes no statistics; fisher and regmean do")
+        if self.vocabulary and row.statistics:
+            raise ConfigError(
+                f"vocabulary {self.vocabulary} with {row.name}: statistics have the rows of their "
+                "own models' tokens; take another method, or exclude embeddings and heads"
+            )
         weighted = [model.weight is not None for model in self.models]
         if any(weighted) and not all(weighted):
             raise ConfigError(f"{sum(weighted)} of {len(weighted)} models have a weight; give all")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 
 from dare_agg.checkpoint import Carried, TensorPlan, carry_files, state_dtype
@@ -54,10 +55,13 @@ def chosen_tokenizer(
     return folder
 
 
-def tokenizer_warnings(base: Path | None, models: Sequence[tuple[Path, Path]]) -> list[str]:
+def tokenizer_warnings(
+    base: Path | None, models: Sequence[tuple[Path, Path]], *, tokens: bool = True
+) -> list[str]:
     """Say which models have another chat template, end token or other tokens than BASE.
 
-    ``models`` are pairs of how a model was named and where it lies.
+    ``models`` are pairs of how a model was named and where it lies; without ``tokens`` those are
+    not compared.
     """
     if base is None:
         return []
@@ -69,7 +73,8 @@ def tokenizer_warnings(base: Path | None, models: Sequence[tuple[Path, Path]]) -
         if not has_tokenizer(base):
             found, keeps = "has a tokenizer, BASE has none", "OUT gets none"
         else:
-            other = differences(own, read_tokenizer(folder))
+            its = read_tokenizer(folder)
+            other = differences(own, its if tokens else replace(its, added={}))
             if not other:
                 continue
             listed = ", ".join(other[:-1]) + (" and " if other[1:] else "") + other[-1]

@@ -348,6 +348,7 @@ PUBLIC = (
 )
 # What tests and simulations reach into Flower for themselves, and why.
 ELSEWHERE = {
+    "flwr.common.config:unflatten_dict": "a run config is nested as an app's own code nests it",
     "flwr.supercore.inflatable": "a grid in memory writes and reads messages as the transport does",
     "flwr.superlink.grid": "Flower's real client is under test",
     "flwr.proto": "a made-up SuperLink answers Flower's real client",

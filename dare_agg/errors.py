@@ -45,6 +45,7 @@ REASONS: Mapping[str, str] = {
     "plan": "another round plan, or one that cannot be read",
     # what a reply says
     "weight": "an absurd weight",
+    "no-examples": "a client without data: it reports 0 examples and counts for nothing",
     "statistics": "statistics that are missing or cannot be",
     "outlier": "a step before the merge left the update out",
     "signature": "the signature does not fit",

@@ -65,14 +65,14 @@ def load_config(folder: Path) -> dict[str, Any]:
 def _round_line(row: RunRow, rows: list[RunRow], config: dict[str, Any]) -> str:
     shown = "" if row.accuracy is None else f"accuracy {row.accuracy:.3f}, "
     total = f" of {planned}" if (planned := planned_rounds(config)) else ""
-    rejected = f" ({len(row.rejected)} rejected: {rejections(row)})" if row.rejected else ""
+    left_out = f" ({len(row.rejected)} left out: {rejections(row)})" if row.rejected else ""
     if row.weights_cut:
-        rejected += f" (weight cut: {', '.join(row.weights_cut)})"
+        left_out += f" (weight cut: {', '.join(row.weights_cut)})"
     left = seconds_left(rows, config)
     up, down = map(human_bytes, (row.upload_bytes_per_client, row.download_bytes_per_client))
     return (
         f"[bold]{row.method}[/] round {row.round}{total}: {shown}"
-        f"{row.accepted} updates{rejected}, {up} up and {down} down per client, "
+        f"{row.accepted} updates{left_out}, {up} up and {down} down per client, "
         f"{row.seconds:.0f} s" + (f", about {human_seconds(left)} left" if left else "")
     )
 

@@ -80,7 +80,8 @@ def evaluation_metrics(
         try:
             weight = check_weight(metrics.get(key, 1.0), max_weight)
         except DareError as error:
-            LOG.warning("evaluation of node %d left out: %s", node, error)
+            level = logging.INFO if error.reason == "no-examples" else logging.WARNING
+            LOG.log(level, "evaluation of node %d left out: %s", node, error)
             continue
         rows.append((client.hello.order(), node, metrics, weight))
     if not rows:

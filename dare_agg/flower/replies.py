@@ -137,6 +137,11 @@ class Inbox:
 
     def _reject(self, node: int, rejection: Rejection) -> None:
         self.rejections[node] = rejection
+        if rejection.reason == "no-examples":
+            LOG.info(
+                "client %d (node %d) is left out: %s", rejection.client, node, rejection.detail
+            )
+            return
         LOG.warning(
             "rejected client %d (node %d): %s: %s",
             rejection.client,

@@ -64,7 +64,8 @@ class DareStrategy(RoundStrategy):
     server_step
         a row of `SERVER_STEPS`, with numbers as in "adam(tau=1e-4)", or made.
     max_weight
-        largest number of examples a client may claim.
+        largest number of examples or tokens a client may claim (2^53); what bounds a
+        client's share of the model is ``weight_bound``.
     weight_bound
         no client counts for more than so many times the round's median (0: no bound).
     seed

@@ -104,16 +104,31 @@ def check_reply(
 
 
 def check_weight(weight: object, max_weight: float) -> float:
-    """Return the weight as a float; raises `UpdateError` (reason "weight") for an absurd one."""
+    """Return the weight as a float.
+
+    Raises `UpdateError` for one that does not count: reason "no-examples" for 0, which is what
+    a client without data reports, "weight" for an absurd one.
+    """
     if isinstance(weight, bool) or not isinstance(weight, int | float):
         raise UpdateError(
             f"weight {weight!r} is a {type(weight).__name__}; a number of examples is needed",
             reason="weight",
         )
-    # Compared before the conversion: a huge integer would overflow it.
-    if not (0 < weight <= max_weight):
+    if weight == 0:
         raise UpdateError(
-            f"weight {weight!r} is outside (0, {max_weight:g}]; raise max_weight if it is real",
+            "it reports 0 examples, and counts for nothing as in FedAvg; give it data, or set "
+            "weighting='equal' where the number is none of examples",
+            reason="no-examples",
+        )
+    if not 0 < weight < math.inf:
+        raise UpdateError(
+            f"weight {weight!r} is no number of examples; report how many it trained on",
+            reason="weight",
+        )
+    # Compared before the conversion: a huge integer would overflow it.
+    if weight > max_weight:
+        raise UpdateError(
+            f"weight {weight!r} is above {max_weight:.16g}; raise max_weight if it is real",
             reason="weight",
         )
     return float(weight)

@@ -11,6 +11,8 @@ from dare_agg.codec.formats import VALUE_FORMATS
 from dare_agg.codec.mask import MASK_KINDS, DropRate, parse_drop_rate
 from dare_agg.errors import ConfigError, did_you_mean
 
+# Up to here every number of examples or tokens is a float64 of its own.
+MAX_WEIGHT = float(1 << 53)
 # Rotated formats blur neighbours and may turn a small positive value negative.
 STATISTICS_VALUES = ("f32", "bf16")
 
@@ -29,7 +31,8 @@ class UpdateTerms:
     dense_values
         value format of the dense group.
     max_weight
-        largest number of examples a client may claim.
+        largest number of examples (or tokens) a client may claim: 2^53, where float64 stops
+        telling one from the next.
     rescale
         False sends unscaled survivors (error feedback needs it).
     statistics
@@ -47,7 +50,7 @@ class UpdateTerms:
     dense: tuple[str, ...] = ()
     exclude: tuple[str, ...] = ()
     dense_values: str = "f16"
-    max_weight: float = 1e7
+    max_weight: float = MAX_WEIGHT
     rescale: bool = True
     statistics: str = ""
     statistics_values: str = "bf16"

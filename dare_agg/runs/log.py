@@ -113,7 +113,7 @@ def seconds_left(rows: Sequence[RunRow], config: Mapping[str, Any]) -> float | N
 
 
 def rejections(row: RunRow) -> str:
-    """Who was rejected in a round and why: "north: late; south: signature"."""
+    """Who does not count in a round and why: "north: late; south: signature"."""
     return "; ".join(
         f"{one.get('name') or one.get('client')}: {one.get('reason')}" for one in row.rejected
     )

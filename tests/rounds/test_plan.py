@@ -124,7 +124,7 @@ def test_a_round_without_clients_is_refused():
     ("settings", "digests"),
     [
         (
-            FederatedSettings(),
+            FederatedSettings(UpdateTerms(max_weight=1e7)),  # its default then
             "666ee1f18f0fcfba89d451e6d0b0bc71d58159d93606476762d71e60441794bd "
             "ffb51eab42d89a7c11a33d412d1e5c992c36578beb96cb6ef4a219ca3b2425ce "
             "02bda82723b00516091a5d86880627d048e237c360b25ce88859d7b7b359f7ce",
@@ -148,7 +148,7 @@ def test_a_round_without_clients_is_refused():
             "dfb43b4993e27531d4d4bf609b340c8a567f4c46610f9fe4d98b6737a444821e",
         ),
         (
-            FederatedSettings(UpdateTerms(rescale=False), method="regmean"),
+            FederatedSettings(UpdateTerms(max_weight=1e7, rescale=False), method="regmean"),
             "44cf3f2f92a6f61e336e06126d017a536609f0105c0de2114794d3d2efe1e2dd "
             "898794138843ef22c8ff34a7536af9d60411f0d172f6f470f5884da27b23af26 "
             "e6860d59461f156787ad948116892494e8f6f7ab4ae310b7e5d716e9dea10a55",

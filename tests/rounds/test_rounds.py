@@ -217,7 +217,7 @@ def reply_to(plan, **changes):
 
 @pytest.mark.parametrize(
     "weight",
-    [0, -79, float("nan"), float("inf"), True, False, "10", None, 2**63, 1e12, 1e7 + 1, [1]],
+    [-79, float("nan"), float("inf"), True, False, "10", None, 2**63, 2**53 + 2, 2.0**54, [1]],
 )
 def test_absurd_weights_are_rejected(weight):
     _, (plan, *_), _ = play(settings_of())
@@ -243,6 +243,27 @@ def test_real_weights_pass():
     assert check_weight(1, 1e7) == 1.0
     assert check_weight(0.5, 1e7) == 0.5
     assert check_weight(10**7, 1e7) == 1e7
+    assert check_weight(2**53, UpdateTerms().max_weight) == 2.0**53
+
+
+@pytest.mark.parametrize("weight", [0, 0.0, -0.0])
+def test_no_examples_is_a_reason_of_its_own(weight):
+    with pytest.raises(UpdateError, match="0 examples, and counts for nothing") as caught:
+        check_weight(weight, 1e7)
+    assert caught.value.reason == "no-examples"
+
+
+@pytest.mark.parametrize(
+    ("weight", "says"),
+    [
+        (-1, "weight -1 is no number of examples; report how many it trained on"),
+        (float("nan"), "weight nan is no number of examples"),
+        (10**7 + 1, "weight 10000001 is above 10000000; raise max_weight"),
+    ],
+)
+def test_an_absurd_weight_is_told_why(weight, says):
+    with pytest.raises(UpdateError, match=says):
+        check_weight(weight, 1e7)
 
 
 def test_damaged_payloads_are_rejected_with_a_reason():

@@ -90,7 +90,7 @@ def test_other_lines_and_cut_ones_change_nothing(tmp_path, line):
     assert not (tmp_path / "here").exists()
 
 
-def test_progress_says_who_was_rejected_and_how_long_it_takes(tmp_path):
+def test_progress_says_who_is_left_out_and_how_long_it_takes(tmp_path):
     said = []
 
     class Console:
@@ -104,7 +104,7 @@ def test_progress_says_who_was_rejected_and_how_long_it_takes(tmp_path):
     watch(row_line(a_row(2, weights_cut=["north"]), TOKEN))
     line, cut = said
     assert "(weight cut: north)" in cut
-    assert "round 1 of 5: accuracy 0.600" in line and "1 rejected: south: late" in line
+    assert "round 1 of 5: accuracy 0.600" in line and "1 left out: south: late" in line
     assert "1.0 kB up and 2.0 kB down" in line and "about 40 s left" in line
 
 

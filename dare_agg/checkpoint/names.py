@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import re
 from collections import Counter
-from collections.abc import Collection, Mapping
+from collections.abc import Mapping
 from typing import TypeVar
 
 T = TypeVar("T")
@@ -100,20 +100,6 @@ def under_names(
         for name, value in given.items()
         if name in found or name not in taken
     }
-
-
-def common_prefix(given: Collection[str], wanted: Collection[str]) -> tuple[str, str]:
-    """Return (what to strip from, what to put before) the names of ``given``, one of them "".
-
-    Of all prefixes that end in a dot it is the one that gives most of ``wanted``, and none
-    where no prefix gives more than the names as they are; of equally good ones the first by
-    name. Names without the prefix to strip stay as they are.
-    """
-    names, goal = dict.fromkeys(given, ()), dict.fromkeys(wanted, ())
-    return max(
-        _ways(names, goal),
-        key=lambda way: len(goal.keys() & {_changed(name, *way) for name in names}),
-    )
 
 
 def _spelled(name: str, rules: tuple[tuple[re.Pattern[str], str], ...]) -> str:

@@ -17,6 +17,7 @@ from hashlib import sha256
 import numpy as np
 from numpy.typing import NDArray
 
+from dare_agg.checkpoint.config import config_of
 from dare_agg.checkpoint.embeddings import is_output
 from dare_agg.checkpoint.reader import Checkpoint
 from dare_agg.vectors.layout import Layout
@@ -60,9 +61,20 @@ def copies_in(checkpoint: Checkpoint, apart: Collection[str] = ()) -> dict[str, 
     return dict(sorted(copies.items()))
 
 
-def followers_in(checkpoint: Checkpoint, layout: Layout) -> dict[str, str]:
-    """Return the tied names outside of a layout, and the tensor in it that each is a copy of."""
-    held = {name for name in checkpoint.tensors if name in layout}
+def copies_by_itself(base: Checkpoint) -> dict[str, str]:
+    """`copies_in` a base whose tuned models are not seen.
+
+    A head that only began as the embeddings (``tie_word_embeddings`` false) is no copy.
+    """
+    copies = copies_in(base)
+    if config_of(base).get("tie_word_embeddings") is not False:
+        return copies
+    heads = {name for name in copies if is_output(name) and len(base.tensors[name].shape) > 1}
+    return copies_in(base, heads) if heads else copies
+
+
+def followers_in(checkpoint: Checkpoint, held: Collection[str]) -> dict[str, str]:
+    """Return the tied names that are not ``held``, and the held one that each is a copy of."""
     copies = copies_in(checkpoint)
     found: dict[str, str] = {}
     for copy, first in copies.items():

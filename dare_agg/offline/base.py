@@ -7,11 +7,12 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from dare_agg.checkpoint import Checkpoint, open_checkpoint
+from dare_agg.checkpoint.config import config_of
 from dare_agg.checkpoint.families import is_buffer
 from dare_agg.checkpoint.tied import copies_in
 from dare_agg.errors import LayoutError
 from dare_agg.offline.adapters.folder import is_adapter
-from dare_agg.offline.differences import config_of, exclusion
+from dare_agg.offline.differences import exclusion
 from dare_agg.offline.fitting import Fit, fit_to
 from dare_agg.offline.vocabulary import UPDATE, Alignment, Target
 from dare_agg.vectors.layout import Layout

@@ -199,7 +199,7 @@ def apply_update(
             "give the base it was made from"
         )
     reader = base.reader(layout)
-    followers = followers_in(base, layout)
+    followers = followers_in(base, set(layout.names))
     written = names_of(layout, followers)
     merged = {*layout.names, *followers}
     plans = plan_like(base, out, merged, parse_dtype(dtype) if dtype else None)

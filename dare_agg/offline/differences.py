@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import contextlib
 import shlex
 from collections import defaultdict
 from collections.abc import Iterable, Mapping, Sequence
@@ -11,10 +10,10 @@ from functools import cached_property
 from typing import Any
 
 from dare_agg.checkpoint import Checkpoint
+from dare_agg.checkpoint.config import config_of
 from dare_agg.checkpoint.embeddings import is_output, is_token_tensor
 from dare_agg.checkpoint.families import pattern_of
 from dare_agg.checkpoint.vocabulary import has_vocabulary
-from dare_agg.files.json_text import read_json
 
 # Modules that hold in one tensor what others hold in several.
 _FUSED = {
@@ -78,18 +77,6 @@ def exclusion(names: Iterable[str], base: Checkpoint) -> str:
     chosen = set(names)
     pattern = pattern_of(sorted(chosen), [name for name in base.names if name not in chosen])
     return f"leave {'it' if len(chosen) == 1 else 'them'} out: --exclude {shlex.quote(pattern)}"
-
-
-def config_of(checkpoint: Checkpoint) -> dict[str, Any]:
-    """The folder's config.json, with a language model's inside it on top; {} for none."""
-    if checkpoint.folder is None:
-        return {}
-    with contextlib.suppress(OSError, ValueError):
-        config = read_json(checkpoint.folder / "config.json")
-        if isinstance(config, dict):
-            inner = config.get("text_config")
-            return {**config, **(inner if isinstance(inner, dict) else {})}
-    return {}
 
 
 def why_it_does_not_fit(found: Difference) -> str:

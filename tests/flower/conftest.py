@@ -4,11 +4,15 @@ from __future__ import annotations
 
 import sys
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
 from flwr.app import Array, ArrayRecord
 
+from dare_agg.secure import identity as identities
+from dare_agg.secure.identity import new_identity, write_identity, write_public
+from dare_agg.secure.roster import make_roster, sign_roster, write_roster
 from simulations.runs.memory_grid import MemoryGrid, pretend_task
 
 # Helpers stand beside the tests; importlib mode puts no test folder on the path.
@@ -40,3 +44,27 @@ def toys():
             return ArrayRecord({name: Array(array) for name, array in arrays.items()})
 
     return Toys
+
+
+@pytest.fixture
+def keys(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Any:
+    """Makes the folder of keys of ``n`` parties, party i on partition i."""
+    # The passphrase is stretched as always, only not as far: tests open many identities.
+    monkeypatch.setattr(identities, "_SCRYPT_N", 1 << 4)
+    monkeypatch.setenv("DARE_AGG_PASSPHRASE", "a passphrase")
+    monkeypatch.setenv("XDG_RUNTIME_DIR", str(tmp_path))
+
+    def make(n: int, members: int | None = None) -> Path:
+        folder = tmp_path / "keys"
+        folder.mkdir()
+        parties = [new_identity(f"site {i}") for i in range(n)]
+        for number, party in enumerate(parties):
+            write_identity(folder / f"party-{number}.key", party, "a passphrase")
+        coordinator = new_identity("coordinator")
+        write_public(folder / "coordinator.pub", "coordinator", coordinator.public)
+        listed = [(p.name, p.public) for p in parties[: members or n]]
+        write_roster(folder / "roster.json", sign_roster(make_roster("trio", listed), coordinator))
+        monkeypatch.setenv("DARE_AGG_SECURE_KEYS", str(folder))
+        return folder
+
+    return make

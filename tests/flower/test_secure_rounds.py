@@ -20,36 +20,10 @@ from dare_agg.flower.secure.mod import secure_mod, secure_queries
 from dare_agg.flower.secure.strategy import SecureStrategy
 from dare_agg.flower.transport import to_numpy
 from dare_agg.secure import identity as identities
-from dare_agg.secure.identity import new_identity, write_identity, write_public
+from dare_agg.secure.identity import new_identity
 from dare_agg.secure.roster import Roster, make_roster, read_roster, sign_roster, write_roster
 from dare_agg.secure.settings import SecureSettings
 from dare_agg.vectors.model import global_model
-
-PASSPHRASE = "a passphrase"
-
-
-@pytest.fixture
-def keys(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Any:
-    """Makes the folder of keys of ``n`` parties, party i on partition i."""
-    # The passphrase is stretched as always, only not as far: tests open many identities.
-    monkeypatch.setattr(identities, "_SCRYPT_N", 1 << 4)
-    monkeypatch.setenv("DARE_AGG_PASSPHRASE", PASSPHRASE)
-    monkeypatch.setenv("XDG_RUNTIME_DIR", str(tmp_path))
-
-    def make(n: int, members: int | None = None) -> Path:
-        folder = tmp_path / "keys"
-        folder.mkdir()
-        parties = [new_identity(f"site {i}") for i in range(n)]
-        for number, party in enumerate(parties):
-            write_identity(folder / f"party-{number}.key", party, PASSPHRASE)
-        coordinator = new_identity("coordinator")
-        write_public(folder / "coordinator.pub", "coordinator", coordinator.public)
-        listed = [(p.name, p.public) for p in parties[: members or n]]
-        write_roster(folder / "roster.json", sign_roster(make_roster("trio", listed), coordinator))
-        monkeypatch.setenv("DARE_AGG_SECURE_KEYS", str(folder))
-        return folder
-
-    return make
 
 
 def roster_of(folder: Path) -> Roster:
@@ -187,7 +161,7 @@ def test_secrets_are_nowhere_in_the_clear(
     monkeypatch.setattr(reception, "_OFFERS", [lambda message, context: toys.arrays()])
     folder = keys(3)
     for number in range(3):
-        found = identities.read_identity(folder / f"party-{number}.key", PASSPHRASE)
+        found = identities.read_identity(folder / f"party-{number}.key", "a passphrase")
         secrets.add(found.secret)
     grid = memory_grid(secure_app(toys), 3)
     strategy = strategy_for(folder, exclude=[r"^head"])

@@ -19,7 +19,6 @@ import numpy as np
 from flwr.app import Message
 from flwr.serverapp import Grid
 
-from dare_agg.checkpoint import open_checkpoint
 from dare_agg.errors import ConfigError, DareError, RunError
 from dare_agg.flower.exchange import exchange, online_nodes
 from dare_agg.flower.records import one_line
@@ -41,7 +40,7 @@ from dare_agg.flower.secure.session import (
     waves,
 )
 from dare_agg.flower.transport import message_bytes
-from dare_agg.secure.own_model import write_model
+from dare_agg.secure.own_model import open_public
 from dare_agg.secure.packing import merge_sums
 from dare_agg.secure.roster import Roster
 from dare_agg.secure.server import SecureServer
@@ -82,8 +81,8 @@ def secure_merge(
     not use up the models of the others. Writes the merged model to ``out``. Raises `RunError`
     when too few members come, `ProtocolError` when too few can begin or stay.
     """
-    public = open_checkpoint(base)
-    layout = public.layout(exclude)
+    public = open_public(base, exclude)
+    layout = public.layout
     needed = max(parties, settings.fewest(roster))
     began = time.monotonic()
     nodes = _members(grid, roster, needed, node_timeout, stage_seconds)
@@ -92,7 +91,7 @@ def secure_merge(
         round_number=0,
         roster=roster,
         cohort=sorted(nodes),
-        base=public.fingerprint(layout),
+        base=public.fingerprint,
         layout=layout.fingerprint,
         size=layout.size,
         exclude=tuple(exclude),
@@ -117,10 +116,10 @@ def secure_merge(
     values, measured = merge_sums(sums, terms.quantiser, settings.rule)
     warn_of_clipping(measured, settings.clip)
     values *= np.float32(settings.scaling)
-    merged = public.vector(layout)
+    merged = public.vector()
     merged += server.mask.scatter(values)
     if out is not None:
-        write_model(public, layout, merged, out)
+        public.write(out, merged)
     alive = {party: nodes[party] for party in server.alive}
     message = values.astype("<f4").tobytes()
     told = _tell(grid, alive, terms.session, message, model, log, stage_seconds)

@@ -127,7 +127,7 @@ def _answer(
     if isinstance(request, Begin):
         opened = own.open(decode_terms(request.terms).exclude)
         own.check_target()
-        policy = node_policy(context, opened.base_fingerprint, opened.layout.fingerprint)
+        policy = node_policy(context, opened.base.fingerprint, opened.base.layout.fingerprint)
         advert = party.advertise(request.terms, policy)
         return content_of(Answered(stage=request.stage), advert)
     if request.stage == RESULT:
@@ -155,13 +155,14 @@ def _take_result(content: RecordDict, step: Step, party: Party, own: _OwnFiles) 
             f"a result of {len(data)} bytes; {4 * terms.survivors} are due", reason="malformed"
         )
     delta = mask.scatter(np.frombuffer(data, "<f4").astype(np.float32))
-    check_finite(opened.layout, delta, "in the result")
+    base = opened.base
+    check_finite(base.layout, delta, "in the result")
     _, out = node_models(own.context)
     if out is not None:
         opened.write_merged(out, delta)
-    merged = opened.base.vector(opened.layout) + delta
+    merged = base.vector() + delta
     party.end(step.session)
-    return content_of(Merged(merged=fingerprint(opened.layout, merged)))
+    return content_of(Merged(merged=fingerprint(base.layout, merged)))
 
 
 @dataclass(frozen=True)
@@ -193,7 +194,7 @@ class _OwnFiles:
     def agreed(self, terms: SecureTerms) -> OwnModel:
         """Open both again; refuses files that have changed since this party saw the terms."""
         own = self.open(terms.exclude)
-        if (own.layout.fingerprint, own.base_fingerprint) != (terms.layout, terms.base):
+        if (own.base.layout.fingerprint, own.base.fingerprint) != (terms.layout, terms.base):
             raise BaseMismatchError(
                 "base, model or patterns are not those of the terms this party agreed to"
             )

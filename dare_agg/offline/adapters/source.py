@@ -14,6 +14,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from dare_agg.checkpoint import Checkpoint
+from dare_agg.checkpoint.config import config_of
 from dare_agg.checkpoint.embeddings import is_output, is_token_tensor
 from dare_agg.checkpoint.families import is_buffer, pattern_of
 from dare_agg.errors import CheckpointError, NonFiniteError
@@ -27,7 +28,6 @@ from dare_agg.offline.adapters.names import Find, Pieces, find_names
 from dare_agg.offline.adapters.parts import REPLACE, Contribution, Module
 from dare_agg.offline.adapters.tokens import TOKENS, token_rows
 from dare_agg.offline.base import OpenedBase
-from dare_agg.offline.differences import config_of
 from dare_agg.vectors.layout import Entry, FloatVector, Layout
 from dare_agg.vectors.patterns import Pattern, compile_patterns, matches
 from dare_agg.vectors.sources import CachedSource

@@ -17,7 +17,7 @@ import statistics
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeGuard
 
 from dare_agg.files.atomic import replace_file
 from dare_agg.files.json_text import parse_json, read_json
@@ -100,16 +100,38 @@ def seconds_left(rows: Sequence[RunRow], config: Mapping[str, Any]) -> float | N
     """Estimate the rest of a run from its last rounds; None before there is one.
 
     ``config`` is the run config (``num-rounds``, ``methods``). Rounds of one method are alike,
-    those of another may not be: they count as long as those seen.
+    those of another may not be: of methods that have not begun they count as those seen last.
     """
     methods = config.get("methods")
-    total = planned_rounds(config) * (
-        len(methods) if isinstance(methods, list | tuple) and methods else 1
-    )
-    if not rows or not total:
+    planned = planned_rounds(config)
+    if not rows or not planned:
         return None
-    each = statistics.median(row.round_seconds for row in rows[-8:])
-    return max(0, total - len(rows)) * each
+    method = rows[-1].method
+    later = max(0, len(methods) - len({row.method for row in rows})) if _listed(methods) else 0
+    left = max(0, planned - rows[-1].round) + planned * later
+    return left * _usual_length([row for row in rows if row.method == method])
+
+
+def _listed(methods: object) -> TypeGuard[Sequence[str]]:
+    return isinstance(methods, list | tuple)
+
+
+def _usual_length(rows: Sequence[RunRow]) -> float:
+    """How long a round of one method takes, evaluation and waiting included, in seconds.
+
+    The longest is left out, a client that is lost costs its round the whole deadline; so is the
+    first once there are two others: the model travels as a whole and processes start.
+    """
+    lengths = [_length(row, before) for before, row in zip((None, *rows), rows, strict=False)]
+    counted = sorted(lengths if len(lengths) < 3 else lengths[1:][-10:])
+    return statistics.fmean(counted[:-1] or counted)
+
+
+def _length(row: RunRow, before: RunRow | None) -> float:
+    """From the end of the round before to the end of this one; ``round_seconds`` is training."""
+    since = row.seconds - (before.seconds if before else 0.0)
+    # The clock begins again where a run was resumed.
+    return max(row.round_seconds, since if since > 0 else row.seconds)
 
 
 def rejections(row: RunRow) -> str:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import time
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
@@ -39,7 +40,10 @@ class Exporter:
             if value is not None:
                 self._metrics[name].labels(method).set(value)
         if left is not None:
-            self._metrics["dare_agg_seconds_left"].set(left)
+            end = time.monotonic() + left
+            self._metrics["dare_agg_seconds_left"].set_function(
+                lambda: max(0.0, end - time.monotonic())
+            )
         for direction, count in (("upload", row.upload_bytes), ("download", row.download_bytes)):
             self._metrics["dare_agg_bytes"].labels(method, direction).inc(count)
         for rejection in row.rejected:

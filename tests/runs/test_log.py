@@ -1,6 +1,9 @@
 """Watching a run from elsewhere: the mirror of its folder, time left, Prometheus."""
 
+import itertools
 import json
+import math
+import re
 import urllib.request
 
 import pytest
@@ -116,6 +119,50 @@ def test_seconds_left():
     assert rejections(a_row(1)) == ""
 
 
+# Seconds of a round's training and of the whole round, as they were measured or may well be.
+TIMED = {
+    "simulation": [(19, 24), (8.2, 10), (7.9, 9), (8.5, 10), (8, 9), (8.1, 9)],
+    "half of it is evaluation": [(13.9, 28.9), (3.9, 5.9), (3.3, 4.9), (3.5, 5.2)],
+    "the whole model first": [(300, 310), (20, 24), (18, 22), (22, 25), (19, 23), (21, 24)],
+    "a client is lost once": [
+        (30, 32),
+        (10, 11),
+        (120, 121),
+        (10, 11),
+        (11, 12),
+        (10, 11),
+        (9, 10),
+    ],
+    "every third round is evaluated": [(30, 32), *3 * [(10, 10.5), (10, 10.5), (10, 25)]],
+    "some clients are slow": [(40, 45), *5 * [(10, 12), (25, 27)]],
+}
+
+
+@pytest.mark.parametrize("what", TIMED)
+def test_time_left_is_right_within_a_factor_of_two_from_round_two_on(what):
+    ends = list(itertools.accumulate(whole for _, whole in TIMED[what]))
+    rows = [
+        a_row(number, round_seconds=float(train), seconds=float(end))
+        for number, ((train, _), end) in enumerate(zip(TIMED[what], ends, strict=True), 1)
+    ]
+    config = {**CONFIG, "num-rounds": len(rows)}
+    # What is to come nobody knows.
+    first = 3 if "lost" in what else 2
+    for number in range(first, len(rows)):
+        left, right = seconds_left(rows[:number], config), ends[-1] - ends[number - 1]
+        assert abs(math.log2(left / right)) <= 1, (number, left, right)
+
+
+def test_time_left_of_a_resumed_run_and_of_methods_that_are_still_to_come():
+    rows = [a_row(1, seconds=300.0), a_row(2, seconds=310.0)]
+    rows += [a_row(3, seconds=30.0, round_seconds=10.0), a_row(4, seconds=40.0)]
+    assert seconds_left(rows, CONFIG) == pytest.approx(10)
+    two = {**CONFIG, "methods": ["dare-ties", "fedavg"]}
+    assert seconds_left(rows, two) == pytest.approx(60)
+    dense = [a_row(n, method="fedavg", seconds=n * 40.0, round_seconds=40.0) for n in (1, 2)]
+    assert seconds_left([*rows, *dense], two) == pytest.approx(120)
+
+
 def test_tensorboard(tmp_path):
     events = pytest.importorskip("tensorboard.backend.event_processing.event_accumulator")
     recorder = Recorder(tmp_path, CONFIG)
@@ -148,9 +195,11 @@ def test_prometheus(tmp_path):
         'dare_agg_accuracy{method="dare-ties"} 0.7',
         'dare_agg_bytes_total{direction="upload",method="dare-ties"} 4000.0',
         'dare_agg_rejected_total{method="dare-ties",reason="late"} 1.0',
-        "dare_agg_seconds_left 30.0",
     ):
         assert line in text
+    # It goes on counting between two rounds.
+    left = float(re.search(r"^dare_agg_seconds_left (.*)$", text, re.MULTILINE)[1])
+    assert 25 < left < 30
 
 
 def test_a_full_disk_is_named(tmp_path):

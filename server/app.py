@@ -98,12 +98,16 @@ def run_method(
     began = time.monotonic()
     totals = {"upload_bytes": 0, "download_bytes": 0}
     kept = StateFolder(recorder.folder / "state" / name)
+    moved: list[RoundOutcome] = []  # the last round that moved the model
 
     def record(outcome: RoundOutcome) -> None:
         row = _row(name, outcome, time.monotonic() - began, bool(strategy.downlink.facts()))
         for key in totals:
             totals[key] += getattr(row, key)
         recorder.row(row)
+        if not outcome.measurements["accepted"]:  # nothing to go on from
+            return
+        moved[:] = [outcome]
         if config.keep_state:
             # After the row: a resumed run drops rows of rounds that were not kept.
             save(strategy, kept, outcome, {"totals": totals, **_facts(outcome)})
@@ -131,10 +135,9 @@ def run_method(
             start_round=resumed.round + 1 if resumed else 1,
             step_state=resumed.step_state if resumed else None,
         )
-        outcome = strategy.outcome
-        if outcome is None or not result.arrays:
+        if not moved:
             raise RunError(f"method {name}: no round was finished")
-        arrays, fingerprint, facts = result.arrays, outcome.model.ref.version, _facts(outcome)
+        arrays, fingerprint, facts = result.arrays, moved[0].model.ref.version, _facts(moved[0])
     if config.save_model:
         export_model(
             recorder.folder / f"model-{name}",
@@ -218,6 +221,7 @@ def make_strategy(config: RunConfig, name: str, record: Any) -> RoundStrategy:
         deadline=config.deadline or None,
         node_timeout=config.node_timeout,
         min_replies=config.min_replies,
+        max_empty_rounds=config.max_empty_rounds,
         round_hook=record,
         # FedAvg and the head alone are there to compare with: they send what they send.
         upload_budget=config.budget() if "drop_rate" not in METHODS[name].words else None,

@@ -112,6 +112,7 @@ class RunConfig(BaseModel):
     deadline: float = Field(ge=0)
     node_timeout: float = Field(gt=0)
     min_replies: int = Field(ge=1)
+    max_empty_rounds: int = Field(ge=0)
     evaluate: bool
     seed: int = Field(ge=0, lt=1 << 63)
     output: str

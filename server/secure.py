@@ -51,6 +51,7 @@ def secure_strategy(
         run=str(config.seed),
         deadline=config.deadline or None,
         node_timeout=config.node_timeout,
+        max_empty_rounds=config.max_empty_rounds,
         round_hook=record,
     )
 

@@ -109,6 +109,22 @@ def summary_table(rows: list[RunRow]) -> Table:
     return table
 
 
+def missed_lines(rows: list[RunRow]) -> list[str]:
+    """The rounds of each method in which nobody's update counted; empty where there are none."""
+    lines = []
+    for method in last_rows(rows):
+        own = [row for row in rows if row.method == method]
+        missed = [row for row in own if not row.accepted]
+        if missed:
+            told = ", ".join(str(row.round) for row in missed[:10]) + ", …" * (len(missed) > 10)
+            first = f": {rejections(missed[0])}" if missed[0].rejected else ""
+            lines.append(
+                f"{method}: {len(missed)} of {len(own)} rounds left the model as it was, since "
+                f"nobody's update counted (round {told}{first})"
+            )
+    return lines
+
+
 def secure_lines(rows: list[RunRow], folder: Path) -> list[str]:
     """What a secure run's user must know beside the table; empty for a plain run."""
     lines = []

@@ -36,7 +36,13 @@ def run(
 ) -> None:
     """Run the Flower app (simulation or deployment); exit with the run's true status."""
     from dare_agg.cli.output import print_json, stderr_console, stdout_console
-    from dare_agg.cli.progress import follow, load_rows, secure_lines, summary_table
+    from dare_agg.cli.progress import (
+        follow,
+        load_rows,
+        missed_lines,
+        secure_lines,
+        summary_table,
+    )
     from dare_agg.errors import RunError
 
     folder = (output or Path("runs") / time.strftime("%Y%m%d-%H%M%S")).absolute()
@@ -63,7 +69,7 @@ def run(
         print_json({"run": str(folder), "status": status.status, "rows": said})
     else:
         stdout_console().print(summary_table(rows))
-        for line in secure_lines(rows, folder):
+        for line in [*missed_lines(rows), *secure_lines(rows, folder)]:
             stdout_console().print(line)
         stdout_console().print(f"Run folder: {folder}\nNext: dare-agg report {folder}")
 

@@ -10,7 +10,7 @@ import logging
 import time
 from abc import abstractmethod
 from collections.abc import Callable, Iterable, Mapping
-from dataclasses import replace
+from dataclasses import dataclass, field, replace
 
 from flwr.app import ArrayRecord, ConfigRecord, Message, MetricRecord
 from flwr.serverapp import Grid
@@ -36,6 +36,32 @@ LOG = logging.getLogger("flwr")
 ROUND_WORD = "server-round"
 
 
+@dataclass
+class Tally:
+    """How many rounds of a run moved the model, and why the others did not."""
+
+    moved: int = 0
+    missed: list[RunError] = field(default_factory=list)
+
+    def check(self) -> None:
+        """Say at the end how many rounds moved nothing; raises `RunError` where all did."""
+        if not self.missed:
+            return
+        count, last = len(self.missed), self.missed[-1]
+        if not self.moved:
+            raise RunError(
+                f"the model is as it was: none of {count} rounds got enough updates; the last, "
+                f"{last}",
+                reason=last.reason,
+            )
+        LOG.warning(
+            "%d of %d rounds left the model as it was; the last, %s",
+            count,
+            count + self.moved,
+            last,
+        )
+
+
 class RoundStrategy(Strategy):
     """Base of `DareStrategy` and `SecureStrategy`; the words are documented there."""
 
@@ -56,7 +82,7 @@ class RoundStrategy(Strategy):
         run: str = "",
         deadline: float | None = None,
         node_timeout: float = 600.0,
-        max_empty_rounds: int = 0,
+        max_empty_rounds: int | None = None,
         identities: Mapping[str, str] | None = None,
         downlink: Downlink | None = None,
         reply_room: int = OWN_BYTES,
@@ -75,7 +101,11 @@ class RoundStrategy(Strategy):
         self.run = run
         self.deadline = arguments.seconds("deadline", deadline)
         self.node_timeout = arguments.seconds("node_timeout", node_timeout) or 0.0
-        self.max_empty_rounds = arguments.count("max_empty_rounds", max_empty_rounds)
+        self.max_empty_rounds = (
+            None
+            if max_empty_rounds is None
+            else arguments.count("max_empty_rounds", max_empty_rounds)
+        )
         self.reply_room = arguments.count("reply_room", reply_room)
         self.round_hook = round_hook
         self.secret = arguments.run_secret(seed)
@@ -94,6 +124,7 @@ class RoundStrategy(Strategy):
         self.step_state = StepState()
         self.outcome: RoundOutcome | None = None
         self.empty_rounds = 0
+        self._tally = Tally()
 
     def summary(self) -> None:
         """Log who takes part."""
@@ -125,8 +156,10 @@ class RoundStrategy(Strategy):
         """Run rounds ``start_round`` to ``num_rounds`` and return Flower's `Result`.
 
         To resume, pass the arrays and step state of the last finished round and the round
-        after it. Raises `RunError` when too few clients come online or a round gets too few
-        updates.
+        after it. A round that gets too few updates leaves the model as it is, as in FedAvg.
+
+        Raises `RunError` when too few clients come online, when more rounds than
+        ``max_empty_rounds`` in a row get too few updates, and when all of them did.
         """
         train_config = ConfigRecord() if train_config is None else train_config
         evaluate_config = ConfigRecord() if evaluate_config is None else evaluate_config
@@ -136,6 +169,7 @@ class RoundStrategy(Strategy):
         self.broadcasting.adopt(initial_arrays)
         self.train_config = train_config
         self.step_state = step_state or StepState()
+        self.empty_rounds, self._tally = 0, Tally()
         arrays = self.broadcasting.arrays
         limit = min(timeout, self.deadline) if self.deadline else timeout
         started = time.monotonic()
@@ -166,6 +200,7 @@ class RoundStrategy(Strategy):
         result.arrays = arrays
         LOG.info("")
         LOG.info("finished in %.1f s", time.monotonic() - started)
+        self._tally.check()
         return result
 
     @abstractmethod
@@ -192,14 +227,16 @@ class RoundStrategy(Strategy):
     def move(self, outcome: RoundOutcome) -> ArrayRecord:
         """Go on to the model of a finished round; returns its arrays."""
         self.outcome, self.step_state, self.empty_rounds = outcome, outcome.step_state, 0
+        self._tally.moved += 1
         self.broadcasting.move(outcome.model)
         return self.broadcasting.arrays
 
     def stay(self, outcome: RoundOutcome, why: str, reason: str) -> None:
         """Count a round that moved nothing; raises `RunError` when there were too many."""
         self.empty_rounds += 1
-        if self.empty_rounds > self.max_empty_rounds:
-            raise RunError(why, reason=reason)
+        self._tally.missed.append(RunError(why, reason=reason))
+        if self.max_empty_rounds is not None and self.empty_rounds > self.max_empty_rounds:
+            raise self._tally.missed[-1]
         LOG.warning("%s; the global model stays as it is", why)
         self.outcome = outcome
 

@@ -75,9 +75,10 @@ class DareStrategy(RoundStrategy):
     node_timeout
         seconds to wait for enough clients to be online.
     min_replies
-        fewest accepted updates a round needs; below, the run fails.
+        fewest accepted updates a round needs; below, the model stays as it is.
     max_empty_rounds
-        how many rounds in a row may miss ``min_replies`` before it fails.
+        how many rounds in a row may miss ``min_replies`` before the run fails. None: any
+        number, as in FedAvg; a run in which all miss fails in any case.
     client_terms
         gives a client (by its `Hello`) its own drop rate and value format.
     upload_budget
@@ -127,7 +128,7 @@ class DareStrategy(RoundStrategy):
         deadline: float | None = None,
         node_timeout: float = 600.0,
         min_replies: int = 1,
-        max_empty_rounds: int = 0,
+        max_empty_rounds: int | None = None,
         client_terms: Callable[[Hello], ClientTerms | None] | None = None,
         upload_budget: UploadBudget | None = None,
         identities: Mapping[str, str] | None = None,
@@ -229,7 +230,9 @@ class DareStrategy(RoundStrategy):
                     opened.inbox.take(node, reply)
             left = until - time.monotonic()
             if lost and left > 0:
-                LOG.info("sending the whole model again to %d clients", len(lost))
+                LOG.info(
+                    "%d clients no longer hold their version; sending what they lack", len(lost)
+                )
                 again = [self._train_message(opened, client, config) for client in lost]
                 for index, reply in exchange(grid, again, left, room):
                     opened.inbox.take(again[index].metadata.dst_node_id, reply)

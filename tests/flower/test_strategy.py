@@ -240,15 +240,67 @@ def test_a_round_in_which_nobody_trained_fails_loudly(memory_grid, toys):
     assert caught.value.reason == "nobody-trained"
 
 
-def test_empty_rounds_can_be_allowed(memory_grid, toys):
+def missing(*rounds, clients=2):
+    """An app all of whose clients raise in these rounds."""
+
     def edit(partition, tuned, metrics):
-        if 10 * (partition + 1) == metrics["num-examples"] and edit.calls < 2:
-            edit.calls += 1
-            raise RuntimeError("not yet")
+        edit.calls += 1
+        if (edit.calls - 1) // clients + 1 in rounds:
+            raise RuntimeError("not now")
 
     edit.calls = 0
-    _, outcomes = run(memory_grid(toys.app(edit=edit), 2), toys, 2, max_empty_rounds=1)
-    assert [o.measurements["accepted"] for o in outcomes] == [0, 2]
+    return edit
+
+
+def test_a_round_that_all_miss_leaves_the_model_as_fedavg_does(memory_grid, toys, caplog):
+    fedavg = FedAvg(fraction_evaluate=0.0).start(
+        memory_grid(toys.app(edit=missing(1, 3)), 2), toys.record(toys.arrays()), num_rounds=4
+    )
+    caplog.clear()
+    dare, outcomes = run(memory_grid(toys.app(edit=missing(1, 3)), 2), toys, 4, **DENSE)
+    assert [o.measurements["accepted"] for o in outcomes] == [0, 2, 0, 2]
+    assert set(dare.train_metrics_clientapp) == set(fedavg.train_metrics_clientapp) == {2, 4}
+    for name, array in numpy_of(fedavg.arrays).items():
+        if not name.endswith("num_batches_tracked"):
+            np.testing.assert_allclose(numpy_of(dare.arrays)[name], array, rtol=0, atol=2e-6)
+    assert "2 of 4 rounds left the model as it was; the last, round 3: 0 of 2" in caplog.text
+
+
+def raises(partition, reply):
+    return gone(reply) if is_train(reply) else reply
+
+
+def is_silent(partition, reply):
+    return None if is_train(reply) else reply
+
+
+def answers_another_round(partition, reply):
+    return edit_record(REPLY_KEY, round=9)(reply) if is_train(reply) else reply
+
+
+@pytest.mark.parametrize(
+    ("tamper", "told"),
+    [
+        (raises, r"client-error ×2\); first: Flower error code 5: Node unavailable"),
+        (is_silent, r"late ×2\); first: no answer before the round's deadline"),
+        (answers_another_round, r"round ×2\); first: the reply is of round 9, this is round 3"),
+    ],
+)
+def test_a_run_whose_rounds_all_miss_fails_and_says_what_went_wrong(
+    memory_grid, toys, tamper, told
+):
+    with pytest.raises(RunError, match=f"none of 3 rounds got enough updates.*{told}") as caught:
+        run(memory_grid(toys.app(), 2, tamper=tamper), toys, 3, deadline=0.5)
+    assert caught.value.reason == "nobody-trained"
+
+
+def test_how_many_rounds_in_a_row_may_miss_can_be_bounded(memory_grid, toys):
+    _, outcomes = run(memory_grid(toys.app(edit=missing(1, 3)), 2), toys, 4, max_empty_rounds=1)
+    assert [o.measurements["accepted"] for o in outcomes] == [0, 2, 0, 2]
+    edit = missing(2, 3, 4)
+    with pytest.raises(RunError, match="round 3: 0 of 2 clients"):
+        run(memory_grid(toys.app(edit=edit), 2), toys, 9, max_empty_rounds=1)
+    assert edit.calls == 6
 
 
 def test_the_deadline_closes_a_round_without_the_silent(memory_grid, toys):

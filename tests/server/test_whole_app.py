@@ -7,14 +7,16 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from flwr.app import Context, RecordDict
+from flwr.app import Context, Error, Message, RecordDict
 from safetensors.numpy import load_file
 
 from client.app import app as client_app
+from dare_agg.cli.progress import load_rows, missed_lines
 from dare_agg.errors import ConfigError, RunError
+from dare_agg.flower.records import UPDATE_KEY
 from server.app import main as run_server
 from server.config import DEFAULTS
-from simulations.runs.memory_grid import pretend_task
+from simulations.runs.memory_grid import pretend_task, stamp
 
 HERE = Path(__file__).resolve().parent
 
@@ -40,7 +42,7 @@ def task_identity():
 
 @pytest.fixture
 def run(tiny_model, review_files, tmp_path):
-    def go(clients=3, node_config=None, into="run", **changes):
+    def go(clients=3, node_config=None, into="run", tamper=None, **changes):
         raw = DEFAULTS | {
             "model": str(tiny_model),
             "data": str(review_files["csv"]),
@@ -58,7 +60,7 @@ def run(tiny_model, review_files, tmp_path):
         }
         raw |= {key.replace("_", "-"): value for key, value in changes.items()}
         raw = {k: ",".join(v) if isinstance(v, tuple) else v for k, v in raw.items()}
-        grid = GRID(client_app, clients, run_config=raw, node_config=node_config)
+        grid = GRID(client_app, clients, run_config=raw, node_config=node_config, tamper=tamper)
         context = Context(1, 1, {}, RecordDict(), raw)
         run_server(grid, context)
         folder = tmp_path / into
@@ -236,6 +238,54 @@ def test_a_typo_fails_before_any_node_is_asked(run, tmp_path):
     with pytest.raises(ConfigError, match="did you mean 'num-rounds'"):
         run(num_round=3)
     assert not (tmp_path / "run").exists()
+
+
+def missing(*rounds):
+    """Replies of training in these rounds (of one method, 2 clients) are errors."""
+    seen = []
+
+    def tamper(partition, reply):
+        if not reply.has_error() and UPDATE_KEY not in reply.content:
+            return reply
+        seen.append(partition)
+        if (len(seen) - 1) // 2 + 1 not in rounds:
+            return reply
+        asked = Message(RecordDict(), reply.metadata.src_node_id, "train")
+        stamp(asked, message_id=reply.metadata.reply_to_message_id)
+        error = Message(Error(code=5, reason="Node unavailable"), reply_to=asked)
+        stamp(error, src_node_id=reply.metadata.src_node_id)
+        return error
+
+    return tamper
+
+
+def test_missed_rounds_are_told_and_the_model_is_that_of_the_last_good_one(run, tmp_path):
+    words = {"clients": 2, "num_rounds": 4, "methods": "dare-task-arithmetic"}
+    folder, rows, status = run(tamper=missing(1, 3, 4), **words)
+    assert status["status"] == "completed"
+    assert [row["accepted"] for row in rows] == [0, 2, 0, 0]
+    assert missed_lines(load_rows(folder)) == [
+        "dare-task-arithmetic: 3 of 4 rounds left the model as it was, since nobody's update "
+        "counted (round 1, 3, 4: 0: client-error; 1: client-error)"
+    ]
+    card = (folder / "model-dare-task-arithmetic" / "README.md").read_text()
+    assert "| rounds | `2` |" in card and "| clients | `2` |" in card
+
+
+def test_a_run_whose_rounds_all_miss_fails_and_is_trained_when_resumed(run, tmp_path):
+    words = {"clients": 2, "num_rounds": 2, "methods": "dare-task-arithmetic"}
+    with pytest.raises(RunError, match="none of 2 rounds got enough updates"):
+        run(tamper=missing(1, 2), **words)
+    status = json.loads((tmp_path / "run" / "run.json").read_text())
+    assert status["status"] == "failed" and "Node unavailable" in status["error"]
+    _, rows, status = run(resume=True, **words)
+    assert status["status"] == "completed" and [row["accepted"] for row in rows] == [2, 2]
+
+
+def test_more_missed_rounds_in_a_row_than_allowed_end_a_run(run, tmp_path):
+    words = {"clients": 2, "num_rounds": 6, "methods": "dare-task-arithmetic"}
+    with pytest.raises(RunError, match="round 3: 0 of 2 clients"):
+        run(tamper=missing(2, 3, 4), max_empty_rounds=1, **words)
 
 
 def test_a_run_in_which_nobody_can_train_fails_loudly(run, tmp_path):

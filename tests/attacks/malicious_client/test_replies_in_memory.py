@@ -8,7 +8,7 @@ from flwr.app import Array, ArrayRecord, ConfigRecord, Message, MetricRecord, Re
 from replies import EDITS
 from toy import toy_app, toy_arrays
 
-from dare_agg.errors import ConfigError
+from dare_agg.errors import ConfigError, RunError
 from dare_agg.flower import DareStrategy
 from dare_agg.flower.exchange import exchange
 from dare_agg.flower.limits import MAX_KEYS, OWN_BYTES, ReplyLimit
@@ -118,9 +118,14 @@ def test_the_room_is_the_apps_to_set():
         return reply
 
     arrays = ArrayRecord({name: Array(array) for name, array in toy_arrays().items()})
-    for words, accepted in (({}, 0), ({"reply_room": 3 << 20}, 4)):
-        strategy = DareStrategy(seed=1, fraction_evaluate=0.0, max_empty_rounds=1, **words)
+
+    def start(**words):
+        strategy = DareStrategy(seed=1, fraction_evaluate=0.0, **words)
         strategy.start(MemoryGrid(toy_app(), 4, tamper=tamper), arrays, num_rounds=1)
-        assert strategy.outcome.measurements["accepted"] == accepted
+        return strategy.outcome.measurements["accepted"]
+
+    with pytest.raises(RunError, match="oversized ×4"):
+        start()
+    assert start(reply_room=3 << 20) == 4
     with pytest.raises(ConfigError, match="reply_room"):
         DareStrategy(reply_room=-1)

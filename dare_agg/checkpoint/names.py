@@ -13,14 +13,11 @@ from collections import Counter
 from collections.abc import Mapping
 from typing import TypeVar
 
+from dare_agg.vectors.wrappers import unwrapped
+
 T = TypeVar("T")
 Shape = tuple[int, ...]
 
-# Segments that wrappers add: DDP, torch.compile, activation checkpoints, FSDP, Lightning.
-_WRAPPERS = frozenset(
-    ("module", "_orig_mod", "_checkpoint_wrapped_module", "_fsdp_wrapped_module", "_fpw_module",
-     "_forward_module")
-)  # fmt: skip
 # Old spellings: TensorFlow's norms, weight_norm before it was a parametrization.
 _NORMS = {"gamma": "weight", "beta": "bias"}
 _WEIGHT_NORM = {
@@ -103,8 +100,7 @@ def under_names(
 
 
 def _spelled(name: str, rules: tuple[tuple[re.Pattern[str], str], ...]) -> str:
-    if not _WRAPPERS.isdisjoint(parts := name.split(".")):
-        name = ".".join(part for part in parts if part not in _WRAPPERS)
+    name = unwrapped(name)
     module, _, last = name.rpartition(".")
     if last in _NORMS and "norm" in module.rpartition(".")[2].lower():
         name = f"{module}.{_NORMS[last]}"

@@ -46,6 +46,21 @@ def trained_record(content: RecordDict, key: str) -> tuple[str, ArrayRecord]:
     return key, found[key]
 
 
+def without_model(content: RecordDict, key: str, model: Mapping[str, Array]) -> RecordDict:
+    """What an evaluation returned, without the model that it was given or any of its form.
+
+    Flower's own strategies look at the metrics alone, and some apps return the arrays they got.
+    """
+    form = {name: tuple(array.shape) for name, array in model.items()}
+
+    def is_model(name: str, record: object) -> bool:
+        if not isinstance(record, ArrayRecord) or name.startswith(OURS):
+            return False
+        return name == key or {n: tuple(a.shape) for n, a in record.items()} == form
+
+    return RecordDict({n: record for n, record in content.items() if not is_model(n, record)})
+
+
 def kept_local(context: Context) -> dict[str, Array]:
     """This client's own tensors, as its last round left them."""
     kept = context.state.get(LOCAL_KEY)
@@ -58,7 +73,7 @@ def keep_local(
     """Keep this client's own tensors (heads, buffers) for its next round."""
     kept = _local_of(local, exclude, tuned)
     if kept:
-        context.state[LOCAL_KEY] = to_record(kept)
+        context.state[LOCAL_KEY] = ArrayRecord({**kept_local(context), **to_record(kept)})
         context.state.pop(AFTER_KEY, None)
 
 

@@ -25,6 +25,7 @@ from dare_agg.flower.app_records import (
     keep_local,
     kept_local,
     trained_record,
+    without_model,
 )
 from dare_agg.flower.internals import ClientAppCallable
 from dare_agg.flower.reception import client_name, look_for_base, open_receiver, receive_base
@@ -48,6 +49,7 @@ from dare_agg.rounds.client import make_client_update
 from dare_agg.rounds.plan import RoundPlan
 from dare_agg.rounds.signing import reply_digest
 from dare_agg.vectors.model import split_tensors
+from dare_agg.vectors.returned import returned_tensors
 
 
 def dare_mod(msg: Message, ctxt: Context, call_next: ClientAppCallable) -> Message:
@@ -81,6 +83,7 @@ def dare_mod(msg: Message, ctxt: Context, call_next: ClientAppCallable) -> Messa
             trained = trained_record(reply.content, order.arrays_key)
             reply.content = _with_update(reply.content, *trained, order.plan, held, receiver, ctxt)
         else:
+            reply.content = without_model(reply.content, order.arrays_key, held)
             reply.content[REPLY_KEY] = Held(have=receiver.have()).to_record()
     except DareError as error:
         return _answer(msg, _refusal(error, receiver))
@@ -124,7 +127,7 @@ def _with_update(
     context: Context,
 ) -> RecordDict:
     """Replace the trained arrays under ``key`` by the update; every other record stays."""
-    tuned = to_numpy(trained)
+    tuned = returned_tensors(base, to_numpy(trained), plan.terms.exclude)
     collected = content.get(STATISTICS_KEY)
     if plan.terms.statistics and not isinstance(collected, ArrayRecord):
         raise UpdateError(

@@ -21,7 +21,7 @@ from dare_agg.rounds.statistics import (
 )
 from dare_agg.vectors.layout import FloatVector, check_finite
 from dare_agg.vectors.model import Arrays, GlobalModel, global_model
-from dare_agg.vectors.patterns import compile_patterns, matches
+from dare_agg.vectors.returned import returned_tensors
 from dare_agg.vectors.sources import SAFE_DELTA
 
 
@@ -48,24 +48,17 @@ def make_client_update(
 ) -> ClientUpdate:
     """Turn trained arrays (and statistics of them) into the update the plan asks for.
 
-    ``base`` are the arrays the training started from, ``tuned`` what it returned; tensors
-    that are local by the plan's patterns may be missing in ``tuned`` and are ignored.
+    ``base`` are the arrays the training started from, ``tuned`` what it returned: all of them,
+    or a part (`returned_tensors`).
 
     Raises `UpdateError` for a plan of another codec or package, `BaseMismatchError` when
-    ``base`` is not the state the plan names, `LayoutError` for missing or reshaped tensors,
+    ``base`` is not the state the plan names, `LayoutError` for unknown or reshaped tensors,
     `NonFiniteError` when training produced a NaN or an infinity.
     """
     check_same_code(plan.codec, plan.package, "the round plan", "this client")
     model = model_of_plan(plan, base)
     groups = model.groups
-    patterns = compile_patterns(plan.terms.exclude)
-    known = set(groups.names)
-    strangers = sorted(n for n in tuned if n not in known and not matches(n, patterns))
-    if strangers:
-        raise LayoutError(
-            f"training returned {len(strangers)} tensors the global model does not have "
-            f"({strangers[0]!r}, …); name them in 'exclude' if they are local"
-        )
+    tuned = {**base, **returned_tensors(base, tuned, plan.terms.exclude)}
     tuned_delta = groups.layout.flatten(tuned)
     check_finite(groups.layout, tuned_delta, "after training")
     norm, largest, above = _measure(model.delta, tuned_delta)

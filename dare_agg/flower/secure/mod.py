@@ -83,6 +83,7 @@ from dare_agg.secure.party import Contribution, Party
 from dare_agg.secure.terms import SecureTerms, decode_terms
 from dare_agg.vectors.layout import check_finite, fingerprint
 from dare_agg.vectors.model import Arrays, GlobalModel, global_model
+from dare_agg.vectors.returned import returned_tensors
 
 LOG = logging.getLogger("flwr")
 MAX_MESSAGE = 1 << 31
@@ -259,7 +260,9 @@ def _train(
         reply = call_next(msg, ctxt)
         if reply.has_error():
             raise DareError(f"the training code failed: {reply.error.reason}")
-        tuned = to_numpy(trained_record(reply.content, order.arrays_key)[1])
+        trained = to_numpy(trained_record(reply.content, order.arrays_key)[1])
+        own_arrays = {name: array.numpy() for name, array in own.items()}
+        tuned = {**arrays, **own_arrays, **returned_tensors(arrays, trained, terms.exclude)}
         examples = _examples(reply.content, request.weighted_by_key)
         contribution = _contribution(model, tuned, examples)
         advert = party.advertise(request.terms, policy, contribution)

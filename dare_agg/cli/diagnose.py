@@ -32,22 +32,23 @@ def diagnose(
     from rich import box
     from rich.table import Table
 
-    from dare_agg.checkpoint.hub import located_all
     from dare_agg.cli.output import print_json, stderr_console, stdout_console
     from dare_agg.offline.base import open_base
     from dare_agg.offline.diagnose import QUANTILES, diagnose_deltas
+    from dare_agg.offline.model_words import base_word, model_words
     from dare_agg.offline.opening import open_models
     from dare_agg.offline.range_check import bases_named_by
-    from dare_agg.offline.recipe import ModelInput
+    from dare_agg.offline.recipe import ModelInput, located_models
     from dare_agg.vectors.sources import CachedSource
 
-    first, *paths = located_all([base, *models])
+    given = [ModelInput(**model_words(model)) for model in models]
+    first, inputs = located_models(Path(base_word(base)), given)
+    paths = [model.path for model in inputs]
     ground = open_base(first, paths, exclude or ())
     opened, layout = ground.checkpoint, ground.layout
     cached = CachedSource(opened.reader(layout))
     opened.check_finite(layout)
     sources = []
-    inputs = [ModelInput(path=path) for path in paths]
     for model in open_models(inputs, ground, cached, exclude or ()):
         if model.checkpoint is not None:
             model.checkpoint.check_finite(layout)

@@ -10,7 +10,9 @@ import typer
 
 def diff(
     base: Annotated[Path, typer.Argument(help="A .safetensors file or a model folder.")],
-    tuned: Annotated[Path, typer.Argument(help="The model tuned from it, or an adapter folder.")],
+    tuned: Annotated[
+        Path, typer.Argument(help="The model tuned from it, an adapter, or MODEL+ADAPTER.")
+    ],
     out: Annotated[Path, typer.Option("--out", "-o", help="The update file, x.dare.")],
     drop_rate: Annotated[str, typer.Option("--drop-rate", help="Share dropped, 0 to 1.")] = "0.9",
     values: Annotated[

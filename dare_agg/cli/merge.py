@@ -12,7 +12,8 @@ def merge(
     paths: Annotated[
         list[Path] | None,
         typer.Argument(
-            help="BASE, then MODEL...: .safetensors files, model folders, adapters, .dare updates.",
+            help="BASE, then MODEL...: .safetensors files, model folders, adapters, .dare updates; "
+            "MODEL+ADAPTER for an adapter on a model of its own.",
             metavar="BASE MODEL...",
             show_default=False,
         ),
@@ -98,6 +99,7 @@ def merge(
     from dare_agg.cli.output import print_json, print_left, stderr_console
     from dare_agg.errors import ConfigError
     from dare_agg.offline.merging import merge_offline
+    from dare_agg.offline.model_words import base_word, model_words
     from dare_agg.offline.recipe import make_recipe, read_recipe
 
     values: dict[str, Any] = read_recipe(recipe) if recipe else {}
@@ -105,9 +107,9 @@ def merge(
     if paths:
         if len(paths) < 2 and "models" not in values:
             raise ConfigError("a merge needs BASE and at least one MODEL; name them in this order")
-        values["base"] = str(paths[0])
+        values["base"] = base_word(paths[0])
         if len(paths) > 1:
-            values["models"] = [{"path": str(path)} for path in paths[1:]]
+            values["models"] = [model_words(path) for path in paths[1:]]
     if "base" not in values or "models" not in values:
         raise ConfigError("no models are named; give BASE MODEL... or a --recipe that has them")
     flags = {

@@ -24,7 +24,8 @@ class OpenedBase:
     """BASE with the layout that it shares with a job's models.
 
     ``followers`` are tied names outside of the layout and the tensor of it whose values they
-    get; ``fits`` are the models that are checkpoints, by their place among the models.
+    get; ``fits`` are the models that are checkpoints, by their place among the models; ``aligned``
+    is whether their rows are in the order of ``target``'s tokens, not in the files'.
     """
 
     checkpoint: Checkpoint
@@ -33,6 +34,7 @@ class OpenedBase:
     fits: Mapping[int, Fit]
     warnings: tuple[str, ...] = ()
     target: Target | None = None
+    aligned: bool = False
 
 
 def open_base(
@@ -53,9 +55,8 @@ def open_base(
         for number, model in enumerate(models)
         if model.suffix != UPDATE and not is_adapter(model)
     }
-    target = None
+    target, stored = None, base
     if alignment is not None:
-        stored = base
         base, opened, target = alignment.align(base, opened)
         if base is not stored:
             alignment.check_others([m for n, m in enumerate(models) if n not in opened])
@@ -89,7 +90,7 @@ def open_base(
         copies = copies_in(base, apart)
     layout = base.layout(exclude, {*copies, *lacking})
     followers = {name: first for name, first in copies.items() if first in layout}
-    return OpenedBase(base, layout, followers, fits, tuple(warnings), target)
+    return OpenedBase(base, layout, followers, fits, tuple(warnings), target, base is not stored)
 
 
 def _of_update(

@@ -25,12 +25,11 @@ def model_card(
     head = {
         "tags": ["merge", "dare-agg", method.name],
         "base_model": [shown_name(str(recipe["base"]))]
-        + [shown_name(str(m["path"])) for m in models],
+        + [shown_name(str(m[key])) for m in models for key in ("path", "adapter") if key in m],
         "base_model_relation": "merge",
     }
     rows = "\n".join(
-        f"| {shown_name(str(m['path']))} | {m['kind']} | {m.get('weight', 'default')} | "
-        f"`{m['content']}` |"
+        f"| {_shown(m)} | {m['kind']} | {m.get('weight', 'default')} | `{m['content']}` |"
         for m in models
     )
     dropped = ""
@@ -62,6 +61,10 @@ Layout fingerprint: `{layout.fingerprint}`.
 {yaml.safe_dump(_plain(recipe), sort_keys=False).strip()}
 ```
 """
+
+
+def _shown(model: Mapping[str, Any]) -> str:
+    return " + ".join(shown_name(str(model[key])) for key in ("path", "adapter") if key in model)
 
 
 def _plain(value: Any) -> Any:

@@ -23,7 +23,7 @@ from dare_agg.checkpoint import (
     plan_like,
 )
 from dare_agg.checkpoint.fingerprints import remember
-from dare_agg.checkpoint.hub import located, located_all
+from dare_agg.checkpoint.hub import located
 from dare_agg.checkpoint.tied import followers_in, names_of
 from dare_agg.codec.derive import derive_key, seed_secret
 from dare_agg.codec.formats import find_values
@@ -33,8 +33,9 @@ from dare_agg.codec.update import Update, UpdateSpec
 from dare_agg.codec.update_file import FileHeader, read_update_file, write_update_file
 from dare_agg.errors import BaseMismatchError, LayoutError
 from dare_agg.offline.base import open_base
+from dare_agg.offline.model_words import model_words
 from dare_agg.offline.opening import open_models
-from dare_agg.offline.recipe import ModelInput
+from dare_agg.offline.recipe import ModelInput, located_models
 from dare_agg.offline.sparsify import UPDATE_MASK
 from dare_agg.offline.tokenizer_choice import carry_model, chosen_tokenizer
 from dare_agg.vectors.contents import sketch
@@ -105,14 +106,12 @@ def write_diff(
     rate = parse_drop_rate(drop_rate)
     find_values(values)
     secret = seed_secret(seed)
-    base_path, tuned_path = located_all([base_path, tuned_path])
-    ground = open_base(base_path, [tuned_path], exclude)
+    base_path, (tuned_input,) = located_models(base_path, [ModelInput(**model_words(tuned_path))])
+    ground = open_base(base_path, [tuned_input.path], exclude)
     base, layout = ground.checkpoint, ground.layout
     if not layout.size:
         raise LayoutError(f"{base_path} has no parameter left; exclude less")
-    (model,) = open_models(
-        [ModelInput(path=tuned_path)], ground, CachedSource(base.reader(layout)), exclude
-    )
+    (model,) = open_models([tuned_input], ground, CachedSource(base.reader(layout)), exclude)
     if model.kind == "update":
         raise LayoutError(f"{tuned_path} is an update already; give the tuned model")
     tuned = model.checkpoint

@@ -172,7 +172,7 @@ def _merged(
             if name not in ground.followers:
                 writer.write_raw(name, 0, base.raw(name))
         models = tuple(
-            {**described(m, names[i]), "path": str(given.models[m.number].path)}
+            described(given.models[m.number], m.kind, names[i])
             for m, i in zip(ordered, order, strict=True)
         )
         carried = Carried()
@@ -236,7 +236,7 @@ def tensor_weights(
 
 
 def _weight_of(model: OpenedModel) -> str:
-    return f"{model.given.path}: weight"
+    return f"{model.given}: weight"
 
 
 def _places(layout: Layout) -> list[Place]:

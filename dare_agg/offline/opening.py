@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from dare_agg.checkpoint import Checkpoint, open_checkpoint
-from dare_agg.errors import BaseMismatchError, CheckpointError, LayoutError
+from dare_agg.errors import BaseMismatchError, CheckpointError, ConfigError, LayoutError
 from dare_agg.offline.adapters.folder import adapter_base
 from dare_agg.offline.adapters.source import adapter_source
 from dare_agg.offline.base import UPDATE, OpenedBase
@@ -17,7 +17,7 @@ from dare_agg.offline.parameters import plain_parameter
 from dare_agg.offline.recipe import ModelInput
 from dare_agg.vectors.layout import Layout
 from dare_agg.vectors.patterns import compile_patterns
-from dare_agg.vectors.sources import CachedSource, DeltaSource, DifferenceSource
+from dare_agg.vectors.sources import CachedSource, DeltaSource, DifferenceSource, SumSource
 
 
 @dataclass(frozen=True)
@@ -54,27 +54,56 @@ def _open_model(
         patterns = compile_patterns(exclude)
         check_integers_known(fit.model, {info.name for info in fit.tensors.values()}, patterns)
         check_same_integers(base.checkpoint, checkpoint, patterns)
-        reader = checkpoint.reader(layout)
-        source = DifferenceSource(cached, reader)
-        return OpenedModel(given, source, "checkpoint", checkpoint, number)
+        tuned: DeltaSource = checkpoint.reader(layout)
+        if given.adapter is not None:
+            tuned = SumSource(tuned, _added(given, given.adapter, checkpoint, base, exclude))
+        source = DifferenceSource(cached, tuned)
+        kind = "checkpoint" if given.adapter is None else "checkpoint with adapter"
+        return OpenedModel(given, source, kind, checkpoint, number)
+    if given.adapter is not None:
+        raise ConfigError(
+            f"{path} is no whole model, to which {given.adapter} could be added; give a "
+            "checkpoint before the +"
+        )
     if path.suffix == UPDATE:
         return OpenedModel(
             given, _open_update(path, base.checkpoint, layout), "update", None, number
         )
-    named = adapter_base(path)
-    own = base.checkpoint.path.name.removesuffix(".safetensors")
     adapter = adapter_source(path, base, cached, exclude)
-    if named and Path(named).is_absolute() and Path(named).exists() and base.checkpoint.folder:
-        try:
-            shapes = open_checkpoint(named).shapes
-        except CheckpointError:
-            # Quantised, pickled or damaged, it says nothing: BASE takes its place.
-            shapes = base.checkpoint.shapes
-        if shapes not in (base.checkpoint.shapes, open_checkpoint(base.checkpoint.path).shapes):
-            raise BaseMismatchError(
-                f"{path} was trained on {named}, BASE is {own}; give that as BASE"
-            )
+    _check_trained_on(path, base.checkpoint, "BASE")
     return OpenedModel(given, adapter, "adapter", None, number)
+
+
+def _added(
+    given: ModelInput, adapter: Path, model: Checkpoint, base: OpenedBase, exclude: Sequence[str]
+) -> DeltaSource:
+    """What an adapter adds to ``model``, a checkpoint under BASE's names."""
+    if base.aligned:
+        raise ConfigError(
+            f"{adapter} was trained on the tokens of {given.path}, OUT has others; make a model of "
+            f"the two first and give that: dare-agg merge {given.path} {adapter} -o MODEL"
+        )
+    ground = replace(base, checkpoint=model, fits={})
+    source = adapter_source(adapter, ground, CachedSource(model.reader(base.layout)), exclude)
+    _check_trained_on(adapter, model, "the model before the +")
+    return source
+
+
+def _check_trained_on(adapter: Path, base: Checkpoint, place: str) -> None:
+    """Raise `BaseMismatchError` where the model that an adapter names has other shapes."""
+    named = adapter_base(adapter)
+    if not named or not Path(named).is_absolute() or not Path(named).exists() or not base.folder:
+        return
+    try:
+        shapes = open_checkpoint(named).shapes
+    except CheckpointError:
+        # Quantised, pickled or damaged, it says nothing: BASE takes its place.
+        return
+    if shapes not in (base.shapes, open_checkpoint(base.path).shapes):
+        raise BaseMismatchError(
+            f"{adapter} was trained on {named}, {place} is "
+            f"{base.path.name.removesuffix('.safetensors')}; give that"
+        )
 
 
 def _open_update(path: Path, base: Checkpoint, layout: Layout) -> DeltaSource:
@@ -95,12 +124,15 @@ def _open_update(path: Path, base: Checkpoint, layout: Layout) -> DeltaSource:
     return update
 
 
-def described(model: OpenedModel, name: bytes) -> dict[str, Any]:
+def described(given: ModelInput, kind: str, name: bytes) -> dict[str, Any]:
     """What a card says of one input: path, kind, weight, seed, content (16 hex digits)."""
-    described: dict[str, Any] = {"path": str(model.given.path), "kind": model.kind}
-    if model.given.weight is not None:
-        described["weight"] = plain_parameter(model.given.weight)
-    if model.given.seed is not None:
-        described["seed"] = model.given.seed
+    described: dict[str, Any] = {"path": str(given.path)}
+    if given.adapter is not None:
+        described["adapter"] = str(given.adapter)
+    described["kind"] = kind
+    if given.weight is not None:
+        described["weight"] = plain_parameter(given.weight)
+    if given.seed is not None:
+        described["seed"] = given.seed
     described["content"] = name.hex()[:16]
     return described

@@ -45,9 +45,9 @@ def range_warnings(opened: list[OpenedModel], recipe: Recipe) -> list[str]:
     for model in dense:
         picked = take(model.source, blocks)
         if not np.isfinite(picked).all():
-            raise NonFiniteError(f"{model.given.path}: its delta is not finite; train it again")
+            raise NonFiniteError(f"{model.given}: its delta is not finite; train it again")
         samples.append(array_source(picked))
-    names = [str(model.given.path) for model in dense]
+    names = [str(model.given) for model in dense]
     found = diagnose_deltas(layout_of({"sample": (blocks.size,)}), samples, names=names)
     warnings = list(found.warnings)
     if any("nearer to each other" in warning for warning in warnings):

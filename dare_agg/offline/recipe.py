@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import re
 import tomllib
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from functools import cached_property
 from pathlib import Path
 from typing import Annotated, Any, Literal
@@ -27,6 +27,7 @@ from dare_agg.codec.mask import parse_drop_rate
 from dare_agg.errors import ConfigError, FormatError, did_you_mean
 from dare_agg.files.json_text import parse_json, read_bounded
 from dare_agg.merge.methods import Method, find_method
+from dare_agg.offline.model_words import base_word, model_words
 from dare_agg.offline.parameters import (
     Choices,
     Gradient,
@@ -97,10 +98,12 @@ def _plain_options(value: Mapping[str, Parameter]) -> dict[str, Any]:
 class ModelInput(_Strict):
     """One model: where it is, its weight, and what else travels with it.
 
+    With ``adapter`` it is ``path`` after that adapter was added to it.
     Numbers may be parameters (`dare_agg.offline.parameters`); a plain list is a gradient.
     """
 
     path: Path
+    adapter: Path | None = None
     weight: ParameterField | None = None
     drop_rate: Annotated[Any, PlainValidator(_rate), PlainSerializer(plain_parameter)] = None
     seed: int | None = None
@@ -108,6 +111,9 @@ class ModelInput(_Strict):
     options: Annotated[
         dict[str, Parameter], PlainValidator(_own_options), PlainSerializer(_plain_options)
     ] = Field(default_factory=dict)
+
+    def __str__(self) -> str:
+        return str(self.path) if self.adapter is None else f"{self.path}+{self.adapter}"
 
 
 class Rule(_Strict):
@@ -199,11 +205,7 @@ class Recipe(_Strict):
 
     def with_files_located(self) -> Recipe:
         """The recipe with the paths of its base and models; those of a hub are downloaded."""
-        base, *paths = located_all([self.base, *(model.path for model in self.models)])
-        models = [
-            model.model_copy(update={"path": path})
-            for model, path in zip(self.models, paths, strict=True)
-        ]
+        base, models = located_models(self.base, self.models)
         return self.model_copy(update={"base": base, "models": models})
 
     @property
@@ -214,6 +216,19 @@ class Recipe(_Strict):
     def as_dict(self) -> dict[str, Any]:
         """The recipe as plain values, as it may stand in a file."""
         return self.model_dump(mode="json", by_alias=True, exclude_defaults=True)
+
+
+def located_models(base: Path, models: Sequence[ModelInput]) -> tuple[Path, list[ModelInput]]:
+    """Return base and models with their paths; those of a hub are downloaded."""
+    adapters = [model.adapter for model in models if model.adapter is not None]
+    place, *places = located_all([base, *(model.path for model in models), *adapters])
+    found = iter(places[len(models) :])
+    return place, [
+        model.model_copy(
+            update={"path": path, "adapter": next(found) if model.adapter is not None else None}
+        )
+        for model, path in zip(models, places, strict=False)
+    ]
 
 
 def settled_options(row: Method, given: Mapping[str, Any], *, own: bool = False) -> dict[str, Any]:
@@ -306,16 +321,26 @@ def read_recipe(path: Path) -> dict[str, Any]:
     def tokenizer(value: Any) -> Any:
         return value if value == BASES_TOKENIZER else model(value)
 
-    where = {"path": model, "statistics": here}
-    for key, read in (("base", model), ("out", here), ("tokenizer", tokenizer)):
+    def base(value: Any) -> Any:
+        return model(base_word(value, folder) if isinstance(value, str) else value)
+
+    def words(value: Any) -> Any:
+        found = model_words(value, folder) if isinstance(value, str) else {"path": value}
+        return {key: model(part) for key, part in found.items()}
+
+    where = {"adapter": model, "statistics": here}
+    for key, read in (("base", base), ("out", here), ("tokenizer", tokenizer)):
         if key in values:
             values[key] = read(values[key])
     models = values.get("models")
     if isinstance(models, list):
         values["models"] = [
-            {k: where[k](v) if k in where else v for k, v in m.items()}
+            {
+                **{k: where[k](v) if k in where else v for k, v in m.items()},
+                **(words(m["path"]) if "path" in m else {}),
+            }
             if isinstance(m, dict)
-            else model(m)
+            else words(m)
             for m in models
         ]
     return values

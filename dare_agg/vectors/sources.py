@@ -114,6 +114,24 @@ class DifferenceSource:
         return picked
 
 
+@dataclass(frozen=True)
+class SumSource:
+    """model + delta, where both are sources (a mapped checkpoint and an adapter)."""
+
+    model: DeltaSource
+    delta: DeltaSource
+
+    @property
+    def size(self) -> int:
+        return self.model.size
+
+    def read(self, lo: int, hi: int, out: FloatVector) -> None:
+        self.model.read(lo, hi, out)
+        added = np.empty(hi - lo, np.float32)
+        self.delta.read(lo, hi, added)
+        out += added
+
+
 def survivors_of(source: DeltaSource) -> int:
     """How many elements a source lists; all of them where it lists none apart."""
     return getattr(source, "survivors", source.size)

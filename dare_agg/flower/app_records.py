@@ -4,13 +4,15 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
 
-from flwr.app import Array, ArrayRecord, ConfigRecord, Context, RecordDict
+from flwr.app import Array, ArrayRecord, ConfigRecord, Context, MetricRecord, RecordDict
 
 from dare_agg.errors import LayoutError
 from dare_agg.flower.records import OURS, STATISTICS_KEY
 from dare_agg.flower.transport import to_record
 from dare_agg.vectors.model import Arrays
 from dare_agg.vectors.patterns import compile_patterns, matches
+
+Record = ArrayRecord | ConfigRecord | MetricRecord
 
 LOCAL_KEY = OURS + "local"
 # The secure sum that the local tensors come from, where they do, and those of one under way.
@@ -21,12 +23,16 @@ _SESSION = "session"
 
 def content_for_app(content: RecordDict, key: str, arrays: Mapping[str, Array]) -> RecordDict:
     """Return what the app's own code sees: these arrays, and its own records."""
-    others = {
+    return RecordDict({key: ArrayRecord(dict(arrays)), **own_records(content, key)})
+
+
+def own_records(content: RecordDict, *but: str) -> dict[str, Record]:
+    """The app's own records of a message, without those named."""
+    return {
         name: record
         for name, record in content.items()
-        if name != key and not name.startswith(OURS)
+        if name not in but and not name.startswith(OURS)
     }
-    return RecordDict({key: ArrayRecord(dict(arrays)), **others})
 
 
 def trained_record(content: RecordDict, key: str) -> tuple[str, ArrayRecord]:

@@ -7,6 +7,7 @@ from dataclasses import dataclass, field
 from flwr.app import ArrayRecord, ConfigRecord, Message, RecordDict
 
 from dare_agg.downlink.protocol import Downlink
+from dare_agg.errors import LayoutError
 from dare_agg.flower.clients import Client
 from dare_agg.flower.records import (
     ASK_HELLO,
@@ -56,10 +57,39 @@ class Broadcasting:
         """Take over arrays that are not the ones made here."""
         if self._model is not None and arrays is self._arrays:
             return
-        given = global_model(to_numpy(arrays), dense=self.dense, exclude=self.exclude)
+        given = self._model_of(arrays)
         self._model = self.downlink.start(given)
         # A downlink may have rounded the model: then its arrays are not the given ones.
         self._arrays = arrays if self._model is given else None
+
+    def follow(self, arrays: ArrayRecord) -> bool:
+        """Go on within a run from arrays that may be others than those of the newest version.
+
+        Returns whether they are. A downlink that keeps versions brings them as a step of its own,
+        as close to them as its form comes.
+        """
+        if arrays is self._arrays:
+            return False
+        model, given = self.model, self._model_of(arrays)
+        if given.ref.version == model.ref.version:
+            return False
+        if not self.downlink.facts():
+            self._model, self._arrays = given, arrays
+        elif given.groups == model.groups:
+            self.move(
+                self.downlink.advance(
+                    model, given.delta - model.delta, given.dense - model.dense, ()
+                )
+            )
+        else:
+            raise LayoutError(
+                "aggregate_train returned other tensors than the global model's; the downlink "
+                f"{self.downlink.name!r} brings changes of one model: return all of its tensors"
+            )
+        return True
+
+    def _model_of(self, arrays: ArrayRecord) -> GlobalModel:
+        return global_model(to_numpy(arrays), dense=self.dense, exclude=self.exclude)
 
     def move(self, model: GlobalModel) -> None:
         """Go on to the model after a round."""

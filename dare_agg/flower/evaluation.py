@@ -6,16 +6,17 @@ import logging
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 
-from flwr.app import ConfigRecord, Message, MessageType, MetricRecord
+from flwr.app import ConfigRecord, Message, MessageType, MetricRecord, RecordDict
 from flwr.serverapp import Grid
 
-from dare_agg.errors import DareError
+from dare_agg.errors import DareError, UpdateError
+from dare_agg.flower.app_records import own_records
 from dare_agg.flower.broadcasting import Broadcasting
 from dare_agg.flower.clients import Client
 from dare_agg.flower.exchange import exchange
 from dare_agg.flower.limits import ReplyLimit
 from dare_agg.flower.metrics import MetricsFn, aggregate_metrics
-from dare_agg.flower.records import ASK_EVALUATE, Held, failure_of, read_answer
+from dare_agg.flower.records import ASK_EVALUATE, Held, Refusal, failure_of, read_answer, unread
 from dare_agg.flower.transport import message_bytes
 from dare_agg.rounds.server import check_weight
 from dare_agg.rounds.weight_bound import bounded_weights
@@ -42,17 +43,24 @@ class Evaluation:
         ]
 
     def ask(self, grid: Grid, messages: Sequence[Message], timeout: float) -> list[Message]:
-        """Send the messages; returns the replies of clients that could make the version."""
-        replies = []
-        for index, reply in exchange(grid, messages, timeout, self.limit):
-            node = messages[index].metadata.dst_node_id
-            if self.broadcasting.lost_version(node, reply):
-                continue
-            held = None if reply.has_error() else read_answer(reply.content, Held)
-            if isinstance(held, Held) and held.have:
-                self.broadcasting.have[node] = held.have
-            replies.append(reply)
-        return replies
+        """Send the messages; returns what came back."""
+        found = exchange(grid, messages, timeout, self.limit)
+        return [self.take(messages[index], reply) for index, reply in found]
+
+    def take(self, sent: Message, reply: Message) -> Message:
+        """Note which version a client holds; returns what the app's own code sees of its reply."""
+        node = sent.metadata.dst_node_id
+        if reply.has_error():
+            return reply
+        lost = self.broadcasting.lost_version(node, reply)
+        held = read_answer(reply.content, Held)
+        if isinstance(held, Refusal):
+            what = "it lost its version of the model and gets all of it next" if lost else ""
+            return unread(UpdateError(what or held.detail, reason=held.reason), sent)
+        if held is not None and held.have:
+            self.broadcasting.have[node] = held.have
+        reply.content = RecordDict(dict(own_records(reply.content)))
+        return reply
 
 
 def evaluation_metrics(
@@ -64,7 +72,7 @@ def evaluation_metrics(
     weight_bound: float,
 ) -> MetricRecord | None:
     """Aggregate the clients' metrics, weighted by ``key``, in the order of clients."""
-    rows: list[tuple[tuple[int, int, str], int, MetricRecord, float]] = []
+    rows: list[tuple[tuple[int, int, str], int, RecordDict, float]] = []
     for reply in replies:
         node = reply.metadata.src_node_id
         client = known.get(node)
@@ -83,11 +91,11 @@ def evaluation_metrics(
             level = logging.INFO if error.reason == "no-examples" else logging.WARNING
             LOG.log(level, "evaluation of node %d left out: %s", node, error)
             continue
-        rows.append((client.hello.order(), node, metrics, weight))
+        rows.append((client.hello.order(), node, reply.content, weight))
     if not rows:
         return None
     rows.sort(key=lambda row: row[:2])
     counted = bounded_weights([weight for *_, weight in rows], weight_bound)
     total = sum(counted)
     weights = [weight / total for weight in counted]
-    return aggregate_metrics(own, [metrics for _, _, metrics, _ in rows], weights, key)
+    return aggregate_metrics(own, [content for _, _, content, _ in rows], weights, key)

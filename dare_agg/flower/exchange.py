@@ -98,7 +98,17 @@ def exchange(
 
 def _push(grid: Grid, messages: Sequence[Message]) -> dict[str, int]:
     """Push the messages; returns message id → index."""
-    ids = list(grid.push_messages(messages))
+    sent = sent_ids(list(grid.push_messages(messages)), messages)
+    if not sent:
+        raise RunError(
+            f"the SuperLink accepted none of {len(messages)} messages; see its log for the reason",
+            reason="push",
+        )
+    return sent
+
+
+def sent_ids(ids: Sequence[str], messages: Sequence[Message]) -> dict[str, int]:
+    """Message id → index of the messages that a grid pushed, of what it returned."""
     sent: dict[str, int] = {}
     if len(ids) == len(messages):
         sent = {message_id: index for index, message_id in enumerate(ids) if message_id}
@@ -108,11 +118,6 @@ def _push(grid: Grid, messages: Sequence[Message]) -> dict[str, int]:
         for index, message in enumerate(messages):
             if pushed_id(message) in accepted:
                 sent[pushed_id(message)] = index
-    if not sent:
-        raise RunError(
-            f"the SuperLink accepted none of {len(messages)} messages; see its log for the reason",
-            reason="push",
-        )
     return sent
 
 

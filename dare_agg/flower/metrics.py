@@ -15,17 +15,17 @@ MetricsFn = Callable[[list[RecordDict], str], MetricRecord]
 
 
 def aggregate_metrics(
-    own: MetricsFn | None, metrics: Sequence[MetricRecord], weights: Sequence[float], key: str
+    own: MetricsFn | None, contents: Sequence[RecordDict], weights: Sequence[float], key: str
 ) -> MetricRecord | None:
     """Aggregate the clients' metrics by the app's function, else by `weighted_metrics`.
 
-    None where the app's function fails; what clients put there must not end the run.
+    The app's function is given the replies' whole contents, as FedAvg's is. None where it fails;
+    what clients put there must not end the run.
     """
-    records = [RecordDict({"metrics": record}) for record in metrics]
     if own is None:
-        return weighted_metrics(records, weights, key)
+        return weighted_metrics(contents, weights, key)
     try:
-        return own(records, key)
+        return own(list(contents), key)
     except Exception as error:
         LOG.warning("metrics were not aggregated: %s: %s", type(error).__name__, error)
         return None

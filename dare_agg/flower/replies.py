@@ -15,6 +15,7 @@ from flwr.app import Message, MetricRecord, RecordDict
 from dare_agg.codec.payload import payload_bytes
 from dare_agg.codec.update import UpdateSpec
 from dare_agg.errors import DareError, UpdateError
+from dare_agg.flower.app_records import own_records
 from dare_agg.flower.limits import ReplyLimit
 from dare_agg.flower.records import (
     DENSE_KEY,
@@ -38,23 +39,30 @@ from dare_agg.vectors.layout import Layout
 
 LOG = logging.getLogger("flwr")
 
+# Of replies that count for nothing, and nobody is to blame.
+_LEFT_OUT = ("left-out", "no-examples")
 # Header, checksum and block scales' slack; the decoder checks the exact length.
 HEADER_ROOM = 1024
 
 
 @dataclass(frozen=True)
 class TrainReply:
-    """An accepted reply: the update, the app's metrics, and what it cost."""
+    """A reply that answers its plan: the update, the app's own records, and what it cost.
+
+    What it weighs is read of what the app's own code passes on (`metrics_and_weight`): until
+    then its weight is 1, and there are no metrics.
+    """
 
     node: int
     accepted: Accepted
-    metrics: MetricRecord
+    content: RecordDict
     update_bytes: int
     dense_bytes: int
     statistics_bytes: int
     message_bytes: int
     receipt: Receipt
     digest: bytes
+    metrics: MetricRecord = field(default_factory=MetricRecord)
 
 
 @dataclass
@@ -81,23 +89,21 @@ class Inbox:
         """Judge one reply to the message that was sent to ``node``."""
         plan = self.plans.get(node)
         if plan is None:
-            self._reject_stranger(node, "no plan of this round is for this node")
+            self.reject_stranger(node, "no plan of this round is for this node")
             return
         # Error replies on a node's behalf come from the SuperLink.
         if not message.has_error() and message.metadata.src_node_id != node:
-            self._reject_stranger(
+            self.reject_stranger(
                 message.metadata.src_node_id, f"it answered the message for node {node}"
             )
             return
         signer = self.signers.get(node)
-        judged = judge(
-            plan, node, message, self.weighted_by_key, self.weighting, signer, self.layout
-        )
+        judged = judge(plan, node, message, signer, self.layout, self.weighted_by_key)
         earlier = self.replies.get(node)
         if earlier is not None or node in self.rejections:
-            self._take_again(plan, node, earlier, judged)
+            self._take_again(node, earlier, judged)
         elif isinstance(judged, Rejection):
-            self._reject(node, judged)
+            self.reject(node, judged)
         else:
             self.replies[node] = judged
 
@@ -105,7 +111,7 @@ class Inbox:
         """Note every client that did not answer in time."""
         for node, plan in self.plans.items():
             if node not in self.replies and node not in self.rejections:
-                self._reject(
+                self.reject(
                     node,
                     Rejection(plan.client, "late", "no answer before the round's deadline"),
                 )
@@ -119,25 +125,27 @@ class Inbox:
         ordered = sorted(self.rejections.values(), key=lambda rejection: rejection.client)
         return [*ordered, *self.strangers]
 
-    def _take_again(
-        self, plan: RoundPlan, node: int, earlier: TrainReply | None, judged: object
-    ) -> None:
-        self.duplicates += 1
+    def _take_again(self, node: int, earlier: TrainReply | None, judged: object) -> None:
         if (
             earlier is not None
             and isinstance(judged, TrainReply)
             and judged.digest == earlier.digest
         ):
-            return
-        self.replies.pop(node, None)
-        self._reject(
-            node,
-            Rejection(plan.client, "duplicate", "two different answers in one round; both dropped"),
-        )
+            self.duplicates += 1
+        else:
+            self.drop_both(node)
 
-    def _reject(self, node: int, rejection: Rejection) -> None:
+    def drop_both(self, node: int) -> None:
+        """Two different answers of one node: neither counts."""
+        self.duplicates += 1
+        detail = "two different answers in one round; both dropped"
+        self.reject(node, Rejection(self.plans[node].client, "duplicate", detail))
+
+    def reject(self, node: int, rejection: Rejection) -> None:
+        """Note why a node's answer does not count, and take it out of those that do."""
+        self.replies.pop(node, None)
         self.rejections[node] = rejection
-        if rejection.reason == "no-examples":
+        if rejection.reason in _LEFT_OUT:
             LOG.info(
                 "client %d (node %d) is left out: %s", rejection.client, node, rejection.detail
             )
@@ -150,7 +158,8 @@ class Inbox:
             rejection.detail,
         )
 
-    def _reject_stranger(self, node: int, detail: str) -> None:
+    def reject_stranger(self, node: int, detail: str) -> None:
+        """Note an answer that nobody was asked for."""
         self.strangers.append(Rejection(-1, "unknown-node", f"node {node}: {detail}"))
         LOG.warning("rejected node %d: unknown-node: %s", node, detail)
 
@@ -159,14 +168,14 @@ def judge(
     plan: RoundPlan,
     node: int,
     message: Message,
-    weighted_by_key: str,
-    weighting: str,
     signer: tuple[str, str] | None = None,
     layout: Layout | None = None,
+    weighted_by_key: str = "num-examples",
 ) -> TrainReply | Rejection:
     """Check one reply against its plan, from the cheapest test to the decoder.
 
-    ``signer`` is the name and public key of the client that must have signed it.
+    ``signer`` is the name and public key of the client that must have signed it;
+    ``weighted_by_key`` tells a second answer with another weight from the first.
     """
     if message.has_error():
         return Rejection(plan.client, *failure_of(message))
@@ -195,22 +204,26 @@ def judge(
                 plan.digest(), blob, dense_blob, metrics_of(content), statistics_blob
             )
             check_signature(public, signed, receipt.signature, name)
-        metrics, weight = _metrics_and_weight(content, weighted_by_key, weighting)
     except DareError as error:
         return Rejection(plan.client, error.reason, one_line(error))
+    weight = min(1.0, plan.terms.max_weight)
     checked = check_reply(plan, blob, dense_blob, weight, statistics=statistics, layout=layout)
     if isinstance(checked, Rejection):
         return checked
     return TrainReply(
         node=node,
         accepted=checked,
-        metrics=metrics,
+        content=RecordDict(dict(own_records(content))),
         update_bytes=len(blob),
         dense_bytes=len(dense_blob or b""),
         statistics_bytes=len(statistics_blob),
         message_bytes=message_bytes(content),
         receipt=receipt,
-        digest=_reply_digest(blob + statistics_blob, dense_blob, checked.weight),
+        digest=_reply_digest(
+            blob + statistics_blob,
+            dense_blob,
+            [record.get(weighted_by_key) for record in content.metric_records.values()],
+        ),
     )
 
 
@@ -242,9 +255,13 @@ def _limit(spec: UpdateSpec) -> int:
     return payload_bytes(spec.values, survivors) + HEADER_ROOM
 
 
-def _metrics_and_weight(
+def metrics_and_weight(
     content: RecordDict, weighted_by_key: str, weighting: str
 ) -> tuple[MetricRecord, object]:
+    """The app's metrics of a reply and what it says it weighs, not checked yet.
+
+    Raises `UpdateError` (reason "weight") where replies weigh as they say and this says nothing.
+    """
     records = [record for record in content.values() if isinstance(record, MetricRecord)]
     metrics = records[0] if len(records) == 1 else MetricRecord()
     if not WEIGHTINGS[weighting]:
@@ -258,7 +275,7 @@ def _metrics_and_weight(
     return metrics, metrics[weighted_by_key]
 
 
-def _reply_digest(blob: bytes, dense_blob: bytes | None, weight: float) -> bytes:
+def _reply_digest(blob: bytes, dense_blob: bytes | None, weight: object) -> bytes:
     digest = hashlib.sha256(blob)
     digest.update(dense_blob or b"")
     digest.update(repr(weight).encode())

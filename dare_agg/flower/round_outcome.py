@@ -1,17 +1,17 @@
-"""What a round of a Flower strategy is while it runs, and what it leaves behind."""
+"""What a round of a Flower strategy leaves behind."""
 
 from __future__ import annotations
 
 import time
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass
 from functools import cached_property
 from typing import Any
 
 from flwr.app import ArrayRecord, MetricRecord
 
-from dare_agg.flower.clients import Client
-from dare_agg.flower.replies import Inbox, TrainReply
+from dare_agg.flower.open_round import OpenRound
+from dare_agg.flower.replies import TrainReply
 from dare_agg.flower.transport import to_record
 from dare_agg.rounds.plan import RoundPlan
 from dare_agg.rounds.server import Rejection
@@ -37,18 +37,6 @@ class RoundOutcome:
     def arrays(self) -> ArrayRecord:
         """The global model after the round."""
         return to_record(self.model.arrays())
-
-
-@dataclass
-class OpenRound:
-    """A train exchange under way: who got which plan and what that cost."""
-
-    number: int
-    clients: list[Client]
-    plans: dict[int, RoundPlan]
-    inbox: Inbox
-    download: dict[int, int] = field(default_factory=dict)
-    started: float = field(default_factory=time.monotonic)
 
 
 def round_measurements(

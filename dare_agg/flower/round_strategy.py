@@ -12,7 +12,7 @@ from abc import abstractmethod
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field, replace
 
-from flwr.app import ArrayRecord, ConfigRecord, Message, MetricRecord
+from flwr.app import ArrayRecord, ConfigRecord, Message, MetricRecord, RecordDict
 from flwr.serverapp import Grid
 from flwr.serverapp.strategy import Result, Strategy
 
@@ -20,12 +20,13 @@ from dare_agg.deploy.identities import check_identities
 from dare_agg.downlink.protocol import Downlink
 from dare_agg.downlink.ways import make_downlink
 from dare_agg.errors import RunError
-from dare_agg.flower import arguments
+from dare_agg.flower import arguments, run_log
 from dare_agg.flower.broadcasting import Broadcasting
 from dare_agg.flower.clients import Client, Clients, Draw
 from dare_agg.flower.evaluation import Evaluation, evaluation_metrics
 from dare_agg.flower.limits import OWN_BYTES, ReplyLimit
 from dare_agg.flower.metrics import MetricsFn
+from dare_agg.flower.receiving import Lent, give_back, lend
 from dare_agg.flower.records import ASK_EVALUATE, ASK_TRAIN
 from dare_agg.flower.round_outcome import RoundOutcome
 from dare_agg.rounds.settings import FederatedSettings
@@ -123,6 +124,7 @@ class RoundStrategy(Strategy):
         self.train_config = ConfigRecord()
         self.step_state = StepState()
         self.outcome: RoundOutcome | None = None
+        self._grid: Grid | None = None
         self.empty_rounds = 0
         self._tally = Tally()
 
@@ -164,7 +166,7 @@ class RoundStrategy(Strategy):
         train_config = ConfigRecord() if train_config is None else train_config
         evaluate_config = ConfigRecord() if evaluate_config is None else evaluate_config
         result = Result()
-        LOG.info("Starting %s:", type(self).__name__)
+        run_log.starting(self, num_rounds, initial_arrays, train_config, evaluate_config)
         self.summary()
         self.broadcasting.adopt(initial_arrays)
         self.train_config = train_config
@@ -175,33 +177,48 @@ class RoundStrategy(Strategy):
         started = time.monotonic()
         if evaluate_fn and start_round == 1:
             metrics = evaluate_fn(0, arrays)
+            LOG.info("Initial global evaluation results: %s", metrics)
             if metrics is not None:
-                LOG.info("Initial model: %s", dict(metrics))
                 result.evaluate_metrics_serverapp[0] = metrics
         for number in range(start_round, num_rounds + 1):
             LOG.info("")
             LOG.info("[ROUND %d/%d]", number, num_rounds)
             merged, train_metrics = self.train_round(number, arrays, train_config, grid, limit)
-            arrays = arrays if merged is None else merged
+            arrays = self._follow(arrays if merged is None else merged)
             if train_metrics is not None:
+                run_log.aggregated(train_metrics)
                 result.train_metrics_clientapp[number] = train_metrics
             messages = list(self.configure_evaluate(number, arrays, evaluate_config, grid))
+            self.give_back()
             replies = self.evaluation.ask(grid, messages, timeout)
             client_metrics = self.aggregate_evaluate(number, replies)
             if client_metrics is not None:
+                run_log.aggregated(client_metrics)
                 result.evaluate_metrics_clientapp[number] = client_metrics
-            server_metrics = evaluate_fn(number, arrays) if evaluate_fn else None
+            server_metrics = None
+            if evaluate_fn:
+                LOG.info("Global evaluation")
+                server_metrics = evaluate_fn(number, arrays)
+                LOG.info("\t└──> MetricRecord: %s", server_metrics)
             if server_metrics is not None:
-                LOG.info("Global model: %s", dict(server_metrics))
                 result.evaluate_metrics_serverapp[number] = server_metrics
             if self._tell(train_metrics, client_metrics, server_metrics):
                 LOG.info("stopped early after round %d", number)
                 break
         result.arrays = arrays
-        LOG.info("")
-        LOG.info("finished in %.1f s", time.monotonic() - started)
+        self.give_back()
+        run_log.finished(time.monotonic() - started, result)
         self._tally.check()
         return result
+
+    def _follow(self, arrays: ArrayRecord) -> ArrayRecord:
+        """Go on with what `aggregate_train` returned; returns what the clients will hold.
+
+        An override may have changed the merged arrays, or kept those before the round.
+        """
+        if self.broadcasting.follow(arrays) and self.outcome is not None:
+            self.outcome = replace(self.outcome, model=self.broadcasting.model)
+        return self.broadcasting.arrays
 
     @abstractmethod
     def train_round(
@@ -218,11 +235,30 @@ class RoundStrategy(Strategy):
         )
         return self.clients.choose(
             grid,
-            self.broadcasting.hello(ConfigRecord({**self.train_config, ROUND_WORD: number})),
+            self._hello(number),
             Draw(what, number, self.secret, fraction, least),
             least=self.min_available_nodes,
             timeout=self.node_timeout,
         )
+
+    def meet(self, grid: Grid, number: int, least: int) -> list[Client]:
+        """All clients that are online, once there are so many; raises as `Clients.wait`."""
+        return self.clients.wait(grid, self._hello(number), least, self.node_timeout)
+
+    def _hello(self, number: int) -> RecordDict:
+        return self.broadcasting.hello(ConfigRecord({**self.train_config, ROUND_WORD: number}))
+
+    def lend(self, lent: Lent) -> None:
+        """Have a grid push and pull as this strategy's own loop does."""
+        self.give_back()
+        lend(lent)
+        self._grid = lent.grid
+
+    def give_back(self) -> None:
+        """Leave the grid that was lent as it was."""
+        if self._grid is not None:
+            give_back(self._grid)
+        self._grid = None
 
     def move(self, outcome: RoundOutcome) -> ArrayRecord:
         """Go on to the model of a finished round; returns its arrays."""
@@ -270,12 +306,20 @@ class RoundStrategy(Strategy):
         self.broadcasting.adopt(arrays)
         chosen = self.choose(grid, ASK_EVALUATE, server_round)
         config[ROUND_WORD] = server_round
-        return self.evaluation.messages(chosen, config)
+        messages = self.evaluation.messages(chosen, config)
+        asked = {id(message) for message in messages}
+
+        def ready(message: Message) -> Message | None:
+            return message if id(message) in asked else None
+
+        self.lend(Lent(grid, ready, self.evaluation.take, lambda: self.evaluation.limit))
+        return messages
 
     def aggregate_evaluate(
         self, server_round: int, replies: Iterable[Message]
     ) -> MetricRecord | None:
         """Aggregate the clients' evaluation metrics, weighted, in the order of clients."""
+        self.give_back()
         return evaluation_metrics(
             replies,
             self.clients.known,

@@ -3,12 +3,11 @@
 from __future__ import annotations
 
 import logging
-import time
 from collections import Counter
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any
 
-from flwr.app import ArrayRecord, ConfigRecord, Message, MessageType, MetricRecord
+from flwr.app import ArrayRecord, ConfigRecord, Message, MetricRecord
 from flwr.serverapp import Grid
 
 from dare_agg.codec.budget import ClientTerms, UploadBudget
@@ -20,15 +19,14 @@ from dare_agg.downlink.protocol import Downlink
 from dare_agg.errors import ConfigError
 from dare_agg.flower import arguments
 from dare_agg.flower.clients import Client
-from dare_agg.flower.exchange import exchange
-from dare_agg.flower.internals import set_lifetime
 from dare_agg.flower.limits import OWN_BYTES
 from dare_agg.flower.metrics import MetricsFn, aggregate_metrics
+from dare_agg.flower.open_round import OpenRound
+from dare_agg.flower.receiving import Lent
 from dare_agg.flower.records import ASK_TRAIN, Hello
 from dare_agg.flower.replies import Inbox, TrainReply
-from dare_agg.flower.round_outcome import OpenRound, RoundOutcome, round_measurements
+from dare_agg.flower.round_outcome import RoundOutcome, round_measurements
 from dare_agg.flower.round_strategy import ROUND_WORD, RoundStrategy
-from dare_agg.flower.transport import message_bytes
 from dare_agg.rounds.chain import Passed, StepContext, UpdateStep, chain
 from dare_agg.rounds.noise import NoiseWatch, round_noise
 from dare_agg.rounds.plan import RoundPlan, make_plans
@@ -212,31 +210,19 @@ class DareStrategy(RoundStrategy):
     def train_round(
         self, number: int, arrays: ArrayRecord, config: ConfigRecord, grid: Grid, limit: float
     ) -> tuple[ArrayRecord | None, MetricRecord | None]:
-        """Take replies as they come; who lost its version is sent the full model once more."""
+        """Ask those that `configure_train` chose, and merge what `aggregate_train` makes of it."""
+        self._open = None
         messages = list(self.configure_train(number, arrays, config, grid))
-        for message in messages:
-            set_lifetime(message, limit + 60)
-        opened = self._open
-        if opened is not None:
-            until = time.monotonic() + limit
-            lost: list[Client] = []
-            by_node = {client.node: client for client in opened.clients}
-            room = opened.inbox.limit(self.reply_room)
-            for index, reply in exchange(grid, messages, limit, room):
-                node = messages[index].metadata.dst_node_id
-                if self.broadcasting.lost_version(node, reply):
-                    lost.append(by_node[node])
-                else:
-                    opened.inbox.take(node, reply)
-            left = until - time.monotonic()
-            if lost and left > 0:
-                LOG.info(
-                    "%d clients no longer hold their version; sending what they lack", len(lost)
-                )
-                again = [self._train_message(opened, client, config) for client in lost]
-                for index, reply in exchange(grid, again, left, room):
-                    opened.inbox.take(again[index].metadata.dst_node_id, reply)
-        return self.aggregate_train(number, ())
+        if not messages:
+            self._open = None
+            return self.aggregate_train(number, [])
+        opened = self._opened_for(messages, number, arrays, grid)
+        self.give_back()
+        replies = opened.receive(grid, messages, limit)
+        merged, metrics = self.aggregate_train(number, replies)
+        if self._open is not None:
+            self._note_merged_elsewhere(self._open, merged is not None)
+        return merged, metrics
 
     def configure_train(
         self, server_round: int, arrays: ArrayRecord, config: ConfigRecord, grid: Grid
@@ -246,13 +232,26 @@ class DareStrategy(RoundStrategy):
         if self.fraction_train == 0.0:
             return []
         self.broadcasting.adopt(arrays)
-        model = self.broadcasting.model
         chosen = self.choose(grid, ASK_TRAIN, server_round)
-        terms = [self._terms(client.hello) for client in chosen]
+        self._open = opened = self._open_round(server_round, chosen)
+        config[ROUND_WORD] = server_round
+        if self.settings.terms.statistics:
+            config["statistics"] = self.settings.terms.statistics
+        messages = [opened.message(client, config) for client in chosen]
+
+        def ready(message: Message) -> Message | None:
+            return opened.ready(message) if opened.is_ours(message) else None
+
+        self.lend(Lent(grid, ready, opened.take, opened.room))
+        return messages
+
+    def _open_round(self, number: int, chosen: Sequence[Client]) -> OpenRound:
+        """A round of these clients, with a plan for each."""
+        model = self.broadcasting.model
         plans = make_plans(
-            derive_key(self.secret, "round", server_round, length=32),
-            server_round,
-            terms,
+            derive_key(self.secret, "round", number, length=32),
+            number,
+            [self._terms(client.hello) for client in chosen],
             self.settings.terms,
             model.ref,
             run=self.run,
@@ -271,12 +270,24 @@ class DareStrategy(RoundStrategy):
             signers=signers,
             layout=model.groups.layout,
         )
-        opened = OpenRound(server_round, chosen, by_node, inbox)
-        self._open = opened
-        config[ROUND_WORD] = server_round
-        if self.settings.terms.statistics:
-            config["statistics"] = self.settings.terms.statistics
-        return [self._train_message(opened, client, config) for client in chosen]
+        return OpenRound(number, list(chosen), by_node, inbox, self.broadcasting, self.reply_room)
+
+    def _opened_for(
+        self, messages: Sequence[Message], number: int, arrays: ArrayRecord, grid: Grid
+    ) -> OpenRound:
+        """The open round; made here where an override of configure_train chose by itself."""
+        nodes = {message.metadata.dst_node_id for message in messages}
+        if self._open is None or not nodes <= set(self._open.plans):
+            self.broadcasting.adopt(arrays)
+            ready = self.meet(grid, number, len(nodes))
+            chosen = [client for client in ready if client.node in nodes]
+            if strange := nodes - {client.node for client in chosen}:
+                raise ConfigError(
+                    f"configure_train asks node {min(strange)}, which is not online or does not "
+                    "take part; ask those of super().configure_train"
+                )
+            self._open = self._open_round(number, chosen)
+        return self._open
 
     def _terms(self, hello: Hello) -> ClientTerms | None:
         """What a client is given of its own: by its budget, or by the app's function."""
@@ -286,23 +297,25 @@ class DareStrategy(RoundStrategy):
         dense = ref.dense_size and HEADER_BYTES + payload_bytes(terms.dense_values, ref.dense_size)
         return self.upload_budget.terms(ref.size, dense, hello.uplink_kbit_s, mask=terms.mask)
 
-    def _train_message(self, opened: OpenRound, client: Client, config: ConfigRecord) -> Message:
-        order = self.broadcasting.order(ASK_TRAIN, opened.plans[client.node])
-        content = self.broadcasting.content(client, order, config)
-        opened.download[client.node] = opened.download.get(client.node, 0) + message_bytes(content)
-        return Message(content, client.node, MessageType.TRAIN)
-
     def aggregate_train(
         self, server_round: int, replies: Iterable[Message]
     ) -> tuple[ArrayRecord | None, MetricRecord | None]:
-        """Judge replies that Flower's own loop collected, then merge all that are there."""
+        """Merge what is passed on of a round's replies.
+
+        Each is a client's arrays, decoded when they are looked at, beside its own records, or an
+        error. Of those that were not changed the update itself is merged. Raises `ConfigError`
+        for replies where no round is open.
+        """
         opened, self._open = self._open, None
+        self.give_back()
         if opened is None:
+            if list(replies):
+                raise ConfigError(
+                    "aggregate_train was given replies, and no round is open: configure_train "
+                    "comes first, and one aggregate_train for each"
+                )
             return None, None
-        for reply in replies:
-            opened.inbox.take(reply.metadata.src_node_id, reply)
-        opened.inbox.close()
-        every = opened.inbox.in_order()
+        every = opened.passed_on(replies)
         passed = self._pass_steps(opened.number, [reply.accepted for reply in every])
         rejections = [*opened.inbox.all_rejections(), *passed.rejections]
         lost = {rejection.client for rejection in passed.rejections}
@@ -321,8 +334,7 @@ class DareStrategy(RoundStrategy):
             self.downlink,
             plans,
         )
-        for one in every:
-            self.broadcasting.have[one.node] = one.receipt.have
+        self.broadcasting.have.update(opened.held)
         measured = dict(merged.measurements)
         if passed.measurements:
             measured["steps"] = [dict(of_step) for of_step in passed.measurements]
@@ -342,7 +354,7 @@ class DareStrategy(RoundStrategy):
         measurements["noise"] = self._watch_noise(measurements, plans, weights, moved)
         metrics = aggregate_metrics(
             self.train_metrics_aggr_fn,
-            [reply.metrics for reply in taken],
+            [reply.content for reply in taken],
             weights,
             self.weighted_by_key,
         )
@@ -358,6 +370,23 @@ class DareStrategy(RoundStrategy):
             opened.number, moved, step_state, measurements, rejections, plans, metrics
         )
         return self.move(outcome), metrics
+
+    def _note_merged_elsewhere(self, opened: OpenRound, moved: bool) -> None:
+        """An override of aggregate_train merged by itself: what is known of the round is kept."""
+        self._open = None
+        taken, rejections = opened.inbox.in_order(), opened.inbox.all_rejections()
+        self.broadcasting.have.update({one.node: one.receipt.have for one in taken})
+        if moved:
+            self.empty_rounds = 0
+            self._tally.moved += 1
+        self.outcome = RoundOutcome(
+            opened.number,
+            opened.model,
+            self.step_state,
+            round_measurements(opened, taken, rejections, {}),
+            rejections,
+            [reply.accepted.plan for reply in taken],
+        )
 
     def _watch_noise(
         self,

@@ -30,18 +30,16 @@ def ratio(before: float, after: float) -> float:
     return before / after if min(before, after) >= _LEAST else 1.0
 
 
-def span_norm(
-    source: DeltaSource, span: Span, norm: str, band: tuple[float, float] | None = None
-) -> float:
-    """The norm of a source's elements in a span, of those with \\|x\\| inside ``band`` if given."""
+def span_norm(source: DeltaSource, span: Span, norm: str, least: float | None = None) -> float:
+    """The norm of a source's elements in a span, of those with \\|x\\| ≥ ``least`` if given."""
     parts = [0.0]
     buffer = np.empty(FIXED_BLOCK, np.float32)
     for lo in range(*span, FIXED_BLOCK):
         row = buffer[: min(span[1], lo + FIXED_BLOCK) - lo]
         source.read(lo, lo + row.size, row)
         np.abs(row, out=row)
-        if band is not None:
-            row *= (row >= band[0]) & (row <= band[1])
+        if least is not None:
+            row *= row >= least
         if norm == "linf":
             parts.append(float(row.max()))
         elif norm == "l2":

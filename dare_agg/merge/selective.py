@@ -12,10 +12,10 @@ from dare_agg.codec.derive import Keystream, derive_key, seed_secret
 from dare_agg.errors import ConfigError
 from dare_agg.merge.linear import normalized, weighted_sum
 from dare_agg.merge.norms import norm_ratios
+from dare_agg.merge.selection import Selection, select
 from dare_agg.merge.task import FIXED_BLOCK, Kernel, MergeTask, Scratch, cut, span_starts
-from dare_agg.merge.thresholds import kth_smallest
-from dare_agg.merge.ties import consensus, norm_factors
-from dare_agg.merge.wrapped import BandSource, ScaledSource
+from dare_agg.merge.ties import consensus, selected
+from dare_agg.merge.wrapped import ScaledSource
 from dare_agg.vectors.layout import Entry, FloatVector
 from dare_agg.vectors.sources import DeltaSource
 
@@ -28,38 +28,32 @@ def breadcrumbs(task: MergeTask) -> Kernel:
     spans = task.tensor_spans
     sizes = [hi - lo for lo, hi in spans]
     densities, gammas = task.numbers("density"), task.numbers("gamma")
-    low = np.empty((task.count, len(spans)), np.float32)
-    high = np.empty_like(low)
-    for i, source in enumerate(task.sources):
-        kept = [
-            size if density >= 1 else int(float(density) * size)
-            for size, density in zip(sizes, densities[i], strict=True)
+    ranks = [
+        [
+            _band(size, float(density), float(gamma))
+            for size, density, gamma in zip(sizes, densities[i], gammas[i], strict=True)
         ]
-        # The top gives way where it would leave less than the density.
-        bottoms = [
-            0 if keep == size else max(0, size - keep - int(float(gamma) * size))
-            for size, keep, gamma in zip(sizes, kept, gammas[i], strict=True)
-        ]
-        ranks = [min(b + 1, size) if b else 0 for b, size in zip(bottoms, sizes, strict=True)]
-        low[i] = kth_smallest(source, spans, ranks, task.tile)
-        tops = [b + keep for b, keep in zip(bottoms, kept, strict=True)]
-        high[i] = kth_smallest(source, spans, tops, task.tile)
-        high[i, [t == size for t, size in zip(tops, sizes, strict=True)]] = np.inf
-        low[i, [keep == 0 for keep in kept]] = np.inf
-    factors = None
-    if task.options["rescale"] != "none":
-        factors = norm_factors(task, spans, (low, high), task.options["rescale"])
+        for i in range(task.count)
+    ]
+    left, factors = selected(task, spans, ranks, task.options["rescale"])
     if task.options["sign-consensus"]:
-        return consensus(task, spans, (low, high), factors)
+        return consensus(left, spans, None, factors)
     weights = task.values_at(task.weights, spans)
     if task.options["normalize"] == "agreeing":
         weights = normalized(weights)
     if factors is not None:
         weights = weights * factors
-    banded = tuple(
-        BandSource(source, spans, low[i], high[i]) for i, source in enumerate(task.sources)
-    )
-    return weighted_sum(replace(task, sources=banded), weights * _scaling(task), None, spans)
+    return weighted_sum(left, weights * _scaling(task), None, spans)
+
+
+def _band(size: int, density: float, gamma: float) -> tuple[int, int]:
+    """The ranks that stay, by ascending magnitude: the top gives way where it would leave less
+    than the density."""
+    if density >= 1:
+        return 0, size
+    kept = int(density * size)
+    bottom = max(0, size - kept - int(gamma * size))
+    return bottom, bottom + kept
 
 
 def _scaling(task: MergeTask) -> NDArray[np.float64]:
@@ -84,46 +78,21 @@ class _Variance:
 
 
 def variance(stack: NDArray[np.float32], out: FloatVector) -> None:
-    """Variance (over n) of each column, in row order."""
-    mean = stack[0].copy()
-    for row in stack[1:]:
-        mean += row
-    mean /= np.float32(len(stack))
-    out[:] = 0
-    for row in stack:
-        gap = row - mean
-        gap *= gap
-        out += gap
-    out /= np.float32(len(stack))
+    """Variance (over n) of each column, rounded once: equal ones stay equal."""
+    exact = stack.astype(np.float64)
+    exact -= exact.mean(axis=0)
+    exact *= exact
+    out[:] = exact.mean(axis=0)
 
 
 def sce(task: MergeTask) -> Kernel:
     """Select the elements of largest variance, weigh models by their mean δ² in each tensor,
     erase minority signs (arXiv 2408.07990)."""
     spans, topk = task.tensor_spans, task.shared("select-topk")
-    spread = _Variance(task)
-    limits = np.full(len(spans), -1, np.float32)
+    chosen = _most_varied(task, topk) if (topk < 1).any() else None
     energy = np.zeros((task.count, len(spans)))
     stack = np.empty((task.count, FIXED_BLOCK), np.float32)
     buffer = np.empty(FIXED_BLOCK, np.float32)
-    if (topk < 1).any():
-        ranks = []
-        for (start, stop), share in zip(spans, topk, strict=True):
-            if share >= 1:
-                ranks.append(0)
-                continue
-            nonzero = 0
-            for lo in range(start, stop, FIXED_BLOCK):
-                hi = min(stop, lo + FIXED_BLOCK)
-                spread.read(lo, hi, buffer[: hi - lo])
-                nonzero += int(np.count_nonzero(buffer[: hi - lo]))
-            keep = int(nonzero * float(share))
-            ranks.append(stop - start - keep + 1)
-        sizes = [hi - lo for lo, hi in spans]
-        limits = kth_smallest(
-            spread, spans, [min(r, s) for r, s in zip(ranks, sizes, strict=True)], task.tile
-        )
-        limits[[r > s for r, s in zip(ranks, sizes, strict=True)]] = np.inf
     for number, (start, stop) in enumerate(spans):
         parts = []
         for lo in range(start, stop, FIXED_BLOCK):
@@ -131,8 +100,9 @@ def sce(task: MergeTask) -> Kernel:
             tile = stack[:, : hi - lo]
             for source, row in zip(task.sources, tile, strict=True):
                 source.read(lo, hi, row)
-            variance(tile, buffer[: hi - lo])
-            tile *= buffer[: hi - lo] >= limits[number]
+            if chosen is not None:
+                variance(tile, buffer[: hi - lo])
+                tile *= chosen.keeps(buffer[: hi - lo], lo)
             parts.append((tile.astype(np.float64) ** 2).sum(axis=1))
         energy[:, number] = [math.fsum(p[i] for p in parts) for i in range(task.count)]
         energy[:, number] /= stop - start
@@ -141,12 +111,25 @@ def sce(task: MergeTask) -> Kernel:
     # where nothing is left, unless it is asked for.
     speaks = (total > 0) & (total >= task.options["least-energy"])
     weights = np.where(speaks, energy / np.where(speaks, total, 1), 1 / task.count)
-    return _sce_kernel(task, weights, limits if (topk < 1).any() else None)
+    return _sce_kernel(task, weights, chosen)
 
 
-def _sce_kernel(
-    task: MergeTask, weights: NDArray[np.float64], limits: FloatVector | None
-) -> Kernel:
+def _most_varied(task: MergeTask, shares: NDArray[np.float64]) -> Selection:
+    """Of each tensor the share of the elements that vary at all, by variance."""
+    spread, ranks = _Variance(task), []
+    buffer = np.empty(FIXED_BLOCK, np.float32)
+    for (start, stop), share in zip(task.tensor_spans, shares, strict=True):
+        nonzero = 0
+        for lo in range(start, stop, FIXED_BLOCK):
+            row = buffer[: min(stop, lo + FIXED_BLOCK) - lo]
+            spread.read(lo, lo + row.size, row)
+            nonzero += int(np.count_nonzero(row))
+        size = stop - start
+        ranks.append((0 if share >= 1 else size - int(nonzero * float(share)), size))
+    return select(spread, task.tensor_spans, ranks, task.tile)
+
+
+def _sce_kernel(task: MergeTask, weights: NDArray[np.float64], chosen: Selection | None) -> Kernel:
     """Signs come from the unweighted deltas, sums are weighted: not quite `consensus`."""
     spans, scaling = task.tensor_spans, _scaling(task)
     starts = span_starts(spans)
@@ -156,13 +139,12 @@ def _sce_kernel(
         stack = scratch.get("stack", task.count * (hi - lo)).reshape(task.count, hi - lo)
         for source, row in zip(task.sources, stack, strict=True):
             source.read(lo, hi, row)
-        spread = scratch.get("spread", hi - lo)
-        if limits is not None:
+        if chosen is not None:
+            spread = scratch.get("spread", hi - lo)
             variance(stack, spread)
+            stack *= chosen.keeps(spread, lo)
         for span, a, b in cut(spans, starts, lo, hi):
             part = stack[:, a - lo : b - lo]
-            if limits is not None:
-                part *= spread[a - lo : b - lo] >= limits[span]
             total = part[0].copy()
             for row in part[1:]:
                 total += row

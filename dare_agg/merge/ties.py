@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 from functools import partial
 
 import numpy as np
@@ -10,14 +11,15 @@ from numpy.typing import NDArray
 
 from dare_agg.errors import ConfigError
 from dare_agg.merge.majority import MajoritySign
-from dare_agg.merge.norms import ratio, span_norm
+from dare_agg.merge.norms import norm_ratios, ratio, span_norm
+from dare_agg.merge.selection import SelectedSource, select
 from dare_agg.merge.task import Kernel, MergeTask, Scratch, Span, cut, span_starts
 from dare_agg.merge.thresholds import kth_smallest_of_each
 from dare_agg.merge.ties_listed import listed_consensus
 from dare_agg.vectors.layout import FloatVector
 
-# Bounds for |x| per (model, span): what lies in [low, high] stays. None keeps all.
-Bounds = tuple[NDArray[np.float32], NDArray[np.float32]]
+# The least |x| that stays, (models, spans). None keeps all.
+Bounds = NDArray[np.float32]
 
 
 def ties(task: MergeTask) -> Kernel:
@@ -29,24 +31,54 @@ def ties(task: MergeTask) -> Kernel:
     per_tensor = options["trim-scope"] == "tensor"
     spans = task.tensor_spans if per_tensor or len(task.spans) > 1 else task.spans
     scope = task.tensor_spans if per_tensor else ((0, task.layout.size),)
-    kept = None
     if options["density"] is not None:
         if options["trim"] is not None:
             raise ConfigError("trim and density are both given; density is 1 - trim: give one")
         kept = _counts(task, "density", scope, _kept)
-    elif options["trim"] is not None:
+        return _of_counted(task, spans, scope, kept)
+    if options["trim"] is not None:
         kept = _counts(task, "trim", scope, _reference_kept)
     else:
         kept = [[_reference_kept(hi - lo, 0.8) for lo, hi in scope]] * task.count
     bounds = _trim_bounds(task, scope, kept)
     factors = None
     if options["rescale"] != "none" and bounds is not None:
-        factors = norm_factors(task, scope, bounds, options["rescale"])
-    if len(spans) > len(scope) and bounds is not None:
+        factors = _norm_factors(task, scope, bounds, options["rescale"])
+    if len(spans) > len(scope):
         # One threshold a model for spans that differ in weight only.
-        bounds = tuple(np.repeat(b, len(spans), axis=1) for b in bounds)  # type: ignore[assignment]
+        bounds = None if bounds is None else np.repeat(bounds, len(spans), axis=1)
         factors = None if factors is None else np.repeat(factors, len(spans), axis=1)
     return consensus(task, spans, bounds, factors)
+
+
+def _of_counted(
+    task: MergeTask, spans: Sequence[Span], scope: Sequence[Span], kept: list[list[int]]
+) -> Kernel:
+    """TIES of the largest entries, as many of each model as ``kept`` says."""
+    sizes = [hi - lo for lo, hi in scope]
+    ranks = [[(n - k, n) for n, k in zip(sizes, row, strict=True)] for row in kept]
+    if all(first == 0 for row in ranks for first, _ in row):
+        return consensus(task, spans, None)
+    left, factors = selected(task, scope, ranks, task.options["rescale"])
+    if factors is not None and len(spans) > len(scope):
+        factors = np.repeat(factors, len(spans), axis=1)
+    return consensus(left, spans, None, factors)
+
+
+def selected(
+    task: MergeTask, scope: Sequence[Span], ranks: list[list[tuple[int, int]]], norm: str
+) -> tuple[MergeTask, NDArray[np.float32] | None]:
+    """The task with the entries of these ranks by \\|x\\| only (models, spans), and the factors
+    that restore each model's ``norm`` in each span."""
+    sources = tuple(
+        SelectedSource(source, select(source, scope, row, task.tile))
+        for source, row in zip(task.sources, ranks, strict=True)
+    )
+    left = replace(task, sources=sources)
+    if norm == "none":
+        return left, None
+    pairs = zip(task.sources, sources, strict=True)
+    return left, np.stack([norm_ratios(whole, rest, scope, norm) for whole, rest in pairs])
 
 
 def _counts(
@@ -90,7 +122,7 @@ def _trim_bounds(task: MergeTask, scope: Sequence[Span], kept: list[list[int]]) 
     low = kth_smallest_of_each(task.sources, scope, ranks, task.tile)
     for i, row in enumerate(kept):
         low[i, [k == 0 for k in row]] = np.inf
-    return low, np.full_like(low, np.inf)
+    return low
 
 
 def consensus(
@@ -101,7 +133,7 @@ def consensus(
     *,
     weights: NDArray[np.float64] | None = None,
 ) -> Kernel:
-    """Build the kernel that elects signs and merges, for deltas inside ``bounds``.
+    """Build the kernel that elects signs and merges, for deltas of at least ``bounds``.
 
     ``factors`` (models, spans) multiply the deltas but do not count as weights.
     """
@@ -118,6 +150,9 @@ def consensus(
     if tie != "positive":
         majority = MajoritySign(partial(_balance, task, spans, starts, bounds, multipliers))
     equal = np.all(multipliers == multipliers[:1], axis=0) & np.all(counts == counts[:1], axis=0)
+    if tie == "positive":
+        # What cancels is decided by the products' rounding, as in mergekit; by 2^k none is rounded.
+        equal &= np.frexp(multipliers[0])[0] == 0.5
     expected = np.abs(shares).sum(axis=0)
 
     def kernel(lo: int, hi: int, out: FloatVector, scratch: Scratch) -> None:
@@ -147,13 +182,13 @@ def consensus(
     return kernel
 
 
-def _at(bounds: Bounds | None, span: int) -> tuple[NDArray, NDArray] | None:
-    return None if bounds is None else (bounds[0][:, span], bounds[1][:, span])
+def _at(bounds: Bounds | None, span: int) -> NDArray[np.float32] | None:
+    return None if bounds is None else bounds[:, span]
 
 
 def _trim_and_sum(
     part: NDArray[np.float32],
-    limits: tuple[NDArray, NDArray] | None,
+    limits: NDArray[np.float32] | None,
     multipliers: NDArray[np.float32] | None,
     total: FloatVector,
     scratch: Scratch,
@@ -162,13 +197,10 @@ def _trim_and_sum(
     size = total.size
     magnitude, keep = scratch.get("magnitude", size), scratch.get("keep", size, np.bool_)
     for i, row in enumerate(part):
-        if limits is not None and (limits[0][i] >= 0 or limits[1][i] < np.inf):
+        if limits is not None and limits[i] >= 0:
             np.abs(row, out=magnitude)
-            np.greater_equal(magnitude, limits[0][i], out=keep)
+            np.greater_equal(magnitude, limits[i], out=keep)
             row *= keep
-            if limits[1][i] < np.inf:
-                np.less_equal(magnitude, limits[1][i], out=keep)
-                row *= keep
         if multipliers is not None and multipliers[i] != 1:
             row *= multipliers[i]
         if i == 1:
@@ -271,14 +303,13 @@ def _balance(
     return balance
 
 
-def norm_factors(
+def _norm_factors(
     task: MergeTask, spans: Sequence[Span], bounds: Bounds, norm: str
 ) -> NDArray[np.float32]:
     """‖δ‖ / ‖trimmed δ‖ for each model and span."""
     factors = np.ones((task.count, len(spans)), np.float32)
     for model, source in enumerate(task.sources):
         for number, span in enumerate(spans):
-            band = float(bounds[0][model, number]), float(bounds[1][model, number])
-            left = span_norm(source, span, norm, band)
+            left = span_norm(source, span, norm, float(bounds[model, number]))
             factors[model, number] = ratio(span_norm(source, span, norm), left)
     return factors

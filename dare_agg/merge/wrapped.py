@@ -99,28 +99,6 @@ class TrimmedSource:
 
 
 @dataclass(frozen=True)
-class BandSource:
-    """A delta without its entries of \\|x\\| outside [low, high] of their span (breadcrumbs)."""
-
-    source: DeltaSource
-    spans: Sequence[tuple[int, int]]
-    low: FloatVector
-    high: FloatVector
-
-    @property
-    def size(self) -> int:
-        return self.source.size
-
-    def read(self, lo: int, hi: int, out: FloatVector) -> None:
-        self.source.read(lo, hi, out)
-        for (start, stop), low, high in zip(self.spans, self.low, self.high, strict=True):
-            if start < hi and stop > lo:
-                piece = out[max(lo, start) - lo : min(hi, stop) - lo]
-                size = np.abs(piece)
-                piece *= (size >= low) & (size <= high)
-
-
-@dataclass(frozen=True)
 class ScaledSource:
     """A delta with one factor for each span (mergekit's L1 rescale)."""
 

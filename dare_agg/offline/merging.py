@@ -2,7 +2,8 @@
 
 Everything is checked before any work: names, shapes, dtypes, bases, options, room on the
 disk, non-finite values. Models are put in the order of their contents first, so the order in
-which they were named changes nothing; weights, seeds and statistics travel with them.
+which they were named changes nothing (unless the recipe's ``order`` is "given"); weights, seeds and
+statistics travel with them.
 """
 
 from __future__ import annotations
@@ -128,11 +129,13 @@ def _merged(
             warnings += tokenizer_warnings(base.folder, where, tokens=target is None)
         ordered = sparsified(opened, recipe, layout)
         names = [sketch(m.source) for m in ordered]
-        order = content_order(
-            [m.source for m in ordered],
-            names,
-            [(order_key(m.given.weight), m.given.seed or 0, m.number) for m in ordered],
-        )
+        order = list(range(len(ordered)))
+        if recipe.order == "contents":
+            order = content_order(
+                [m.source for m in ordered],
+                names,
+                [(order_key(m.given.weight), m.given.seed or 0, m.number) for m in ordered],
+            )
         ordered = [ordered[i] for i in order]
         weights, scaling = tensor_weights(recipe, ordered, layout)
         used = tile or _tile([m.source for m in ordered])

@@ -126,6 +126,7 @@ class Rule(_Strict):
 
 class Recipe(_Strict):
     """A merge. ``rules`` apply in order, the last match wins; see `read_recipe` for files.
+    ``order`` is that in which models are added, which decides the last bits of float32 sums.
 
     A plain list is one number for each model in ``drop-rate`` and in options that are per model,
     else a gradient; ``{gradient: […]}`` is one everywhere.
@@ -147,6 +148,7 @@ class Recipe(_Strict):
     dtype: Literal["float32", "float16", "bfloat16"] | None = None
     tokenizer: str | None = None
     vocabulary: Literal["base", "union"] | None = None
+    order: Literal["contents", "given"] = "contents"
 
     @field_validator("models", mode="before")
     @classmethod

@@ -94,6 +94,21 @@ def test_order_tiles_and_threads_change_nothing(
     assert (tmp_path / "1.safetensors").read_bytes() == (tmp_path / "2.safetensors").read_bytes()
 
 
+def test_the_given_order_is_that_of_the_sum(models: list[Path], tmp_path: Path) -> None:
+    base, *tuned = (load_file(m if m.is_file() else m / "model.safetensors") for m in models)
+    for number, order in enumerate(([0, 1, 2], [2, 1, 0])):
+        recipe = {
+            "base": models[0], "models": [models[1 + i] for i in order], "order": "given",
+            "method": "task-arithmetic",
+        }  # fmt: skip
+        out = tmp_path / f"{number}.safetensors"
+        merge_offline(make_recipe(recipe), out)
+        for name in SHAPES:
+            first, second, third = (tuned[i][name] - base[name] for i in order)
+            expected = ((first + second) + third) + base[name]
+            np.testing.assert_array_equal(load_file(out)[name], expected)
+
+
 @pytest.mark.parametrize("rate", ["0.5", "0.9"])
 @pytest.mark.parametrize("method", ["average", "ties"])
 @pytest.mark.parametrize("mask", ["stratified", "bernoulli"])

@@ -22,6 +22,7 @@ from dare_agg.flower.resume import keep_base, resume, save
 from dare_agg.flower.round_strategy import RoundStrategy
 from dare_agg.flower.transport import to_numpy, to_record
 from dare_agg.rounds.state import StateFolder
+from dare_agg.runs.ending import COMPLETED, FAILED, INTERRUPTED, RUNNING
 from dare_agg.runs.prometheus import exporter
 from dare_agg.runs.rows import RunRow
 from server.asking import agree_on_labels, ask, wait_for_nodes
@@ -45,7 +46,7 @@ def main(grid: Grid, context: Context) -> None:
     port = config.prometheus_port
     shown = exporter(port, config.prometheus_host) if port else None
     recorder = Recorder(folder, config.model_dump(by_alias=True), shown)
-    recorder.status("running")
+    recorder.status(RUNNING)
     try:
         labels: tuple[str, ...] = ()
         if config.secure_merge:
@@ -70,12 +71,14 @@ def main(grid: Grid, context: Context) -> None:
                 prints[name] = run_method(grid, config, name, labels, recorder, plainly)
     except BaseException as error:
         reason = str(error) if isinstance(error, DareError) else f"{type(error).__name__}: {error}"
+        # A SuperLink that is told to stop a run ends its process.
+        stopped = isinstance(error, KeyboardInterrupt | SystemExit)
         with contextlib.suppress(StateError):  # what ended the run may be a full disk
-            recorder.status("failed", error=reason)
+            recorder.status(INTERRUPTED if stopped else FAILED, error=reason)
         raise
     finally:
         recorder.close()
-    recorder.status("completed", labels=list(labels), fingerprints=prints)
+    recorder.status(COMPLETED, labels=list(labels), fingerprints=prints)
 
 
 def run_method(

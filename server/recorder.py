@@ -57,7 +57,7 @@ class Recorder:
             ) from error
 
     def status(self, state: str, **more: Any) -> None:
-        """Write ``run.json``: "running", "completed" or "failed", with the reason."""
+        """Write ``run.json``: one of `dare_agg.runs.ending`'s words, with the reason."""
         value = {"status": state, "token": self.token, "config": dict(self.config), **more}
         write_json(self.folder / STATE_FILE, value, _REMEDY)
         LOG.info("%s", state_line(value))

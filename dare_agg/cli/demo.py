@@ -2,17 +2,19 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 import signal
 import subprocess
 import sys
 import time
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
+from dare_agg.cli import signals
 from dare_agg.errors import ConfigError, RunError
 
 if TYPE_CHECKING:
@@ -167,7 +169,8 @@ def follow(folder: Path, command: tuple[str, ...], rounds: int) -> None:
             env={**os.environ, "RAY_worker_niceness": "0"},
         )
         seen = -1
-        try:
+        # A second Ctrl-C here is a second one there.
+        with signals.ending(lambda: os.killpg(process.pid, signal.SIGINT), ""), stopped(process):
             while True:
                 ended = process.poll() is not None
                 size = metrics.stat().st_size if metrics.is_file() else -1
@@ -177,8 +180,6 @@ def follow(folder: Path, command: tuple[str, ...], rounds: int) -> None:
                 if ended:
                     break
                 time.sleep(POLL_SECONDS)
-        finally:
-            stop(process)
     if process.returncode != 0:
         raise RunError(
             f"the run ended with status {process.returncode}: {last_error(log)}; the whole log is "
@@ -204,6 +205,15 @@ def show_progress(progress: Any, bars: Mapping[str, Any], metrics: Path, rounds:
             progress.stop_task(bars[name])
             if place + 1 < len(METHODS):
                 progress.start_task(bars[METHODS[place + 1]])
+
+
+@contextlib.contextmanager
+def stopped(process: subprocess.Popen[bytes]) -> Iterator[None]:
+    """`stop` the process in the end, whatever ends the body."""
+    try:
+        yield
+    finally:
+        stop(process)
 
 
 def stop(process: subprocess.Popen[bytes]) -> None:

@@ -3,16 +3,15 @@
 from __future__ import annotations
 
 import importlib
-import signal
 import sys
-import threading
-from typing import Any
+from typing import Any, NoReturn
 
 import click
 import typer
 from typer.core import TyperGroup
 
 from dare_agg import __version__
+from dare_agg.cli import signals
 from dare_agg.errors import DareError, did_you_mean
 
 # name -> one-line help; the command lives in dare_agg/cli/<name>.py as function <name>,
@@ -110,22 +109,25 @@ def _root(
 def main(arguments: list[str] | None = None) -> Any:
     """Run the command line; errors of the library become one line and exit status 1.
 
-    SIGTERM ends it as Ctrl-C does, so that a run stops what it started.
+    SIGTERM and a closed terminal end it as Ctrl-C does, so that a run stops what it started; the
+    exit status is 128 + the signal's number.
     """
-    if threading.current_thread() is threading.main_thread():
-        signal.signal(signal.SIGTERM, signal.default_int_handler)
-        signal.signal(signal.SIGINT, signal.default_int_handler)
+    signals.install()
     try:
         app(args=arguments, prog_name="dare-agg")
-    except DareError as error:
-        _exit_with(str(error))
-    except ModuleNotFoundError as error:
-        _exit_with(_missing(error))
-    except (OSError, MemoryError) as error:
-        _exit_with(f"{type(error).__name__}: {error}")
-    except KeyboardInterrupt:
-        sys.stderr.write("error: interrupted\n")
-        sys.exit(130)
+    except BaseException as error:
+        # What a signal ended may say it in other words.
+        if signals.status():
+            _exit_with(signals.message(), signals.status())
+        if isinstance(error, KeyboardInterrupt):
+            _exit_with(signals.message(), 130)
+        if isinstance(error, DareError):
+            _exit_with(str(error))
+        if isinstance(error, ModuleNotFoundError):
+            _exit_with(_missing(error))
+        if isinstance(error, OSError | MemoryError):
+            _exit_with(f"{type(error).__name__}: {error}")
+        raise
 
 
 def _missing(error: ModuleNotFoundError) -> str:
@@ -137,9 +139,9 @@ def _missing(error: ModuleNotFoundError) -> str:
     raise error
 
 
-def _exit_with(message: str) -> None:
+def _exit_with(message: str, status: int = 1) -> NoReturn:
     sys.stderr.write("error: " + " ".join(message.split()) + "\n")
-    sys.exit(1)
+    sys.exit(status)
 
 
 if __name__ == "__main__":

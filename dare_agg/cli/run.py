@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import time
 from collections.abc import Mapping
 from pathlib import Path
@@ -35,6 +36,7 @@ def run(
     json_: Annotated[bool, typer.Option("--json", help="Print one JSON object.")] = False,
 ) -> None:
     """Run the Flower app (simulation or deployment); exit with the run's true status."""
+    from dare_agg.cli.ending import note_failure
     from dare_agg.cli.output import print_json, stderr_console, stdout_console
     from dare_agg.cli.progress import (
         follow,
@@ -60,6 +62,7 @@ def run(
         watch=follow(folder, stderr_console()),
     )
     if not status.ok:
+        note_failure(folder, status.status, status.detail)
         raise RunError(
             f"run {status.run_id} ended as {status.status}: {status.detail}; see {folder}"
         )
@@ -170,6 +173,7 @@ def practice(folder: Path, clients: int, settings: dict) -> str:
 def execute(folder, overrides, *, app=None, clients=10, cpus=1, federation="",  # type: ignore[no-untyped-def]
             root_certificates=None, watch=None):  # fmt: skip
     """Run the app into ``folder``; returns its `RunStatus`. See `run` for the words."""
+    from dare_agg.cli.ending import ended_whole
     from dare_agg.errors import ConfigError
     from dare_agg.flower.processes import launch
 
@@ -185,10 +189,12 @@ def execute(folder, overrides, *, app=None, clients=10, cpus=1, federation="",  
         if line:
             log.write(line + "\n")
             log.flush()
-        if watch is not None:
-            watch(line)
+        # A terminal may be gone; whoever closed it also sent a signal, if the run shall end.
+        with contextlib.suppress(OSError):
+            if watch is not None:
+                watch(line)
 
-    try:
+    with log, ended_whole(folder, home, settings):
         if federation:
             connection = {"address": federation}
             if root_certificates is not None:
@@ -205,8 +211,8 @@ def execute(folder, overrides, *, app=None, clients=10, cpus=1, federation="",  
         absolute_paths(settings)
         if settings.get("secure"):
             settings["secure-roster"] = practice(folder / "keys", clients, settings)
-        with launch.simulation_superlink(home) as address:
-            launch.write_connection(home, "run", {"address": address, "insecure": True})
+        with launch.simulation_superlink(home) as simulation:
+            launch.write_connection(home, "run", {"address": simulation.address, "insecure": True})
             settings.setdefault("min-clients", clients)
             return launch.run_app(
                 source,
@@ -215,6 +221,5 @@ def execute(folder, overrides, *, app=None, clients=10, cpus=1, federation="",  
                 settings,
                 federation_config={"num-supernodes": clients, "client-resources-num-cpus": cpus},
                 on_line=on_line,
+                simulation=simulation,
             )
-    finally:
-        log.close()

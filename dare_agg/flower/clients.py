@@ -25,6 +25,7 @@ from dare_agg.flower.records import (
     failure_of,
     one_line,
     read_answer,
+    worker_died,
 )
 
 LOG = logging.getLogger("flwr")
@@ -121,7 +122,7 @@ class Clients:
         ]
         for index, reply in exchange(grid, messages, timeout):
             node = nodes[index]
-            if went_away(reply):
+            if went_away(reply) or worker_died(reply):
                 LOG.info("node %d went away when asked who it is", node)
                 continue
             problem = self._read(node, reply)

@@ -23,6 +23,7 @@ from dare_agg.flower.limits import ReplyLimit
 from dare_agg.flower.patience import be_patient, named
 from dare_agg.flower.pulling import Pull
 from dare_agg.flower.records import unread
+from dare_agg.flower.workers import check_engine, replace_workers
 
 LOG = logging.getLogger("flwr")
 PULLERS = 8
@@ -59,11 +60,13 @@ def exchange(
 
     Ends when every message has its reply, or after ``timeout`` seconds; messages without a
     reply are simply not yielded. A reply over the limit, or that cannot be read, is yielded as
-    a failure. Raises `RunError` when the SuperLink takes no message, or fails.
+    a failure. Raises `RunError` when the SuperLink takes no message or fails, or a simulation has
+    lost what its clients run on.
     """
     if not messages:
         return
     be_patient(grid)
+    replace_workers(grid)
     deadline = time.monotonic() + timeout
     sent = _push(grid, messages)
     waiting: queue.SimpleQueue[Pull] = queue.SimpleQueue()
@@ -85,6 +88,7 @@ def exchange(
             try:
                 item = found.get(timeout=min(left, 0.5))
             except queue.Empty:
+                check_engine()
                 continue
             if isinstance(item, BaseException):
                 raise item

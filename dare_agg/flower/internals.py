@@ -30,6 +30,7 @@ from dare_agg.errors import FlowerVersionError
 # What a mod calls to go on; Flower's own name for it is not public.
 ClientAppCallable = Callable[[Message, Context], Message]
 GiveUp = Callable[[Exception], bool]
+_LOOK_SECONDS = 1.0
 
 
 @dataclass(frozen=True)
@@ -106,6 +107,15 @@ INTERNALS = {
         "keeps the SuperLink's database behind SQLAlchemy's pool and waits five seconds for its "
         "lock; a connection that is taken from the pool is told to wait longer, without which a "
         "busy SuperLink answers 500",
+    ),
+    "memory-grid": Internal(
+        "flwr.superlink.grid:InMemoryGrid",
+        "is the grid of a simulation, whose clients run in workers of the same machine",
+    ),
+    "worker-pool": Internal(
+        "flwr.simulation.ray_transport.ray_actor:BasicActorPool",
+        "holds a simulation's workers; one that died is put back among them and would draw and "
+        "fail nearly all messages",
     ),
     "message-to-bytes": Internal(
         "flwr.common.serde:message_to_proto",
@@ -351,6 +361,43 @@ def on_database_connection(act: Callable[..., None]) -> None:
     from sqlalchemy.pool import Pool
 
     event.listen(Pool, "checkout", act)
+
+
+# --- a simulation's workers ----------------------------------------------------------------
+
+
+def is_simulated(grid: Grid) -> bool:
+    """Whether a grid is that of a simulation by Flower in this process."""
+    return isinstance(grid, internal("memory-grid"))
+
+
+def guard_workers(check: Callable[[], None], died: Callable[[Exception], Exception]) -> None:
+    """Have this process's simulation put a new worker in the place of one that died.
+
+    ``check`` is called while a reply is waited for, and may raise; ``died`` makes of Ray's error
+    the one that the client is said to have failed with.
+    """
+    import ray
+    from ray.exceptions import RayActorError
+
+    pool_class = internal("worker-pool")
+    fetch = pool_class.fetch_result_and_return_actor_to_pool
+    if getattr(fetch, "guarded", False):
+        return
+
+    def guarded(pool: Any, future: Any) -> Any:
+        while not ray.wait([future], timeout=_LOOK_SECONDS, fetch_local=False)[0]:
+            check()
+        try:
+            return fetch(pool, future)
+        except RayActorError as error:
+            told = died(error)
+            # Flower returns to the idle ones whichever is noted here.
+            pool._future_to_actor[future] = pool.create_actor_fn()
+            raise told from None
+
+    guarded.guarded = True  # type: ignore[attr-defined]
+    pool_class.fetch_result_and_return_actor_to_pool = guarded
 
 
 # --- replies, part by part -----------------------------------------------------------------

@@ -31,6 +31,7 @@ from dare_agg.flower.fields import (
     words_of,
 )
 from dare_agg.flower.transport import unpack
+from dare_agg.flower.workers import WORKER_DIED
 from dare_agg.rounds.plan import RoundPlan, plan_from_record
 from dare_agg.rounds.same_code import check_same_code, package_fingerprint
 
@@ -264,7 +265,14 @@ def failure_of(message: Message) -> tuple[str, str]:
     # The exception itself is the last line of the text Flower sends.
     lines = (message.error.reason or "").strip().splitlines()
     said = one_line(lines[-1] if lines else "no text")
+    if worker_died(message):
+        return "worker", WORKER_DIED
     return "client-error", f"Flower error code {message.error.code}: {said}"
+
+
+def worker_died(message: Message) -> bool:
+    """Whether a message failed because the process that it was given to died."""
+    return message.has_error() and WORKER_DIED in (message.error.reason or "")
 
 
 def read_payload(content: RecordDict, key: str, limit: int) -> bytes | None:

@@ -22,12 +22,12 @@ from pathlib import Path
 from typing import Any
 
 from dare_agg.deploy.certificates import make_deployment
+from dare_agg.flower.processes.ending import stop_group
 from dare_agg.flower.processes.launch import (
     RunStatus,
     flower_environment,
     free_port,
     run_app,
-    stop_group,
     toml_scalars,
     write_connection,
 )

@@ -235,6 +235,22 @@ def message_id() -> None:
     assert ids == [internals.pushed_id(message) for message in messages] and all(ids)
 
 
+def memory_grid() -> None:
+    assert internals.is_simulated(InMemoryGrid(SimpleNamespace(state=lambda: None)))
+    assert not internals.is_simulated(http_grid())
+
+
+def worker_pool() -> None:
+    pytest.importorskip("ray")
+    pool = internal("worker-pool")
+    backend = importlib.import_module("flwr.server.superlink.fleet.vce.backend.raybackend")
+    # It asks the pool for the result, and where that fails puts back whichever worker is noted.
+    called = backend.RayBackend.process_message.__code__.co_names
+    assert {"fetch_result_and_return_actor_to_pool", "add_actor_back_to_pool"} <= set(called)
+    assert "_future_to_actor" in pool.add_actor_back_to_pool.__code__.co_names
+    assert "create_actor_fn" in pool.__init__.__code__.co_names
+
+
 def mods() -> None:
     app = ClientApp(mods=[mod.dare_mod])
     assert internals.app_mods(app) == [mod.dare_mod]
@@ -292,6 +308,8 @@ CHECKS: dict[str, Callable[..., None]] = {
     "message-id": message_id,
     "lifetime": lifetime,
     "deflate": deflate,
+    "memory-grid": memory_grid,
+    "worker-pool": worker_pool,
     "mods": mods,
     "logger": logger,
     "no-installs": no_installs,

@@ -6,7 +6,7 @@ from dataclasses import fields
 from pathlib import Path
 
 import pytest
-from flwr.app import ConfigRecord, RecordDict
+from flwr.app import ConfigRecord, Error, Message, RecordDict
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
@@ -24,6 +24,7 @@ from dare_agg.flower.records import (
     Refusal,
 )
 from dare_agg.flower.secure import records as secure
+from dare_agg.flower.workers import WORKER_DIED
 from dare_agg.rounds.plan import make_plans
 from dare_agg.rounds.terms import UpdateTerms
 from dare_agg.vectors.model import ModelRef
@@ -244,3 +245,11 @@ def test_nothing_asks_a_downlink_or_a_receiver_for_its_class():
             if isinstance(node, ast.Call) and getattr(node.func, "id", "") == "isinstance":
                 named = {n.id for n in ast.walk(node.args[1]) if isinstance(n, ast.Name)}
                 assert not named & halves, path
+
+
+def test_a_dead_worker_is_told_from_an_app_that_failed():
+    query = Message(RecordDict(), 1, "train")
+    died = f"<class 'RunError'>:<'{WORKER_DIED}'>"
+    for text, reason in ((died, "worker"), ("<class 'ValueError'>:<'no'>", "client-error")):
+        reply = Message(Error(code=0, reason=text), reply_to=query)
+        assert records.failure_of(reply)[0] == reason in REASONS

@@ -10,10 +10,11 @@ from __future__ import annotations
 import contextlib
 import json
 import os
-import signal
+import re
 import socket
 import subprocess
 import sys
+import threading
 import time
 import urllib.error
 import urllib.request
@@ -24,9 +25,19 @@ from pathlib import Path
 from dare_agg.errors import ConfigError, RunError
 from dare_agg.files.app_config import app_above, is_app
 from dare_agg.files.json_text import parse_json
+from dare_agg.flower.processes.ending import (
+    KINDLY_SECONDS,
+    command_of,
+    end_family,
+    family,
+    stop_group,
+)
 
 START_SECONDS = 120
 AWAY_SECONDS = 300
+# A run that has ended says so within it, whatever ended first.
+TROUBLE_SECONDS = 5.0
+_STARTED = re.compile(r"started run (\d+)")
 ConfigScalar = bool | int | float | str
 
 
@@ -84,9 +95,58 @@ def find_app(path: Path | None) -> Path:
     return folder.resolve()
 
 
+@dataclass
+class Simulation:
+    """A SuperLink of our own in simulation mode: its address, home and process."""
+
+    address: str
+    home: Path
+    process: subprocess.Popen
+    _begun: bool = False
+
+    def trouble(self) -> str:
+        """What has ended that the run cannot do without; "" while all is there."""
+        if self.process.poll() is not None:
+            return f"the SuperLink ended with status {self.process.returncode}"
+        if any("flwr-simulation" in command_of(pid) for pid in family(self.home)):
+            self._begun = True
+        elif self._begun:
+            return (
+                "the simulation's process died (killed, most often because memory ran out): let "
+                "fewer clients run side by side (--cpus), then go on with dare-agg run --resume"
+            )
+        return ""
+
+
+class _Watch:
+    """Ends ``process`` when something is in trouble for `TROUBLE_SECONDS`, and keeps the word."""
+
+    def __init__(self, process: subprocess.Popen, trouble: Callable[[], str]) -> None:
+        self.process, self.trouble, self.said = process, trouble, ""
+        self._stop = threading.Event()
+
+    def __enter__(self) -> _Watch:
+        threading.Thread(target=self._look, daemon=True).start()
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._stop.set()
+
+    def _look(self) -> None:
+        since = time.monotonic()
+        while not self._stop.wait(1.0):
+            if not (said := self.trouble()):
+                since = time.monotonic()
+            elif time.monotonic() - since > TROUBLE_SECONDS:
+                # What ended well is known to the SuperLink by now.
+                self.said = said
+                self.process.terminate()
+                return
+
+
 @contextlib.contextmanager
-def simulation_superlink(home: Path) -> Iterator[str]:
-    """Start a SuperLink in simulation mode; yields its address and stops it at the end."""
+def simulation_superlink(home: Path) -> Iterator[Simulation]:
+    """Start a SuperLink in simulation mode; at the end it and all it started are ended."""
     home.mkdir(parents=True, exist_ok=True)
     work = home / "work"
     work.mkdir(exist_ok=True)
@@ -103,31 +163,11 @@ def simulation_superlink(home: Path) -> Iterator[str]:
     )
     try:
         _wait_healthy(process, port, home / "superlink.log")
-        yield f"127.0.0.1:{port}"
+        yield Simulation(f"127.0.0.1:{port}", home, process)
     finally:
-        stop_group(process)
-        _end_leftovers(home)
+        end_family(home)
+        stop_group(process, KINDLY_SECONDS)
         log.close()
-
-
-def _end_leftovers(home: Path) -> None:
-    """End what a stopped simulation left behind, known by its FLWR_HOME (Linux only).
-
-    The simulation and Ray's actors lead sessions of their own and outlive the SuperLink.
-    """
-    mark = f"FLWR_HOME={home}\0".encode()
-    for number in (signal.SIGTERM, signal.SIGKILL):
-        left = 0
-        for entry in Path("/proc").glob("[0-9]*"):
-            if int(entry.name) == os.getpid():
-                continue
-            with contextlib.suppress(OSError):
-                if mark in (entry / "environ").read_bytes() + b"\0":
-                    os.kill(int(entry.name), number)
-                    left += 1
-        if not left:
-            return
-        time.sleep(2)
 
 
 def _wait_healthy(process: subprocess.Popen, port: int, log: Path) -> None:
@@ -141,20 +181,6 @@ def _wait_healthy(process: subprocess.Popen, port: int, log: Path) -> None:
         except (urllib.error.URLError, OSError):
             time.sleep(0.2)
     raise RunError(f"the SuperLink did not answer within {START_SECONDS} s; see {log}")
-
-
-def stop_group(process: subprocess.Popen, patience: float = 20.0) -> None:
-    """End a process and all its children (its own process group): first kindly, then not."""
-    for number in (signal.SIGTERM, signal.SIGKILL):
-        with contextlib.suppress(ProcessLookupError):
-            os.killpg(process.pid, number)
-        try:
-            process.wait(patience)
-        except subprocess.TimeoutExpired:
-            continue
-    # Children that outlived the leader are still in its group.
-    with contextlib.suppress(ProcessLookupError):
-        os.killpg(process.pid, signal.SIGKILL)
 
 
 def toml_scalars(values: Mapping[str, ConfigScalar]) -> str:
@@ -178,10 +204,13 @@ def run_app(
     *,
     federation_config: Mapping[str, ConfigScalar] | None = None,
     on_line: Callable[[str], None] = lambda line: None,
+    simulation: Simulation | None = None,
 ) -> RunStatus:
     """Submit the app over a connection of ``home``, follow its log, return its true status.
 
-    Raises `RunError` when it could not be submitted. Interrupting stops the run.
+    Of a ``simulation`` of our own it is also seen that it still lives. Raises `RunError` when the
+    app could not be submitted. Interrupting stops the run, unless a simulation ends with its
+    SuperLink anyway.
     """
     environment = flower_environment(home)
     work = home / "work"
@@ -203,28 +232,41 @@ def run_app(
         start_new_session=True,
     )
     tail: list[str] = []
+    run_id = ""
     assert process.stdout is not None
-    try:
-        for line in process.stdout:
-            tail = [*tail[-30:], line.rstrip()]
-            on_line(line.rstrip())
-        process.wait()
-    except KeyboardInterrupt:
-        for run_id in set(_runs(environment, work, connection)) - before:
-            subprocess.run(
-                ["flwr", "stop", run_id, connection],
-                cwd=work, env=environment, capture_output=True, timeout=60, check=False,
-            )  # fmt: skip
-        raise
-    finally:
-        stop_group(process)
-    new = _new_runs(environment, work, connection, before)
-    if not new:
-        said = " ".join(line for line in tail[-6:] if line)[:600]
-        raise RunError(
-            f"the app was not accepted (flwr run ended with {process.returncode}): {said}"
-        )
-    return _final_status(environment, work, connection, new[-1], on_line)
+    with _Watch(process, simulation.trouble if simulation else str) as watch:
+        try:
+            for line in process.stdout:
+                tail = [*tail[-30:], line.rstrip()]
+                if not run_id and (started := _STARTED.search(line)):
+                    run_id = started[1]
+                on_line(line.rstrip())
+            process.wait()
+        except KeyboardInterrupt:
+            if simulation is None:
+                _stop_runs(environment, work, connection, run_id, before)
+            raise
+        finally:
+            stop_group(process, KINDLY_SECONDS)
+        if not run_id and not watch.said:
+            run_id = next(iter(_new_runs(environment, work, connection, before)), "")
+        if not run_id:
+            said = watch.said or " ".join(line for line in tail[-6:] if line)[:600]
+            raise RunError(
+                f"the app was not accepted (flwr run ended with {process.returncode}): {said}"
+            )
+        return _final_status(environment, work, connection, run_id, on_line, watch)
+
+
+def _stop_runs(
+    environment: Mapping[str, str], work: Path, connection: str, run_id: str, before: set[str]
+) -> None:
+    """Have the SuperLink stop the run; one whose id was not told yet is whatever is new."""
+    for one in [run_id] if run_id else set(_runs(environment, work, connection)) - before:
+        subprocess.run(
+            ["flwr", "stop", one, connection],
+            cwd=work, env=environment, capture_output=True, timeout=60, check=False,
+        )  # fmt: skip
 
 
 def _new_runs(
@@ -247,6 +289,7 @@ def _final_status(
     connection: str,
     run_id: str,
     on_line: Callable[[str], None],
+    watch: _Watch,
 ) -> RunStatus:
     """Wait until the run has ended by Flower's own account.
 
@@ -266,6 +309,8 @@ def _final_status(
                 until = time.monotonic() + AWAY_SECONDS
         if status.startswith("finished") or time.monotonic() > until:
             return RunStatus(run_id, status, detail)
+        if watch.said:
+            return RunStatus(run_id, "failed", watch.said)
         on_line("")
         time.sleep(pause)
         pause = min(10.0, pause * 1.5)

@@ -23,7 +23,8 @@ def own_base(msg: Message, context: Context) -> dict[str, np.ndarray]:
 def train(msg: Message, context: Context) -> Message:
     number = int(msg.content["config"]["server-round"])
     time.sleep(float(context.run_config["pause"]))
-    key = [number, *str(context.node_config["client-name"]).encode()]
+    node = context.node_config
+    key = [number, *str(node.get("client-name", node.get("partition-id"))).encode()]
     rng = np.random.default_rng(key)
     tuned = {}
     for name, array in msg.content["arrays"].items():

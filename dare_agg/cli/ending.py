@@ -1,0 +1,48 @@
+"""How a followed run ends: nothing of it goes on, and run.json says how."""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+from dare_agg.cli import signals
+from dare_agg.errors import StateError
+from dare_agg.runs.ending import FAILED, INTERRUPTED, note_end
+
+
+@contextlib.contextmanager
+def ended_whole(folder: Path, home: Path, config: Mapping[str, Any]) -> Iterator[None]:
+    """End whatever the body started with ``home`` as FLWR_HOME, also when it is interrupted.
+
+    ``config`` are the settings the run was begun with. A second signal ends everything at once.
+    """
+    from dare_agg.flower.processes.ending import end_family
+
+    def at_once() -> None:
+        end_family(home, kindly=0)
+        note(folder, INTERRUPTED, "interrupted", config)
+
+    with signals.ending(at_once, f"go on with: dare-agg run --resume {folder}"):
+        try:
+            yield
+        except KeyboardInterrupt:
+            end_family(home)
+            note(folder, INTERRUPTED, "interrupted", config)
+            raise
+        finally:
+            with signals.held():
+                end_family(home)
+
+
+def note(folder: Path, status: str, error: str, config: Mapping[str, Any]) -> None:
+    """`note_end`, unless the disk is full: what ended the run is said all the same."""
+    with contextlib.suppress(StateError):
+        note_end(folder, status, error, config)
+
+
+def note_failure(folder: Path, status: str, detail: str) -> None:
+    """Have run.json say that Flower ended a run, where the run itself could not."""
+    stopped = status.endswith(":stopped")
+    note(folder, INTERRUPTED if stopped else FAILED, detail or status, {})

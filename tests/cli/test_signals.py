@@ -1,0 +1,129 @@
+"""Ctrl-C, SIGTERM and a closed terminal, on processes that a command started."""
+
+from __future__ import annotations
+
+import json
+import os
+import pty
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+
+from dare_agg.flower.processes.ending import end_family, family
+
+# A command that starts what leads a session of its own, once deaf to SIGTERM, and waits.
+COMMAND = """
+import os, subprocess, sys, time
+from pathlib import Path
+from dare_agg.cli import signals
+from dare_agg.cli.ending import ended_whole
+from dare_agg.cli import main as entry
+
+folder, deaf = Path(sys.argv[1]), sys.argv[2]
+def command(**_):
+    with ended_whole(folder, folder / "flower", {"num-rounds": 2}):
+        subprocess.Popen(
+            ["sh", "-c", deaf + "(setsid sleep 600; true) & sleep 600; true"],
+            env={**os.environ, "FLWR_HOME": str(folder / "flower")}, start_new_session=True,
+            stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL,
+        )
+        (folder / "ready").touch()
+        time.sleep(600)
+entry.app = command
+entry.main([])
+"""
+DEAF = "trap '' TERM; "
+
+
+def start(folder: Path, deaf: str = "", **more: object) -> subprocess.Popen:
+    folder.mkdir()
+    process = subprocess.Popen(
+        [sys.executable, "-c", COMMAND, str(folder), deaf],
+        **{"stdout": subprocess.PIPE, "stderr": subprocess.STDOUT, **more},  # type: ignore
+    )
+    end = time.monotonic() + 60
+    while not (folder / "ready").exists() or len(family(folder / "flower")) < 3:
+        assert process.poll() is None and time.monotonic() < end
+        time.sleep(0.02)
+    return process
+
+
+@pytest.fixture
+def folder(tmp_path: Path):
+    yield tmp_path / "run"
+    end_family(tmp_path / "run" / "flower", kindly=0)
+
+
+@pytest.mark.parametrize("deaf", ["", DEAF])
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM, signal.SIGHUP])
+def test_the_first_signal_ends_all_and_says_so(folder: Path, number: int, deaf: str) -> None:
+    process = start(folder, deaf)
+    process.send_signal(number)
+    said, _ = process.communicate(timeout=15)
+    assert process.returncode == 128 + number
+    assert family(folder / "flower") == set()
+    word = f"error: interrupted; go on with: dare-agg run --resume {folder}\n"
+    assert said.decode() == word
+    state = json.loads((folder / "run.json").read_text())
+    assert state == {
+        "config": {"num-rounds": 2}, "status": "interrupted", "error": "interrupted",
+    }  # fmt: skip
+
+
+def test_a_second_signal_ends_at_once(folder: Path) -> None:
+    process = start(folder, DEAF)
+    process.send_signal(signal.SIGINT)
+    time.sleep(0.3)
+    began = time.monotonic()
+    process.send_signal(signal.SIGINT)
+    assert process.wait(5) == 130
+    assert time.monotonic() - began < 2 and family(folder / "flower") == set()
+    assert json.loads((folder / "run.json").read_text())["status"] == "interrupted"
+
+
+def test_a_terminal_that_is_closed_ends_it(folder: Path) -> None:
+    # The child leads the session of the terminal, as a shell's job does in effect.
+    here, there = pty.openpty()
+    process = start(
+        folder, stdin=there, stdout=there, stderr=there,
+        preexec_fn=lambda: (os.setsid(), __import__("fcntl").ioctl(there, 0x540E, 0)),
+    )  # fmt: skip
+    os.close(there)
+    os.close(here)
+    assert process.wait(15) == 128 + signal.SIGHUP
+    assert family(folder / "flower") == set()
+    assert json.loads((folder / "run.json").read_text())["status"] == "interrupted"
+
+
+def test_nohup_is_respected(folder: Path) -> None:
+    process = start(folder, preexec_fn=lambda: signal.signal(signal.SIGHUP, signal.SIG_IGN))
+    process.send_signal(signal.SIGHUP)
+    time.sleep(0.5)
+    assert process.poll() is None and len(family(folder / "flower")) >= 3
+    process.send_signal(signal.SIGTERM)
+    assert process.wait(15) == 143
+
+
+def test_what_run_json_says_is_not_written_over(tmp_path: Path) -> None:
+    from dare_agg.runs.ending import note_end
+
+    path = tmp_path / "run.json"
+    for before, status, after in (
+        ("completed", "interrupted", "completed"),
+        ("failed", "interrupted", "interrupted"),
+        ("running", "interrupted", "interrupted"),
+        ("running", "failed", "failed"),
+        ("interrupted", "failed", "interrupted"),
+        ("failed", "failed", "failed"),
+    ):
+        path.write_text(json.dumps({"status": before, "config": {"a": 1}}))
+        note_end(tmp_path, status, "why", {})
+        assert json.loads(path.read_text())["status"] == after
+        assert json.loads(path.read_text())["config"] == {"a": 1}
+    path.unlink()
+    note_end(tmp_path, "failed", "why", {"a": 1})
+    assert not path.exists()

@@ -25,6 +25,7 @@ from dare_agg.flower.records import (
     failure_of,
     one_line,
     read_answer,
+    way_out,
     worker_died,
 )
 
@@ -139,7 +140,7 @@ class Clients:
                 "; either its app lacks dare_mod, or a mod before dare_mod needs trained arrays or "
                 "metrics, which are not there: list dare_mod first, ClientApp(mods=[dare_mod, …])"
             )
-            return said + mods if reason == "client-error" else said
+            return said if reason != "client-error" or way_out(reply) else said + mods
         try:
             answer = read_answer(reply.content, Hello)
         except DareError as error:

@@ -23,7 +23,7 @@ from dare_agg.flower.decoded import Decoded, decoded_arrays, is_untouched, with_
 from dare_agg.flower.exchange import LOG, exchange
 from dare_agg.flower.internals import set_lifetime
 from dare_agg.flower.limits import OWN_BYTES, ReplyLimit
-from dare_agg.flower.records import ASK_TRAIN, ORDER_KEY, REPLY_KEY, one_line, unread
+from dare_agg.flower.records import ASK_TRAIN, ORDER_KEY, REPLY_KEY, is_order, one_line, unread
 from dare_agg.flower.replies import Inbox, TrainReply, metrics_and_weight
 from dare_agg.flower.transport import message_bytes
 from dare_agg.rounds.plan import RoundPlan
@@ -106,10 +106,10 @@ class OpenRound:
             again: list[Message] = []
             for index, reply in exchange(grid, messages, left, self.room()):
                 shown = self.take(messages[index], reply)
-                if shown.metadata.reply_to_message_id:
-                    found[messages[index].metadata.dst_node_id] = shown
-                else:
+                if is_order(shown):
                     again.append(shown)
+                else:
+                    found[messages[index].metadata.dst_node_id] = shown
             messages = again
             if again:
                 LOG.info(

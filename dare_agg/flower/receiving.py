@@ -19,7 +19,7 @@ from dare_agg.errors import UpdateError
 from dare_agg.flower.exchange import sent_ids
 from dare_agg.flower.limits import ReplyLimit
 from dare_agg.flower.pulling import Pull, plain_pull
-from dare_agg.flower.records import unread
+from dare_agg.flower.records import is_order, unread
 
 _PUSH, _PULL = "push_messages", "pull_messages"
 
@@ -71,7 +71,7 @@ class Lent:
             return None
         given = self.take(pull.sent, reply)
         sent = self._sent[message_id]
-        if given.metadata.reply_to_message_id:
+        if not is_order(given):
             del self._pulls[message_id]
             if pull.sent is sent:
                 return given

@@ -54,6 +54,14 @@ VERSION = "[0-9a-f]{1,64}"
 _NAME = r"[\w.:@ -]{1,64}"
 _PLAN_BYTES = 16
 
+# What mods of Flower's fail with where they have no place → the way out.
+_KNOWN_FAILURES = {
+    "secaggplus_configs": "Flower's SecAgg mods take part in its own workflow alone: leave them "
+    "out, and sum in secret with SecureStrategy and secure_mod",
+    "fitins.parameters": "mods of flwr.client.mod are for Flower's older messages: import them "
+    "from flwr.clientapp.mod",
+}
+
 Answer = TypeVar("Answer", bound="Record")
 
 
@@ -232,6 +240,14 @@ def read_answer(
     return Refusal.read(record) or kind.read(record)  # type: ignore[attr-defined,no-any-return]
 
 
+def is_order(message: Message) -> bool:
+    """Whether a message asks something of a client; no reply does, whatever a client puts there.
+
+    What Flower's mods answer to a reply of their own names no message that it replies to.
+    """
+    return bool(message.has_content()) and ORDER_KEY in message.content
+
+
 def read_refusal(message: Message, key: str = REPLY_KEY) -> Refusal | None:
     """The refusal that a message holds, None where it is none."""
     record = None if message.has_error() else read_config(message.content, key)
@@ -267,7 +283,13 @@ def failure_of(message: Message) -> tuple[str, str]:
     said = one_line(lines[-1] if lines else "no text")
     if worker_died(message):
         return "worker", WORKER_DIED
-    return "client-error", f"Flower error code {message.error.code}: {said}"
+    return "client-error", f"Flower error code {message.error.code}: {said}{way_out(message)}"
+
+
+def way_out(message: Message) -> str:
+    """What to do about a failure that a mod of Flower's is known for, "" for another."""
+    said = message.error.reason or ""
+    return next((f"; {way}" for word, way in _KNOWN_FAILURES.items() if word in said), "")
 
 
 def worker_died(message: Message) -> bool:

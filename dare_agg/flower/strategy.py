@@ -19,6 +19,7 @@ from dare_agg.downlink.protocol import Downlink
 from dare_agg.errors import ConfigError
 from dare_agg.flower import arguments
 from dare_agg.flower.clients import Client
+from dare_agg.flower.differential_privacy import check_privacy
 from dare_agg.flower.limits import OWN_BYTES
 from dare_agg.flower.metrics import MetricsFn, aggregate_metrics
 from dare_agg.flower.open_round import OpenRound
@@ -234,6 +235,7 @@ class DareStrategy(RoundStrategy):
         self.broadcasting.adopt(arrays)
         chosen = self.choose(grid, ASK_TRAIN, server_round)
         self._open = opened = self._open_round(server_round, chosen)
+        check_privacy(config, self.settings, self.downlink, [*opened.plans.values()])
         config[ROUND_WORD] = server_round
         if self.settings.terms.statistics:
             config["statistics"] = self.settings.terms.statistics

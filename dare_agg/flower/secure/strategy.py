@@ -154,7 +154,10 @@ class SecureStrategy(RoundStrategy):
         self, server_round: int, arrays: ArrayRecord, config: ConfigRecord, grid: Grid
     ) -> Iterable[Message]:
         """Raises `ConfigError`: Flower's own loop sends one message a round."""
-        raise ConfigError("a secure sum takes several exchanges a round; call this class's start")
+        raise ConfigError(
+            "a secure sum takes several exchanges a round; call this class's start, without a "
+            "wrapper around it"
+        )
 
     def aggregate_train(
         self, server_round: int, replies: Iterable[Message]

@@ -7,14 +7,18 @@ from typing import Annotated, Any
 
 import typer
 
+# A recipe's file names end so, a model's never.
+_RECIPES = (".yaml", ".yml", ".toml", ".json")
+
 
 def merge(
     paths: Annotated[
         list[Path] | None,
         typer.Argument(
             help="BASE, then MODEL...: .safetensors files, model folders, adapters, .dare updates; "
-            "MODEL+ADAPTER for an adapter on a model of its own.",
-            metavar="BASE MODEL...",
+            "MODEL+ADAPTER for an adapter on a model of its own; or a recipe alone, ours or "
+            "mergekit's.",
+            metavar="BASE MODEL... | RECIPE",
             show_default=False,
         ),
     ] = None,
@@ -65,8 +69,12 @@ def merge(
         str | None, typer.Option("--dtype", help="float32, bfloat16 or float16. [the base's]")
     ] = None,
     recipe: Annotated[
-        Path | None, typer.Option("--recipe", help="YAML, TOML or JSON file with all of this.")
+        Path | None,
+        typer.Option("--recipe", help="YAML, TOML or JSON file with all of this, or mergekit's."),
     ] = None,
+    explain: Annotated[
+        bool, typer.Option("--explain", help="Print the recipe instead of merging.")
+    ] = False,
     tokenizer: Annotated[
         str | None,
         typer.Option(
@@ -100,9 +108,14 @@ def merge(
     from dare_agg.errors import ConfigError
     from dare_agg.offline.merging import merge_offline
     from dare_agg.offline.model_words import base_word, model_words
-    from dare_agg.offline.recipe import make_recipe, read_recipe
+    from dare_agg.offline.recipe import make_recipe
+    from dare_agg.offline.recipe_file import RecipeFile, read_recipe
+    from dare_agg.offline.yaml_text import write_yaml
 
-    values: dict[str, Any] = read_recipe(recipe) if recipe else {}
+    if recipe is None and paths and len(paths) == 1 and paths[0].suffix in _RECIPES:
+        recipe, paths = paths[0], None
+    read = read_recipe(recipe) if recipe else RecipeFile({})
+    values = dict(read.values)
     target = values.pop("out", None)
     if paths:
         if len(paths) < 2 and "models" not in values:
@@ -126,12 +139,20 @@ def merge(
         _each(values["models"], "weight", _numbers(weights, "--weights"), "--weights")
     if statistics:
         _each(values["models"], "statistics", [str(s) for s in statistics], "--statistics")
+    checked = make_recipe(values)
+    console = stderr_console()
+    for note in read.notes:
+        console.print(f"note: {note}", highlight=False, markup=False, soft_wrap=True)
+    if explain:
+        if json_:
+            print_json(checked.as_dict())
+        else:
+            typer.echo(write_yaml(checked.as_dict()))
+        return
     if out is None and target is None:
         raise ConfigError("no output is named; give -o OUT (a .safetensors file or a folder)")
-    checked = make_recipe(values)
     started, cpu = perf_counter(), process_time()
     place = out or Path(str(target))
-    console = stderr_console()
     work = partial(
         merge_offline, checked, place,
         overwrite=force, tile=tile, threads=threads, carry_code=carry_code,
@@ -150,7 +171,9 @@ def merge(
         "cpu_seconds": round(process_time() - cpu, 3),
     }
     if json_:
-        print_json({**asdict(report), **spent, "recipe": checked.as_dict()})
+        print_json(
+            {**asdict(report), **spent, "recipe": checked.as_dict(), "notes": list(read.notes)}
+        )
         return
     for warning in report.warnings:
         console.print(f"warning: {warning}", style="yellow", highlight=False, soft_wrap=True)

@@ -5,10 +5,9 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
-import yaml
-
 from dare_agg import __version__
 from dare_agg.checkpoint.hub_names import shown_name
+from dare_agg.offline.yaml_text import write_yaml
 from dare_agg.vectors.layout import Layout
 
 if TYPE_CHECKING:
@@ -41,7 +40,7 @@ def model_card(
             f"{said}, seed {recipe.get('seed', 0)}).\n"
         )
     return f"""---
-{yaml.safe_dump(head, sort_keys=False).strip()}
+{write_yaml(head)}
 ---
 # {shown_name(str(recipe["base"]))}, merged by {method.name}
 
@@ -58,18 +57,10 @@ Layout fingerprint: `{layout.fingerprint}`.
 ## Recipe
 
 ```yaml
-{yaml.safe_dump(_plain(recipe), sort_keys=False).strip()}
+{write_yaml(recipe)}
 ```
 """
 
 
 def _shown(model: Mapping[str, Any]) -> str:
     return " + ".join(shown_name(str(model[key])) for key in ("path", "adapter") if key in model)
-
-
-def _plain(value: Any) -> Any:
-    if isinstance(value, Mapping):
-        return {str(k): _plain(v) for k, v in value.items()}
-    if isinstance(value, list | tuple):
-        return [_plain(v) for v in value]
-    return value if isinstance(value, bool | int | float | str | None) else str(value)

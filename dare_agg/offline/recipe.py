@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import json
 import re
-import tomllib
 from collections.abc import Mapping, Sequence
 from functools import cached_property
 from pathlib import Path
@@ -22,12 +20,9 @@ from pydantic import (
 )
 
 from dare_agg.checkpoint.hub import located_all
-from dare_agg.checkpoint.hub_names import hub_name
 from dare_agg.codec.mask import parse_drop_rate
-from dare_agg.errors import ConfigError, FormatError, did_you_mean
-from dare_agg.files.json_text import parse_json, read_bounded
+from dare_agg.errors import ConfigError, did_you_mean
 from dare_agg.merge.methods import Method, find_method
-from dare_agg.offline.model_words import base_word, model_words
 from dare_agg.offline.parameters import (
     Choices,
     Gradient,
@@ -37,17 +32,12 @@ from dare_agg.offline.parameters import (
     parse_parameter,
     plain_parameter,
 )
-from dare_agg.offline.yaml_text import MOST_BYTES, parse_yaml
 from dare_agg.vectors.patterns import compile_patterns
 
 # In the place of a folder: OUT has BASE's tokenizer.
 BASES_TOKENIZER = "base"
 # Sparsifiers that restore a tensor's norm after a random drop, as mergekit does.
 MERGEKIT_NORMS = {"mergekit-dare": "l1", "mergekit-dare-l2": "l2", "mergekit-dare-linf": "linf"}
-
-# The parser of the standard library takes minutes for long dotted keys.
-_MOST_PARTS = 64
-_LONG_KEY = re.compile(rf"(?<![\w\"'-])(?:[\w\"'-]++\s*+\.\s*+){{{_MOST_PARTS}}}")
 
 
 def _kebab(name: str) -> str:
@@ -125,7 +115,7 @@ class Rule(_Strict):
 
 
 class Recipe(_Strict):
-    """A merge. ``rules`` apply in order, the last match wins; see `read_recipe` for files.
+    """A merge. ``rules`` apply in order, the last match wins.
     ``order`` is that in which models are added, which decides the last bits of float32 sums.
 
     A plain list is one number for each model in ``drop-rate`` and in options that are per model,
@@ -289,60 +279,3 @@ def make_recipe(values: Mapping[str, Any]) -> Recipe:
         raise ConfigError(
             f"recipe {where or 'as a whole'}: {said} (got {str(first['input'])[:60]!r})"
         ) from error
-
-
-def read_recipe(path: Path) -> dict[str, Any]:
-    """Read a YAML, TOML or JSON recipe; relative paths count from its folder.
-
-    ``out`` may be among the keys; it is left in.
-
-    Raises `ConfigError` naming the first key or value that is wrong.
-    """
-    try:
-        text = read_bounded(path, MOST_BYTES).decode()
-        if path.suffix == ".toml":
-            if _LONG_KEY.search(text):
-                raise FormatError(f"a dotted key of more than {_MOST_PARTS} parts")
-            values = tomllib.loads(text)
-            # What JSON could not say within its bounds is no recipe either.
-            parse_json(json.dumps(values, default=str))
-        else:
-            values = parse_json(text) if path.suffix == ".json" else parse_yaml(text)
-    except (OSError, ValueError, RecursionError) as error:
-        raise ConfigError(f"{path} cannot be read as a recipe: {error}") from error
-    if not isinstance(values, dict):
-        raise ConfigError(f"{path} holds no mapping; a recipe has base, models and method")
-    folder = path.absolute().parent
-
-    def here(value: Any) -> Any:
-        return str(folder / value) if isinstance(value, str) else value
-
-    def model(value: Any) -> Any:
-        return value if isinstance(value, str) and hub_name(value, folder) else here(value)
-
-    def tokenizer(value: Any) -> Any:
-        return value if value == BASES_TOKENIZER else model(value)
-
-    def base(value: Any) -> Any:
-        return model(base_word(value, folder) if isinstance(value, str) else value)
-
-    def words(value: Any) -> Any:
-        found = model_words(value, folder) if isinstance(value, str) else {"path": value}
-        return {key: model(part) for key, part in found.items()}
-
-    where = {"adapter": model, "statistics": here}
-    for key, read in (("base", base), ("out", here), ("tokenizer", tokenizer)):
-        if key in values:
-            values[key] = read(values[key])
-    models = values.get("models")
-    if isinstance(models, list):
-        values["models"] = [
-            {
-                **{k: where[k](v) if k in where else v for k, v in m.items()},
-                **(words(m["path"]) if "path" in m else {}),
-            }
-            if isinstance(m, dict)
-            else words(m)
-            for m in models
-        ]
-    return values

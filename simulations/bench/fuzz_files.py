@@ -47,7 +47,8 @@ from dare_agg.errors import DareError
 from dare_agg.offline.adapters.source import adapter_source
 from dare_agg.offline.base import open_base
 from dare_agg.offline.range_check import bases_named_by
-from dare_agg.offline.recipe import make_recipe, read_recipe
+from dare_agg.offline.recipe import make_recipe
+from dare_agg.offline.recipe_file import read_recipe
 from dare_agg.rounds.plan import make_plans
 from dare_agg.rounds.state import StateFolder, pack_round, unpack_model, unpack_step
 from dare_agg.rounds.step import StepState
@@ -573,7 +574,7 @@ def _recipe(folder: Path, kind: str) -> Reader:
     path = folder / f"recipe.{kind}"
 
     def read() -> None:
-        values = read_recipe(path)
+        values = read_recipe(path).values
         values.pop("out", None)
         make_recipe(values)
 

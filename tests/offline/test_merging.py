@@ -15,7 +15,8 @@ from dare_agg.errors import CheckpointError, ConfigError
 from dare_agg.merge.engine import merge_deltas
 from dare_agg.merge.methods import METHODS
 from dare_agg.offline.merging import merge_offline
-from dare_agg.offline.recipe import make_recipe, read_recipe
+from dare_agg.offline.recipe import make_recipe
+from dare_agg.offline.recipe_file import read_recipe
 
 # Runs a merge that must fail with one clear line, which it returns.
 Refused = Callable[..., str]
@@ -218,7 +219,7 @@ rules = [{match = "^emb", scaling = 0}, {match = "bias", weights = [0, 1]}]
     np.testing.assert_array_equal(
         load_file(tmp_path / "yaml.safetensors")["emb.weight"], base["emb.weight"]
     )
-    values = read_recipe(tmp_path / "r.yaml")
+    values = read_recipe(tmp_path / "r.yaml").values
     del values["out"]
     recipe = make_recipe(values)
     assert make_recipe(recipe.as_dict()) == recipe

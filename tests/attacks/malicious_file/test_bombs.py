@@ -32,7 +32,7 @@ from dare_agg.deploy.identities import read_identities
 from dare_agg.downlink.base import read_base
 from dare_agg.offline.adapters.folder import adapter_base
 from dare_agg.offline.range_check import bases_named_by
-from dare_agg.offline.recipe import read_recipe
+from dare_agg.offline.recipe_file import read_recipe
 from dare_agg.runs.report.records import read_run
 from dare_agg.secure.identity import read_public
 from dare_agg.secure.roster import read_roster
@@ -248,10 +248,10 @@ def test_what_the_library_writes_is_read(tmp_path: Path) -> None:
 
 
 def test_aliases_as_people_use_them_are_read(tmp_path: Path) -> None:
-    from dare_agg.offline.recipe import read_recipe
+    from dare_agg.offline.recipe_file import read_recipe
 
     (tmp_path / "r.yaml").write_text(
         "base: b\nmodels:\n- &a {path: x, weight: 1}\n- {<<: *a, path: y}\nexclude: &e ['^h']\n"
     )
-    models = read_recipe(tmp_path / "r.yaml")["models"]
+    models = read_recipe(tmp_path / "r.yaml").values["models"]
     assert [Path(m["path"]).name for m in models] == ["x", "y"] and models[1]["weight"] == 1

@@ -17,7 +17,7 @@ from dare_agg.deploy.identities import load_identity
 from dare_agg.errors import MOST_CHARACTERS, CheckpointError, ConfigError, NonFiniteError
 from dare_agg.offline.adapters.source import adapter_source
 from dare_agg.offline.base import open_base
-from dare_agg.offline.recipe import read_recipe
+from dare_agg.offline.recipe_file import read_recipe
 from dare_agg.vectors.sources import CachedSource
 
 CONFIG = {"peft_type": "LORA", "r": 2, "lora_alpha": 4}

@@ -1,0 +1,236 @@
+"""mergekit's file said as a recipe of ours.
+
+Its rules for bases: a ``base_model`` that is not among listed models is added to them, and where
+the method knows no base it counts as one more. In slices the base stands among the sources.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from dare_agg.checkpoint import open_checkpoint
+from dare_agg.checkpoint.hub import in_cache, located
+from dare_agg.errors import ConfigError, did_you_mean
+from dare_agg.offline.mergekit.document import Document, Slice, Source, read_document
+from dare_agg.offline.mergekit.methods import METHODS, Reading
+from dare_agg.offline.mergekit.names import place, same
+from dare_agg.offline.mergekit.settings import Scopes
+from dare_agg.offline.mergekit.words import WORDS, Word, at_line
+from dare_agg.offline.parameters import depth_of_stacks, plain_parameter
+from dare_agg.offline.yaml_text import Located
+
+_DTYPES = ("float32", "float16", "bfloat16")
+
+
+@dataclass(frozen=True)
+class Translation:
+    """A recipe's plain values (`dare_agg.offline.recipe`), and what was passed over."""
+
+    values: dict[str, Any]
+    notes: tuple[str, ...]
+
+
+@dataclass(frozen=True)
+class Member:
+    """A model of a slice where it lies, with what the file says of it."""
+
+    place: str
+    adapter: str | None
+    source: Source
+
+
+@dataclass(frozen=True)
+class Cast:
+    """The members of one slice: a base, unless the method knows none, and the rest."""
+
+    base: Member | None
+    others: tuple[Member, ...]
+    part: Slice
+
+
+def translated(root: Located, file: Path) -> Translation:
+    """Say a file of mergekit's as our recipe; relative paths count from the file's folder.
+
+    Raises `ConfigError` naming file and line for what is wrong or not supported.
+    """
+    try:
+        document = read_document(root)
+        return _translated(document, file.absolute().parent)
+    except ConfigError as error:
+        raise ConfigError(f"{file}, {error}") from error
+
+
+def _translated(document: Document, folder: Path) -> Translation:
+    method = str(document.method.value)
+    if method not in WORDS:
+        raise at_line(
+            document.method.line,
+            f"merge_method {method!r} is not known{did_you_mean(method, WORDS)}",
+        )
+    word = WORDS[method]
+    casts = [_cast(document, word, part, folder) for part in document.slices]
+    notes = [*document.notes, *_idle(document, word, casts)]
+    for cast in casts:
+        if len(casts) > 1 or not all(_whole(m) for m in _members(cast)):
+            raise at_line(cast.part.line, "a slice of some of the layers is not supported")
+    cast = casts[0]
+    shared = Scopes((cast.part.settings, *document.settings), document.method.line)
+    own = [
+        Scopes((m.source.settings, cast.part.settings, *document.settings), m.source.line)
+        for m in cast.others
+    ]
+    found = METHODS[method](Reading(shared, own, cast.base is not None))
+    base = cast.base or cast.others[0]
+    if base.adapter is not None:
+        raise at_line(base.source.line, "a base with an adapter is not supported")
+    models = [
+        {**_path(member, base), **_plain(given)}
+        for member, given in zip(cast.others, found.models, strict=True)
+    ]
+    values = {"base": base.place, "models": models, **_plain(found.values)}
+    values |= _dtype(document)
+    values |= _tokenizer(document, base.place, folder)
+    return Translation(values, tuple(notes))
+
+
+def _members(cast: Cast) -> tuple[Member, ...]:
+    return (*filter(None, [cast.base]), *cast.others)
+
+
+def _whole(member: Member) -> bool:
+    """Whether a slice takes all of a model's layers, as far as that can be seen from here."""
+    layers = member.source.layers
+    if layers is None:
+        return True
+    lies = Path(member.place) if os.path.exists(member.place) else in_cache(member.place)
+    if lies is None:
+        return layers[0] == 0
+    depths = depth_of_stacks(open_checkpoint(located(lies)).names)
+    return layers == (0, max(depths.values(), default=0))
+
+
+def _path(member: Member, base: Member) -> dict[str, str]:
+    if member.adapter is None:
+        return {"path": member.place}
+    if base.adapter is None and same(member.place, base.place):
+        return {"path": member.adapter}
+    return {"path": member.place, "adapter": member.adapter}
+
+
+def _cast(document: Document, word: Word, part: Slice, folder: Path) -> Cast:
+    members = [_member(source, folder) for source in part.sources]
+    named = part.base or document.base
+    base = None if named is None else _member(Source(named, named.line), folder)
+    for number, member in enumerate(members):
+        for other in members[:number]:
+            if _equal(member, other):
+                raise at_line(
+                    member.source.line,
+                    f"{member.source.model} is named on line {other.source.line} already; give it "
+                    "once, with the sum of the weights",
+                )
+    if base is not None:
+        among = [member for member in members if _equal(member, base)]
+        if among:
+            base = among[0]
+        elif document.models:
+            members.append(base)
+        elif word.base != "counts":
+            raise at_line(part.line, f"base_model {named} is not among the sources of this slice")
+    if word.base == "needed" and base is None:
+        raise at_line(document.method.line, f"{document.method.value} needs a base_model")
+    if word.base == "counts":
+        base = None
+    others = tuple(member for member in members if base is None or not _equal(member, base))
+    low, high = word.models
+    if not low <= len(others) <= high:
+        needed = f"{low}" if low == high else f"at least {low}"
+        beside = " beside the base" if base is not None else ""
+        raise at_line(
+            part.line,
+            f"{document.method.value} takes {needed} model{'s' * (low != 1)}{beside}, "
+            f"{len(others)} are given",
+        )
+    return Cast(base, others, part)
+
+
+def _member(source: Source, folder: Path) -> Member:
+    model = source.model
+    adapter = model.adapter
+    return Member(
+        place(model.path, model.line, folder),
+        None if adapter is None else place(adapter, model.line, folder),
+        source,
+    )
+
+
+def _equal(left: Member, right: Member) -> bool:
+    if left.adapter is None or right.adapter is None:
+        return left.adapter is right.adapter and same(left.place, right.place)
+    return same(left.place, right.place) and same(left.adapter, right.adapter)
+
+
+def _idle(document: Document, word: Word, casts: Sequence[Cast]) -> list[str]:
+    """Settings that play no part in a method, which mergekit passes over in silence."""
+    method = document.method.value
+    notes = []
+    scopes = [*document.settings, *(cast.part.settings for cast in casts)]
+    for settings in scopes:
+        for key, one in settings.items():
+            if key not in (*word.shared, *word.own):
+                notes.append(f"line {one.line}: {key} plays no part in {method}: passed over")
+    for cast in casts:
+        for member in _members(cast):
+            for key, one in member.source.settings.items():
+                if member is cast.base:
+                    why = "is of the base, which has none"
+                elif key in word.shared:
+                    why = "of a model is not read, it is one for the merge"
+                elif key not in word.own:
+                    why = f"plays no part in {method}"
+                else:
+                    continue
+                notes.append(f"line {one.line}: {key} {why}: passed over")
+    return notes
+
+
+def _dtype(document: Document) -> dict[str, str]:
+    for given in (document.out_dtype, document.dtype):
+        if given is not None:
+            word = str(given.value).removeprefix("torch.")
+            if word not in _DTYPES:
+                raise at_line(
+                    given.line, f"dtype {str(given.value)[:40]!r}{did_you_mean(word, _DTYPES)}"
+                )
+            return {"dtype": word}
+    return {}
+
+
+def _tokenizer(document: Document, base: str, folder: Path) -> dict[str, str]:
+    if document.chat_template is not None:
+        raise at_line(document.chat_template.line, "chat_template is not supported")
+    for key in ("tokens", "pad_to_multiple_of"):
+        if key in document.tokenizer:
+            raise at_line(document.tokenizer[key].line, f"tokenizer's {key} is not supported")
+    source = document.tokenizer.get("source")
+    if source is None:
+        return {}
+    if source.value in ("base", "union"):
+        return {"vocabulary": source.value}
+    if not isinstance(source.value, str):
+        raise at_line(source.line, "a tokenizer's source is base, union or a model")
+    found = place(source.value.removeprefix("model:"), source.line, folder)
+    return {"vocabulary": "base"} if same(found, base) else {
+        "vocabulary": "base", "tokenizer": found
+    }  # fmt: skip
+
+
+def _plain(values: Mapping[str, Any]) -> dict[str, Any]:
+    plain = {}
+    for key, value in values.items():
+        plain[key] = _plain(value) if isinstance(value, dict) else plain_parameter(value)
+    return plain

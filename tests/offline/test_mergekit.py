@@ -65,6 +65,7 @@ def test_a_published_file_merges_and_its_recipe_gives_the_same_bits(
         "options": {"trim": 0, "normalize": "none", "sign-tie": "positive"},
         "sparsifier": "mergekit-dare",
         "mask": "bernoulli",
+        "order": "given",
         "dtype": "bfloat16",
     }
     (tmp_path / "ours.yaml").write_text(recipe)

@@ -66,10 +66,10 @@ def translated(root: Located, file: Path) -> Translation:
 
 def _translated(document: Document, folder: Path) -> Translation:
     method = str(document.method.value)
-    if method not in WORDS:
+    if method not in METHODS:
         raise at_line(
             document.method.line,
-            f"merge_method {method!r} is not known{did_you_mean(method, WORDS)}",
+            f"merge_method {method!r} is not known{did_you_mean(method, METHODS)}",
         )
     word = WORDS[method]
     casts = [_cast(document, word, part, folder) for part in document.slices]
@@ -91,7 +91,8 @@ def _translated(document: Document, folder: Path) -> Translation:
         {**_path(member, base), **_plain(given)}
         for member, given in zip(cast.others, found.models, strict=True)
     ]
-    values = {"base": base.place, "models": models, **_plain(found.values)}
+    # In the order of the file its sums are added, so that their last bits are too.
+    values = {"base": base.place, "models": models, **_plain(found.values), "order": "given"}
     values |= _dtype(document)
     values |= _tokenizer(document, base.place, folder)
     return Translation(values, tuple(notes))

@@ -12,6 +12,7 @@ import numpy as np
 from dare_agg.errors import ConfigError, did_you_mean
 from dare_agg.merge.fisher import fisher
 from dare_agg.merge.linear import average, linear, task_arithmetic
+from dare_agg.merge.nuslerp import nuslerp
 from dare_agg.merge.regmean import regmean
 from dare_agg.merge.selective import breadcrumbs, della, sce
 from dare_agg.merge.spherical import karcher, model_stock, multislerp, slerp
@@ -130,6 +131,7 @@ _NORMALIZE = Option(
     ("agreeing", "expected", "none", "max"),
     also=_AGREEING_OR_NOT,
 )
+_OF = Option("deltas", "interpolate the deltas or whole models", ("deltas", "models"))
 _OFTEN_PLUS = Option("positive", _SIGN_TIE.help, _SIGN_TIE.choices)
 
 METHODS: dict[str, Method] = {
@@ -237,11 +239,25 @@ METHODS: dict[str, Method] = {
             },
         ),
         Method(
+            "nuslerp",
+            "sin((1-t)φ)/sin φ·a + sin(tφ)/sin φ·b of two deltas, t = w_b/(w_a + w_b)",
+            "https://en.wikipedia.org/wiki/Slerp",
+            nuslerp,
+            {
+                "along": Option(
+                    "tensors",
+                    "one angle for each tensor, each row (of the last dimension) or each column",
+                    ("tensors", "rows", "columns"),
+                ),
+                "of": _OF,
+            },
+        ),
+        Method(
             "multislerp",
             "interpolation of the deltas' directions on the sphere, for each tensor",
             "https://goddard.blog/posts/multislerp-wow-what-a-cool-idea",
             multislerp,
-            {"normalize-weights": Option(True, "divide the weights by their sum")},
+            {"normalize-weights": Option(True, "divide the weights by their sum"), "of": _OF},
         ),
         Method(
             "karcher",

@@ -8,7 +8,7 @@ gives a coefficient for every model, a second pass adds the models up.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 
 import numpy as np
 from numpy.typing import NDArray
@@ -69,7 +69,7 @@ def slerp(task: MergeTask) -> Kernel:
             result[b] = math.sin(t * angle) / math.sin(angle)
         return result
 
-    return _of_models(task, "slerp", coefficients)
+    return of_models(task, "slerp", coefficients)
 
 
 def karcher(task: MergeTask) -> Kernel:
@@ -89,7 +89,7 @@ def karcher(task: MergeTask) -> Kernel:
         result[1:][valid] = mean / norms[valid] * float(shares @ norms)
         return result
 
-    return _of_models(task, "karcher", coefficients)
+    return of_models(task, "karcher", coefficients)
 
 
 def _sphere_mean(units: Matrix, weights: Matrix, iterations: int, tolerance: float) -> Matrix:
@@ -122,7 +122,8 @@ def multislerp(task: MergeTask) -> Kernel:
     """Barycentric interpolation of the deltas' directions on the sphere, in the tangent space
     at their weighted mean, times their weighted mean norm.
 
-    Raises `MergeError` where the directions cancel.
+    ``of`` "models" takes the directions of whole models. Raises `MergeError` where the directions
+    cancel.
     """
     normalize = task.options["normalize-weights"]
 
@@ -146,11 +147,22 @@ def multislerp(task: MergeTask) -> Kernel:
         result = math.cos(length) * mean + math.sin(length) / length * tangent
         return result * float(shares @ norms)
 
+    if task.options["of"] == "models":
+        return of_models(
+            task,
+            "multislerp",
+            lambda _, gram, weights: _behind(coefficients(gram[1:, 1:], weights)),
+        )
     spans = list(task.tensor_spans)
     grams = gram_matrices(list(task.sources), spans)
     weights = task.values_at(task.weights, spans)
     found = np.stack([coefficients(g, weights[:, i]) for i, g in enumerate(grams)], axis=1)
     return weighted_sum(task, found * task.values_at(task.scaling, spans), None, spans)
+
+
+def _behind(coefficients: Matrix) -> Matrix:
+    """Coefficients of the models behind that of the base, which has none."""
+    return np.concatenate([[0.0], coefficients])
 
 
 def model_stock(task: MergeTask) -> Kernel:
@@ -162,7 +174,7 @@ def model_stock(task: MergeTask) -> Kernel:
     """
     if task.count < 2:
         raise MergeError("model-stock needs two models or more beside the base")
-    spans = _row_spans(task) if task.options["filter-wise"] else list(task.tensor_spans)
+    spans = row_spans(task) if task.options["filter-wise"] else list(task.tensor_spans)
     grams = gram_matrices(list(task.sources), spans)
     pairs = [(i, j) for i in range(task.count) for j in range(i + 1, task.count)]
     cosines = np.zeros(len(spans))
@@ -177,7 +189,8 @@ def model_stock(task: MergeTask) -> Kernel:
     return weighted_sum(task, np.tile(shares, (task.count, 1)), None, spans)
 
 
-def _row_spans(task: MergeTask) -> list[Span]:
+def row_spans(task: MergeTask) -> list[Span]:
+    """The spans of all rows, along each tensor's last dimension; a vector is one row."""
     spans = []
     for entry in task.layout.entries:
         width = _row_width(entry)
@@ -186,17 +199,20 @@ def _row_spans(task: MergeTask) -> list[Span]:
 
 
 def _row_width(entry: Entry) -> int:
-    """Elements along the last dimension; a vector is one row."""
     return entry.shape[-1] if len(entry.shape) > 1 else entry.size
 
 
-def _of_models(
-    task: MergeTask, name: str, coefficients: Callable[[int, Matrix, Matrix], Matrix]
+def of_models(
+    task: MergeTask,
+    name: str,
+    coefficients: Callable[[int, Matrix, Matrix], Matrix],
+    among: Sequence[Span] | None = None,
 ) -> Kernel:
-    """Merge whole models θ = base + δ with coefficients (base first) that follow from a tensor's
-    number, its models' products and their weights."""
+    """Merge whole models θ = base + δ with coefficients (base first) that follow from a span's
+    number, its models' products and their weights; the spans are the tensors unless others are
+    given."""
     base = task.need_base(name)
-    spans = list(task.tensor_spans)
+    spans = list(task.tensor_spans if among is None else among)
     grams = gram_matrices([base, *task.sources], spans)
     # From products of base and deltas to those of base and models.
     change = np.eye(task.count + 1)

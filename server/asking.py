@@ -12,6 +12,7 @@ from dare_agg.errors import RunError
 from dare_agg.flower.exchange import ROOM, exchange, online_nodes, went_away
 from dare_agg.flower.limits import ReplyLimit
 from dare_agg.flower.records import one_line
+from dare_agg.flower.waiting import Waiting
 from dare_agg.merge.methods import find_method
 from server.config import METHODS, RunConfig
 
@@ -63,6 +64,7 @@ def ask(
 def wait_for_nodes(grid: Grid, config: RunConfig) -> list[int]:
     """Return the nodes online once there are enough; raises `RunError` after node-timeout."""
     until = time.monotonic() + config.node_timeout
+    waiting = Waiting(config.min_clients)
     while True:
         nodes = sorted(online_nodes(grid))
         if len(nodes) >= config.min_clients:
@@ -73,6 +75,7 @@ def wait_for_nodes(grid: Grid, config: RunConfig) -> list[int]:
                 f"{config.node_timeout:g} s; start more SuperNodes or lower min-clients",
                 reason="nodes",
             )
+        waiting.say(len(nodes))
         time.sleep(0.5)
 
 

@@ -17,7 +17,9 @@ if TYPE_CHECKING:
     from rich.table import Table
 
 # The whole line: what a client says stands behind other words, and is no progress.
-_ROUND = re.compile(r"INFO(?:\x1b\[0m|[\s:])*\[ROUND (\d+)/(\d+)\]\s*$")
+_INFO = r"INFO(?:\x1b\[0m|[\s:])*"
+_ROUND = re.compile(_INFO + r"\[ROUND (\d+)/(\d+)\]\s*$")
+_WAITING = re.compile(_INFO + r"(waiting for clients \([\w ,]+\))\s*$")
 
 
 def load_rows(folder: Path) -> list[RunRow]:
@@ -49,6 +51,8 @@ def follow(folder: Path, console: Console) -> Callable[[str], None]:
             console.print(line, style="yellow", markup=False, highlight=False)
         elif found := _ROUND.search(line):
             console.print(f"round {found[1]} of {found[2]} …", style="dim")
+        elif found := _WAITING.search(line):
+            console.print(f"{found[1]} …", style="dim", highlight=False)
 
     return watch
 

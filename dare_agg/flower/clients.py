@@ -28,6 +28,7 @@ from dare_agg.flower.records import (
     way_out,
     worker_died,
 )
+from dare_agg.flower.waiting import Waiting
 
 LOG = logging.getLogger("flwr")
 WAIT_SECONDS = 1.0
@@ -86,7 +87,7 @@ class Clients:
         node that is online has refused (reason "refused").
         """
         deadline = time.monotonic() + timeout
-        said = -1
+        waiting = Waiting(minimum)
         while True:
             online = online_nodes(grid)
             new = [node for node in online if node not in self.known and node not in self.refused]
@@ -109,9 +110,7 @@ class Clients:
                     "min_train_nodes",
                     reason="nodes",
                 )
-            if len(ready) != said:
-                LOG.info("waiting for clients: %d of %d are online", len(ready), minimum)
-                said = len(ready)
+            waiting.say(len(ready), len(refusals))
             time.sleep(min(WAIT_SECONDS, max(0.01, deadline - time.monotonic())))
 
     def _meet(self, grid: Grid, hello: RecordDict, nodes: Sequence[int], timeout: float) -> None:

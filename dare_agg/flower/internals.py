@@ -368,7 +368,9 @@ def on_database_connection(act: Callable[..., None]) -> None:
 
 def is_simulated(grid: Grid) -> bool:
     """Whether a grid is that of a simulation by Flower in this process."""
-    return isinstance(grid, internal("memory-grid"))
+    # Where its module was not loaded, which takes a second, there is none of it.
+    loaded = INTERNALS["memory-grid"].where.partition(":")[0] in sys.modules
+    return loaded and isinstance(grid, internal("memory-grid"))
 
 
 def guard_workers(check: Callable[[], None], died: Callable[[Exception], Exception]) -> None:

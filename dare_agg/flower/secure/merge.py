@@ -40,6 +40,7 @@ from dare_agg.flower.secure.session import (
     waves,
 )
 from dare_agg.flower.transport import message_bytes
+from dare_agg.flower.waiting import Waiting
 from dare_agg.secure.own_model import open_public
 from dare_agg.secure.packing import merge_sums
 from dare_agg.secure.roster import Roster
@@ -166,6 +167,7 @@ def _members(
     until = time.monotonic() + timeout
     parties: dict[int, int] = {}
     problems: dict[int, str] = {}
+    waiting = Waiting(needed)
     while True:
         online = online_nodes(grid)
         new = [n for n in online if n not in parties.values() and n not in problems]
@@ -188,6 +190,7 @@ def _members(
                 ),
                 reason="nodes",
             )
+        waiting.say(len(here), sum(node in problems for node in online))
         time.sleep(0.5)
 
 

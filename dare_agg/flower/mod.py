@@ -77,7 +77,7 @@ def dare_mod(msg: Message, ctxt: Context, call_next: ClientAppCallable) -> Messa
     held = dict(base)  # training code may empty the record it is handed
     reply = call_next(msg, ctxt)
     if reply.has_error():
-        return reply
+        return _as_answer(msg, reply)
     try:
         if order.plan is not None:
             trained = trained_record(reply.content, order.arrays_key)
@@ -88,6 +88,17 @@ def dare_mod(msg: Message, ctxt: Context, call_next: ClientAppCallable) -> Messa
     except DareError as error:
         return _answer(msg, _refusal(error, receiver))
     return reply
+
+
+def _as_answer(msg: Message, failure: Message) -> Message:
+    """A mod's failure as the answer to ``msg``.
+
+    Flower's address theirs to the reply that they do not like, and a SuperLink drops that: the
+    round would wait for nothing.
+    """
+    if failure.metadata.reply_to_message_id == msg.metadata.message_id:
+        return failure
+    return Message(failure.error, reply_to=msg)
 
 
 def answer_hello(msg: Message, ctxt: Context) -> Message:

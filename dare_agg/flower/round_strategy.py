@@ -33,6 +33,8 @@ from dare_agg.rounds.settings import FederatedSettings
 from dare_agg.rounds.step import StepState
 
 LOG = logging.getLogger("flwr")
+# What is wrong with an app or its settings rather than with a round: FedAvg too ends a run there.
+_LASTING = frozenset(("config", "layout", "mod", "package", "statistics", "version", "weight"))
 # Of the app's config.
 ROUND_WORD = "server-round"
 
@@ -268,10 +270,16 @@ class RoundStrategy(Strategy):
         return self.broadcasting.arrays
 
     def stay(self, outcome: RoundOutcome, why: str, reason: str) -> None:
-        """Count a round that moved nothing; raises `RunError` when there were too many."""
+        """Count a round that moved nothing; raises `RunError` when there were too many.
+
+        And where every answer was one that the apps would give again (`_LASTING`).
+        """
         self.empty_rounds += 1
         self._tally.missed.append(RunError(why, reason=reason))
-        if self.max_empty_rounds is not None and self.empty_rounds > self.max_empty_rounds:
+        given = [rejection.reason for rejection in outcome.rejections]
+        lasting = bool(given) and _LASTING.issuperset(given)
+        most = self.max_empty_rounds
+        if lasting or (most is not None and self.empty_rounds > most):
             raise self._tally.missed[-1]
         LOG.warning("%s; the global model stays as it is", why)
         self.outcome = outcome

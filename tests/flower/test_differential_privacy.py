@@ -250,6 +250,8 @@ def test_statistics_do_not_go_around_a_clients_own_noise():
     with pytest.raises(RunError, match="LocalDpMod expects exactly one ArrayRecord"):
         dare(method="fisher").start(grid, start_arrays(), num_rounds=1)
     assert not any(reply.has_content() and reply.content.array_records for reply in grid.received)
+    # The mod addresses its error to the reply it was given; a SuperLink would drop that.
+    assert all(reply.metadata.reply_to_message_id for reply in grid.received)
 
 
 @pytest.mark.parametrize("first", [True, False])

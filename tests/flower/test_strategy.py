@@ -294,6 +294,20 @@ def test_a_run_whose_rounds_all_miss_fails_and_says_what_went_wrong(
     assert caught.value.reason == "nobody-trained"
 
 
+def test_answers_that_an_app_would_give_again_end_a_run_at_once_as_under_fedavg(memory_grid, toys):
+    def edit(partition, tuned, metrics):
+        edit.calls += 1
+        del metrics["num-examples"]
+
+    for strategy, mods in ((DareStrategy(fraction_evaluate=0.0), None), (FedAvg(), [])):
+        edit.calls = 0
+        with pytest.raises(Exception, match="num-examples"):
+            strategy.start(
+                memory_grid(toys.app(mods, edit=edit), 2), toys.record(toys.arrays()), num_rounds=9
+            )
+        assert edit.calls == 2
+
+
 def test_how_many_rounds_in_a_row_may_miss_can_be_bounded(memory_grid, toys):
     _, outcomes = run(memory_grid(toys.app(edit=missing(1, 3)), 2), toys, 4, max_empty_rounds=1)
     assert [o.measurements["accepted"] for o in outcomes] == [0, 2, 0, 2]

@@ -49,13 +49,15 @@ def diagnose(
     cached = CachedSource(opened.reader(layout))
     opened.check_finite(layout)
     sources = []
+    said: list[str] = []
     for model in open_models(inputs, ground, cached, exclude or ()):
         if model.checkpoint is not None:
             model.checkpoint.check_finite(layout)
         sources.append(model.source)
+        said += model.warnings
     found = diagnose_deltas(layout, sources, names=_labels(models))
     hint = bases_named_by(paths) if any("nearer to each other" in w for w in found.warnings) else ""
-    more = (*ground.warnings, *([hint] if hint else []))
+    more = (*ground.warnings, *said, *([hint] if hint else []))
     found = replace(found, warnings=(*found.warnings, *more))
     if report is not None:
         from dare_agg.runs.report import write_diagnosis

@@ -124,7 +124,10 @@ def _merged(
         if check:
             for checkpoint in [base, *(m.checkpoint for m in opened if m.checkpoint)]:
                 checkpoint.check_finite(layout)
-        warnings = [*ground.warnings, *range_warnings(opened, recipe)]
+        warnings = [
+            *ground.warnings, *(w for m in opened for w in m.warnings),
+            *range_warnings(opened, recipe),
+        ]  # fmt: skip
         if recipe.tokenizer is None and not writer.single:
             warnings += tokenizer_warnings(base.folder, where, tokens=target is None)
         ordered = sparsified(opened, recipe, layout)

@@ -10,7 +10,7 @@ from typing import Any
 from dare_agg.checkpoint import Checkpoint, open_checkpoint
 from dare_agg.errors import BaseMismatchError, CheckpointError, ConfigError, LayoutError
 from dare_agg.offline.adapters.folder import adapter_base
-from dare_agg.offline.adapters.source import adapter_source
+from dare_agg.offline.adapters.source import AdapterSource, adapter_source
 from dare_agg.offline.base import UPDATE, OpenedBase
 from dare_agg.offline.integers import check_integers_known, check_same_integers
 from dare_agg.offline.parameters import plain_parameter
@@ -29,6 +29,7 @@ class OpenedModel:
     kind: str
     checkpoint: Checkpoint | None = None
     number: int = 0
+    warnings: tuple[str, ...] = ()
 
 
 def open_models(
@@ -54,12 +55,15 @@ def _open_model(
         patterns = compile_patterns(exclude)
         check_integers_known(fit.model, {info.name for info in fit.tensors.values()}, patterns)
         check_same_integers(base.checkpoint, checkpoint, patterns)
-        tuned: DeltaSource = checkpoint.reader(layout)
-        if given.adapter is not None:
-            tuned = SumSource(tuned, _added(given, given.adapter, checkpoint, base, exclude))
-        source = DifferenceSource(cached, tuned)
-        kind = "checkpoint" if given.adapter is None else "checkpoint with adapter"
-        return OpenedModel(given, source, kind, checkpoint, number)
+        tuned = checkpoint.reader(layout)
+        if given.adapter is None:
+            source = DifferenceSource(cached, tuned)
+            return OpenedModel(given, source, "checkpoint", checkpoint, number)
+        added = _added(given, given.adapter, checkpoint, base, exclude)
+        source = DifferenceSource(cached, SumSource(tuned, added))
+        return OpenedModel(
+            given, source, "checkpoint with adapter", checkpoint, number, added.warnings
+        )
     if given.adapter is not None:
         raise ConfigError(
             f"{path} is no whole model, to which {given.adapter} could be added; give a "
@@ -71,12 +75,12 @@ def _open_model(
         )
     adapter = adapter_source(path, base, cached, exclude)
     _check_trained_on(path, base.checkpoint, "BASE")
-    return OpenedModel(given, adapter, "adapter", None, number)
+    return OpenedModel(given, adapter, "adapter", None, number, adapter.warnings)
 
 
 def _added(
     given: ModelInput, adapter: Path, model: Checkpoint, base: OpenedBase, exclude: Sequence[str]
-) -> DeltaSource:
+) -> AdapterSource:
     """What an adapter adds to ``model``, a checkpoint under BASE's names."""
     if base.aligned:
         raise ConfigError(

@@ -13,15 +13,17 @@ from dare_agg.offline.adapters.memory import task_class
 # Adapters that change no weight: there is nothing to merge.
 _PROMPTS = {
     "PROMPT_TUNING", "MULTITASK_PROMPT_TUNING", "P_TUNING", "PREFIX_TUNING", "ADAPTION_PROMPT",
-    "CPT", "CARTRIDGE", "XLORA", "POLY", "ROAD",
+    "CPT", "CARTRIDGE",
 }  # fmt: skip
-# Settings of LoRA under which what is added depends on the input, the layer, or other weights.
+# Adapters whose change depends on the input or the task: PEFT has no merge of them.
+_UNMERGEABLE = {"XLORA", "POLY", "LILY", "SHADOW"}
+# Settings of LoRA under which what is added depends on the input or the layer.
 _ON_INPUT = {
     "alora_invocation_tokens": "acts behind its invocation tokens alone",
     "arrow_config": "is chosen among others token by token",
+    "layer_replication": "is another one in each layer that repeats the same weights",
 }
-_ELSEWHERE = {"use_qalora": "QA-LoRA", "layer_replication": "replicated layers"}
-_KNOWN_FORMS = {"use_rslora", "use_dora", "use_bdlora"}
+_KNOWN_FORMS = {"use_rslora", "use_dora", "use_bdlora", "use_qalora"}
 
 
 def check_kind(folder: AdapterFolder, base: Checkpoint) -> None:
@@ -36,6 +38,11 @@ def check_kind(folder: AdapterFolder, base: Checkpoint) -> None:
             f"{folder.path} is a {folder.kind} adapter, which changes no weight: there is nothing "
             "to merge; use it beside the model"
         )
+    if folder.kind in _UNMERGEABLE:
+        raise CheckpointError(
+            f"{folder.path} is a {folder.kind} adapter: what it adds depends on the input, so no "
+            "merged model is equal to it; use it beside the model"
+        )
     if folder.kind != "LORA":
         raise sent_to_peft(folder, base, f"is a {folder.kind} adapter")
     for key, what in _ON_INPUT.items():
@@ -45,9 +52,8 @@ def check_kind(folder: AdapterFolder, base: Checkpoint) -> None:
                 "beside the model"
             )
     for key, value in folder.config.items():
-        named = _ELSEWHERE.get(key)
-        if value and (named or (key.startswith("use_") and key not in _KNOWN_FORMS)):
-            raise sent_to_peft(folder, base, f"has {key} ({named or 'a form not known here'})")
+        if value and key.startswith("use_") and key not in _KNOWN_FORMS:
+            raise sent_to_peft(folder, base, f"has {key} (a form not known here)")
 
 
 def sent_to_peft(folder: AdapterFolder, base: Checkpoint, why: str) -> CheckpointError:

@@ -57,7 +57,7 @@ def lora(module: Module) -> Iterator[Contribution]:
         yield from _embedding(module)
         return
     a, b = module.shape("lora_A"), module.shape("lora_B")
-    ranks = (a[0] if a else 0, b[1] if len(b) > 1 else 0)
+    ranks = (a[0] if a else 0, b[1] * _blocks(module, "B") if len(b) > 1 else 0)
     if len(a) < 2 or len(a) != len(b) or ranks[0] != ranks[1] or not math.prod(a):
         raise CheckpointError(
             f"{module.folder.path}: A and B of {module.name!r} have shapes {a} and {b}, which "
@@ -138,7 +138,12 @@ def _matrix(module: Module, a: tuple[int, ...], b: tuple[int, ...]) -> Iterator[
         yield from _in_pieces(module, pieces, a, b, partial(_factors, module, scale))
         return
     _, tensor, shape = module.place([name])
-    out, into = b[0], _columns(module, a, b)
+    out, into = b[0], a[1] * _blocks(module, "A")
+    if module.config.get("use_qalora") and shape not in ((out, into), (into, out)):
+        raise CheckpointError(
+            f"{module.folder.path}: {module.name!r} is QA-LoRA over groups of inputs, made for "
+            "GPTQ's codes, which PEFT cannot merge either: use it beside the model"
+        )
     if len(shape) != 2:
         raise module.unfit(f"its delta is of shape {(out, into)}, the base's weight of {shape}")
     flip = transposed(module, tensor, out, into)
@@ -155,16 +160,15 @@ def _matrix(module: Module, a: tuple[int, ...], b: tuple[int, ...]) -> Iterator[
     yield from _magnitude(module, tensor, shape, out, by_rows=not flip)
 
 
-def _columns(module: Module, a: tuple[int, ...], b: tuple[int, ...]) -> int:
-    return a[1] * (_blocks(module) if "A" in _diagonal(module, a) else 1)
-
-
-def _blocks(module: Module) -> int:
+def _blocks(module: Module, which: str) -> int:
+    """In how many blocks of a diagonal a factor, "A" or "B", is stored; 1 for a whole matrix."""
+    if _diagonal(module) != which:
+        return 1
     given = module.config.get("use_bdlora")
     return int(number((given or {}).get("nblocks", 1), "nblocks", module.folder.path, 1e4))
 
 
-def _diagonal(module: Module, a: tuple[int, ...]) -> str:
+def _diagonal(module: Module) -> str:
     """Which factor of a BD-LoRA module is stored as the blocks of a diagonal: "A", "B" or ""."""
     given = module.config.get("use_bdlora")
     if not isinstance(given, dict):
@@ -179,11 +183,8 @@ def _diagonal(module: Module, a: tuple[int, ...]) -> str:
 def _factors(module: Module, scale: np.float32) -> tuple[Matrix, Matrix]:
     """B·scaling and A as stacks of one."""
     a, b = module.load("lora_A"), module.load("lora_B")
-    which = _diagonal(module, a.shape)
-    if which == "A":
-        a = _block_diagonal(a, _blocks(module))
-    elif which == "B":
-        b = _block_diagonal(b, _blocks(module))
+    a = _block_diagonal(a, _blocks(module, "A"))
+    b = _block_diagonal(b, _blocks(module, "B"))
     if "lora_diag" in module.parts:
         b = b * module.load("lora_diag")
     return (b * scale)[None], a[None]

@@ -25,7 +25,8 @@ from dare_agg.offline.adapters.kinds import check_kind, sent_to_peft, spelled
 from dare_agg.offline.adapters.lora import PARTS, lora, parameters
 from dare_agg.offline.adapters.memory import names_in_memory
 from dare_agg.offline.adapters.names import Find, Pieces, find_names
-from dare_agg.offline.adapters.parts import REPLACE, Contribution, Module
+from dare_agg.offline.adapters.parts import ADD, REPLACE, Contribution, Module
+from dare_agg.offline.adapters.tied_heads import has_head, ties_head, without_repeated_head
 from dare_agg.offline.adapters.tokens import TOKENS, token_rows
 from dare_agg.offline.base import OpenedBase
 from dare_agg.vectors.layout import Entry, FloatVector, Layout
@@ -49,6 +50,7 @@ class AdapterSource:
     changes: Mapping[str, Sequence[Contribution]]
     base: CachedSource
     _last: local
+    warnings: tuple[str, ...] = ()
 
     @property
     def size(self) -> int:
@@ -122,12 +124,14 @@ def adapter_source(
             f"{path} holds several adapters ({', '.join(sorted(names.adapters)[:8])}) in one file; "
             "save each by itself: model.save_pretrained(FOLDER, selected_adapters=[NAME])"
         )
-    if not names.modules and not names.whole:
+    kept = names
+    if not has_head(base.checkpoint) or any(map(is_output, base.followers)):
+        kept = without_repeated_head(names, folder.tensors)
+    if not kept.modules and not kept.whole:
         raise CheckpointError(f"{path} holds no LoRA weights; save the adapter again")
-    return AdapterSource(
-        base.layout, _Opening(folder, base, names, compile_patterns(exclude)).changes(), cached,
-        local(),
-    )  # fmt: skip
+    opening = _Opening(folder, base, kept, compile_patterns(exclude), kept != names)
+    changes = opening.changes()
+    return AdapterSource(base.layout, changes, cached, local(), opening.warnings(changes))
 
 
 @dataclass(frozen=True)
@@ -136,6 +140,7 @@ class _Opening:
     base: OpenedBase
     names: Names
     excluded: Sequence[Pattern]
+    repeats_head: bool = False
 
     def changes(self) -> dict[str, list[Contribution]]:
         """All contributions by tensor, those of excluded tensors left out."""
@@ -181,6 +186,8 @@ class _Opening:
             if base.tensors[tensor].shape != shape:
                 unlike.append((tensor, shape))
                 continue
+            if not _is_base_layer(file):
+                self._check_not_parted(tensor)
             width = int(np.prod(shape[1:]))
             step = Whole(partial(_whole_rows, tensors, file, width))
             self._place(
@@ -203,6 +210,31 @@ class _Opening:
             )
         if tensor in self.base.layout:
             found[tensor].append(contribution)
+
+    def warnings(self, changes: Mapping[str, Sequence[Contribution]]) -> tuple[str, ...]:
+        """What is to be said of changes that were not trained as they are merged."""
+        return tuple(
+            f"{self.folder.path} was trained on {tensor!r} without the head that the base ties to "
+            "it (ensure_weight_tying): merged, as by PEFT, it changes both"
+            for tensor, each in changes.items()
+            if any(c.order == ADD for c in each) and self._parted(tensor)
+        )
+
+    def _parted(self, tensor: str) -> bool:
+        """Whether these are embeddings with a tied head, which the adapter has not."""
+        heads = [n for n, first in self.base.followers.items() if first == tensor and is_output(n)]
+        inputs = is_token_tensor(tensor) and not is_output(tensor)
+        tied = bool(heads) or (inputs and ties_head(self.base.checkpoint))
+        return tied and not self.repeats_head
+
+    def _check_not_parted(self, tensor: str) -> None:
+        """Refuse embeddings that were trained whole, apart from the head that is tied to them."""
+        if self._parted(tensor):
+            raise CheckpointError(
+                f"{self.folder.path} holds {tensor!r} whole, trained apart from the head that the "
+                "base ties to it: as one tensor they cannot part; leave it out: "
+                f"{_exclude([tensor], self.base)}"
+            )
 
     def _left_out(self, name: str) -> bool:
         return matches(name, self.excluded)
@@ -256,6 +288,11 @@ class _Opening:
 def _exclude(names: Sequence[str], base: OpenedBase) -> str:
     others = [name for name in base.checkpoint.names if name not in names]
     return f"--exclude {shlex.quote(pattern_of(sorted(names), others))}"
+
+
+def _is_base_layer(file: str) -> bool:
+    """Whether a whole tensor is what LoRA was put on, as PEFT saves it beside the factors."""
+    return ".base_layer." in file
 
 
 def _only(step: Step, base: Rows, before: Sequence[Step]) -> Sequence[Step]:

@@ -1,7 +1,7 @@
 """Exactly as many entries of each span as a count asks, by the rank of their magnitudes.
 
-Deltas of bfloat16 models have few different magnitudes, so a threshold alone keeps too many. Of
-equal entries the first in the tensor counts as the largest.
+Deltas of bfloat16 models have few different magnitudes, so a threshold alone keeps too many. Equal
+entries are ranked by their places.
 """
 
 from __future__ import annotations
@@ -17,32 +17,30 @@ from dare_agg.merge.thresholds import kth_smallest
 from dare_agg.vectors.layout import FloatVector
 from dare_agg.vectors.sources import DeltaSource
 
+Places = NDArray[np.int64]
+
 
 @dataclass(frozen=True)
 class Selection:
     """Which entries of each span stay: \\|x\\| in [low, high], of those equal to ``low`` the ones
-    before place ``until``, of those equal to ``high`` the ones from place ``since`` on."""
+    at ``low_places`` [first, stop), and so for ``high``; places are (spans, 2)."""
 
     spans: Sequence[Span]
     low: FloatVector
-    until: NDArray[np.int64]
+    low_places: Places
     high: FloatVector
-    since: NDArray[np.int64]
+    high_places: Places
 
     def keeps(self, values: FloatVector, lo: int) -> NDArray[np.bool_]:
         """Which of the values that stand from ``lo`` on stay."""
-        hi = lo + values.size
         kept = np.empty(values.size, np.bool_)
-        for span, a, b in cut(self.spans, span_starts(self.spans), lo, hi):
+        for span, a, b in cut(self.spans, span_starts(self.spans), lo, lo + values.size):
             size = np.abs(values[a - lo : b - lo])
-            low, high = self.low[span], self.high[span]
-            stays = (size >= low) & (size <= high)
-            if a < self.since[span]:
-                early = size[: self.since[span] - a] == high
-                stays[: early.size] &= ~early
-            if b > self.until[span]:
-                late = size[max(0, self.until[span] - a) :] == low
-                stays[b - a - late.size :] &= ~late
+            stays = (size >= self.low[span]) & (size <= self.high[span])
+            for limit, places in ((self.low, self.low_places), (self.high, self.high_places)):
+                first, stop = places[span]
+                for outside in (slice(0, max(0, first - a)), slice(max(0, stop - a), None)):
+                    stays[outside] &= size[outside] != limit[span]
             kept[a - lo : b - lo] = stays
         return kept
 
@@ -64,28 +62,43 @@ class SelectedSource:
 
 
 def select(
-    source: DeltaSource, spans: Sequence[Span], ranks: Sequence[tuple[int, int]], tile: int
+    source: DeltaSource,
+    spans: Sequence[Span],
+    ranks: Sequence[tuple[int, int]],
+    tile: int,
+    *,
+    later_is_larger: bool = False,
 ) -> Selection:
-    """Select, in each span, the entries of ranks [first, stop) by ascending \\|x\\|."""
+    """Select, in each span, the entries of ranks [first, stop) by ascending \\|x\\|.
+
+    Of equal entries the first in the tensor counts as the largest, or the last.
+    """
     sizes = [hi - lo for lo, hi in spans]
     low = kth_smallest(source, spans, [a + 1 if 0 < a < b else 0 for a, b in ranks], tile)
     tops = [b if a < b < n else 0 for (a, b), n in zip(ranks, sizes, strict=True)]
     high = kth_smallest(source, spans, tops, tile)
-    until = np.array([hi for _, hi in spans], np.int64)
-    since = np.array([lo for lo, _ in spans], np.int64)
+    low_places = np.array(spans, np.int64).reshape(-1, 2)
+    high_places = low_places.copy()
     for i, (span, (first, stop)) in enumerate(zip(spans, ranks, strict=True)):
         if stop <= first:
             low[i] = np.inf
         elif first > 0:
             below, equal = _standing(source, span, low[i])
-            # Ranks of equal entries fall with their places.
-            until[i] = _place(source, span, low[i], below + equal - first)
+            out = first - below
+            if later_is_larger:
+                low_places[i, 0] = _place(source, span, low[i], out)
+            else:
+                low_places[i, 1] = _place(source, span, low[i], equal - out)
         if first < stop < sizes[i]:
             below, equal = _standing(source, span, high[i])
-            since[i] = _place(source, span, high[i], below + equal - stop)
+            out = below + equal - stop
+            if later_is_larger:
+                high_places[i, 1] = _place(source, span, high[i], equal - out)
+            else:
+                high_places[i, 0] = _place(source, span, high[i], out)
         else:
             high[i] = np.inf
-    return Selection(spans, low, until, high, since)
+    return Selection(spans, low, low_places, high, high_places)
 
 
 def _standing(source: DeltaSource, span: Span, limit: np.float32) -> tuple[int, int]:

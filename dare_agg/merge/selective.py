@@ -35,7 +35,9 @@ def breadcrumbs(task: MergeTask) -> Kernel:
         ]
         for i in range(task.count)
     ]
-    left, factors = selected(task, spans, ranks, task.options["rescale"])
+    # mergekit sorts from the smallest up here, from the largest down in ties.
+    rescale = task.options["rescale"]
+    left, factors = selected(task, spans, ranks, rescale, later_is_larger=True)
     if task.options["sign-consensus"]:
         return consensus(left, spans, None, factors)
     weights = task.values_at(task.weights, spans)

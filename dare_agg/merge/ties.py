@@ -66,12 +66,19 @@ def _of_counted(
 
 
 def selected(
-    task: MergeTask, scope: Sequence[Span], ranks: list[list[tuple[int, int]]], norm: str
+    task: MergeTask,
+    scope: Sequence[Span],
+    ranks: list[list[tuple[int, int]]],
+    norm: str,
+    *,
+    later_is_larger: bool = False,
 ) -> tuple[MergeTask, NDArray[np.float32] | None]:
     """The task with the entries of these ranks by \\|x\\| only (models, spans), and the factors
     that restore each model's ``norm`` in each span."""
     sources = tuple(
-        SelectedSource(source, select(source, scope, row, task.tile))
+        SelectedSource(
+            source, select(source, scope, row, task.tile, later_is_larger=later_is_larger)
+        )
         for source, row in zip(task.sources, ranks, strict=True)
     )
     left = replace(task, sources=sources)

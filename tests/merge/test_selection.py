@@ -13,14 +13,16 @@ VALUES = np.random.default_rng(5).integers(-4, 5, 150_000).astype(np.float32)
 SPANS = [(0, 70_000), (70_000, 70_007), (70_007, 150_000)]
 
 
-def ranked(values: np.ndarray, first: int, stop: int) -> np.ndarray:
-    """Ranks [first, stop) by ascending magnitude, the first of equal entries the largest."""
-    order = np.lexsort((-np.arange(values.size), np.abs(values)))
+def ranked(values: np.ndarray, later: bool, first: int, stop: int) -> np.ndarray:
+    """Ranks [first, stop) by ascending magnitude, the first of equal entries the largest, or the
+    last."""
+    order = np.lexsort(((1 if later else -1) * np.arange(values.size), np.abs(values)))
     kept = np.zeros_like(values)
     kept[order[first:stop]] = values[order[first:stop]]
     return kept
 
 
+@pytest.mark.parametrize("later", [False, True])
 @pytest.mark.parametrize(
     "ranks",
     [
@@ -29,11 +31,11 @@ def ranked(values: np.ndarray, first: int, stop: int) -> np.ndarray:
         [(0, 1), (7, 7), (79_992, 79_993)],
     ],
 )
-def test_ranks_stay(ranks: list[tuple[int, int]]) -> None:
+def test_ranks_stay(ranks: list[tuple[int, int]], later: bool) -> None:
     source = array_source(VALUES)
-    left = SelectedSource(source, select(source, SPANS, ranks, 1 << 12))
+    left = SelectedSource(source, select(source, SPANS, ranks, 1 << 12, later_is_larger=later))
     expected = np.concatenate(
-        [ranked(VALUES[lo:hi], *own) for (lo, hi), own in zip(SPANS, ranks, strict=True)]
+        [ranked(VALUES[lo:hi], later, *own) for (lo, hi), own in zip(SPANS, ranks, strict=True)]
     )
     for step in (150_000, 7_001):
         found = np.empty_like(VALUES)

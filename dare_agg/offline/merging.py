@@ -252,6 +252,8 @@ def _places(layout: Layout) -> list[Place]:
 def _options(recipe: Recipe, ordered: list[OpenedModel], layout: Layout) -> dict[str, Any]:
     """The recipe's options, per-model values in the models' order, parameters by tensor."""
     options = settled_options(recipe.row, recipe.options)
+    if "seed" in recipe.row.options:
+        options.setdefault("seed", recipe.seed)
     for name, value in options.items():
         if isinstance(value, tuple) and len(value) == len(ordered):
             options[name] = tuple(value[m.number] for m in ordered)

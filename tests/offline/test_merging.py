@@ -110,6 +110,16 @@ def test_the_given_order_is_that_of_the_sum(models: list[Path], tmp_path: Path) 
             np.testing.assert_array_equal(load_file(out)[name], expected)
 
 
+def test_the_seed_is_that_of_all_draws(models: list[Path], tmp_path: Path) -> None:
+    base, a, *_ = models
+    words = ["--method", "della", "--seed"]
+    for number, extra in enumerate(([1], [2], [7, "--option", "seed=1"])):
+        run(base, a, "-o", tmp_path / f"{number}.safetensors", *words, *extra)
+    one, two, own = ((tmp_path / f"{i}.safetensors").read_bytes() for i in range(3))
+    assert one != two
+    assert one == own
+
+
 @pytest.mark.parametrize("rate", ["0.5", "0.9"])
 @pytest.mark.parametrize("method", ["average", "ties"])
 @pytest.mark.parametrize("mask", ["stratified", "bernoulli"])

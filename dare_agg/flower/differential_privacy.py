@@ -63,8 +63,8 @@ def check_privacy(
     if wrapper is None:
         if enlarged and first and CLIPPING_WORD in config:
             LOG.warning(
-                "the config has %r, which Flower's clipping mods read: %s; give DareStrategy %s "
-                "where more than the training depends on it",
+                "the config has %r, which Flower's clipping mods read: %s; where more than the "
+                "training depends on it, send updates whole: %s",
                 CLIPPING_WORD,
                 enlarged,
                 KEEPS_NORMS,
@@ -75,14 +75,15 @@ def check_privacy(
         if enlarged and isinstance(wrapper, clipping):
             raise ConfigError(
                 f"{name}: {enlarged}, and the noise is measured for the norm itself; use "
-                f"{on_server.__name__}, which clips what is merged, or give DareStrategy "
+                f"{on_server.__name__}, which clips what is merged, or send updates whole: "
                 f"{KEEPS_NORMS}"
             )
     _check_mean(name, settings, downlink)
     if first and WEIGHTINGS[settings.weighting]:
         LOG.warning(
             "%s measures its noise for clients that weigh alike, and here, as in FedAvg, one with "
-            "more examples moves the model by more; give DareStrategy weighting='equal'",
+            "more examples moves the model by more; have all report one number, as "
+            "DareStrategy(weighting='equal') does",
             name,
         )
 
@@ -126,7 +127,7 @@ def _check_mean(name: str, settings: FederatedSettings, downlink: Downlink) -> N
         raise ConfigError(
             f"{name}: its noise covers the mean of what clients changed; method "
             f"{settings.method!r}{options} with scaling {settings.scaling:g} and server step "
-            f"{step.name} {dict(step.numbers)} moves the model otherwise: give DareStrategy "
+            f"{step.name} {dict(step.numbers)} moves the model otherwise: take "
             "method='task-arithmetic' without options, scaling of at most 1 and "
             "server_step='plain'"
         )

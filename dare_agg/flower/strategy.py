@@ -235,7 +235,6 @@ class DareStrategy(RoundStrategy):
         self.broadcasting.adopt(arrays)
         chosen = self.choose(grid, ASK_TRAIN, server_round)
         self._open = opened = self._open_round(server_round, chosen)
-        check_privacy(config, self.settings, self.downlink, [*opened.plans.values()])
         config[ROUND_WORD] = server_round
         if self.settings.terms.statistics:
             config["statistics"] = self.settings.terms.statistics
@@ -259,6 +258,7 @@ class DareStrategy(RoundStrategy):
             run=self.run,
             shared_mask=self.settings.shared_mask,
         )
+        check_privacy(self.train_config, self.settings, self.downlink, plans)
         by_node = {client.node: plan for client, plan in zip(chosen, plans, strict=True)}
         signers = {
             client.node: (client.hello.name, self.identities[client.hello.name])

@@ -226,7 +226,7 @@ def test_noise_for_a_mean_is_refused_for_what_is_none(words, says, side):
 
 def test_weights_by_examples_are_warned_of_once(caplog):
     moved(SERVER_SIDE[0](dare(weighting="examples")), app([dare_mod]), rounds=2)
-    assert caplog.text.count("give DareStrategy weighting='equal'") == 1
+    assert caplog.text.count("DareStrategy(weighting='equal')") == 1
 
 
 # --- noise of the client's own, and other mods -----------------------------------------------

@@ -191,7 +191,12 @@ def strategy_base(strategy: RoundStrategy, initial: ArrayRecord) -> str:
     from dare_agg.vectors.model import global_model
 
     terms = strategy.settings.terms
-    model = global_model(to_numpy(initial), dense=terms.dense, exclude=terms.exclude)
+    model = global_model(
+        to_numpy(initial),
+        dense=terms.dense,
+        exclude=terms.exclude,
+        by_form=strategy.broadcasting.by_form,
+    )
     return model.ref.version
 
 

@@ -16,6 +16,7 @@ import re
 import struct
 from collections.abc import Callable, Mapping
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 
@@ -40,7 +41,7 @@ _VERSION = re.compile(r"[0-9a-f]{64}")
 class VersionReceiver:
     """The client's half of the version downlink (`dare_agg.downlink.protocol.Receiver`).
 
-    ``base`` names the base of the run, ``dense`` and ``exclude`` are the patterns its groups
+    ``base`` names the base of the run, ``dense``, ``exclude`` and ``by_form`` are what its groups
     were made with, ``client`` tells the clients of one machine apart. Raises `StateError` for a
     folder in which another user could put something.
     """
@@ -53,6 +54,7 @@ class VersionReceiver:
         *,
         dense: tuple[str, ...] = (),
         exclude: tuple[str, ...] = (),
+        by_form: bool = False,
         keep_bytes: int = KEEP_BYTES,
     ) -> None:
         if not _VERSION.fullmatch(base):
@@ -62,7 +64,7 @@ class VersionReceiver:
             # Where it cannot be made, nothing is kept.
             with contextlib.suppress(OSError):
                 own_folder(folder / part, remedy=_REMEDY)
-        self._patterns = {"dense": dense, "exclude": exclude}
+        self._groups: dict[str, Any] = {"dense": dense, "exclude": exclude, "by_form": by_form}
         owner = hashlib.sha256(client.encode()).hexdigest()[:12]
         self._base_path = folder / "bases" / f"{base}.safetensors"
         self._head_path = folder / "heads" / f"{owner}-{base[:16]}.state"
@@ -81,7 +83,7 @@ class VersionReceiver:
 
     def adopt(self, arrays: Arrays) -> bool:
         """Keep a base that this client has from elsewhere; False when it is another one."""
-        if global_model(arrays, **self._patterns).ref.version != self.base:
+        if global_model(arrays, **self._groups).ref.version != self.base:
             return False
         self._store_base(write_base(arrays))
         return True
@@ -150,7 +152,7 @@ class VersionReceiver:
             data = self._base_path.read_bytes() if sent is None else sent
             order = read_order(check_safetensors(data)["order"])
             arrays = load(data)
-            model = global_model({name: arrays[name] for name in order}, **self._patterns)
+            model = global_model({name: arrays[name] for name in order}, **self._groups)
             found = model.ref.version
         except (OSError, SafetensorError, ValueError, KeyError, TypeError, struct.error) as error:
             _forget(self._base_path)

@@ -6,18 +6,20 @@ gives the same counts, and the same counts give the same bits.
 
 The step 2^(−e_t) is one unit in the last place of the tensor's largest base value: with
 2^(x−1) ≤ max|W_0| < 2^x, e_t = 24 − x, at least for max|W_0| = 2^(−6), so that tensors that
-start at zero can move. int32 then reaches 128·2^x on either side.
+start at zero can move. int32 then reaches 128·2^x on either side. Of integers, 1/4096 each in the
+vector, a step is one.
 """
 
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import numpy as np
 from numpy.typing import NDArray
 
 from dare_agg.errors import StateError
+from dare_agg.vectors.forms import INTEGERS_IN, integer_bounds
 from dare_agg.vectors.layout import FloatVector, Layout, check_finite
 
 Counts = NDArray[np.int32]
@@ -25,6 +27,7 @@ Positions = NDArray[np.int64]
 
 TILE = 1 << 20
 SMALLEST_EXPONENT = -5  # of max|W_0| < 2^x
+_OF_INTEGERS = INTEGERS_IN.bit_length() - 1
 LIMIT = (1 << 31) - 1
 
 
@@ -33,12 +36,14 @@ class VersionGrid:
     """The steps of one group of tensors; make one with `grid_of`.
 
     ``exponents`` holds e_t per tensor of the layout. ``halves`` are the places of float16
-    tensors, whose versions are rounded to what they can hold.
+    tensors, whose versions are rounded to what they can hold; ``bounds`` the least and largest
+    value of those that are integers, by place.
     """
 
     layout: Layout
     exponents: tuple[int, ...]
     halves: tuple[int, ...] = ()
+    bounds: Mapping[int, tuple[float, float]] = field(default_factory=dict)
 
     @property
     def size(self) -> int:
@@ -67,6 +72,8 @@ class VersionGrid:
                 exact = -counts[lo:hi] * step
                 np.subtract(base[lo:hi], exact, out=exact)
                 vector[lo:hi] = exact
+                if place in self.bounds:
+                    np.clip(vector[lo:hi], *self.bounds[place], out=vector[lo:hi])
                 if place in self.halves:
                     vector[lo:hi] = vector[lo:hi].astype(np.float16)
         check_finite(self.layout, vector, "on the version grid")
@@ -86,19 +93,24 @@ def grid_of(
     Raises `NonFiniteError` when the base holds a NaN or an infinity.
     """
     check_finite(layout, base, "in the base")
-    exponents = []
-    for entry in layout.entries:
+    known = dtypes or {}
+    exponents: list[int] = []
+    halves: list[int] = []
+    bounds: dict[int, tuple[float, float]] = {}
+    for place, entry in enumerate(layout.entries):
+        dtype = known.get(entry.name, np.dtype(np.float32))
+        if dtype.kind in "iu":
+            least, most = integer_bounds(dtype)
+            bounds[place] = (least / INTEGERS_IN, most / INTEGERS_IN)
+            exponents.append(_OF_INTEGERS)
+            continue
         piece = base[entry.offset : entry.stop]
         largest = max(float(piece.max()), -float(piece.min())) if entry.size else 0.0
         above = int(np.frexp(largest)[1]) if largest else SMALLEST_EXPONENT
         exponents.append(24 - max(above, SMALLEST_EXPONENT))
-    known = dtypes or {}
-    halves = tuple(
-        place
-        for place, entry in enumerate(layout.entries)
-        if known.get(entry.name) == np.dtype(np.float16)
-    )
-    return VersionGrid(layout, tuple(exponents), halves)
+        if dtype == np.float16:
+            halves.append(place)
+    return VersionGrid(layout, tuple(exponents), tuple(halves), bounds)
 
 
 def add_steps(counts: Counts, positions: Positions | slice, steps: Positions) -> None:

@@ -17,12 +17,13 @@ from dare_agg.errors import ConfigError, did_you_mean
 
 @dataclass(frozen=True)
 class Place:
-    """Where, and as whom, a client keeps versions, and the patterns its model is grouped by."""
+    """Where, and as whom, a client keeps versions, and what its model is grouped by."""
 
     folder: Path
     client: str
     dense: tuple[str, ...] = ()
     exclude: tuple[str, ...] = ()
+    by_form: bool = False
 
 
 @dataclass(frozen=True)
@@ -57,6 +58,7 @@ WAYS: Mapping[str, Way] = {
             facts.get(BASE_VERSION, ""),
             dense=place.dense,
             exclude=place.exclude,
+            by_form=place.by_form,
         ),
         options=("dense_values", "drop_rate", "keep_bytes"),
         facts=(BASE_VERSION,),

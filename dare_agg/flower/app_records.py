@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
 
+import numpy as np
 from flwr.app import Array, ArrayRecord, ConfigRecord, Context, MetricRecord, RecordDict
 
 from dare_agg.errors import LayoutError
@@ -81,6 +82,22 @@ def keep_local(
     if kept:
         context.state[LOCAL_KEY] = ArrayRecord({**kept_local(context), **to_record(kept)})
         context.state.pop(AFTER_KEY, None)
+
+
+def changed_integers(
+    local: Iterable[str], exclude: Iterable[str], base: Arrays, tuned: Arrays
+) -> tuple[str, ...]:
+    """The local integer tensors that training changed although nothing says they are local."""
+    patterns = compile_patterns(exclude)
+    return tuple(
+        name
+        for name in local
+        if name in base
+        and name in tuned
+        and base[name].dtype.kind in "iub"
+        and not matches(name, patterns)
+        and not np.array_equal(base[name], tuned[name])
+    )
 
 
 def set_local_aside(

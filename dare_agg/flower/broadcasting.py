@@ -26,8 +26,9 @@ from dare_agg.vectors.model import GlobalModel, global_model
 class Broadcasting:
     """Brings the global model to the clients, by ``downlink``.
 
-    ``dense`` and ``exclude`` are the patterns of its groups; ``arrays_key`` and ``config_key``
-    the app's own records. ``have`` maps a node to the version it holds.
+    ``dense`` and ``exclude`` are the patterns of its groups, ``by_form`` is as in
+    `dare_agg.vectors.model.split_tensors`; ``arrays_key`` and ``config_key`` the app's own
+    records. ``have`` maps a node to the version it holds.
     """
 
     downlink: Downlink
@@ -35,6 +36,7 @@ class Broadcasting:
     exclude: tuple[str, ...] = ()
     arrays_key: str = "arrays"
     config_key: str = "config"
+    by_form: bool = True
     have: dict[int, str] = field(default_factory=dict)
     _model: GlobalModel | None = None
     _arrays: ArrayRecord | None = None
@@ -70,7 +72,9 @@ class Broadcasting:
         """
         if arrays is self._arrays:
             return False
-        model, given = self.model, self._model_of(arrays)
+        model = self.model
+        arrays = _in_dtypes(arrays, model)
+        given = self._model_of(arrays)
         if given.ref.version == model.ref.version:
             return False
         if not self.downlink.facts():
@@ -89,7 +93,9 @@ class Broadcasting:
         return True
 
     def _model_of(self, arrays: ArrayRecord) -> GlobalModel:
-        return global_model(to_numpy(arrays), dense=self.dense, exclude=self.exclude)
+        return global_model(
+            to_numpy(arrays), dense=self.dense, exclude=self.exclude, by_form=self.by_form
+        )
 
     def move(self, model: GlobalModel) -> None:
         """Go on to the model after a round."""
@@ -104,6 +110,7 @@ class Broadcasting:
             arrays_key=self.arrays_key,
             dense=self.dense,
             exclude=self.exclude,
+            by_form=self.by_form,
             facts=self.downlink.facts(),
             plan=plan,
         )
@@ -145,3 +152,14 @@ class Broadcasting:
         # Named again, it cannot be what the client lacks.
         self.have[node] = "" if refusal.have == self.have[node] else refusal.have
         return True
+
+
+def _in_dtypes(arrays: ArrayRecord, model: GlobalModel) -> ArrayRecord:
+    """The arrays, with floating-point means of integer tensors cut off to integers again."""
+    dtypes = model.groups.dtypes
+    cut = {
+        name: model.groups.from_vector(name, model.groups.into_vector(name, array.numpy()))
+        for name, array in arrays.items()
+        if name in model.groups.integers and array.numpy().dtype != dtypes[name]
+    }
+    return ArrayRecord({**arrays, **to_record(cut)}) if cut else arrays

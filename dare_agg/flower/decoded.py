@@ -18,7 +18,7 @@ from numpy.typing import NDArray
 from dare_agg.errors import LayoutError
 from dare_agg.rounds.server import Accepted
 from dare_agg.vectors.layout import Entry, FloatVector, Layout, check_finite
-from dare_agg.vectors.model import GlobalModel
+from dare_agg.vectors.model import GlobalModel, Groups
 from dare_agg.vectors.sources import DeltaSource, array_source
 
 # How Flower calls arrays that NumPy can read.
@@ -84,7 +84,7 @@ def decoded_arrays(model: GlobalModel, accepted: Accepted) -> Decoded:
             local = model.local[name]
             return DecodedArray(dtype, local.shape, lambda: np.array(local))
         entry, base, source = found[name]
-        return DecodedArray(dtype, entry.shape, lambda: _read(entry, base, source, dtype))
+        return DecodedArray(dtype, entry.shape, lambda: _read(entry, base, source, groups))
 
     return {name: array(name) for name in groups.names}
 
@@ -123,7 +123,8 @@ def with_arrays(
             if array is decoded[entry.name] and decoded[entry.name].untouched:
                 source.read(entry.offset, entry.stop, piece)
             else:
-                piece[:] = _values(entry, array) - base[entry.offset : entry.stop]
+                values = model.groups.into_vector(entry.name, _values(entry, array))
+                piece[:] = values - base[entry.offset : entry.stop]
         check_finite(layout, delta, "given to aggregate_train")
         deltas.append(array_source(delta))
     return replace(accepted, update=deltas[0], dense=deltas[1] if deltas[1:] else None)
@@ -139,13 +140,13 @@ def _groups(
 
 
 def _read(
-    entry: Entry, base: FloatVector, source: DeltaSource, dtype: np.dtype
+    entry: Entry, base: FloatVector, source: DeltaSource, groups: Groups
 ) -> NDArray[np.generic]:
     values = np.zeros(entry.size, np.float32)
     if entry.size:
         source.read(entry.offset, entry.stop, values)
         values += base[entry.offset : entry.stop]
-    return values.reshape(entry.shape).astype(dtype, copy=False)
+    return groups.from_vector(entry.name, values.reshape(entry.shape))
 
 
 def _values(entry: Entry, array: Array) -> NDArray[Any]:

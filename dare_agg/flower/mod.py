@@ -7,6 +7,9 @@ quantises and sends. Messages of other strategies (FedAvg) pass through untouche
 
 from __future__ import annotations
 
+import functools
+import logging
+
 from flwr.app import (
     Array,
     ArrayRecord,
@@ -21,6 +24,7 @@ from dare_agg.deploy.identities import load_identity
 from dare_agg.downlink.protocol import Receiver
 from dare_agg.errors import DareError, UpdateError
 from dare_agg.flower.app_records import (
+    changed_integers,
     content_for_app,
     keep_local,
     kept_local,
@@ -46,10 +50,11 @@ from dare_agg.flower.records import (
 )
 from dare_agg.flower.transport import pack, to_numpy
 from dare_agg.rounds.client import make_client_update
-from dare_agg.rounds.plan import RoundPlan
 from dare_agg.rounds.signing import reply_digest
 from dare_agg.vectors.model import split_tensors
 from dare_agg.vectors.returned import returned_tensors
+
+LOG = logging.getLogger("flwr")
 
 
 def dare_mod(msg: Message, ctxt: Context, call_next: ClientAppCallable) -> Message:
@@ -81,7 +86,7 @@ def dare_mod(msg: Message, ctxt: Context, call_next: ClientAppCallable) -> Messa
     try:
         if order.plan is not None:
             trained = trained_record(reply.content, order.arrays_key)
-            reply.content = _with_update(reply.content, *trained, order.plan, held, receiver, ctxt)
+            reply.content = _with_update(reply.content, *trained, order, held, receiver, ctxt)
         else:
             reply.content = without_model(reply.content, order.arrays_key, held)
             reply.content[REPLY_KEY] = Held(have=receiver.have()).to_record()
@@ -128,16 +133,31 @@ def _hello(receiver: Receiver, context: Context) -> Hello:
     return Hello(name=client_name(context), have=receiver.have(), uplink_kbit_s=uplink)
 
 
+@functools.cache
+def _warn_of_integers(names: tuple[str, ...]) -> None:
+    """Say once in a process which integers do not reach the global model."""
+    if names:
+        LOG.warning(
+            "training changed %d integer tensors (%r, …) that stay with this client, and the "
+            "global model keeps its first values: name them in 'dense' to have them averaged "
+            "(integers below 2**24), or in 'exclude' where each client's own are meant",
+            len(names),
+            names[0],
+        )
+
+
 def _with_update(
     content: RecordDict,
     key: str,
     trained: ArrayRecord,
-    plan: RoundPlan,
+    order: Order,
     base: dict[str, Array],
     receiver: Receiver,
     context: Context,
 ) -> RecordDict:
     """Replace the trained arrays under ``key`` by the update; every other record stays."""
+    plan = order.plan
+    assert plan is not None
     tuned = returned_tensors(base, to_numpy(trained), plan.terms.exclude)
     collected = content.get(STATISTICS_KEY)
     if plan.terms.statistics and not isinstance(collected, ArrayRecord):
@@ -152,9 +172,13 @@ def _with_update(
         base_arrays,
         tuned,
         to_numpy(collected) if isinstance(collected, ArrayRecord) else None,
+        by_form=order.by_form,
     )
     terms = plan.terms
-    local = split_tensors(base_arrays, dense=terms.dense, exclude=terms.exclude).local
+    local = split_tensors(
+        base_arrays, dense=terms.dense, exclude=terms.exclude, by_form=order.by_form
+    ).local
+    _warn_of_integers(changed_integers(local, terms.exclude, base_arrays, tuned))
     keep_local(local, terms.exclude, tuned, context)
     records: dict[str, ArrayRecord | ConfigRecord] = {
         name: record  # type: ignore[misc]

@@ -45,6 +45,7 @@ def open_receiver(order: Order, context: Context) -> Receiver:
         client_name(context) or str(context.node_id),
         order.dense,
         order.exclude,
+        order.by_form,
     )
     return WAYS[order.downlink].receive(place, order.facts)
 

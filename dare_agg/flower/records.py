@@ -85,7 +85,7 @@ class Order(SameCode):
     """What is asked of a client, of which version of the model, and how that comes to it.
 
     ``downlink`` is a row of `dare_agg.downlink.ways.WAYS`, ``facts`` what that says of versions;
-    ``dense`` and ``exclude`` are the patterns of the model's groups. To train, ``plan`` says the
+    ``dense``, ``exclude`` and ``by_form`` say the model's groups. To train, ``plan`` says the
     rest; a secure sum says it in its own record.
     """
 
@@ -95,6 +95,7 @@ class Order(SameCode):
     arrays_key: str = text()
     dense: tuple[str, ...] = texts()
     exclude: tuple[str, ...] = texts()
+    by_form: bool = flag()
     facts: Mapping[str, str] = field(default_factory=dict)
     plan: RoundPlan | None = None
 

@@ -28,6 +28,8 @@ from dare_agg.rounds.step import StepState
 from dare_agg.vectors.model import global_model
 
 LOG = logging.getLogger("flwr")
+# How tensors were grouped: states of before say nothing (`split_tensors`).
+_BY_FORM = "grouped-by-form"
 
 
 @dataclass(frozen=True)
@@ -53,12 +55,13 @@ def save(
     facts: Mapping[str, Any] | None = None,
 ) -> None:
     """Keep a finished round; raises `StateError` when it cannot be written."""
+    groups = strategy.broadcasting
     folder.save(
         pack_round(
             outcome.round,
             outcome.model,
             outcome.step_state,
-            {**(facts or {}), "secret": strategy.secret.hex()},
+            {**(facts or {}), "secret": strategy.secret.hex(), _BY_FORM: groups.by_form},
             strategy.downlink,
         )
     )
@@ -77,7 +80,11 @@ def resume(strategy: RoundStrategy, folder: StateFolder) -> Resumed | None:
     if state is None:
         return None
     terms = strategy.settings.terms
-    base = global_model(folder.load_base(), dense=terms.dense, exclude=terms.exclude)
+    by_form = bool(state.facts.get(_BY_FORM, False))
+    strategy.broadcasting.by_form = by_form
+    base = global_model(
+        folder.load_base(), dense=terms.dense, exclude=terms.exclude, by_form=by_form
+    )
     model = unpack_model(state, base, strategy.downlink)
     strategy.secret = state.raw("secret")
     LOG.info("resuming after round %d, version %s", state.round, model.ref.version[:12])

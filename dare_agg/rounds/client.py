@@ -44,19 +44,24 @@ class ClientUpdate:
 
 
 def make_client_update(
-    plan: RoundPlan, base: Arrays, tuned: Arrays, statistics: Statistics | None = None
+    plan: RoundPlan,
+    base: Arrays,
+    tuned: Arrays,
+    statistics: Statistics | None = None,
+    *,
+    by_form: bool = False,
 ) -> ClientUpdate:
     """Turn trained arrays (and statistics of them) into the update the plan asks for.
 
     ``base`` are the arrays the training started from, ``tuned`` what it returned: all of them,
-    or a part (`returned_tensors`).
+    or a part (`returned_tensors`). ``by_form`` is as in `split_tensors`.
 
     Raises `UpdateError` for a plan of another codec or package, `BaseMismatchError` when
     ``base`` is not the state the plan names, `LayoutError` for unknown or reshaped tensors,
     `NonFiniteError` when training produced a NaN or an infinity.
     """
     check_same_code(plan.codec, plan.package, "the round plan", "this client")
-    model = model_of_plan(plan, base)
+    model = model_of_plan(plan, base, by_form=by_form)
     groups = model.groups
     tuned = {**base, **returned_tensors(base, tuned, plan.terms.exclude)}
     tuned_delta = groups.layout.flatten(tuned)
@@ -65,7 +70,7 @@ def make_client_update(
     blob = encode_update(plan.spec(), (model.delta, tuned_delta))
     dense_spec, dense_blob = plan.dense_spec(), None
     if dense_spec is not None:
-        tuned_dense = groups.dense_layout.flatten(tuned)
+        tuned_dense = groups.flatten_dense(tuned)
         check_finite(groups.dense_layout, tuned_dense, "after training")
         dense_blob = encode_update(dense_spec, (model.dense, tuned_dense))
     encoded = None
@@ -74,12 +79,13 @@ def make_client_update(
     return ClientUpdate(blob, dense_blob, norm, largest, above, encoded)
 
 
-def model_of_plan(plan: RoundPlan, arrays: Arrays) -> GlobalModel:
+def model_of_plan(plan: RoundPlan, arrays: Arrays, *, by_form: bool = False) -> GlobalModel:
     """Read ``arrays`` as the state of the global model that the plan names, and check it.
 
     Raises `LayoutError` (other tensors) or `BaseMismatchError` (other values).
     """
-    model = global_model(arrays, dense=plan.terms.dense, exclude=plan.terms.exclude)
+    terms = plan.terms
+    model = global_model(arrays, dense=terms.dense, exclude=terms.exclude, by_form=by_form)
     for what, ours, asked in (
         ("delta", model.groups.layout.fingerprint, plan.model.layout),
         ("dense", model.ref.dense_layout, plan.model.dense_layout),

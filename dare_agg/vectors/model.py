@@ -1,10 +1,10 @@
 """A model's tensors in three groups, and the global model as flat vectors.
 
 - **delta**: what DARE sparsifies, one `Layout`;
-- **dense**: small shared pieces (a common head, batch-norm statistics) that travel with
-  every value, one layout of their own;
+- **dense**: small shared pieces (a common head, batch-norm statistics, counters) that travel
+  with every value, one layout of their own;
 - **local**: what never leaves a client (task heads) and what is no parameter at all
-  (integer buffers).
+  (masks, tables of integers).
 """
 
 from __future__ import annotations
@@ -13,18 +13,27 @@ import hashlib
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, replace
 from functools import cached_property
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
 from dare_agg.errors import LayoutError
+from dare_agg.vectors.forms import (
+    INTEGERS_BELOW,
+    INTEGERS_IN,
+    integer_bounds,
+    is_counter,
+    running_statistics,
+    whole_tensors,
+)
 from dare_agg.vectors.layout import FloatVector, Layout, fingerprint, layout_of
 from dare_agg.vectors.patterns import compile_patterns, matches
 
 Arrays = Mapping[str, NDArray[np.generic]]
 
-# Statistics, not weights: noise may push a variance below zero, so they travel whole.
-STATISTICS = (r"(^|\.)running_(mean|var)$",)
+# Of an integer: what rounding may have taken from a whole number.
+_SLACK = 1e-3
 
 
 @dataclass(frozen=True)
@@ -37,28 +46,70 @@ class Groups:
     names: tuple[str, ...]
     dtypes: Mapping[str, np.dtype]
 
+    @cached_property
+    def integers(self) -> tuple[str, ...]:
+        """Names of the dense group's tensors that are integers."""
+        return tuple(n for n in self.dense_layout.names if self.dtypes[n].kind in "iu")
+
+    def into_vector(self, name: str, array: NDArray[Any]) -> NDArray[Any]:
+        """A tensor's numbers as they stand in the group's vector: an integer n as n/4096.
+
+        Raises `LayoutError` for integers of 2²⁴ and more.
+        """
+        return _in_vector(name, array) if self.dtypes[name].kind in "iu" else array
+
+    def from_vector(self, name: str, piece: NDArray[np.generic]) -> NDArray[np.generic]:
+        """The tensor that its numbers in the vector are; of integers, what is no whole goes."""
+        dtype = self.dtypes[name]
+        if dtype.kind in "iu":
+            return _whole_numbers(piece, dtype)
+        return piece.astype(dtype, copy=False)
+
+    def flatten_dense(self, arrays: Arrays) -> FloatVector:
+        """Copy the dense group's tensors into one vector; raises as `Layout.flatten`."""
+        counted = {n: self.into_vector(n, arrays[n]) for n in self.integers if n in arrays}
+        return self.dense_layout.flatten({**arrays, **counted})
+
+    @cached_property
+    def coarse(self) -> bool:
+        """Whether tensors hold fewer values than the vectors do: float16 and integers."""
+        return bool(self.integers) or np.dtype(np.float16) in self.dtypes.values()
+
 
 def split_tensors(
-    arrays: Arrays, *, dense: Iterable[str] = (), exclude: Iterable[str] = ()
+    arrays: Arrays,
+    *,
+    dense: Iterable[str] = (),
+    exclude: Iterable[str] = (),
+    by_form: bool = False,
 ) -> Groups:
-    """Sort a model's tensors into groups by name and dtype.
+    """Sort a model's tensors into groups by name, kind and form.
 
     ``dense`` and ``exclude`` are regular expressions searched in each name; ``exclude``
-    wins. Tensors that are not floating point are local; running statistics are dense.
+    wins. Tensors that are not floating point are local, torch's running statistics are dense.
+    With ``by_form`` so are statistics and counters of all kinds (`dare_agg.vectors.forms`), and
+    integers that ``dense`` names; without, groups are those of runs that began before there was it.
     Raises `LayoutError` when nothing is left for the delta group.
     """
     exclude_patterns = compile_patterns(exclude)
-    dense_patterns = compile_patterns([*dense, *STATISTICS])
+    dense_patterns = compile_patterns(dense)
+    shared = {name: a for name, a in arrays.items() if not matches(name, exclude_patterns)}
+    floats = {name for name, array in shared.items() if array.dtype.kind == "f"}
+    named = {name for name in shared if matches(name, dense_patterns)}
+    whole = whole_tensors(shared) if by_form else running_statistics(floats)
+    if by_form and not floats - named - whole:
+        # A model of vectors alone: they are its weights.
+        whole = set()
     delta_shapes: dict[str, tuple[int, ...]] = {}
     dense_shapes: dict[str, tuple[int, ...]] = {}
     local: list[str] = []
     for name, array in arrays.items():
-        if array.dtype.kind != "f" or matches(name, exclude_patterns):
-            local.append(name)
-        elif matches(name, dense_patterns):
+        if name in floats - named - whole:
+            delta_shapes[name] = array.shape
+        elif name in floats or (by_form and name in shared and is_counter(array, name in named)):
             dense_shapes[name] = array.shape
         else:
-            delta_shapes[name] = array.shape
+            local.append(name)
     layout = layout_of(delta_shapes)
     if layout.size == 0:
         raise LayoutError(
@@ -105,23 +156,22 @@ class GlobalModel:
         """
         named = dict(self.local)
         named.update(self.groups.layout.unflatten(self.delta, self.groups.dtypes))
-        named.update(self.groups.dense_layout.unflatten(self.dense, self.groups.dtypes))
+        pieces = self.groups.dense_layout.unflatten(self.dense)
+        named.update({n: self.groups.from_vector(n, piece) for n, piece in pieces.items()})
         return {name: named[name] for name in self.groups.names}
 
     def moved(self, step: FloatVector, dense_step: FloatVector | None) -> GlobalModel:
         """Return the model after ``step`` (and ``dense_step``), added in float32.
 
-        Where tensors are float16 the sum is rounded to what they hold, since that is what
-        clients get and fingerprint.
+        Where tensors are float16 or integers the sum is rounded to what they hold, since that is
+        what clients get and fingerprint.
         """
         dense = self.dense if dense_step is None else self.dense + dense_step
         moved = GlobalModel(self.groups, self.delta + step, dense, self.local)
-        if not any(dtype == np.float16 for dtype in self.groups.dtypes.values()):
+        if not self.groups.coarse:
             return moved
         arrays = moved.arrays()
-        return moved.placed(
-            self.groups.layout.flatten(arrays), self.groups.dense_layout.flatten(arrays)
-        )
+        return moved.placed(self.groups.layout.flatten(arrays), self.groups.flatten_dense(arrays))
 
     def placed(self, delta: FloatVector, dense: FloatVector) -> GlobalModel:
         """Return the model with these vectors instead.
@@ -137,20 +187,24 @@ class GlobalModel:
 
 
 def global_model(
-    arrays: Arrays, *, dense: Iterable[str] = (), exclude: Iterable[str] = ()
+    arrays: Arrays,
+    *,
+    dense: Iterable[str] = (),
+    exclude: Iterable[str] = (),
+    by_form: bool = False,
 ) -> GlobalModel:
-    """Make the global model from named arrays (a copy).
+    """Make the global model from named arrays (a copy), in the groups of `split_tensors`.
 
     >>> model = global_model({"w": np.ones((2, 2), np.float32), "head": np.ones(2, np.float32)},
     ...                      exclude=["head"])
     >>> model.groups.layout.names, model.groups.local
     (('w',), ('head',))
     """
-    groups = split_tensors(arrays, dense=dense, exclude=exclude)
+    groups = split_tensors(arrays, dense=dense, exclude=exclude, by_form=by_form)
     return GlobalModel(
         groups,
         groups.layout.flatten(arrays),
-        groups.dense_layout.flatten(arrays),
+        groups.flatten_dense(arrays),
         {name: np.array(arrays[name]) for name in groups.local},
     )
 
@@ -176,3 +230,21 @@ class ModelRef:
         if not self.dense_size:
             return self.base
         return hashlib.sha256(f"{self.base} {self.dense_base}".encode()).hexdigest()
+
+
+def _in_vector(name: str, array: NDArray[np.generic]) -> NDArray[np.float64]:
+    numbers = np.asarray(array, np.float64)
+    if not (np.abs(numbers) < INTEGERS_BELOW).all():
+        raise LayoutError(
+            f"integer tensor {name!r} holds {np.abs(numbers).max():g}; numbers below "
+            f"{INTEGERS_BELOW} can be averaged: name it in 'exclude' to keep each client's own"
+        )
+    return numbers / INTEGERS_IN
+
+
+def _whole_numbers(piece: NDArray[np.generic], dtype: np.dtype) -> NDArray[np.generic]:
+    """The integers of a mean, cut off after the point as a cast does."""
+    numbers = piece.astype(np.float64) * INTEGERS_IN
+    whole = np.trunc(numbers + np.copysign(_SLACK, numbers))
+    # Of a single number, NumPy makes a scalar that is no array.
+    return np.asarray(np.clip(whole, *integer_bounds(dtype)), dtype)

@@ -6,6 +6,7 @@ from collections.abc import Iterable, Mapping
 from typing import TypeVar
 
 from dare_agg.errors import LayoutError
+from dare_agg.vectors.forms import is_list
 from dare_agg.vectors.patterns import compile_patterns, matches
 from dare_agg.vectors.wrappers import unwrapped
 
@@ -61,17 +62,12 @@ def returned_tensors(
             f"the {len(found)} tensors that training returned are local by 'exclude' "
             f"{list(exclude)}; return some that the federation shares, or narrow 'exclude'"
         )
-    if lacking and is_list(model):
+    if lacking and is_list(model) and is_list(returned):
         raise LayoutError(
             f"training returned {len(found)} arrays of a list of {len(model)}: which ones cannot "
             "be told; return all of them, in the model's order, or send arrays by name"
         )
     return {own: returned[name] for own, name in found.items()}
-
-
-def is_list(names: Iterable[str]) -> bool:
-    """Whether a model's tensors have numbers for names, as an ArrayRecord of a list gives them."""
-    return all(name.isdecimal() for name in names)
 
 
 def _plain_names(model: Iterable[str]) -> dict[str, str]:

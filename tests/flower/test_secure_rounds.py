@@ -134,7 +134,7 @@ def test_only_small_steps_travel_down_too(
     full = sum(array.nbytes for array in toys.arrays().values())
     assert down[0] > full < down[3]
     assert max(down[1], down[2], down[4]) < down[0] - 0.9 * full  # the rest is the protocol's
-    model = global_model(to_numpy(result.arrays), dense=[r"^head"])
+    model = global_model(to_numpy(result.arrays), dense=[r"^head"], by_form=True)
     assert model.ref.version == strategy.downlink.version == outcomes[-1].model.ref.version
 
 

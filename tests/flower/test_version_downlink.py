@@ -45,7 +45,9 @@ def test_after_the_base_only_small_steps_travel(memory_grid, toys, cache):
     down = [np.mean(o.measurements["download_bytes"]) for o in outcomes]
     assert down[0] > 4000 > 2 * max(down[1:])
     model = global_model(
-        {name: array.numpy() for name, array in result.arrays.items()}, dense=["^head"]
+        {name: array.numpy() for name, array in result.arrays.items()},
+        dense=["^head"],
+        by_form=True,
     )
     assert model.ref.version == strategy.downlink.version == outcomes[-1].model.ref.version
     assert all(o.measurements["accepted"] == 3 for o in outcomes)

@@ -22,10 +22,36 @@ def arrays() -> dict[str, np.ndarray]:
 
 
 def test_every_tensor_is_in_one_group_and_exclude_wins():
-    groups = split_tensors(arrays(), dense=["head", "scalar"], exclude=["^head"])
+    words = {"dense": ["head", "scalar"], "exclude": ["^head"]}
+    groups = split_tensors(arrays(), **words, by_form=True)
     assert groups.layout.names == ("a.weight", "z.weight")
-    assert groups.dense_layout.names == ("norm.running_var", "scalar")
-    assert set(groups.local) == {"norm.num_batches_tracked", "head.weight"}
+    counter = "norm.num_batches_tracked"
+    assert groups.dense_layout.names == (counter, "norm.running_var", "scalar")
+    assert groups.integers == (counter,) and set(groups.local) == {"head.weight"}
+    assert split_tensors(arrays(), exclude=["num_batches"], by_form=True).local == (counter,)
+    before = split_tensors(arrays(), **words)
+    assert before.dense_layout.names == ("norm.running_var", "scalar")
+    assert set(before.local) == {counter, "head.weight"}
+
+
+def test_a_model_of_vectors_alone_is_its_weights():
+    vectors = {"0": np.ones(3, np.float32), "1": np.ones(4, np.float32)}
+    groups = split_tensors(vectors, by_form=True)
+    assert groups.layout.names == ("0", "1") and not groups.dense_layout.names
+    groups = split_tensors({**vectors, "2": np.ones((2, 2), np.float32)}, by_form=True)
+    assert groups.layout.names == ("2",) and groups.dense_layout.names == ("0", "1")
+
+
+@pytest.mark.parametrize("dtype", [np.int64, np.int8, np.uint8, np.uint32])
+def test_integers_are_exact_move_by_means_and_stay_in_their_range(dtype):
+    top = min(np.iinfo(dtype).max, (1 << 24) - 1)
+    first = {"w": np.ones((2, 2), np.float32), "n": np.array([0, 7, top], dtype)}
+    model = global_model(first, by_form=True)
+    assert np.array_equal(model.arrays()["n"], first["n"])
+    step = np.array([1.5, 3 - 1e-5, 1], np.float32) / np.float32(4096)
+    moved = model.moved(np.zeros(4, np.float32), step)
+    assert moved.arrays()["n"].tolist() == [1, 10, top]
+    assert global_model(moved.arrays(), by_form=True).ref == moved.ref
 
 
 def test_arrays_come_back_in_order_shape_dtype_and_value():

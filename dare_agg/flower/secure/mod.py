@@ -251,7 +251,12 @@ def _train(
         receiver = open_receiver(order, ctxt)
         base = receive_base(msg.content, order, receiver)
         arrays = {name: array.numpy() for name, array in base.items()}
-        model = global_model(arrays, dense=terms.dense_patterns, exclude=terms.exclude)
+        model = global_model(
+            arrays,
+            dense=terms.dense_patterns,
+            exclude=terms.exclude,
+            by_form=order.by_form,
+        )
         policy = node_policy(ctxt, *names_of(model.ref))
         party.check(request.terms, policy)
         _check_training(msg.content, order, request, arrays, ctxt, terms)
@@ -312,7 +317,7 @@ def _examples(content: RecordDict, key: str) -> float:
 
 def _contribution(model: GlobalModel, tuned: Arrays, examples: float) -> Contribution:
     groups = model.groups
-    delta, dense = groups.layout.flatten(tuned), groups.dense_layout.flatten(tuned)
+    delta, dense = groups.layout.flatten(tuned), groups.flatten_dense(tuned)
     check_finite(groups.layout, delta, "after training")
     if dense.size:
         check_finite(groups.dense_layout, dense, "after training")

@@ -79,6 +79,33 @@ def test_a_late_client_is_not_sent_the_base_twice_unless_it_lacks_it(
     assert down[0] > 4000 and (down[1] > 4000) == (not got_it) and down[2] < 2000
 
 
+@pytest.mark.parametrize("form", ["full", "auto"])
+@pytest.mark.parametrize("away", [(1, 2), (2,)])
+def test_a_client_that_joins_late_or_comes_back_is_sent_what_it_lacks(
+    memory_grid, toys, cache, caplog, form, away
+):
+    def node(number):
+        return {"partition-id": number, "num-partitions": 4, "cache": str(cache / str(number))}
+
+    def come_and_go(outcome):
+        grid.offline = {last} if outcome.round + 1 in away else set()
+
+    grid = memory_grid(toys.app(), 4, node_config=node)
+    last = next(node for node, partition in grid.partitions.items() if partition == 3)
+    grid.offline = {last} if 1 in away else set()
+    words = {"form": form, "on_round": come_and_go, "fraction_evaluate": 0.0}
+    with caplog.at_level("INFO"):
+        _, outcomes, _ = federate(grid, toys, 4, **words)
+    present = [3 if number in away else 4 for number in (1, 2, 3, 4)]
+    assert [o.measurements["accepted"] for o in outcomes] == present
+    assert [f"train: {n} of {n} clients" in caplog.text for n in (3, 4)] == [True, True]
+    assert not [row for row in caplog.records if row.levelname == "WARNING"]
+    assert "no longer hold" not in caplog.text  # it never had what others hold
+    if form == "auto":
+        there, joined = outcomes[2].measurements["download_bytes"][2:]
+        assert (joined > 4000) == (1 in away) and there < 2000
+
+
 def test_lost_contexts_and_broken_files_change_nothing(memory_grid, toys, cache):
     def disturb(outcome):
         for context in grid.contexts.values():

@@ -102,5 +102,10 @@ _FOLDERS = {
 
 def load_built_in(name: str) -> RawSets:
     """Rows of a set of `BUILT_IN`; raises `ConfigError` where its package is not installed."""
-    row = BUILT_IN[name]
-    return row.load(package_path(_FOLDERS[row.package], f"data {name!r}", row.package))
+    return BUILT_IN[name].load(built_in_folder(name))
+
+
+def built_in_folder(name: str) -> Path:
+    """Where a set of `BUILT_IN` lies; raises `ConfigError` where its package is not installed."""
+    package = BUILT_IN[name].package
+    return package_path(_FOLDERS[package], f"data {name!r}", package)

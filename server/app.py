@@ -22,11 +22,12 @@ from dare_agg.flower.resume import keep_base, resume, save
 from dare_agg.flower.round_strategy import RoundStrategy
 from dare_agg.flower.transport import to_numpy, to_record
 from dare_agg.rounds.state import StateFolder
+from dare_agg.runs.claim import SERVER, claim
 from dare_agg.runs.ending import COMPLETED, FAILED, INTERRUPTED, RUNNING
 from dare_agg.runs.prometheus import exporter
 from dare_agg.runs.rows import RunRow
 from server.asking import agree_on_labels, ask, wait_for_nodes
-from server.config import METHODS, RunConfig, read_config
+from server.config import METHODS, RunConfig, check_resumed, read_config
 from server.export import export_model
 from server.recorder import Recorder
 from server.secure import merge_models, secure_strategy
@@ -43,6 +44,14 @@ def main(grid: Grid, context: Context) -> None:
     """Check everything, then run the methods one after another on the same data and seeds."""
     config = read_config(context.run_config)
     folder = Path(config.output or f"runs/{context.run_id}").absolute()
+    if config.resume:
+        check_resumed(config, folder)
+    with claim(folder, SERVER, resume=config.resume, rounds=config.num_rounds):
+        run_methods(grid, context, config, folder)
+
+
+def run_methods(grid: Grid, context: Context, config: RunConfig, folder: Path) -> None:
+    """Run what the config names, recorded in ``folder``, which run.json says the end of."""
     port = config.prometheus_port
     shown = exporter(port, config.prometheus_host) if port else None
     recorder = Recorder(folder, config.model_dump(by_alias=True), shown)

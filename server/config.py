@@ -18,6 +18,8 @@ from dare_agg.files.app_config import config_defaults
 from dare_agg.rounds.settings import WEIGHTINGS, check_weight_bound
 from dare_agg.rounds.step import ServerStep, server_step
 from dare_agg.rounds.terms import check_choice
+from dare_agg.runs.claim import run_state
+from dare_agg.runs.ending import COMPLETED
 from dare_agg.secure.aggregates import SECURE_METHODS
 from dare_agg.secure.settings import SecureSettings
 from dare_agg.vectors.patterns import compile_patterns
@@ -89,7 +91,7 @@ class RunConfig(BaseModel):
     fails before anyone trains. Which tasks there are, clients know and say when asked.
     """
 
-    model_config = ConfigDict(extra="forbid", alias_generator=_kebab, frozen=True)
+    model_config = ConfigDict(extra="forbid", strict=True, alias_generator=_kebab, frozen=True)
 
     num_rounds: int = Field(ge=1, le=100_000)
     methods: Words
@@ -225,6 +227,85 @@ def read_config(raw: Mapping[str, Any]) -> RunConfig:
     if config.partition == "column" and not config.partition_by:
         raise ConfigError('partition = "column" needs partition-by, the name of a column')
     return config
+
+
+# What a resumed run may be told anew: how long and how patiently it goes on, who takes part and
+# what is shown. All else decides what it computes.
+_MAY_CHANGE = frozenset(
+    {
+        "num-rounds", "min-clients", "min-replies", "max-empty-rounds", "deadline", "node-timeout", "identities",
+        "secure-stage-seconds", "secure-roster", "save-model", "output", "resume",
+        "prometheus-port", "prometheus-host",
+    }
+)  # fmt: skip
+_MOST_SHOWN = 60
+
+
+def check_resumed(config: RunConfig, folder: Path) -> None:
+    """Refuse to resume the run in ``folder``, whose config its run.json has, as another one.
+
+    Raises `ConfigError` with each key that differs. A key that is younger than the run had its
+    default.
+    """
+    state = run_state(folder)
+    stored = state.get("config")
+    if not isinstance(stored, dict):  # whether there is a run at all, `claim` says
+        return
+    begun = _begun_with(stored)
+    different = [
+        f"{key} {_shown(begun[key])} → {_shown(new)}"
+        for key, new in _plain(config).items()
+        if key not in _MAY_CHANGE and begun[key] != new
+    ]
+    if not different:
+        return
+    these = "these" if len(different) > 1 else "this"
+    go_on = f"leave {these} out to go on as before, or begin another run"
+    if state.get("status") == COMPLETED:
+        go_on = "the run is finished: begin another one"
+    raise ConfigError(
+        f"{folder} is to be resumed with another config than it was begun with: "
+        f"{', '.join(different)}; {go_on}: --output (output in a run config)"
+    )
+
+
+def _begun_with(stored: Mapping[str, Any]) -> dict[str, Any]:
+    """The config that run.json holds; of a run interrupted early only what was set."""
+    known = {_kebab(name) for name in RunConfig.model_fields}
+    words = {
+        key: ",".join(map(str, value)) if isinstance(value, list) else value
+        for key, value in stored.items()
+        if key in known
+    }
+    try:
+        return _plain(RunConfig.model_validate({**DEFAULTS, **words}))
+    except ValidationError:  # values of another version
+        return _plain(RunConfig.model_validate(DEFAULTS)) | dict(stored)
+
+
+def _plain(config: RunConfig) -> dict[str, Any]:
+    return config.model_dump(mode="json", by_alias=True)
+
+
+def _shown(value: Any) -> str:
+    text = ",".join(map(str, value)) if isinstance(value, list) else value
+    shown = repr(text)
+    return shown if len(shown) <= _MOST_SHOWN else f"…{shown[1 - _MOST_SHOWN :]}"
+
+
+def check(raw: Mapping[str, Any]) -> None:
+    """Refuse what the server would, before it is started; see ``[tool.dare-agg]``."""
+    config = read_config(raw)
+    if config.resume:
+        check_resumed(config, Path(config.output))
+
+
+def check_here(raw: Mapping[str, Any]) -> None:
+    """Refuse files that the server is to read and that are not on this machine."""
+    for key in ("initial", "identities"):
+        word = str(raw.get(key, DEFAULTS[key]))
+        if word and not Path(word).is_file():
+            raise ConfigError(f"{key}: the file {word!r} does not exist; check the path")
 
 
 def _check_secure(config: RunConfig) -> None:

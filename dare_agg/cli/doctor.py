@@ -119,20 +119,18 @@ def _disk() -> list[Check]:
 
 
 def _bundle(app: Path | None) -> list[Check]:
-    import tomllib
-
     from dare_agg.errors import DareError
+    from dare_agg.files.app_config import app_project, find_app
 
     try:
-        from dare_agg.flower.processes.launch import find_app
+        import dare_agg.flower  # noqa: F401 (bundles are Flower's)
 
         folder = find_app(app)
+        project = app_project(folder)
     except ModuleNotFoundError:
         return [("app", False, "not looked at", "install Flower first, see above")]
     except DareError as error:
         return [("app", False, "not found", str(error))]
-    with (folder / "pyproject.toml").open("rb") as file:
-        project = tomllib.load(file)
     include = project["tool"]["flwr"]["app"].get("fab-include", [])
     # In this Python "folder/**" matches folders only.
     patterns = [f"{name}/*" if name.endswith("**") else name for name in include]

@@ -3,12 +3,33 @@
 from __future__ import annotations
 
 import contextlib
+import os
 import time
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 
 import typer
+
+from dare_agg.cli.app_check import ask_app, check_kinds, check_words
+from dare_agg.cli.ending import ended_whole
+from dare_agg.cli.run_config import absolute_paths, run_settings
+from dare_agg.errors import ConfigError
+from dare_agg.files.app_config import Scalar, app_defaults, find_app
+from dare_agg.runs.claim import (
+    COMMAND,
+    LOG_FILE,
+    check_folder,
+    claim,
+    read_simulation,
+    write_simulation,
+)
+from dare_agg.secure.practice import check_consortium, practice_consortium
+
+if TYPE_CHECKING:
+    from dare_agg.flower.processes.launch import RunStatus
+
+CLIENTS = 10
 
 
 def run(
@@ -17,9 +38,19 @@ def run(
     ] = None,
     config: Annotated[
         list[str] | None,
-        typer.Option("--config", "-c", help="Run config as key=value; may be repeated."),
+        typer.Option(
+            "--config",
+            "-c",
+            "--run-config",
+            help="Run config as key=value, or a TOML file; may be repeated.",
+        ),
     ] = None,
-    clients: Annotated[int, typer.Option(help="Simulated clients.", min=1)] = 10,
+    clients: Annotated[
+        int | None,
+        typer.Option(
+            help=f"Simulated clients [default: {CLIENTS}, or those of the resumed run].", min=1
+        ),
+    ] = None,
     cpus: Annotated[
         int, typer.Option(help="CPUs a simulated client takes; fewer run side by side.", min=1)
     ] = 1,
@@ -47,9 +78,9 @@ def run(
     )
     from dare_agg.errors import RunError
 
-    folder = (output or Path("runs") / time.strftime("%Y%m%d-%H%M%S")).absolute()
-    if resume is not None:
-        folder = resume.absolute()
+    folder = (resume or output or _new_folder()).absolute()
+    if resume and output and output.absolute() != folder:
+        raise ConfigError(f"--output {output} beside --resume {resume}: a run goes on where it is")
     overrides = run_settings(config or [], deployed=bool(federation), resume=resume)
     status = execute(
         folder,
@@ -77,77 +108,130 @@ def run(
         stdout_console().print(f"Run folder: {folder}\nNext: dare-agg report {folder}")
 
 
-def run_settings(
-    pairs: list[str], *, deployed: bool, resume: Path | None
-) -> dict[str, bool | int | float | str]:
-    """Return the run config that differs from the app's: given, resumed, or by default."""
-    given = parse_overrides(pairs)
-    if resume is not None:
-        return {**resumed_config(resume.absolute()), **given, "resume": True}
-    if deployed:
-        # Over a real network the model travels once, then only small steps.
-        given.setdefault("downlink", "full" if given.get("secure-merge") else "auto")
-    return given
+def _new_folder() -> Path:
+    """A folder for a run that names none, by the time of day."""
+    name = time.strftime("%Y%m%d-%H%M%S")
+    names = (Path("runs") / f"{name}{more}" for more in ("", *(f"-{n}" for n in range(2, 1000))))
+    return next(folder for folder in names if not folder.exists())
 
 
-def resumed_config(folder: Path) -> dict[str, bool | int | float | str]:
-    """Return the config a run was started with, as its run.json keeps it."""
-    from dare_agg.errors import StateError
-    from dare_agg.files.json_text import read_json
-    from dare_agg.runs.rows import STATE_FILE
+def execute(
+    folder: Path,
+    overrides: Mapping[str, Scalar],
+    *,
+    app: Path | None = None,
+    clients: int | None = None,
+    cpus: int = 1,
+    federation: str = "",
+    root_certificates: Path | None = None,
+    watch: Callable[[str], None] | None = None,
+) -> RunStatus:
+    """Run the app into ``folder``; returns its `RunStatus`. See `run` for the words.
 
-    try:
-        stored = read_json(folder / STATE_FILE)["config"]
-    except (OSError, ValueError, KeyError) as error:
-        raise StateError(
-            f"{folder} holds no run to resume ({type(error).__name__}: {error}); give the folder "
-            "that dare-agg run --output named"
-        ) from error
-    return {
-        key: ",".join(value) if isinstance(value, list) else value
-        for key, value in stored.items()
-        if key not in ("output", "resume")
-    }
-
-
-def parse_overrides(pairs: list[str]) -> dict[str, bool | int | float | str]:
-    """Read ``key=value`` words; values are TOML, anything else is text."""
-    import tomllib
-
-    from dare_agg.errors import ConfigError
-
-    overrides: dict[str, bool | int | float | str] = {}
-    for pair in pairs:
-        key, separator, value = pair.partition("=")
-        if not separator or not key:
-            raise ConfigError(f"--config {pair!r}; key=value is needed, for example num-rounds=3")
-        try:
-            overrides[key] = tomllib.loads(f"x = {value}")["x"]
-        except tomllib.TOMLDecodeError:
-            overrides[key] = value
-    return overrides
-
-
-def absolute_paths(settings: dict[str, bool | int | float | str]) -> None:
-    """Make files and folders named from here absolute: Flower's processes run elsewhere.
-
-    A word that names nothing here (a built-in data set, a hub's name) stays as it is.
+    All is checked before the folder is touched and Flower starts: a `DareError` until then
+    leaves the folder as it was.
     """
-    from dare_agg.checkpoint.hub import located
+    source = find_app(app)
+    usual = app_defaults(source)
+    check_words(overrides, usual)
+    resume = overrides.get("resume") is True
+    if not resume:
+        check_folder(folder)
+    own: dict[str, Scalar] = {"output": str(folder)}
+    settings = dict(overrides)
+    connection: dict[str, Scalar] = {}
+    simulated = 0
+    if federation:
+        connection = _connection(federation, root_certificates)
+    else:
+        simulated = _simulated_clients(folder, clients, resume)
+        absolute_paths(settings)
+        own["min-clients"] = simulated
+        if settings.get("secure"):
+            check_consortium(simulated, _models(settings))
+            settings["secure-roster"] = str(folder / "keys" / "roster.json")
+    # Another app may have no such words.
+    settings = {key: value for key, value in own.items() if key in usual} | settings
+    if not ask_app(source, settings, here=not federation):
+        check_kinds(settings, usual)
+    refuse_quantised_models(settings)
+    rounds = {**usual, **settings}.get("num-rounds")
+    home = folder / "flower"
+    with (
+        claim(folder, COMMAND, resume=resume, rounds=rounds if type(rounds) is int else 0),
+        (folder / LOG_FILE).open("a", encoding="utf-8") as log,
+        ended_whole(folder, home, settings),
+    ):
 
-    for key in ("data", "model", "initial", "identities", "secure-models"):
-        words = str(settings.get(key, "")).split(",")
-        found = [
-            str(located(Path(word.strip()).absolute()))
-            if word.strip() and Path(word.strip()).exists()
-            else word
-            for word in words
-        ]
-        if found != words:
-            settings[key] = ",".join(found)
+        def on_line(line: str) -> None:
+            if line:
+                log.write(line + "\n")
+                log.flush()
+            # A terminal may be gone; whoever closed it also sent a signal, if the run shall end.
+            with contextlib.suppress(OSError):
+                if watch is not None:
+                    watch(line)
+
+        if federation:
+            return _deployed(source, home, settings, connection, on_line)
+        write_simulation(folder, simulated)
+        if settings.get("secure"):
+            os.environ.update(practice_consortium(folder / "keys", simulated, _models(settings)))
+        federation_config = {"num-supernodes": simulated, "client-resources-num-cpus": cpus}
+        return _simulated(source, home, settings, federation_config, on_line)
 
 
-def refuse_quantised_models(settings: Mapping[str, bool | int | float | str]) -> None:
+def _deployed(
+    app: Path,
+    home: Path,
+    settings: Mapping[str, Scalar],
+    connection: Mapping[str, Scalar],
+    on_line: Callable[[str], None],
+) -> RunStatus:
+    from dare_agg.flower.processes import launch
+
+    home.mkdir(exist_ok=True)
+    launch.write_connection(home, "run", connection)
+    return launch.run_app(app, home, "run", settings, on_line=on_line)
+
+
+def _simulated(
+    app: Path,
+    home: Path,
+    settings: Mapping[str, Scalar],
+    federation_config: Mapping[str, Scalar],
+    on_line: Callable[[str], None],
+) -> RunStatus:
+    from dare_agg.flower.processes import launch
+
+    with launch.simulation_superlink(home) as simulation:
+        launch.write_connection(home, "run", {"address": simulation.address, "insecure": True})
+        return launch.run_app(
+            app,
+            home,
+            "run",
+            settings,
+            federation_config=federation_config,
+            on_line=on_line,
+            simulation=simulation,
+        )
+
+
+def _connection(federation: str, root_certificates: Path | None) -> dict[str, Scalar]:
+    """How to reach a SuperLink; raises `ConfigError` for plain text beyond the loopback."""
+    if root_certificates is not None:
+        if not root_certificates.is_file():
+            raise ConfigError(f"--root-certificates: {root_certificates} does not exist")
+        return {"address": federation, "root-certificates": str(root_certificates.absolute())}
+    if federation.split(":")[0] in ("127.0.0.1", "localhost"):
+        return {"address": federation, "insecure": True}
+    raise ConfigError(
+        f"federation {federation!r} without --root-certificates; plain text is for loopback only: "
+        "make certificates with dare-agg certs"
+    )
+
+
+def refuse_quantised_models(settings: Mapping[str, Scalar]) -> None:
     """Raise `QuantisedError` before anything starts where a folder or file named is quantised."""
     from dare_agg.checkpoint import refuse_quantised
     from dare_agg.checkpoint.hub import in_cache
@@ -159,67 +243,21 @@ def refuse_quantised_models(settings: Mapping[str, bool | int | float | str]) ->
             refuse_quantised(path)
 
 
-def practice(folder: Path, clients: int, settings: dict) -> str:
-    """Give simulated clients keys of their own; returns the roster's path."""
-    import os
-
-    from dare_agg.secure.practice import practice_consortium
-
-    models = [word.strip() for word in str(settings.get("secure-models", "")).split(",")]
-    os.environ.update(practice_consortium(folder, clients, [word for word in models if word]))
-    return str(folder / "roster.json")
+def _models(settings: Mapping[str, Scalar]) -> list[str]:
+    """The parties' own models of a secure merge, by partition."""
+    words = str(settings.get("secure-models", "")).split(",")
+    return [word.strip() for word in words if word.strip()]
 
 
-def execute(folder, overrides, *, app=None, clients=10, cpus=1, federation="",  # type: ignore[no-untyped-def]
-            root_certificates=None, watch=None):  # fmt: skip
-    """Run the app into ``folder``; returns its `RunStatus`. See `run` for the words."""
-    from dare_agg.cli.ending import ended_whole
-    from dare_agg.errors import ConfigError
-    from dare_agg.flower.processes import launch
+def _simulated_clients(folder: Path, clients: int | None, resume: bool) -> int:
+    """How many clients a simulation has; a resumed run those it had.
 
-    source = launch.find_app(app)
-    refuse_quantised_models(overrides)
-    home = folder / "flower"
-    home.mkdir(parents=True, exist_ok=True)
-    settings = {"output": str(folder), **overrides}
-    # A checked config fails here, before any process starts; the server checks it again.
-    log = (folder / "run.log").open("a", encoding="utf-8")
-
-    def on_line(line: str) -> None:
-        if line:
-            log.write(line + "\n")
-            log.flush()
-        # A terminal may be gone; whoever closed it also sent a signal, if the run shall end.
-        with contextlib.suppress(OSError):
-            if watch is not None:
-                watch(line)
-
-    with log, ended_whole(folder, home, settings):
-        if federation:
-            connection = {"address": federation}
-            if root_certificates is not None:
-                connection["root-certificates"] = str(root_certificates.absolute())
-            elif federation.split(":")[0] in ("127.0.0.1", "localhost"):
-                connection["insecure"] = True
-            else:
-                raise ConfigError(
-                    f"federation {federation!r} without --root-certificates; plain text is for "
-                    "loopback only: make certificates with dare-agg certs"
-                )
-            launch.write_connection(home, "run", connection)
-            return launch.run_app(source, home, "run", settings, on_line=on_line)
-        absolute_paths(settings)
-        if settings.get("secure"):
-            settings["secure-roster"] = practice(folder / "keys", clients, settings)
-        with launch.simulation_superlink(home) as simulation:
-            launch.write_connection(home, "run", {"address": simulation.address, "insecure": True})
-            settings.setdefault("min-clients", clients)
-            return launch.run_app(
-                source,
-                home,
-                "run",
-                settings,
-                federation_config={"num-supernodes": clients, "client-resources-num-cpus": cpus},
-                on_line=on_line,
-                simulation=simulation,
-            )
+    The data are divided among them: raises `ConfigError` where a resumed run had others.
+    """
+    had = read_simulation(folder) if resume else None
+    if had and clients not in (None, had):
+        raise ConfigError(
+            f"--clients {clients}: the run in {folder} has {had}, among whom its data are divided; "
+            f"leave --clients out, or begin another run: --output"
+        )
+    return clients or had or CLIENTS

@@ -18,7 +18,7 @@ def supernode(
     ] = None,
 ) -> None:
     """Run flower-supernode for this party's own copy of the app alone."""
-    from dare_agg.flower.processes.launch import find_app
+    from dare_agg.files.app_config import find_app
     from dare_agg.flower.processes.pinned_node import run_pinned
 
     run_pinned(find_app(app), arguments)

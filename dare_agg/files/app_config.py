@@ -3,8 +3,12 @@
 from __future__ import annotations
 
 import tomllib
+from collections.abc import Mapping
 from functools import cache
 from pathlib import Path
+from typing import Any
+
+from dare_agg.errors import ConfigError
 
 Scalar = bool | int | float | str
 
@@ -20,6 +24,49 @@ def app_above(path: Path) -> Path | None:
     return next((folder for folder in path.resolve().parents if is_app(folder)), None)
 
 
+def find_app(path: Path | None) -> Path:
+    """Return the folder of the Flower app: the given one, or this checkout.
+
+    Raises `ConfigError` where there is none.
+    """
+    folder = path or app_above(Path(__file__)) or Path(__file__).parent
+    if not is_app(folder):
+        raise ConfigError(
+            f"{str(folder)!r} is no Flower app (a pyproject.toml with [tool.flwr.app]); give its "
+            "folder, for example: dare-agg run path/to/checkout"
+        )
+    return folder.resolve()
+
+
+def app_project(folder: Path) -> dict[str, Any]:
+    """What the pyproject.toml of an app says; raises `ConfigError` where it is no TOML."""
+    path = folder / "pyproject.toml"
+    try:
+        with path.open("rb") as file:
+            return tomllib.load(file)
+    except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
+        raise ConfigError(f"{path} is no TOML: {error}; mend that line") from error
+
+
+def app_defaults(folder: Path) -> dict[str, Scalar]:
+    """The run config's defaults of the app in a folder; nested keys are joined by dots."""
+    return flat(app_project(folder)["tool"]["flwr"]["app"].get("config", {}))
+
+
+def flat(nested: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
+    """Join the keys of nested tables by dots, as Flower does.
+
+    >>> flat({"a": {"b": 1}, "c": 2})
+    {'a.b': 1, 'c': 2}
+    """
+    found: dict[str, Any] = {}
+    for key, value in nested.items():
+        found |= (
+            flat(value, f"{prefix}{key}.") if isinstance(value, dict) else {prefix + key: value}
+        )
+    return found
+
+
 @cache
 def config_defaults(path: Path) -> dict[str, Scalar]:
     """The run config's defaults, by kebab-case key, of the app that ``path`` belongs to.
@@ -30,5 +77,4 @@ def config_defaults(path: Path) -> dict[str, Scalar]:
     folder = app_above(path)
     if folder is None:
         raise FileNotFoundError(f"no pyproject.toml with [tool.flwr.app] above {path}")
-    with (folder / "pyproject.toml").open("rb") as file:
-        return tomllib.load(file)["tool"]["flwr"]["app"]["config"]
+    return app_defaults(folder)

@@ -7,6 +7,7 @@ files are those of a deployment.
 from __future__ import annotations
 
 import secrets
+import shutil
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -18,12 +19,8 @@ from dare_agg.secure.terms import MIN_PARTIES
 KEYS_VARIABLE = "DARE_AGG_SECURE_KEYS"
 
 
-def practice_consortium(folder: Path, parties: int, models: Sequence[str] = ()) -> dict[str, str]:
-    """Write keys, roster and links to models into ``folder``, party i for partition i.
-
-    Returns the environment that the simulation's processes need. Raises `ConfigError` when
-    there are too few parties or models for other than all of them.
-    """
+def check_consortium(parties: int, models: Sequence[str] = ()) -> None:
+    """Raise `ConfigError` for too few parties, or models that are missing or not one each."""
     if parties < MIN_PARTIES:
         raise ConfigError(
             f"{parties} clients; a secure sum needs at least {MIN_PARTIES}: of two each learns "
@@ -31,6 +28,19 @@ def practice_consortium(folder: Path, parties: int, models: Sequence[str] = ()) 
         )
     if models and len(models) != parties:
         raise ConfigError(f"{len(models)} secure-models for {parties} clients; one each is needed")
+    for model in models:
+        if not Path(model).exists():
+            raise ConfigError(f"secure-models: {model} does not exist; check the path")
+
+
+def practice_consortium(folder: Path, parties: int, models: Sequence[str] = ()) -> dict[str, str]:
+    """Write keys, roster and links to models into ``folder``, party i for partition i.
+
+    Returns the environment that the simulation's processes need. Keys of a run before are
+    replaced: their passphrase ended with it. Raises `ConfigError` as `check_consortium`.
+    """
+    check_consortium(parties, models)
+    shutil.rmtree(folder, ignore_errors=True)
     folder.mkdir(mode=0o700, parents=True)
     passphrase = secrets.token_urlsafe(24)
     identities = [new_identity(f"party {number}") for number in range(parties)]
@@ -38,8 +48,6 @@ def practice_consortium(folder: Path, parties: int, models: Sequence[str] = ()) 
         write_identity(folder / f"party-{number}.key", identity, passphrase)
     for number, model in enumerate(models):
         path = Path(model).absolute()
-        if not path.exists():
-            raise ConfigError(f"secure-models: {model} does not exist")
         (folder / f"party-{number}.model{path.suffix}").symlink_to(path)
     coordinator = new_identity("coordinator")
     write_public(folder / "coordinator.pub", coordinator.name, coordinator.public)

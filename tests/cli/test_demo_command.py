@@ -95,7 +95,7 @@ def test_run_without_metrics_is_refused(tmp_path: Path) -> None:
 
 def test_every_setting_of_the_demo_is_a_valid_run_config(tmp_path: Path) -> None:
     from dare_agg.cli.demo import SETTINGS, fast_precision
-    from dare_agg.cli.run import parse_overrides
+    from dare_agg.cli.run_config import parse_overrides
     from server.config import read_config
 
     settings = {**SETTINGS, "seed": 0, "num-rounds": 1, "precision": fast_precision()}

@@ -14,7 +14,7 @@ from flwr.app import Context, RecordDict
 from safetensors.numpy import load_file
 
 from dare_agg.cli.progress import load_config, load_rows
-from dare_agg.cli.run import resumed_config
+from dare_agg.cli.run_config import resumed_config
 from dare_agg.flower import dare_mod
 from dare_agg.runs.report import read_run
 from dare_agg.vectors.model import global_model

@@ -12,7 +12,7 @@ from safetensors.numpy import load_file
 
 from client.app import app as client_app
 from dare_agg.cli.progress import load_rows, missed_lines
-from dare_agg.errors import ConfigError, RunError
+from dare_agg.errors import ConfigError, RunError, StateError
 from dare_agg.flower.records import UPDATE_KEY
 from server.app import main as run_server
 from server.config import DEFAULTS
@@ -310,3 +310,20 @@ def test_clients_send_fisher_values_or_gram_matrices(run):
     assert parameters < sent["dare-fisher"] < parameters * 1.01 + 300
     assert sent["dare-regmean"] > 0
     assert len({status["fingerprints"][m] for m in sent}) == 3
+
+
+def test_a_second_run_in_the_same_folder_changes_nothing(run, tmp_path):
+    run(2, num_rounds=1)
+    before = {path: path.read_bytes() for path in (tmp_path / "run").rglob("*") if path.is_file()}
+    with pytest.raises(StateError, match="holds a finished run"):
+        run(2, num_rounds=2)
+    with pytest.raises(StateError, match="nothing is left to resume"):
+        run(2, num_rounds=1, resume=True)
+    with pytest.raises(ConfigError, match=r"another config.*seed 0 → 3, steps 10 → 5"):
+        run(2, num_rounds=2, resume=True, seed=3, steps=5)
+    after = {path: path.read_bytes() for path in (tmp_path / "run").rglob("*") if path.is_file()}
+    assert after == before
+    # More rounds are no other run.
+    _, rows, state = run(2, num_rounds=2, resume=True)
+    assert [row["round"] for row in rows] == [1, 2]
+    assert state["status"] == "completed" and state["config"]["num-rounds"] == 2

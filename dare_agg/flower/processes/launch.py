@@ -22,8 +22,7 @@ from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
-from dare_agg.errors import ConfigError, RunError
-from dare_agg.files.app_config import app_above, is_app
+from dare_agg.errors import RunError
 from dare_agg.files.json_text import parse_json
 from dare_agg.flower.processes.ending import (
     KINDLY_SECONDS,
@@ -79,20 +78,6 @@ def free_port() -> int:
     with socket.socket() as listener:
         listener.bind(("127.0.0.1", 0))
         return int(listener.getsockname()[1])
-
-
-def find_app(path: Path | None) -> Path:
-    """Return the folder of the Flower app: the given one, or this checkout.
-
-    Raises `ConfigError` where there is none.
-    """
-    folder = path or app_above(Path(__file__)) or Path(__file__).parent
-    if not is_app(folder):
-        raise ConfigError(
-            f"{str(folder)!r} is no Flower app (a pyproject.toml with [tool.flwr.app]); give its "
-            "folder, for example: dare-agg run path/to/checkout"
-        )
-    return folder.resolve()
 
 
 @dataclass

@@ -8,7 +8,7 @@ from flwr.app import Array, ArrayRecord, ConfigRecord
 from toy import toy_app, toy_arrays
 
 from dare_agg.cli.progress import follow, load_rows
-from dare_agg.cli.run import resumed_config
+from dare_agg.cli.run_config import resumed_config
 from dare_agg.flower import DareStrategy
 from dare_agg.flower.records import REPLY_KEY, UPDATE_KEY
 from dare_agg.runs.log import Mirror

@@ -26,7 +26,7 @@ from cryptography.hazmat.primitives.asymmetric import ed25519
 from dare_agg.errors import DareError
 from dare_agg.checkpoint import open_checkpoint
 from dare_agg.cli.progress import load_rows
-from dare_agg.cli.run import resumed_config
+from dare_agg.cli.run_config import resumed_config
 from dare_agg.codec.update_file import read_update_file
 from dare_agg.deploy.identities import read_identities
 from dare_agg.downlink.base import read_base

@@ -1,0 +1,92 @@
+"""A run config is checked before Flower starts: its words here, the rest by the app itself.
+
+An app names functions of the run config (a dict, which they refuse with a `DareError`) in its
+pyproject.toml; they run as the app's own code, in a process of their own with the app's folder
+first on the path::
+
+    [tool.dare-agg]
+    check = ["server.config:check"]         # before every run
+    check-here = ["client.check:check"]     # where this machine is also the clients'
+"""
+
+from __future__ import annotations
+
+import importlib
+import json
+import os
+import subprocess
+import sys
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from dare_agg.errors import ConfigError, DareError, did_you_mean
+from dare_agg.files.app_config import Scalar, app_project
+from dare_agg.files.json_text import parse_json
+
+_REFUSED = 3
+
+
+def check_words(given: Mapping[str, Any], usual: Mapping[str, Scalar]) -> None:
+    """Refuse keys that an app does not have, and values that no run config can hold.
+
+    ``usual`` are the app's defaults. Raises `ConfigError` with the nearest key.
+    """
+    for key, value in given.items():
+        if not isinstance(value, bool | int | float | str):
+            raise ConfigError(
+                f"run config {key} = {value!r}: numbers, texts, true and false are possible; "
+                f'write a list as one text: {key}="a,b"'
+            )
+        if key not in usual:
+            raise ConfigError(f"run config key {key!r} is unknown{did_you_mean(key, usual)}")
+
+
+def check_kinds(given: Mapping[str, Any], usual: Mapping[str, Scalar]) -> None:
+    """Refuse what is no number or no truth value where the app's default is one."""
+    for key, value in given.items():
+        default = usual[key]
+        switch, number = isinstance(default, bool), isinstance(default, int | float)
+        fits = isinstance(value, bool) if switch else not isinstance(value, bool | str)
+        if number and not fits:
+            due = "true or false" if switch else "a number"
+            raise ConfigError(f"run config {key} = {value!r}: {due} is needed, as {default!r} is")
+
+
+def ask_app(app: Path, settings: Mapping[str, Scalar], *, here: bool) -> bool:
+    """Have the app check a run config; returns whether it has a check of its own.
+
+    ``here`` says that clients run on this machine too. Raises `ConfigError` in the app's words.
+    """
+    words = app_project(app).get("tool", {}).get("dare-agg", {})
+    checks = [*words.get("check", ()), *(words.get("check-here", ()) if here else ())]
+    if not checks:
+        return False
+    path = os.pathsep.join(filter(None, (str(app), os.environ.get("PYTHONPATH", ""))))
+    done = subprocess.run(
+        [sys.executable, "-m", __name__, *checks], cwd=app, env={**os.environ, "PYTHONPATH": path},
+        input=json.dumps(settings), capture_output=True, text=True, check=False,
+    )  # fmt: skip
+    if done.returncode == _REFUSED:
+        raise ConfigError(str(parse_json(done.stdout)))
+    if done.returncode:
+        last = (done.stderr.strip().splitlines() or [f"status {done.returncode}"])[-1]
+        raise ConfigError(f"the app in {app} cannot check a run config: {last.strip()}")
+    return True
+
+
+def _main(checks: list[str]) -> int:
+    """Run the checks on the config of standard input; what they refuse goes to standard output."""
+    settings = json.loads(sys.stdin.read())
+    for name in checks:
+        module, _, function = name.partition(":")
+        try:
+            getattr(importlib.import_module(module), function)(settings)
+        except DareError as error:
+            print(json.dumps(str(error)))
+            return _REFUSED
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(_main(sys.argv[1:]))

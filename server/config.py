@@ -233,8 +233,8 @@ def read_config(raw: Mapping[str, Any]) -> RunConfig:
 # what is shown. All else decides what it computes.
 _MAY_CHANGE = frozenset(
     {
-        "num-rounds", "min-clients", "min-replies", "max-empty-rounds", "deadline", "node-timeout", "identities",
-        "secure-stage-seconds", "secure-roster", "save-model", "output", "resume",
+        "num-rounds", "min-clients", "min-replies", "max-empty-rounds", "deadline", "node-timeout",
+        "identities", "secure-stage-seconds", "secure-roster", "save-model", "output", "resume",
         "prometheus-port", "prometheus-host",
     }
 )  # fmt: skip

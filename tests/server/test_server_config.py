@@ -16,6 +16,7 @@ from server.config import DEFAULTS, METHODS, RunConfig, read_config
 # own models have a head, and its "steps" are the optimizer's.
 OWN_DEFAULTS = {
     "dense", "exclude", "seed", "deadline", "upload_budget", "identities", "downlink", "steps",
+    "max_empty_rounds",
 }  # fmt: skip
 
 

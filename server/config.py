@@ -55,7 +55,7 @@ def _split(value: Any) -> Any:
     # Flower's run config holds scalars only: lists come as comma-separated text.
     if isinstance(value, str):
         return tuple(part.strip() for part in value.split(",") if part.strip())
-    return value
+    return tuple(value) if isinstance(value, list) else value
 
 
 Words = Annotated[tuple[str, ...], BeforeValidator(_split)]

@@ -16,6 +16,7 @@ from __future__ import annotations
 import inspect
 import logging
 import math
+import re
 from collections.abc import Mapping, Sequence
 
 from flwr.app import ConfigRecord
@@ -32,6 +33,7 @@ from dare_agg.errors import ConfigError
 from dare_agg.rounds.noise import error_of
 from dare_agg.rounds.plan import RoundPlan
 from dare_agg.rounds.settings import WEIGHTINGS, FederatedSettings
+from dare_agg.vectors.model import Groups
 
 LOG = logging.getLogger("flwr")
 # Those that clip on the client, and their like that clips on the server.
@@ -52,6 +54,7 @@ def check_privacy(
     settings: FederatedSettings,
     downlink: Downlink,
     plans: Sequence[RoundPlan],
+    groups: Groups,
 ) -> None:
     """Raise `ConfigError` where a wrapper's noise would not cover what one client can do.
 
@@ -79,6 +82,7 @@ def check_privacy(
                 f"{KEEPS_NORMS}"
             )
     _check_mean(name, settings, downlink)
+    _check_counters(name, groups)
     if first and WEIGHTINGS[settings.weighting]:
         LOG.warning(
             "%s measures its noise for clients that weigh alike, and here, as in FedAvg, one with "
@@ -135,6 +139,18 @@ def _check_mean(name: str, settings: FederatedSettings, downlink: Downlink) -> N
         raise ConfigError(
             f"{name}: downlink {downlink.name!r} rounds the mean before noise is added, by more "
             "than one client can move it; leave downlink out (the full arrays)"
+        )
+
+
+def _check_counters(name: str, groups: Groups) -> None:
+    """Raise `ConfigError` for integers that would travel: noise below 1 leaves them as they are."""
+    if groups.integers:
+        last = sorted({name.rpartition(".")[2] for name in groups.integers})
+        patterns = [rf"(^|\.){re.escape(one)}$" for one in last]
+        raise ConfigError(
+            f"{name}: integer tensors ({groups.integers[0]!r}, {len(groups.integers)} in all) are "
+            "merged as whole numbers, which its noise does not hide; leave them at the clients: "
+            f"exclude={patterns}"
         )
 
 

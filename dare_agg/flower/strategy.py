@@ -258,7 +258,7 @@ class DareStrategy(RoundStrategy):
             run=self.run,
             shared_mask=self.settings.shared_mask,
         )
-        check_privacy(self.train_config, self.settings, self.downlink, plans)
+        check_privacy(self.train_config, self.settings, self.downlink, plans, model.groups)
         by_node = {client.node: plan for client, plan in zip(chosen, plans, strict=True)}
         signers = {
             client.node: (client.hello.name, self.identities[client.hello.name])

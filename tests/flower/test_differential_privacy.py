@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import ast
+
 import numpy as np
 import pytest
 from flwr.app import Array, ArrayRecord, ConfigRecord, Message, MetricRecord, RecordDict
@@ -53,9 +55,9 @@ def app(mods, factors=None, statistics=False) -> ClientApp:
         made.trained.append(client)
         draw, factor = np.random.default_rng(client), np.float32((factors or {}).get(client, 1.0))
         given = {name: array.numpy() for name, array in msg.content["arrays"].items()}
-        steps = {n: factor * draw.normal(size=a.shape).astype(np.float32) for n, a in given.items()}
+        steps = {n: factor * draw.normal(size=a.shape).astype("f4") for n, a in given.items()}
         content = {
-            "arrays": ArrayRecord({name: Array(given[name] + steps[name]) for name in given}),
+            "arrays": ArrayRecord({n: Array(np.asarray(a + steps[n])) for n, a in given.items()}),
             "metrics": MetricRecord({"num-examples": 10}),
         }
         if statistics:
@@ -71,9 +73,9 @@ def dare(**words) -> DareStrategy:
     )
 
 
-def moved(strategy, client_app, rounds=1) -> np.ndarray:
-    result = strategy.start(MemoryGrid(client_app, CLIENTS), start_arrays(), num_rounds=rounds)
-    return flat(result.arrays)
+def moved(strategy, client_app, rounds=1, arrays=None) -> np.ndarray:
+    grid = MemoryGrid(client_app, CLIENTS)
+    return flat(strategy.start(grid, arrays or start_arrays(), num_rounds=rounds).arrays)
 
 
 def flat(arrays: ArrayRecord) -> np.ndarray:
@@ -222,6 +224,18 @@ def test_noise_for_a_mean_is_refused_for_what_is_none(words, says, side):
     with pytest.raises(ConfigError, match="DifferentialPrivacy") as refused:
         moved(wrap(dare(**words)), client_app)
     assert says in str(refused.value) and client_app.trained == []
+
+
+def test_counters_whose_noise_would_be_cut_off_are_refused_with_what_leaves_them_out():
+    arrays = start_arrays()
+    for name in ("norm1.num_batches_tracked", "norm2.num_batches_tracked", "17"):
+        arrays[name] = Array(np.asarray(5, np.int64))
+    words = {"dense_values": "f32"}
+    with pytest.raises(ConfigError, match="3 in all") as refused:
+        moved(SERVER_SIDE[0](dare(**words)), app([dare_mod]), arrays=arrays)
+    words["exclude"] = ast.literal_eval(str(refused.value).partition("exclude=")[2])
+    result = moved(SERVER_SIDE[0](dare(**words)), app([dare_mod]), arrays=arrays)
+    assert result[-3:].tolist() == [5, 5, 5] and np.linalg.norm(result[:-3]) > 0.1
 
 
 def test_weights_by_examples_are_warned_of_once(caplog):

@@ -55,6 +55,7 @@ REASONS: Mapping[str, str] = {
     "unknown-node": "a node that was not asked",
     "late": "no answer in time",
     "mod": "the app answers without the client mod",
+    "lost": "the node went away, or its message or reply did on the way",
     "worker": "the process that a simulated client ran in died, or Ray did",
     "client-error": "the app or its node failed; the detail holds the text",
     "refused": "refused for a reason that is none of these",

@@ -248,6 +248,10 @@ def make_strategy(config: RunConfig, name: str, record: Any) -> RoundStrategy:
     )
 
 
+# Keys of a row that stand there only where there is something to say.
+_WHERE_ANY = ("away", "refused", "evaluate_failed", "weights_cut")
+
+
 def _secure_facts(measured: Mapping[str, Any]) -> dict[str, Any]:
     """What a secure round tells beyond a plain one; empty for a plain one."""
     found = measured.get("secure", {})
@@ -278,7 +282,7 @@ def _row(method: str, outcome: RoundOutcome, seconds: float, stepwise: bool) -> 
         clients=len(measured["clients"]),
         accepted=measured["accepted"],
         rejected=measured["rejected"],
-        **({"weights_cut": cut} if (cut := measured.get("weights_cut")) else {}),
+        **{key: told for key in _WHERE_ANY if (told := measured.get(key))},
         parameters=outcome.model.delta.size,
         update_bytes_per_client=updates // count,
         dense_bytes_per_client=dense // count,

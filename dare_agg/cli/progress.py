@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 from dare_agg.files.json_text import read_json
 from dare_agg.runs.log import Mirror, planned_rounds, rejections, seconds_left
+from dare_agg.runs.missed import MISSED_COLUMNS, MISSED_TITLE, missed_cells
 from dare_agg.runs.rows import METRICS_FILE, STATE_FILE, RunRow, read_rows
 from dare_agg.runs.words import human_bytes, human_seconds
 
@@ -110,6 +111,21 @@ def summary_table(rows: list[RunRow]) -> Table:
             human_bytes(row.download_bytes_per_client),
             f"{row.seconds:.0f}",
         )
+    return table
+
+
+def missed_table(rows: list[RunRow]) -> Table | None:
+    """The clients that did not count in some round, and why; None where all always did."""
+    from rich.table import Table
+    from rich.text import Text
+
+    if not (cells := missed_cells(rows)):
+        return None
+    table = Table(title=MISSED_TITLE)
+    for name in MISSED_COLUMNS:
+        table.add_column(name.lower(), overflow="fold")
+    for row in cells:
+        table.add_row(*map(Text, row))
     return table
 
 

@@ -73,6 +73,7 @@ def run(
         follow,
         load_rows,
         missed_lines,
+        missed_table,
         secure_lines,
         summary_table,
     )
@@ -103,6 +104,8 @@ def run(
         print_json({"run": str(folder), "status": status.status, "rows": said})
     else:
         stdout_console().print(summary_table(rows))
+        if (missed := missed_table(rows)) is not None:
+            stdout_console().print(missed)
         for line in [*missed_lines(rows), *secure_lines(rows, folder)]:
             stdout_console().print(line)
         stdout_console().print(f"Run folder: {folder}\nNext: dare-agg report {folder}")

@@ -60,13 +60,15 @@ class Draw:
 class Clients:
     """The nodes met so far; those refused are asked no second time, those lost meanwhile are.
 
-    With ``identities`` (name → public key) only those clients take part.
+    With ``identities`` (name → public key) only those clients take part. ``online`` are the nodes
+    that were when last looked.
     """
 
     identities: Mapping[str, str] = field(default_factory=dict)
     hello_timeout: float = 600.0
     known: dict[int, Client] = field(default_factory=dict)
     refused: dict[int, str] = field(default_factory=dict)
+    online: list[int] = field(default_factory=list)
 
     def choose(
         self, grid: Grid, hello: RecordDict, drawn: Draw, *, least: int, timeout: float
@@ -89,7 +91,7 @@ class Clients:
         deadline = time.monotonic() + timeout
         waiting = Waiting(minimum)
         while True:
-            online = online_nodes(grid)
+            online = self.online = online_nodes(grid)
             new = [node for node in online if node not in self.known and node not in self.refused]
             left = max(1.0, deadline - time.monotonic())
             self._meet(grid, hello, new, min(left, self.hello_timeout))
@@ -112,6 +114,19 @@ class Clients:
                 )
             waiting.say(len(ready), len(refusals))
             time.sleep(min(WAIT_SECONDS, max(0.01, deadline - time.monotonic())))
+
+    def away(self) -> list[str]:
+        """Names of the clients that were met and are no longer online, as whatever node."""
+        here = {client.hello.name for node, client in self.known.items() if node in self.online}
+        return sorted({client.hello.name for client in self.known.values()} - here)
+
+    def turned_away(self) -> list[dict[str, str]]:
+        """The nodes online that do not take part, each with why not."""
+        return [
+            {"name": f"node {node}", "detail": self.refused[node]}
+            for node in self.online
+            if node in self.refused
+        ]
 
     def _meet(self, grid: Grid, hello: RecordDict, nodes: Sequence[int], timeout: float) -> None:
         """Ask each node who it is."""

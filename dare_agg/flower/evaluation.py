@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 from flwr.app import ConfigRecord, Message, MessageType, MetricRecord, RecordDict
 from flwr.serverapp import Grid
@@ -26,11 +26,15 @@ LOG = logging.getLogger("flwr")
 
 @dataclass
 class Evaluation:
-    """The exchange of one evaluation after another; ``nbytes`` are what the last one sent."""
+    """The exchange of one evaluation after another.
+
+    ``nbytes`` are what the last one sent, ``failures`` its failed replies: node, reason, detail.
+    """
 
     broadcasting: Broadcasting
     limit: ReplyLimit
     nbytes: int = 0
+    failures: list[tuple[int, str, str]] = field(default_factory=list)
 
     def messages(self, clients: Sequence[Client], config: ConfigRecord) -> list[Message]:
         """The messages to the chosen clients."""
@@ -44,8 +48,13 @@ class Evaluation:
 
     def ask(self, grid: Grid, messages: Sequence[Message], timeout: float) -> list[Message]:
         """Send the messages; returns what came back."""
-        found = exchange(grid, messages, timeout, self.limit)
-        return [self.take(messages[index], reply) for index, reply in found]
+        replies, self.failures = [], []
+        for index, reply in exchange(grid, messages, timeout, self.limit):
+            sent = messages[index]
+            replies.append(taken := self.take(sent, reply))
+            if taken.has_error():
+                self.failures.append((sent.metadata.dst_node_id, *failure_of(taken)))
+        return replies
 
     def take(self, sent: Message, reply: Message) -> Message:
         """Note which version a client holds; returns what the app's own code sees of its reply."""

@@ -30,6 +30,7 @@ from dare_agg.flower.fields import (
     whole,
     words_of,
 )
+from dare_agg.flower.internals import LOST
 from dare_agg.flower.transport import unpack
 from dare_agg.flower.workers import WORKER_DIED
 from dare_agg.rounds.plan import RoundPlan, plan_from_record
@@ -284,7 +285,8 @@ def failure_of(message: Message) -> tuple[str, str]:
     said = one_line(lines[-1] if lines else "no text")
     if worker_died(message):
         return "worker", WORKER_DIED
-    return "client-error", f"Flower error code {message.error.code}: {said}{way_out(message)}"
+    reason = "lost" if message.error.code in LOST else "client-error"
+    return reason, f"Flower error code {message.error.code}: {said}{way_out(message)}"
 
 
 def way_out(message: Message) -> str:

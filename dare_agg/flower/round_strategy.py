@@ -294,7 +294,15 @@ class RoundStrategy(Strategy):
         outcome = self.outcome
         if outcome is None:
             return False
+        known = self.clients.known
         outcome.measurements["evaluate_download_bytes"] = self.evaluation.nbytes
+        outcome.measurements["evaluate_failed"] = [
+            {"name": known[node].hello.name, "reason": reason, "detail": detail}
+            for node, reason, detail in self.evaluation.failures
+            if node in known
+        ]
+        outcome.measurements["away"] = self.clients.away()
+        outcome.measurements["refused"] = self.clients.turned_away()
         self.outcome = replace(
             outcome,
             train_metrics=train_metrics,

@@ -281,7 +281,7 @@ def answers_another_round(partition, reply):
 @pytest.mark.parametrize(
     ("tamper", "told"),
     [
-        (raises, r"client-error ×2\); first: Flower error code 5: Node unavailable"),
+        (raises, r"lost ×2\); first: Flower error code 5: Node unavailable"),
         (is_silent, r"late ×2\); first: no answer before the round's deadline"),
         (answers_another_round, r"round ×2\); first: the reply is of round 9, this is round 3"),
     ],
@@ -586,7 +586,7 @@ def test_error_replies_from_the_superlink_count_for_their_node(memory_grid, toys
         return error
 
     rejection = rejected(memory_grid, toys, tamper)
-    assert rejection.reason == "client-error" and "code 5" in rejection.detail
+    assert rejection.reason == "lost" and "code 5" in rejection.detail
 
 
 def test_a_node_lost_when_asked_who_it_is_takes_part_once_it_is_back(memory_grid, toys):

@@ -7,6 +7,8 @@ import pytest
 from dare_agg.cli.progress import follow
 from dare_agg.errors import RunError
 from dare_agg.flower import DareStrategy, waiting
+from dare_agg.flower.clients import Client, Clients
+from dare_agg.flower.records import Hello
 from dare_agg.flower.waiting import Waiting
 
 
@@ -70,3 +72,15 @@ def test_a_strategy_says_it_when_it_takes_long(
     with pytest.raises(RunError, match="2 of the 3 clients needed are online"):
         strategy.start(memory_grid(toys.app(), 2), toys.record(toys.arrays()), num_rounds=1)
     assert ("waiting for clients (2 of 3 online, for" in caplog.text) == (silent < 1)
+
+
+def test_clients_that_went_away_and_nodes_turned_away_are_known() -> None:
+    hellos = {1: "north", 2: "south", 3: "east", 4: "south"}
+    clients = Clients(
+        known={node: Client(node, Hello(name=name)) for node, name in hellos.items()},
+        refused={5: "signature: unknown", 6: "package: other"},
+        # South came back as another node; node 6 is gone.
+        online=[1, 4, 5],
+    )
+    assert clients.away() == ["east"]
+    assert clients.turned_away() == [{"name": "node 5", "detail": "signature: unknown"}]

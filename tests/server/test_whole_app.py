@@ -266,7 +266,7 @@ def test_missed_rounds_are_told_and_the_model_is_that_of_the_last_good_one(run, 
     assert [row["accepted"] for row in rows] == [0, 2, 0, 0]
     assert missed_lines(load_rows(folder)) == [
         "dare-task-arithmetic: 3 of 4 rounds left the model as it was, since nobody's update "
-        "counted (round 1, 3, 4: 0: client-error; 1: client-error)"
+        "counted (round 1, 3, 4: 0: lost; 1: lost)"
     ]
     card = (folder / "model-dare-task-arithmetic" / "README.md").read_text()
     assert "| rounds | `2` |" in card and "| clients | `2` |" in card

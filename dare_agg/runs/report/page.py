@@ -9,6 +9,7 @@ from typing import Any
 
 from dare_agg import __version__
 from dare_agg.files.atomic import replace_file
+from dare_agg.runs.missed import MISSED_COLUMNS, MISSED_TITLE, missed_cells
 from dare_agg.runs.report.pictures import (
     accuracy_by_megabytes,
     accuracy_by_round,
@@ -114,6 +115,9 @@ def write_report(
         columns=COLUMNS,
         cells=[(run.name, table_row(run)) for run in runs],
         table_note=TABLE_NOTE,
+        missed_title=MISSED_TITLE,
+        missed_columns=MISSED_COLUMNS,
+        missed=missed_cells([row for run in runs for row in run.rows]),
         figures=figures,
         provenance=_provenance(runs),
         footer=f"dare-agg {__version__}" + (f" · made by: {command}" if command else ""),

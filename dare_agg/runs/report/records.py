@@ -49,6 +49,7 @@ class RunRecord:
     config: Mapping[str, Any] = field(default_factory=dict)
     histogram: tuple[tuple[float, ...], tuple[int, ...]] | None = None
     fingerprint: str = ""
+    rows: tuple[RunRow, ...] = ()
 
     @property
     def name(self) -> str:
@@ -127,6 +128,7 @@ def read_run(folder: Path, *, histograms: bool = False) -> list[RunRecord]:
                 config=config,
                 histogram=_moved(model, str(config.get("model", ""))) if histograms else None,
                 fingerprint=str(prints.get(method, "")),
+                rows=tuple(rows),
             )
         )
     return runs

@@ -65,7 +65,7 @@ def test_more_than_was_asked_for(measured, name):
 
 def test_an_upload_that_ends_midway(measured):
     """Flower's word for it: the reply was lost, which a client that crashes brings about too."""
-    the_others_train(measured, replies.a_part_that_is_gone.__name__, "client-error")
+    the_others_train(measured, replies.a_part_that_is_gone.__name__, "lost")
 
 
 @pytest.mark.parametrize("name", ["a_record_of_garbage", "a_part_of_200_megabytes"])

@@ -7,7 +7,9 @@ import json
 import math
 import os
 import shutil
-from collections.abc import Container, Mapping
+import tempfile
+from collections.abc import Container, Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 from types import TracebackType
@@ -187,6 +189,23 @@ class CheckpointWriter:
             shutil.rmtree(self._draft)
         elif self._draft.is_file():  # a read-only place refuses to remove even what is not there
             self._draft.unlink()
+
+
+@contextmanager
+def folder_beside(out: Path, word: str) -> Iterator[Path]:
+    """Give a folder on the disk that ``out`` will lie on, which goes at the end with all in it.
+
+    Raises `CheckpointError` where nothing can be written there.
+    """
+    parent = out.absolute().parent
+    while not parent.exists():
+        parent = parent.parent
+    try:
+        folder = tempfile.TemporaryDirectory(prefix=f".{out.name}.{word}.", dir=parent)
+    except OSError as error:
+        raise unwritable(out, error) from error
+    with folder:
+        yield Path(folder.name)
 
 
 def unwritable(out: Path, error: OSError) -> CheckpointError:

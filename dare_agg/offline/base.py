@@ -14,6 +14,8 @@ from dare_agg.errors import LayoutError
 from dare_agg.offline.adapters.folder import is_adapter
 from dare_agg.offline.differences import exclusion
 from dare_agg.offline.fitting import Fit, fit_to
+from dare_agg.offline.rows import BASE
+from dare_agg.offline.stacks import layered
 from dare_agg.offline.vocabulary import UPDATE, Alignment, Target
 from dare_agg.vectors.layout import Layout
 from dare_agg.vectors.patterns import compile_patterns, matches
@@ -42,18 +44,21 @@ def open_base(
     models: Sequence[Path],
     exclude: Sequence[str] = (),
     alignment: Alignment | None = None,
+    stacks: Mapping[int, Checkpoint] | None = None,
 ) -> OpenedBase:
     """Open BASE, and find how the checkpoints among ``models`` stand to it.
 
     Tensors that BASE holds twice are one; buffers that a model lacks stay BASE's. With an
-    ``alignment`` all have a row for each token of its ``target``. Raises `LayoutError` where a
+    ``alignment`` all have a row for each token of its ``target``. ``stacks`` are those that are
+    put together of pieces (`dare_agg.offline.stacks`). Raises `LayoutError` where a
     model is no tuned BASE, saying in which way.
     """
-    base = open_checkpoint(path)
+    made = stacks or {}
+    base = made.get(BASE) or open_checkpoint(path)
     opened = {
-        number: open_checkpoint(model)
+        number: made.get(number) or open_checkpoint(model)
         for number, model in enumerate(models)
-        if model.suffix != UPDATE and not is_adapter(model)
+        if number in made or (model.suffix != UPDATE and not is_adapter(model))
     }
     target, stored = None, base
     if alignment is not None:
@@ -61,7 +66,8 @@ def open_base(
         if base is not stored:
             alignment.check_others([m for n, m in enumerate(models) if n not in opened])
     patterns = compile_patterns(exclude)
-    copies = copies_in(base)
+    unlike = layered(base) if BASE in made else set()
+    copies = copies_in(base, unlike)
     fits: dict[int, Fit] = {}
     apart: dict[str, str] = {}
     lacking: set[str] = set()
@@ -87,7 +93,7 @@ def open_base(
             "are merged as two, and OUT does not load as tied"
         )
     if apart:
-        copies = copies_in(base, apart)
+        copies = copies_in(base, {*apart, *unlike})
     layout = base.layout(exclude, {*copies, *lacking})
     followers = {name: first for name, first in copies.items() if first in layout}
     return OpenedBase(base, layout, followers, fits, tuple(warnings), target, base is not stored)

@@ -28,7 +28,8 @@ _FUSED = {
         {"gate_proj", "up_proj", "w1", "w3"},
     ),
 }  # fmt: skip
-_DEPTH = ("num_hidden_layers", "n_layer", "num_layers", "n_layers", "encoder_layers", "depth")
+# What config.json calls the number of layers.
+DEPTH = ("num_hidden_layers", "n_layer", "num_layers", "n_layers", "encoder_layers", "depth")
 _WIDTH = (
     "hidden_size", "d_model", "n_embd", "dim", "intermediate_size", "d_ff", "ffn_dim",
     "num_attention_heads", "num_key_value_heads", "head_dim", "d_kv", "patch_size", "image_size",
@@ -125,7 +126,7 @@ def _depth(found: Difference) -> str:
         if here == there or not (here < there or here > there):
             continue
         what = "experts" if "expert" in module else "layers"
-        told = found.setting(_DEPTH) if what == "layers" else found.setting(("num_experts",))
+        told = found.setting(DEPTH) if what == "layers" else found.setting(("num_experts",))
         return (
             f"{len(here)} {what} in {module!r}, BASE has {len(there)}"
             f"{f' ({told})' if told else ''}: models of other "

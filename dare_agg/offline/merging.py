@@ -36,8 +36,9 @@ from dare_agg.offline.card import model_card
 from dare_agg.offline.opening import OpenedModel, described, open_models
 from dare_agg.offline.parameters import Choices, Gradient, Place, by_tensor, order_key, places
 from dare_agg.offline.range_check import range_warnings
-from dare_agg.offline.recipe import Recipe, settled_options
+from dare_agg.offline.recipe import ModelInput, Recipe, settled_options
 from dare_agg.offline.sparsify import sparsified
+from dare_agg.offline.stacks import own_shards, stacked, state_layers, stored_dtype
 from dare_agg.offline.tokenizer_choice import carry_model, chosen_tokenizer, tokenizer_warnings
 from dare_agg.offline.vocabulary import alignment
 from dare_agg.vectors.contents import content_order, sketch
@@ -88,13 +89,22 @@ def merge_offline(
     """
     located = recipe.with_files_located()
     numbers = {model.path: number for number, model in enumerate(recipe.models)}
-    with alignment(recipe.vocabulary, recipe.tokenizer, numbers, out) as rows:
+    with (
+        stacked(located, out, _made) as stacks,
+        alignment(recipe.vocabulary, recipe.tokenizer, numbers, out) as rows,
+    ):
         paths = [model.path for model in located.models]
-        ground = open_base(located.base, paths, located.exclude, rows)
+        ground = open_base(located.base, paths, located.exclude, rows, stacks)
         return _merged(
             recipe, located, ground, out, overwrite=overwrite, tile=tile, threads=threads,
             check=check, carry_code=carry_code, on_progress=on_progress,
         )  # fmt: skip
+
+
+def _made(base: Path, adapter: Path, out: Path) -> None:
+    """Write the model of a base and an adapter, in full precision."""
+    models = [ModelInput(path=adapter)]
+    merge_offline(Recipe(base=base, models=models, method="task-arithmetic", dtype="float32"), out)
 
 
 def _merged(
@@ -116,8 +126,10 @@ def _merged(
         raise MergeError(f"{recipe.base} has no parameter left to merge; exclude less")
     cached = CachedSource(base.reader(layout))
     opened = open_models(recipe.models, ground, cached, recipe.exclude)
-    dtype = parse_dtype(recipe.dtype) if recipe.dtype else None
+    dtype = parse_dtype(recipe.dtype) if recipe.dtype else stored_dtype(recipe.base_pieces)
     plans = plan_like(base, out, {*layout.names, *ground.followers}, dtype)
+    if recipe.base_pieces:
+        plans = own_shards(plans, base)
     where = [(a.path, b.path) for a, b in zip(given.models, recipe.models, strict=True)]
     tokenizer = chosen_tokenizer(recipe.tokenizer, out, plans, dict(where))
     with CheckpointWriter(out, plans, {"format": "pt"}, overwrite) as writer:
@@ -187,6 +199,8 @@ def _merged(
                 base.folder, tokenizer, writer.folder, plans,
                 code=carry_code, skip=(CARD, *base.weights),
             )  # fmt: skip
+            if recipe.base_pieces:
+                state_layers(writer.folder, recipe.base_pieces)
             if target is not None:
                 target.write(writer.folder)
             card = model_card(given.as_dict(), models, layout, recipe.row)

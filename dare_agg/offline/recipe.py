@@ -9,11 +9,14 @@ from pathlib import Path
 from typing import Annotated, Any, Literal
 
 from pydantic import (
+    AfterValidator,
     BaseModel,
     ConfigDict,
     Field,
+    NonNegativeInt,
     PlainSerializer,
     PlainValidator,
+    PositiveInt,
     ValidationError,
     field_validator,
     model_validator,
@@ -85,15 +88,42 @@ def _plain_options(value: Mapping[str, Parameter]) -> dict[str, Any]:
     return {name: plain_parameter(one) for name, one in value.items()}
 
 
+class Piece(_Strict):
+    """Layers [first, stop) of a model, or without ``layers`` all of it; with ``adapter``, after
+    that was added to it."""
+
+    path: Path
+    adapter: Path | None = None
+    layers: tuple[NonNegativeInt, PositiveInt] | None = None
+
+    @model_validator(mode="after")
+    def _has_layers(self) -> Piece:
+        if self.layers and self.layers[0] >= self.layers[1]:
+            raise ValueError(f"layers {list(self.layers)} are none; [first, stop] is needed")
+        return self
+
+
+def _one_after_another(pieces: list[Piece]) -> list[Piece]:
+    if len(pieces) > 1 and not all(piece.layers for piece in pieces):
+        raise ValueError("of several pieces each has layers: [first, stop]")
+    return pieces
+
+
+# A model that is put together of others' layers (`dare_agg.offline.stacks`).
+Pieces = Annotated[list[Piece], AfterValidator(_one_after_another)]
+
+
 class ModelInput(_Strict):
     """One model: where it is, its weight, and what else travels with it.
 
-    With ``adapter`` it is ``path`` after that adapter was added to it.
+    With ``adapter`` it is ``path`` after that adapter was added to it, with ``pieces`` the layers
+    of these, with the tokenizer of ``path``.
     Numbers may be parameters (`dare_agg.offline.parameters`); a plain list is a gradient.
     """
 
     path: Path
     adapter: Path | None = None
+    pieces: Pieces = Field(default_factory=list)
     weight: ParameterField | None = None
     drop_rate: Annotated[Any, PlainValidator(_rate), PlainSerializer(plain_parameter)] = None
     seed: int | None = None
@@ -115,7 +145,8 @@ class Rule(_Strict):
 
 
 class Recipe(_Strict):
-    """A merge. ``rules`` apply in order, the last match wins.
+    """A merge. ``rules`` apply in order, the last match wins. With ``base-pieces`` the base's
+    layers are theirs, its configuration and tokenizer those of ``base``.
     ``order`` is that in which models are added, which decides the last bits of float32 sums.
 
     A plain list is one number for each model in ``drop-rate`` and in options that are per model,
@@ -123,6 +154,7 @@ class Recipe(_Strict):
     """
 
     base: Path
+    base_pieces: Pieces = Field(default_factory=list)
     models: list[ModelInput] = Field(min_length=1)
     method: str
     scaling: ParameterField = 1.0
@@ -198,7 +230,9 @@ class Recipe(_Strict):
     def with_files_located(self) -> Recipe:
         """The recipe with the paths of its base and models; those of a hub are downloaded."""
         base, models = located_models(self.base, self.models)
-        return self.model_copy(update={"base": base, "models": models})
+        pieces = _located_pieces(self.base_pieces)
+        models = [m.model_copy(update={"pieces": _located_pieces(m.pieces)}) for m in models]
+        return self.model_copy(update={"base": base, "base_pieces": pieces, "models": models})
 
     @property
     def drops(self) -> bool:
@@ -220,6 +254,16 @@ def located_models(base: Path, models: Sequence[ModelInput]) -> tuple[Path, list
             update={"path": path, "adapter": next(found) if model.adapter is not None else None}
         )
         for model, path in zip(models, places, strict=False)
+    ]
+
+
+def _located_pieces(pieces: Sequence[Piece]) -> list[Piece]:
+    adapters = [piece.adapter for piece in pieces if piece.adapter is not None]
+    found = located_all([*(piece.path for piece in pieces), *adapters])
+    paths, rest = found[: len(pieces)], iter(found[len(pieces) :])
+    return [
+        piece.model_copy(update={"path": path, "adapter": piece.adapter and next(rest)})
+        for piece, path in zip(pieces, paths, strict=True)
     ]
 
 
@@ -262,7 +306,9 @@ def make_recipe(values: Mapping[str, Any]) -> Recipe:
         first = error.errors()[0]
         where = ".".join(str(part) for part in first["loc"])
         if first["type"] == "extra_forbidden":
-            nested: dict[str, type[BaseModel]] = {"models": ModelInput, "rules": Rule}
+            nested: dict[str, type[BaseModel]] = {
+                "models": ModelInput, "rules": Rule, "base-pieces": Piece
+            }  # fmt: skip
             model = nested.get(str(first["loc"][0]) if len(first["loc"]) > 1 else "", Recipe)
             known = [_kebab(name) for name in model.model_fields]
             key = str(first["loc"][-1])

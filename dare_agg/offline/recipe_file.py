@@ -71,8 +71,18 @@ def read_recipe(path: Path) -> RecipeFile:
         found = model_words(value, folder) if isinstance(value, str) else {"path": value}
         return {key: model(part) for key, part in found.items()}
 
-    where = {"adapter": model, "statistics": here}
-    for key, read in (("base", base), ("out", here), ("tokenizer", tokenizer)):
+    def pieces(value: Any) -> Any:
+        return [
+            {**piece, **{k: model(piece[k]) for k in ("path", "adapter") if k in piece}}
+            if isinstance(piece, dict)
+            else piece
+            for piece in value
+        ] if isinstance(value, list) else value  # fmt: skip
+
+    where = {"adapter": model, "statistics": here, "pieces": pieces}
+    for key, read in (
+        ("base", base), ("base-pieces", pieces), ("out", here), ("tokenizer", tokenizer)
+    ):  # fmt: skip
         if key in values:
             values[key] = read(values[key])
     models = values.get("models")

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import tempfile
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -18,7 +17,7 @@ from dare_agg.checkpoint.vocabulary import (
     read_vocabulary,
     state_vocabulary,
 )
-from dare_agg.checkpoint.writer import unwritable
+from dare_agg.checkpoint.writer import folder_beside
 from dare_agg.errors import ConfigError
 from dare_agg.offline.rows import BASE, Member, Rows, aligned, vocabulary_rows
 
@@ -141,15 +140,8 @@ def alignment(
     origin = BASE
     if tokenizer not in (None, "base"):
         origin = models.get(Path(str(tokenizer)), len(models))
-    parent = out.absolute().parent
-    while not parent.exists():
-        parent = parent.parent
-    try:
-        folder = tempfile.TemporaryDirectory(prefix=f".{out.name}.rows.", dir=parent)
-    except OSError as error:
-        raise unwritable(out, error) from error
-    with folder:
-        yield Alignment(word, origin, Path(folder.name))
+    with folder_beside(out, "rows") as folder:
+        yield Alignment(word, origin, folder)
 
 
 def _vocabulary(model: Checkpoint, base: Checkpoint) -> Vocabulary:

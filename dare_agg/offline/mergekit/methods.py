@@ -106,12 +106,19 @@ def _dare(reading: Reading, *, signs: bool) -> Said:
     else:
         said = _task_arithmetic(reading)
     rates = [_rate(density) for density in reading.each("density", 1.0)]
-    if all(rate == "0" for rate in rates):
-        return said
     rescale = reading.shared.truth("rescale", True)
     sparsifier = "mergekit-dare" if rescale else "drop-only"
     models = [{**model, "drop-rate": rate} for model, rate in zip(said.models, rates, strict=True)]
     return Said({**said.values, "sparsifier": sparsifier, "mask": "bernoulli"}, models)
+
+
+def without_idle_drops(said: Said) -> Said:
+    """A recipe without drop rates where none drops anything."""
+    if any(model.get("drop-rate", "0") != "0" for model in said.models):
+        return said
+    values = {k: v for k, v in said.values.items() if k not in ("sparsifier", "mask")}
+    models = [{k: v for k, v in model.items() if k != "drop-rate"} for model in said.models]
+    return Said(values, models)
 
 
 def _della(reading: Reading, *, signs: bool) -> Said:

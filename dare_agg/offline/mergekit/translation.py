@@ -16,9 +16,18 @@ from dare_agg.checkpoint import open_checkpoint
 from dare_agg.checkpoint.hub import in_cache, located
 from dare_agg.errors import ConfigError, did_you_mean
 from dare_agg.offline.mergekit.document import Document, Slice, Source, read_document
-from dare_agg.offline.mergekit.methods import METHODS, Reading
+from dare_agg.offline.mergekit.methods import METHODS, Reading, Said, without_idle_drops
 from dare_agg.offline.mergekit.names import place, same
 from dare_agg.offline.mergekit.settings import Scopes
+from dare_agg.offline.mergekit.slices import (
+    Cast,
+    Member,
+    column,
+    combined,
+    filled_up,
+    pieces_of,
+    spans_of,
+)
 from dare_agg.offline.mergekit.words import WORDS, Word, at_line
 from dare_agg.offline.parameters import depth_of_stacks, plain_parameter
 from dare_agg.offline.yaml_text import Located
@@ -32,24 +41,6 @@ class Translation:
 
     values: dict[str, Any]
     notes: tuple[str, ...]
-
-
-@dataclass(frozen=True)
-class Member:
-    """A model of a slice where it lies, with what the file says of it."""
-
-    place: str
-    adapter: str | None
-    source: Source
-
-
-@dataclass(frozen=True)
-class Cast:
-    """The members of one slice: a base, unless the method knows none, and the rest."""
-
-    base: Member | None
-    others: tuple[Member, ...]
-    part: Slice
 
 
 def translated(root: Located, file: Path) -> Translation:
@@ -74,28 +65,47 @@ def _translated(document: Document, folder: Path) -> Translation:
     word = WORDS[method]
     casts = [_cast(document, word, part, folder) for part in document.slices]
     notes = [*document.notes, *_idle(document, word, casts)]
-    for cast in casts:
-        if len(casts) > 1 or not all(_whole(m) for m in _members(cast)):
-            raise at_line(cast.part.line, "a slice of some of the layers is not supported")
-    cast = casts[0]
-    shared = Scopes((cast.part.settings, *document.settings), document.method.line)
-    own = [
-        Scopes((m.source.settings, cast.part.settings, *document.settings), m.source.line)
-        for m in cast.others
-    ]
-    found = METHODS[method](Reading(shared, own, cast.base is not None))
-    base = cast.base or cast.others[0]
-    if base.adapter is not None:
-        raise at_line(base.source.line, "a base with an adapter is not supported")
-    models = [
-        {**_path(member, base), **_plain(given)}
-        for member, given in zip(cast.others, found.models, strict=True)
-    ]
+    whole = len(casts) == 1 and all(_whole(member) for member in _members(casts[0]))
+    spans = spans_of(casts)
+    casts, parts = filled_up(casts, [_said(document, cast) for cast in casts])
+    try:
+        said = without_idle_drops(combined(parts, spans))
+    except ConfigError as error:
+        raise at_line(casts[0].part.line, str(error)) from error
+    first = casts[0]
+    donor = _donor(document, folder) or first.base or first.others[0]
+    values: dict[str, Any] = {"base": donor.place}
+    ground = [cast.base or cast.others[0] for cast in casts]
+    moved = first.base is not None and not _equal(first.base, donor)
+    if not whole or moved or donor.adapter is not None:
+        values["base-pieces"] = pieces_of(ground)
+    values["models"] = [
+        {
+            **(_path(first.others[n], donor) if whole else
+               {"path": first.others[0].place, "pieces": pieces_of(column(casts, n))}),
+            **_plain(given),
+        }
+        for n, given in enumerate(said.models)
+    ]  # fmt: skip
     # In the order of the file its sums are added, so that their last bits are too.
-    values = {"base": base.place, "models": models, **_plain(found.values), "order": "given"}
+    values |= {**_plain(said.values), "order": "given"}
     values |= _dtype(document)
-    values |= _tokenizer(document, base.place, folder)
+    values |= _tokenizer(document, donor.place, folder)
     return Translation(values, tuple(notes))
+
+
+def _said(document: Document, cast: Cast) -> Said:
+    """What the method says of one slice."""
+    above = (cast.part.settings, *document.settings)
+    shared = Scopes(above, document.method.line)
+    own = [Scopes((m.source.settings, *above), m.source.line) for m in cast.others]
+    return METHODS[str(document.method.value)](Reading(shared, own, cast.base is not None))
+
+
+def _donor(document: Document, folder: Path) -> Member | None:
+    """Whose configuration and tokenizer OUT gets: the file's base_model."""
+    base = document.base
+    return None if base is None else _member(Source(base, base.line), folder)
 
 
 def _members(cast: Cast) -> tuple[Member, ...]:
@@ -109,7 +119,7 @@ def _whole(member: Member) -> bool:
         return True
     lies = Path(member.place) if os.path.exists(member.place) else in_cache(member.place)
     if lies is None:
-        return layers[0] == 0
+        return False
     depths = depth_of_stacks(open_checkpoint(located(lies)).names)
     return layers == (0, max(depths.values(), default=0))
 

@@ -11,7 +11,11 @@ from typing import Any
 from dare_agg.codec.mask import parse_drop_rate
 from dare_agg.errors import ConfigError
 from dare_agg.offline.mergekit.settings import Scopes, changed
+from dare_agg.offline.mergekit.words import at_line
 from dare_agg.offline.parameters import Gradient, Parameter
+
+# multislerp's guard against division by zero.
+_EPS = 1e-8
 
 
 @dataclass(frozen=True)
@@ -53,6 +57,25 @@ def _passthrough(reading: Reading) -> Said:
 
 def _slerp(reading: Reading) -> Said:
     return _bare(reading, method="slerp", options={"t": reading.shared.number("t", None)})
+
+
+def _nuslerp(reading: Reading) -> Said:
+    along = "tensors"
+    if not reading.shared.truth("nuslerp_flatten", True):
+        along = "columns" if reading.shared.truth("nuslerp_row_wise", False) else "rows"
+    return _weighted(reading, method="nuslerp", options={"along": along, "of": _of(reading)})
+
+
+def _multislerp(reading: Reading) -> Said:
+    if reading.shared.plain("eps", _EPS) != _EPS:
+        raise at_line(reading.shared.given("eps")[0].line, f"eps is {_EPS:g} here; leave it out")
+    normalize = reading.shared.truth("normalize_weights", True)
+    options = {"normalize-weights": normalize, "of": _of(reading)}
+    return _weighted(reading, method="multislerp", options=options)
+
+
+def _of(reading: Reading) -> str:
+    return "deltas" if reading.has_base else "models"
 
 
 def _karcher(reading: Reading) -> Said:
@@ -173,6 +196,8 @@ def _dropped(density: float) -> float:
 METHODS: dict[str, Callable[[Reading], Said]] = {
     "linear": _linear,
     "slerp": _slerp,
+    "nuslerp": _nuslerp,
+    "multislerp": _multislerp,
     "karcher": _karcher,
     "model_stock": _model_stock,
     "sce": _sce,

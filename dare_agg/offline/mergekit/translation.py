@@ -67,6 +67,11 @@ def _translated(document: Document, folder: Path) -> Translation:
     notes = [*document.notes, *_idle(document, word, casts)]
     whole = len(casts) == 1 and all(_whole(member) for member in _members(casts[0]))
     spans = spans_of(casts)
+    if len(casts[-1].others) > len(casts[0].others):
+        notes.append(
+            f"line {casts[-1].part.line}: the head and the last norm are merged of all models of "
+            "this slice; mergekit 0.1.5 takes as many as the first slice has"
+        )
     casts, parts = filled_up(casts, [_said(document, cast) for cast in casts])
     try:
         said = without_idle_drops(combined(parts, spans))

@@ -33,6 +33,7 @@ from dare_agg.merge.task import Scratch, is_sparse
 from dare_agg.offline.base import OpenedBase, open_base
 from dare_agg.offline.beside_the_body import left_beside
 from dare_agg.offline.card import model_card
+from dare_agg.offline.chat_template import check_out, write_template
 from dare_agg.offline.opening import OpenedModel, described, open_models
 from dare_agg.offline.parameters import Choices, Gradient, Place, by_tensor, order_key, places
 from dare_agg.offline.range_check import range_warnings
@@ -130,6 +131,8 @@ def _merged(
     plans = plan_like(base, out, {*layout.names, *ground.followers}, dtype)
     if recipe.base_pieces:
         plans = own_shards(plans, base)
+    if recipe.chat_template:
+        check_out(recipe.chat_template, out)
     where = [(a.path, b.path) for a, b in zip(given.models, recipe.models, strict=True)]
     tokenizer = chosen_tokenizer(recipe.tokenizer, out, plans, dict(where))
     with CheckpointWriter(out, plans, {"format": "pt"}, overwrite) as writer:
@@ -141,7 +144,9 @@ def _merged(
             *range_warnings(opened, recipe),
         ]  # fmt: skip
         if recipe.tokenizer is None and not writer.single:
-            warnings += tokenizer_warnings(base.folder, where, tokens=target is None)
+            warnings += tokenizer_warnings(
+                base.folder, where, tokens=target is None, templates=recipe.chat_template is None
+            )
         ordered = sparsified(opened, recipe, layout)
         names = [sketch(m.source) for m in ordered]
         order = list(range(len(ordered)))
@@ -203,6 +208,9 @@ def _merged(
                 state_layers(writer.folder, recipe.base_pieces)
             if target is not None:
                 target.write(writer.folder)
+            if recipe.chat_template:
+                folders = [recipe.base, *(model.path for model in recipe.models)]
+                warnings += write_template(recipe.chat_template, writer.folder, folders)
             card = model_card(given.as_dict(), models, layout, recipe.row)
             (writer.folder / "README.md").write_text(card, encoding="utf-8")
     beside = left_beside(base.folder, [model.path for model in recipe.models], out)

@@ -26,6 +26,7 @@ from dare_agg.checkpoint.hub import located_all
 from dare_agg.codec.mask import parse_drop_rate
 from dare_agg.errors import ConfigError, did_you_mean
 from dare_agg.merge.methods import Method, find_method
+from dare_agg.offline.chat_template import check_template
 from dare_agg.offline.parameters import (
     Choices,
     Gradient,
@@ -170,6 +171,7 @@ class Recipe(_Strict):
     dtype: Literal["float32", "float16", "bfloat16"] | None = None
     tokenizer: str | None = None
     vocabulary: Literal["base", "union"] | None = None
+    chat_template: Annotated[str, AfterValidator(check_template)] | None = None
     order: Literal["contents", "given"] = "contents"
 
     @field_validator("models", mode="before")

@@ -56,12 +56,16 @@ def chosen_tokenizer(
 
 
 def tokenizer_warnings(
-    base: Path | None, models: Sequence[tuple[Path, Path]], *, tokens: bool = True
+    base: Path | None,
+    models: Sequence[tuple[Path, Path]],
+    *,
+    tokens: bool = True,
+    templates: bool = True,
 ) -> list[str]:
     """Say which models have another chat template, end token or other tokens than BASE.
 
-    ``models`` are pairs of how a model was named and where it lies; without ``tokens`` those are
-    not compared.
+    ``models`` are pairs of how a model was named and where it lies; without ``tokens`` or
+    ``templates`` those are not compared.
     """
     if base is None:
         return []
@@ -74,7 +78,8 @@ def tokenizer_warnings(
             found, keeps = "has a tokenizer, BASE has none", "OUT gets none"
         else:
             its = read_tokenizer(folder)
-            other = differences(own, its if tokens else replace(its, added={}))
+            its = its if tokens else replace(its, added={})
+            other = differences(own, its if templates else replace(its, templates={}))
             if not other:
                 continue
             listed = ", ".join(other[:-1]) + (" and " if other[1:] else "") + other[-1]

@@ -15,6 +15,7 @@ from typing import Any
 from dare_agg.checkpoint import open_checkpoint
 from dare_agg.checkpoint.hub import in_cache, located
 from dare_agg.errors import ConfigError, did_you_mean
+from dare_agg.offline.chat_template import check_template
 from dare_agg.offline.mergekit.document import Document, Slice, Source, read_document
 from dare_agg.offline.mergekit.methods import METHODS, Reading, Said, without_idle_drops
 from dare_agg.offline.mergekit.names import place, same
@@ -82,11 +83,12 @@ def _translated(document: Document, folder: Path) -> Translation:
     values: dict[str, Any] = {"base": donor.place}
     ground = [cast.base or cast.others[0] for cast in casts]
     moved = first.base is not None and not _equal(first.base, donor)
-    if not whole or moved or donor.adapter is not None:
+    # Methods that know no base are the same over any: over the model without its adapter, too.
+    if not whole or moved or (donor.adapter is not None and first.base is not None):
         values["base-pieces"] = pieces_of(ground)
     values["models"] = [
         {
-            **(_path(first.others[n], donor) if whole else
+            **(_path(first.others[n], donor, first.base) if whole else
                {"path": first.others[0].place, "pieces": pieces_of(column(casts, n))}),
             **_plain(given),
         }
@@ -96,6 +98,7 @@ def _translated(document: Document, folder: Path) -> Translation:
     values |= {**_plain(said.values), "order": "given"}
     values |= _dtype(document)
     values |= _tokenizer(document, donor.place, folder)
+    values |= _chat_template(document)
     return Translation(values, tuple(notes))
 
 
@@ -129,10 +132,11 @@ def _whole(member: Member) -> bool:
     return layers == (0, max(depths.values(), default=0))
 
 
-def _path(member: Member, base: Member) -> dict[str, str]:
+def _path(member: Member, donor: Member, base: Member | None) -> dict[str, str]:
     if member.adapter is None:
         return {"path": member.place}
-    if base.adapter is None and same(member.place, base.place):
+    ground = base or donor
+    if (base is None or base.adapter is None) and same(member.place, ground.place):
         return {"path": member.adapter}
     return {"path": member.place, "adapter": member.adapter}
 
@@ -226,9 +230,17 @@ def _dtype(document: Document) -> dict[str, str]:
     return {}
 
 
+def _chat_template(document: Document) -> dict[str, str]:
+    given = document.chat_template
+    if given is None:
+        return {}
+    try:
+        return {"chat-template": check_template(str(given.value))}
+    except ValueError as error:
+        raise at_line(given.line, str(error)) from error
+
+
 def _tokenizer(document: Document, base: str, folder: Path) -> dict[str, str]:
-    if document.chat_template is not None:
-        raise at_line(document.chat_template.line, "chat_template is not supported")
     for key in ("tokens", "pad_to_multiple_of"):
         if key in document.tokenizer:
             raise at_line(document.tokenizer[key].line, f"tokenizer's {key} is not supported")

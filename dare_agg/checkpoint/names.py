@@ -30,6 +30,7 @@ _MULTIMODAL = (
     (r"^(?:thinker\.)?(?:model\.)?", ""),
     (r"^(language_model|text_model)\.lm_head\.", "lm_head."),
     (r"^(language_model|text_model)\.model\.", r"\1."),
+    (r"^vision_tower\.vision_model\.", "vision_tower."),
     (r"^mlp_AR\.", "projector."),
     (r"^(layers|embed_tokens|norm)\.", r"language_model.\1."),
 )
@@ -51,6 +52,7 @@ _SPELLINGS = tuple(
     tuple((re.compile(pattern), new) for pattern, new in rules)
     for rules in (_OUTPUT, _MULTIMODAL, _VISION)
 )
+_COMPILED_MULTIMODAL = _SPELLINGS[1]
 # Prefixes that are tried in full, of those that give most names.
 _TRIED = 8
 
@@ -81,6 +83,11 @@ def found_names(given: Mapping[str, Shape], wanted: Mapping[str, Shape]) -> dict
             if score > most:
                 best, most = pairs, score
     return best
+
+
+def multimodal_name(name: str) -> str:
+    """A tensor of a vision- or audio-language model in the one spelling that is compared."""
+    return _spelled(name, _COMPILED_MULTIMODAL)
 
 
 def under_names(

@@ -3,7 +3,8 @@
 Torch models share storage between, say, ``model.embed_tokens.weight`` and ``lm_head.weight``.
 transformers writes one of them, other writers write each. As two tensors they would get masks of
 their own and come apart. What is tied is read from the values: weights of two dimensions and more
-that are equal, and not of one value throughout, are not so by chance. Biases begin as zeros in
+that are equal, and not of one value throughout, are not so by chance, but in layers that were
+copied or begin alike: names that differ in numbers alone are not tied. Biases begin as zeros in
 most models, so of them only those that architectures tie count.
 """
 
@@ -11,7 +12,7 @@ from __future__ import annotations
 
 import re
 from collections import defaultdict
-from collections.abc import Collection, Mapping
+from collections.abc import Collection, Mapping, Sequence
 from hashlib import sha256
 
 import numpy as np
@@ -23,6 +24,7 @@ from dare_agg.checkpoint.reader import Checkpoint
 from dare_agg.vectors.layout import Layout
 
 _SAMPLE = 64
+_NUMBER = re.compile(r"\d+", re.ASCII)
 _BLOCK = 1 << 20
 # A head's bias is its decoder's: (cls.predictions.bias, cls.predictions.decoder.bias).
 _DECODER_BIAS = re.compile(r"^(.*)\.decoder\.bias$")
@@ -43,8 +45,8 @@ def copies_in(checkpoint: Checkpoint, apart: Collection[str] = ()) -> dict[str, 
         for name in names if len(names) > 1 else ():
             same[sha256(_bits(checkpoint.raw(name)).data).digest()].append(name)
     copies: dict[str, str] = {}
-    for names in same.values():
-        first, *others = sorted(names, key=_rank)
+    for together in (group for names in same.values() for group in _groups(names)):
+        first, *others = sorted(together, key=_rank)
         if others and not _constant(checkpoint.raw(first)):
             copies |= dict.fromkeys(others, first)
     for name, info in checkpoint.tensors.items():
@@ -117,6 +119,16 @@ def names_of(layout: Layout, followers: Mapping[str, str]) -> dict[str, list[str
     for copy, first in followers.items():
         names[first].append(copy)
     return names
+
+
+def _groups(names: Sequence[str]) -> list[list[str]]:
+    """The names of equal tensors that are one: layers alike (copied, or begun so) are not."""
+    if len({_NUMBER.sub("#", name) for name in names}) == len(names):
+        return [[*names]]
+    by_numbers: defaultdict[tuple[str, ...], list[str]] = defaultdict(list)
+    for name in names:
+        by_numbers[tuple(_NUMBER.findall(name))].append(name)
+    return list(by_numbers.values())
 
 
 def _rank(name: str) -> tuple[object, ...]:

@@ -8,6 +8,7 @@ from pathlib import Path
 
 from dare_agg.checkpoint import Checkpoint, open_checkpoint
 from dare_agg.checkpoint.config import config_of
+from dare_agg.checkpoint.embeddings import is_token_tensor
 from dare_agg.checkpoint.families import is_buffer
 from dare_agg.checkpoint.tied import copies_in
 from dare_agg.errors import LayoutError
@@ -83,8 +84,9 @@ def open_base(
             fits[number] = fit = fit_to(opened[number], base, copies, patterns)
             lacking |= fit.lacking
             own = {name for name in fit.apart if not matches(name, patterns)}
-            if own and ties:
-                raise LayoutError(f"{model} {_untied(own, copies)}; {exclusion(own, base)}")
+            heads = {n for n in own if is_token_tensor(n) or is_token_tensor(copies[n])}
+            if heads and ties:
+                raise LayoutError(f"{model} {_untied(heads, copies)}; {exclusion(heads, base)}")
         for name in sorted(own - apart.keys()):
             apart[name] = str(model)
     for name, model_path in apart.items():

@@ -225,6 +225,22 @@ def test_a_head_that_was_untied_is_not_lost_in_silence(
     assert np.abs(out["lm_head.weight"] - tensors(tuned)["model.embed_tokens.weight"]).max() < 1e-6
 
 
+@pytest.mark.parametrize("tie", [True, False])
+def test_layers_that_begin_alike_are_not_tied(tmp_path: Path, capsys: Any, tie: bool) -> None:
+    """A model made deeper by copying layers, as passthrough merges make it."""
+
+    def deeper(tensors: dict[str, Any]) -> dict[str, Any]:
+        pairs = ((n, n.replace("layers.0.", "layers.1.")) for n in tensors if "layers.0." in n)
+        return {**tensors, **{new: tensors[name] for name, new in pairs}}
+
+    base = llama(tmp_path / "base", tie_word_embeddings=tie)
+    rewrite(base, deeper)
+    tuned = llama(tmp_path / "tuned", 1, tie_word_embeddings=tie)
+    out, said = merged(capsys, tmp_path / "out", base, tuned)
+    assert "one tensor in BASE" not in said
+    assert worst(out, tensors(tuned)) < 1e-6
+
+
 def test_equal_tensors_of_an_untied_base_may_part(base: Path, tmp_path: Path, capsys: Any) -> None:
     from shutil import copytree
 

@@ -90,8 +90,10 @@ def scaling(module: Module, rank: int, key: str = "") -> float:
     patterns = config.get("alpha_pattern") or {}
     if not isinstance(patterns, dict):
         raise CheckpointError(f"{path}: alpha_pattern is {patterns!r:.40}, no mapping")
+    # The projection out of an attention has the settings of the attention.
+    own = module.name.removesuffix(".out_proj") if module.attention else module.name
     for pattern, value in patterns.items():
-        if matches(key or module.name, compile_patterns([rf"^(.*\.)?({pattern})$"])):
+        if matches(key or own, compile_patterns([rf"^(.*\.)?({pattern})$"])):
             alpha = value
             break
     value = number(alpha, "lora_alpha", path)

@@ -10,6 +10,7 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 
+from dare_agg.checkpoint.names import multimodal_name
 from dare_agg.errors import CheckpointError
 
 # Names looked at for a prefix, and prefixes named in an error.
@@ -52,9 +53,9 @@ def find_names(
     best = [row for row in scored if row[0] == most]
     best = [row for row in best if row[1] == 0] or best
     if most < len(wanted) or len(best) > 1:
-        names = in_memory()
-        if names and sum(any(name in names for name in each) for each in wanted) >= most:
-            return lambda name: names.get(name, ())
+        find = partial(_spelled_alike, *_by_spelling(in_memory()))
+        if sum(any(find(name) for name in each) for each in wanted) >= max(most, 1):
+            return find
     if len(best) > 1:
         where = ", ".join(repr(_where(row[2], row[3])) for row in best[:_NAMED])
         raise CheckpointError(
@@ -62,6 +63,16 @@ def find_names(
             "adapter's tensors after the base's, or merge it with peft first"
         )
     return partial(_under, base, best[0][2], best[0][3])
+
+
+def _by_spelling(names: Mapping[str, Pieces]) -> tuple[Mapping[str, Pieces], dict[str, Pieces]]:
+    """The names in memory, and the same in one spelling where that parts them as well."""
+    alike = {multimodal_name(name): pieces for name, pieces in names.items()}
+    return names, alike if len(alike) == len(names) else {}
+
+
+def _spelled_alike(names: Mapping[str, Pieces], alike: Mapping[str, Pieces], name: str) -> Pieces:
+    return names.get(name) or alike.get(multimodal_name(name), ())
 
 
 def _where(strip: str, add: str) -> str:

@@ -34,6 +34,8 @@ class Started:
                 [sys.executable, "-m", "dare_agg.cli.main", "run", str(APP), *words, *config],
                 env={**os.environ, MARK: str(folder)}, stdout=said, stderr=said, cwd=folder.parent,
                 start_new_session=True,
+                # These tests may themselves run under nohup.
+                preexec_fn=lambda: signal.signal(signal.SIGHUP, signal.SIG_DFL),
             )  # fmt: skip
 
     def family(self) -> dict[int, str]:

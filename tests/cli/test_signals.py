@@ -2,21 +2,23 @@
 
 from __future__ import annotations
 
+import fcntl
 import json
 import os
 import pty
 import signal
 import subprocess
 import sys
+import termios
 import time
 from pathlib import Path
 
 import pytest
 
-from dare_agg.flower.processes.ending import end_family, family
+from dare_agg.flower.processes.ending import command_of, end_family, family
 
 # A command that starts what leads a session of its own, once deaf to SIGTERM, and waits.
-COMMAND = """
+COMMAND = '''
 import os, subprocess, sys, time
 from pathlib import Path
 from dare_agg.cli import signals
@@ -24,10 +26,12 @@ from dare_agg.cli.ending import ended_whole
 from dare_agg.cli import main as entry
 
 folder, deaf = Path(sys.argv[1]), sys.argv[2]
+# Deaf, without an environment, and soon without a parent: as what is just being started.
+BARE = """env -i sh -c "trap '' TERM; sleep 600; true" """
 def command(**_):
     with ended_whole(folder, folder / "flower", {"num-rounds": 2}):
         subprocess.Popen(
-            ["sh", "-c", deaf + "(setsid sleep 600; true) & sleep 600; true"],
+            ["sh", "-c", deaf + "(setsid sleep 600; true) & " + BARE + " & sleep 600; true"],
             env={**os.environ, "FLWR_HOME": str(folder / "flower")}, start_new_session=True,
             stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL,
         )
@@ -35,18 +39,34 @@ def command(**_):
         time.sleep(600)
 entry.app = command
 entry.main([])
-"""
+'''
 DEAF = "trap '' TERM; "
+
+
+def members(folder: Path) -> set[int]:
+    """Ids of the processes that the command started."""
+    return family(folder / "flower")
+
+
+def alive(pids: set[int]) -> list[str]:
+    """Command lines of those processes that are there, zombies aside."""
+    return [line for pid in pids if (line := command_of(pid))]
 
 
 def start(folder: Path, deaf: str = "", **more: object) -> subprocess.Popen:
     folder.mkdir()
     process = subprocess.Popen(
         [sys.executable, "-c", COMMAND, str(folder), deaf],
-        **{"stdout": subprocess.PIPE, "stderr": subprocess.STDOUT, **more},  # type: ignore
+        # These tests may themselves run under nohup.
+        **{
+            "preexec_fn": lambda: signal.signal(signal.SIGHUP, signal.SIG_DFL),
+            "stdout": subprocess.PIPE,
+            "stderr": subprocess.STDOUT,
+            **more,
+        },  # type: ignore
     )
     end = time.monotonic() + 60
-    while not (folder / "ready").exists() or len(family(folder / "flower")) < 3:
+    while not (folder / "ready").exists() or len(members(folder)) < 5:
         assert process.poll() is None and time.monotonic() < end
         time.sleep(0.02)
     return process
@@ -62,10 +82,11 @@ def folder(tmp_path: Path):
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM, signal.SIGHUP])
 def test_the_first_signal_ends_all_and_says_so(folder: Path, number: int, deaf: str) -> None:
     process = start(folder, deaf)
+    there = members(folder)
     process.send_signal(number)
     said, _ = process.communicate(timeout=15)
     assert process.returncode == 128 + number
-    assert family(folder / "flower") == set()
+    assert alive(there) == []
     word = f"error: interrupted; go on with: dare-agg run --resume {folder}\n"
     assert said.decode() == word
     state = json.loads((folder / "run.json").read_text())
@@ -76,13 +97,20 @@ def test_the_first_signal_ends_all_and_says_so(folder: Path, number: int, deaf: 
 
 def test_a_second_signal_ends_at_once(folder: Path) -> None:
     process = start(folder, DEAF)
+    there = members(folder)
     process.send_signal(signal.SIGINT)
     time.sleep(0.3)
     began = time.monotonic()
     process.send_signal(signal.SIGINT)
     assert process.wait(5) == 130
-    assert time.monotonic() - began < 2 and family(folder / "flower") == set()
+    assert time.monotonic() - began < 2 and alive(there) == []
     assert json.loads((folder / "run.json").read_text())["status"] == "interrupted"
+
+
+def lead_the_terminal(terminal: int) -> None:
+    signal.signal(signal.SIGHUP, signal.SIG_DFL)
+    os.setsid()
+    fcntl.ioctl(terminal, termios.TIOCSCTTY, 0)
 
 
 def test_a_terminal_that_is_closed_ends_it(folder: Path) -> None:
@@ -90,12 +118,13 @@ def test_a_terminal_that_is_closed_ends_it(folder: Path) -> None:
     here, there = pty.openpty()
     process = start(
         folder, stdin=there, stdout=there, stderr=there,
-        preexec_fn=lambda: (os.setsid(), __import__("fcntl").ioctl(there, 0x540E, 0)),
+        preexec_fn=lambda: lead_the_terminal(there),
     )  # fmt: skip
     os.close(there)
+    started = members(folder)
     os.close(here)
     assert process.wait(15) == 128 + signal.SIGHUP
-    assert family(folder / "flower") == set()
+    assert alive(started) == []
     assert json.loads((folder / "run.json").read_text())["status"] == "interrupted"
 
 
@@ -103,7 +132,7 @@ def test_nohup_is_respected(folder: Path) -> None:
     process = start(folder, preexec_fn=lambda: signal.signal(signal.SIGHUP, signal.SIG_IGN))
     process.send_signal(signal.SIGHUP)
     time.sleep(0.5)
-    assert process.poll() is None and len(family(folder / "flower")) >= 3
+    assert process.poll() is None and len(members(folder)) >= 5
     process.send_signal(signal.SIGTERM)
     assert process.wait(15) == 143
 

@@ -12,23 +12,37 @@ import os
 import signal
 import subprocess
 import time
+from functools import cache
 from pathlib import Path
 
 KINDLY_SECONDS = 3.0
 AT_MOST_SECONDS = 6.0
 
 
+@cache
+def sessions_of(home: Path) -> set[int]:
+    """The sessions in which this process has seen members of a `family`, its own apart."""
+    return set()
+
+
 def family(home: Path) -> set[int]:
-    """Ids of the processes that have ``home`` as their FLWR_HOME, and of all they started."""
+    """Ids of the processes that have ``home`` as their FLWR_HOME, and of all they started.
+
+    Whoever is in a session in which such processes were seen is one too: what is about to start
+    has no environment yet, and its parent may be gone.
+    """
     mark = f"FLWR_HOME={home}\0".encode()
+    sessions = sessions_of(home)
+    session_of: dict[int, int] = {}
     children: dict[int, list[int]] = {}
     found: set[int] = set()
     for entry in Path("/proc").glob("[0-9]*"):
         pid = int(entry.name)
         with contextlib.suppress(OSError, ValueError, IndexError):
-            state, parent = (entry / "stat").read_text().rpartition(")")[2].split()[:2]
+            state, parent, _, session = (entry / "stat").read_text().rpartition(")")[2].split()[:4]
             if state == "Z" or pid == os.getpid():
                 continue
+            session_of[pid] = int(session)
             children.setdefault(int(parent), []).append(pid)
             # Some of Flower's let nobody read their environment.
             if mark in (entry / "environ").read_bytes() + b"\0":
@@ -37,7 +51,9 @@ def family(home: Path) -> set[int]:
     while new:
         new = [pid for parent in new for pid in children.get(parent, ()) if pid not in found]
         found.update(new)
-    return found
+    sessions.update(session_of[pid] for pid in found)
+    sessions.discard(os.getsid(0))
+    return found | {pid for pid, session in session_of.items() if session in sessions}
 
 
 def command_of(pid: int) -> str:

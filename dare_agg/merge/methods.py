@@ -79,7 +79,8 @@ class Method:
 
     ``mean`` tells whether weights default to 1/n (else 1 each); ``statistics`` names the
     kind of statistics it needs, if any, and ``shared_mask`` whether those of dropped deltas
-    must be of the same elements. ``federated`` are the options that a federated round sets,
+    must be of the same elements. ``whole`` rows merge whole models: the base they are over changes
+    nothing. ``federated`` are the options that a federated round sets,
     None where rounds do not merge by it.
     """
 
@@ -91,6 +92,7 @@ class Method:
     mean: bool = False
     statistics: str | None = None
     shared_mask: bool = False
+    whole: bool = False
     federated: Mapping[str, Any] | None = None
 
     def settle(self, given: Mapping[str, Any]) -> dict[str, Any]:
@@ -226,6 +228,7 @@ METHODS: dict[str, Method] = {
             "https://arxiv.org/abs/2203.05482",
             linear,
             {"normalize": Option(True, "divide by the sum of the weights")},
+            whole=True,
         ),
         Method(
             "slerp",
@@ -269,6 +272,7 @@ METHODS: dict[str, Method] = {
                 "tol": Option(1e-5, "angle at which to stop", low=0),
             },
             mean=True,
+            whole=True,
         ),
         Method(
             "model-stock",

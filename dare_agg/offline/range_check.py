@@ -26,6 +26,7 @@ _MOST_CARD_BYTES = 4 << 20
 def range_warnings(opened: list[OpenedModel], recipe: Recipe) -> list[str]:
     """The paper's check of the deltas' range, on an even sample of up to 2^16 elements.
 
+    Whole models need no base that they were tuned from; nothing is said of them.
     Updates are left out: they hold what survived, rescaled, and were checked when opened.
     Raises `NonFiniteError` where the sample is not finite (adapters).
     """
@@ -47,6 +48,8 @@ def range_warnings(opened: list[OpenedModel], recipe: Recipe) -> list[str]:
         if not np.isfinite(picked).all():
             raise NonFiniteError(f"{model.given}: its delta is not finite; train it again")
         samples.append(array_source(picked))
+    if recipe.is_of_whole_models:
+        return []
     names = [str(model.given) for model in dense]
     found = diagnose_deltas(layout_of({"sample": (blocks.size,)}), samples, names=names)
     warnings = list(found.warnings)

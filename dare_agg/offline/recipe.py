@@ -237,6 +237,11 @@ class Recipe(_Strict):
         return self.model_copy(update={"base": base, "base_pieces": pieces, "models": models})
 
     @property
+    def is_of_whole_models(self) -> bool:
+        """Whether the base is there to be counted from alone, and another gives the same."""
+        return self.row.whole or self.options.get("of") == "models"
+
+    @property
     def drops(self) -> bool:
         """Whether any delta is sparsified before the merge."""
         return any(self.rate_of(n) not in (None, "0", "0.0") for n in range(len(self.models)))

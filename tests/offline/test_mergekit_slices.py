@@ -181,6 +181,7 @@ def test_layer_types_follow_their_layers(
     ("change", "right"),
     [
         (("[1, 3]", "[1, 5]"), "b has 4 layers, [1, 5] are asked for"),
+        (("filter: down_proj", "filter: layers.1."), "line 10: filter 'layers.1.' of scale is a l"),
         (("[1, 3]", "[3, 1]"), "line 7: layer_range [3, 1] is not [first, stop]"),
         (("layer_range: [1, 3]", "{}"), "layer_range is missing"),
         (("      - model: b\n", "      - {model: a, layer_range: [0, 3]}\n      - model: b\n"),

@@ -6,17 +6,20 @@ says of each slice becomes one recipe, whose numbers hold for the slice's layers
 
 from __future__ import annotations
 
+import re
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
 from dare_agg.errors import ConfigError
-from dare_agg.offline.mergekit.document import Slice, Source
+from dare_agg.offline.mergekit.document import Settings, Slice, Source
 from dare_agg.offline.mergekit.methods import Said
 from dare_agg.offline.mergekit.settings import Span, over_slices
 from dare_agg.offline.mergekit.words import at_line
 from dare_agg.offline.parameters import Choices, Gradient
 
+# A layer's number in a part of a tensor's name.
+_NUMBER = re.compile(r"(^|\.)\d+(\.|$)", re.ASCII)
 # Our methods to which a model of weight 0 adds nothing.
 _WEIGHTED = ("linear", "task-arithmetic", "ties", "della", "breadcrumbs")
 
@@ -64,6 +67,30 @@ def spans_of(casts: Sequence[Cast]) -> list[Span | None]:
         spans.append((at, at + length))
         at += length
     return spans
+
+
+def check_filters(
+    cast: Cast, span: Span | None, own: Sequence[str], above: Sequence[Settings]
+) -> None:
+    """Raise `ConfigError` for a filter with a layer's number where a model's layers move.
+
+    mergekit looks for it in the model's name of a tensor, which is then not OUT's.
+    """
+    for member in cast.others:
+        layers = member.source.layers
+        if span is None or layers is None or layers[0] == span[0]:
+            continue
+        for settings in (member.source.settings, cast.part.settings, *above):
+            for key in own:
+                listed = settings[key].value if key in settings else None
+                for entry in listed if isinstance(listed, list) else ():
+                    word = entry.value.get("filter") if isinstance(entry.value, dict) else None
+                    if word is not None and _NUMBER.search(str(word.value)):
+                        raise at_line(
+                            word.line,
+                            f"filter {word.value!r} of {key} is a layer of the model, which is "
+                            "another of OUT; give the value in the slice's parameters",
+                        )
 
 
 def column(casts: Sequence[Cast], number: int) -> list[Member]:

@@ -23,6 +23,7 @@ from dare_agg.offline.mergekit.settings import Scopes
 from dare_agg.offline.mergekit.slices import (
     Cast,
     Member,
+    check_filters,
     column,
     combined,
     filled_up,
@@ -61,7 +62,7 @@ def _translated(document: Document, folder: Path) -> Translation:
     if method not in METHODS:
         raise at_line(
             document.method.line,
-            f"merge_method {method!r} is not known{did_you_mean(method, METHODS)}",
+            f"merge_method {method!r} is not supported{did_you_mean(method, METHODS)}",
         )
     word = WORDS[method]
     casts = [_cast(document, word, part, folder) for part in document.slices]
@@ -73,6 +74,8 @@ def _translated(document: Document, folder: Path) -> Translation:
             f"line {casts[-1].part.line}: the head and the last norm are merged of all models of "
             "this slice; mergekit 0.1.5 takes as many as the first slice has"
         )
+    for cast, span in zip(casts, spans, strict=True):
+        check_filters(cast, span, word.own, document.settings)
     casts, parts = filled_up(casts, [_said(document, cast) for cast in casts])
     try:
         said = without_idle_drops(combined(parts, spans))

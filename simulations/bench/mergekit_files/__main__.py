@@ -4,7 +4,8 @@
     python -m simulations.bench.mergekit_files ~/mergekit/bin/python
 
 Every file of ``files/`` is merged over tiny models in float32, bfloat16 and float16. Right is
-mergekit's float32 result, written in the dtype that the file asks for. Where methods draw at
+mergekit's float32 result (its stable one, where its sort takes any of equal magnitudes), written in
+the dtype that the file asks for. Where methods draw at
 random, the OUTs of ``--seeds`` seeds are compared: shares kept, mean squares and means. Exit
 status 1 where a file differs.
 """  # noqa: E501
@@ -20,6 +21,7 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import yaml
 
 from dare_agg.errors import DareError
@@ -28,11 +30,13 @@ from dare_agg.offline.recipe import make_recipe
 from dare_agg.offline.recipe_file import read_recipe
 from simulations.bench.mergekit_files.compare import units
 from simulations.bench.mergekit_files.distribution import Draws, deviations
+from simulations.bench.mergekit_files.fuzz import random_config
 from simulations.bench.mergekit_files.models import make_models
 from simulations.bench.mergekit_files.oracle import Mergekit
 
 FILES = Path(__file__).with_name("files")
 RANDOM = ("dare_linear", "dare_ties", "della", "della_linear")
+RIGHT = ("equal", "rounding", "alike", "refused by both")
 Row = dict[str, Any]
 
 
@@ -55,11 +59,11 @@ def exact_row(mergekit: Mergekit, file: Path, config: dict[str, Any], out: Path)
     """Compare one OUT of a method that draws nothing."""
     dtype = out_dtype(config, file.parent.name)
     said = mergekit.merge(config, file.parent, out / "theirs", dtype="float32", to=dtype)
-    if said != "ok":
-        return {"verdict": f"mergekit: {said}"}
-    said = merge_ours(file, out / "ours")
-    if said != "ok":
-        return {"verdict": f"dare-agg: {said}"}
+    ours = merge_ours(file, out / "ours")
+    if said != "ok" and ours != "ok":
+        return {"verdict": "refused by both", "said": [said, ours]}
+    if said != "ok" or ours != "ok":
+        return {"verdict": f"dare-agg: {ours}; mergekit: {said}"}
     apart, where = units(out / "ours", out / "theirs")
     row: Row = {"out": dtype, "units": apart, "verdict": "equal"}
     if apart > 1:
@@ -102,19 +106,28 @@ def rows(arguments: argparse.Namespace, work: Path) -> Iterator[Row]:
         for dtype in arguments.dtypes:
             folder = work / dtype
             make_models(folder, dtype)
-            for source in sorted(FILES.glob("*.yaml")):
-                if arguments.only and source.stem not in arguments.only:
-                    continue
-                file = Path(shutil.copy(source, folder))
-                config = yaml.safe_load(file.read_text())
-                out = work / "out" / f"{dtype}-{source.stem}"
+            for name, config in configs(arguments):
+                file = folder / f"{name}.yaml"
+                file.write_text(yaml.safe_dump(config, sort_keys=False))
+                out = work / "out" / f"{dtype}-{name}"
                 out.mkdir(parents=True, exist_ok=True)
                 method = config["merge_method"]
                 if method in RANDOM:
                     found = random_row(mergekit, file, config, out, arguments.seeds)
                 else:
                     found = exact_row(mergekit, file, config, out)
-                yield {"file": source.stem, "method": method, "models": dtype, **found}
+                yield {"file": name, "method": method, "models": dtype, **found}
+
+
+def configs(arguments: argparse.Namespace) -> Iterator[tuple[str, dict[str, Any]]]:
+    """The files by name: those of ``files/``, or ``--random`` ones drawn."""
+    for number in range(arguments.first, arguments.first + arguments.random):
+        yield f"random-{number}", random_config(np.random.default_rng(number))
+    if arguments.random:
+        return
+    for source in sorted(FILES.glob("*.yaml")):
+        if not arguments.only or source.stem in arguments.only:
+            yield source.stem, yaml.safe_load(source.read_text())
 
 
 def line(row: Row) -> str:
@@ -138,6 +151,8 @@ def main() -> None:
     parser.add_argument("--dtypes", nargs="+", default=["float32", "bfloat16", "float16"])
     parser.add_argument("--only", nargs="+", help="names of files")
     parser.add_argument("--seeds", type=int, default=40, help="OUTs of each random method")
+    parser.add_argument("--random", type=int, default=0, help="so many files drawn instead")
+    parser.add_argument("--first", type=int, default=0, help="seed of the first of them")
     parser.add_argument("--work", type=Path, help="a folder to keep; else a temporary one")
     parser.add_argument("--json", action="store_true", help="print rows as lines of JSON")
     arguments = parser.parse_args()
@@ -149,7 +164,7 @@ def main() -> None:
     try:
         for row in rows(arguments, work):
             print(json.dumps(row) if arguments.json else line(row), flush=True)
-            wrong += row["verdict"] not in ("equal", "rounding", "alike")
+            wrong += row["verdict"] not in RIGHT
     finally:
         if arguments.work is None:
             shutil.rmtree(work, ignore_errors=True)

@@ -44,6 +44,7 @@ def merge(job: dict) -> str:
                 write_model_card=False,
                 quiet=True,
                 lora_merge_cache=job["loras"],
+                lora_merge_dtype="float32",
             ),
         )
     except Exception as error:

@@ -31,7 +31,7 @@ from dare_agg.offline.recipe_file import read_recipe
 from simulations.bench.mergekit_files.compare import units
 from simulations.bench.mergekit_files.distribution import Draws, deviations
 from simulations.bench.mergekit_files.fuzz import random_config
-from simulations.bench.mergekit_files.models import make_models
+from simulations.bench.mergekit_files.models import Size, draw_models, write_models
 from simulations.bench.mergekit_files.oracle import Mergekit
 
 FILES = Path(__file__).with_name("files")
@@ -105,7 +105,7 @@ def rows(arguments: argparse.Namespace, work: Path) -> Iterator[Row]:
     with Mergekit(arguments.python, work) as mergekit:
         for dtype in arguments.dtypes:
             folder = work / dtype
-            make_models(folder, dtype)
+            write_models(folder, dtype, draw_models(Size()), Size())
             for name, config in configs(arguments):
                 file = folder / f"{name}.yaml"
                 file.write_text(yaml.safe_dump(config, sort_keys=False))

@@ -28,12 +28,13 @@ def units(ours: Path, theirs: Path) -> tuple[float, str]:
         a, b = (x.array(name).astype(np.float64) for x in (left, right))
         if a.shape != b.shape:
             return np.inf, name
-        found = float(_units(a, b, left.tensors[name].dtype).max(initial=0))
+        found = float(tensor_units(a, b, left.tensors[name].dtype).max(initial=0))
         worst = max(worst, (found, name))
     return worst
 
 
-def _units(a: np.ndarray, b: np.ndarray, dtype: str) -> np.ndarray:
+def tensor_units(a: np.ndarray, b: np.ndarray, dtype: str) -> np.ndarray:
+    """How many units each element of a tensor is apart."""
     bits, least = _FORMS[dtype]
     typical = np.sqrt((b**2).mean()) if b.size else 0.0
     size = np.maximum(np.maximum(np.abs(a), np.abs(b)), max(typical, 2.0**least))

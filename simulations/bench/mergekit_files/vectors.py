@@ -3,7 +3,8 @@
     python -m simulations.bench.mergekit_files.vectors PYTHON tests/data/mergekit_files/vectors.npz
 
 ``in/MODEL`` and ``out/DTYPE/FILE`` (over models of that dtype) are all of a model's tensors behind
-one another, by name; 16-bit ones of OUT as their bits.
+one another, by name; 16-bit ones of OUT as their bits. ``rounding/DTYPE/FILE`` says how many units
+mergekit's float32 OUT is from its float64 one.
 """
 
 from __future__ import annotations
@@ -17,6 +18,7 @@ import yaml
 
 from dare_agg.checkpoint import open_checkpoint
 from simulations.bench.mergekit_files.__main__ import FILES, RANDOM, out_dtype
+from simulations.bench.mergekit_files.compare import units
 from simulations.bench.mergekit_files.models import Size, draw_models, write_models
 from simulations.bench.mergekit_files.oracle import Mergekit
 
@@ -56,6 +58,11 @@ def main() -> None:
                 if said != "ok":
                     raise SystemExit(f"error: {file.name}: {said}")
                 found[f"out/{dtype}/{file.stem}"] = stored(out)
+                if to == "float32":
+                    exact = folder / "exact"
+                    mergekit.merge(config, folder, exact, dtype="float64", to="float64")
+                    apart, _ = units(out, exact)
+                    found[f"rounding/{dtype}/{file.stem}"] = np.float32(apart)
     np.savez_compressed(arguments.out, **found)
 
 

@@ -2,10 +2,19 @@
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Iterable, Mapping
 
 import numpy as np
-from flwr.app import Array, ArrayRecord, ConfigRecord, Context, MetricRecord, RecordDict
+from flwr.app import (
+    Array,
+    ArrayRecord,
+    ConfigRecord,
+    Context,
+    Message,
+    MetricRecord,
+    RecordDict,
+)
 
 from dare_agg.errors import LayoutError
 from dare_agg.flower.records import OURS, STATISTICS_KEY
@@ -34,6 +43,13 @@ def own_records(content: RecordDict, *but: str) -> dict[str, Record]:
         for name, record in content.items()
         if name not in but and not name.startswith(OURS)
     }
+
+
+def with_content(message: Message, content: RecordDict) -> Message:
+    """A message like this one, of the same sender, that holds something else."""
+    other = copy.copy(message)
+    other.content = content
+    return other
 
 
 def trained_record(content: RecordDict, key: str) -> tuple[str, ArrayRecord]:

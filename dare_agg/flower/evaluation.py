@@ -9,8 +9,8 @@ from dataclasses import dataclass, field
 from flwr.app import ConfigRecord, Message, MessageType, MetricRecord, RecordDict
 from flwr.serverapp import Grid
 
-from dare_agg.errors import DareError, UpdateError
-from dare_agg.flower.app_records import own_records
+from dare_agg.errors import ConfigError, DareError, UpdateError
+from dare_agg.flower.app_records import own_records, with_content
 from dare_agg.flower.broadcasting import Broadcasting
 from dare_agg.flower.clients import Client
 from dare_agg.flower.exchange import exchange
@@ -46,6 +46,25 @@ class Evaluation:
             for client, content in zip(clients, contents, strict=True)
         ]
 
+    def ready(self, clients: Mapping[int, Client], message: Message) -> Message:
+        """A message of the app's own making, with the newest version by the downlink.
+
+        Raises `ConfigError` for a node that is none of the clients.
+        """
+        node, content = message.metadata.dst_node_id, message.content
+        if node not in clients:
+            raise ConfigError(
+                f"configure_evaluate asks node {node}, which is not online or does not take part"
+            )
+        config = content.get(self.broadcasting.config_key)
+        known = config if isinstance(config, ConfigRecord) else ConfigRecord()
+        order = self.broadcasting.order(ASK_EVALUATE)
+        made = self.broadcasting.content(clients[node], order, known)
+        arrays_key, config_key = self.broadcasting.arrays_key, self.broadcasting.config_key
+        made.update(own_records(content, arrays_key, config_key))
+        self.nbytes += message_bytes(made)
+        return Message(made, node, MessageType.EVALUATE)
+
     def ask(self, grid: Grid, messages: Sequence[Message], timeout: float) -> list[Message]:
         """Send the messages; returns what came back."""
         replies, self.failures = [], []
@@ -68,8 +87,7 @@ class Evaluation:
             return unread(UpdateError(what or held.detail, reason=held.reason), sent)
         if held is not None and held.have:
             self.broadcasting.have[node] = held.have
-        reply.content = RecordDict(dict(own_records(reply.content)))
-        return reply
+        return with_content(reply, RecordDict(dict(own_records(reply.content))))
 
 
 def evaluation_metrics(

@@ -16,7 +16,7 @@ from flwr.app import ArrayRecord, ConfigRecord, Message, MessageType, RecordDict
 from flwr.serverapp import Grid
 
 from dare_agg.errors import ConfigError, DareError, LayoutError, UpdateError
-from dare_agg.flower.app_records import own_records
+from dare_agg.flower.app_records import own_records, with_content
 from dare_agg.flower.broadcasting import Broadcasting
 from dare_agg.flower.clients import Client
 from dare_agg.flower.decoded import Decoded, decoded_arrays, is_untouched, with_arrays
@@ -150,9 +150,7 @@ class OpenRound:
         self.inbox.take(node, reply)
         judged, rejection = self.inbox.replies.get(node), self.inbox.rejections.get(node)
         if judged is not None and len(self.inbox.strangers) == strangers:
-            # The update is kept as it came; its pieces in the message are not.
-            reply.content = self._content(judged)
-            return reply
+            return with_content(reply, self._content(judged))
         if reply.has_error():
             return reply
         rejection = rejection or self.inbox.strangers[-1]

@@ -9,6 +9,8 @@ strategy's own loop does; all others pass as before.
 
 from __future__ import annotations
 
+import math
+import time
 from collections.abc import Callable, Iterable
 from typing import Any
 
@@ -28,7 +30,8 @@ class Lent:
     """Between `lend` and `give_back`: pushes ``ready(message)``, and gives ``take(sent, reply)``.
 
     ``ready`` returns None for messages that are none of ours. ``take`` may return a message to
-    send in place of an answer; what comes of that is given then.
+    send in place of an answer; what comes of that is given then. After ``deadline`` seconds an
+    error is given for those who have not answered.
     """
 
     def __init__(
@@ -37,8 +40,10 @@ class Lent:
         ready: Callable[[Message], Message | None],
         take: Callable[[Message, Message], Message],
         limit: Callable[[], ReplyLimit],
+        deadline: float | None = None,
     ) -> None:
         self.grid, self.ready, self.take, self.limit = grid, ready, take, limit
+        self.deadline = math.inf if deadline is None else time.monotonic() + deadline
         self._push = grid.push_messages
         self._pulls: dict[str, Pull] = {}
         self._sent: dict[str, Message] = {}
@@ -67,6 +72,9 @@ class Lent:
             reply = pull.step()
         except UpdateError as error:
             reply = unread(error, pull.sent)
+        if reply is None and time.monotonic() > self.deadline:
+            late = UpdateError("no answer before the round's deadline", reason="late")
+            reply = unread(late, pull.sent)
         if reply is None:
             return None
         given = self.take(pull.sent, reply)

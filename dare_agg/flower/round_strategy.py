@@ -129,6 +129,8 @@ class RoundStrategy(Strategy):
         self._grid: Grid | None = None
         self.empty_rounds = 0
         self._tally = Tally()
+        self._in_own_loop = False
+        self._told: RoundOutcome | None = None
 
     def summary(self) -> None:
         """Log who takes part."""
@@ -174,6 +176,7 @@ class RoundStrategy(Strategy):
         self.train_config = train_config
         self.step_state = step_state or StepState()
         self.empty_rounds, self._tally = 0, Tally()
+        self._in_own_loop = True
         arrays = self.broadcasting.arrays
         limit = min(timeout, self.deadline) if self.deadline else timeout
         started = time.monotonic()
@@ -209,6 +212,7 @@ class RoundStrategy(Strategy):
                 break
         result.arrays = arrays
         self.give_back()
+        self._in_own_loop = False
         run_log.finished(time.monotonic() - started, result)
         self._tally.check()
         return result
@@ -323,20 +327,24 @@ class RoundStrategy(Strategy):
         chosen = self.choose(grid, ASK_EVALUATE, server_round)
         config[ROUND_WORD] = server_round
         messages = self.evaluation.messages(chosen, config)
+        self._lend_evaluation(messages, grid)
+        return messages
+
+    def _lend_evaluation(self, messages: Iterable[Message], grid: Grid) -> None:
+        """Have these messages answered as here, whoever wrote the loop."""
         asked = {id(message) for message in messages}
 
         def ready(message: Message) -> Message | None:
             return message if id(message) in asked else None
 
         self.lend(Lent(grid, ready, self.evaluation.take, lambda: self.evaluation.limit))
-        return messages
 
     def aggregate_evaluate(
         self, server_round: int, replies: Iterable[Message]
     ) -> MetricRecord | None:
         """Aggregate the clients' evaluation metrics, weighted, in the order of clients."""
         self.give_back()
-        return evaluation_metrics(
+        metrics = evaluation_metrics(
             replies,
             self.clients.known,
             self.evaluate_metrics_aggr_fn,
@@ -344,3 +352,14 @@ class RoundStrategy(Strategy):
             self.settings.terms.max_weight,
             self.settings.weight_bound,
         )
+        self.tell_elsewhere(metrics)
+        return metrics
+
+    def tell_elsewhere(self, client_metrics: MetricRecord | None) -> None:
+        """Hand the round to the hook where the loop is not this class's own."""
+        if self._in_own_loop or self.outcome is None or self.outcome is self._told:
+            return
+        stop = self._tell(self.outcome.train_metrics, client_metrics, None)
+        self._told = self.outcome
+        if stop:
+            LOG.warning("round_hook asks to stop, and this loop does not: call this class's start")

@@ -95,6 +95,9 @@ class DareStrategy(RoundStrategy):
         called with each `RoundOutcome`; returning True ends the run early.
     """
 
+    # What its words are given to, for messages.
+    CALLED = "DareStrategy"
+
     def __init__(
         self,
         fraction_train: float = 1.0,
@@ -187,17 +190,9 @@ class DareStrategy(RoundStrategy):
 
     def summary(self) -> None:
         """Log what the run is set to."""
-        settings, terms = self.settings, self.settings.terms
+        settings = self.settings
         super().summary()
-        LOG.info(
-            "\t├── Updates: drop rate %.6g, values %s, mask %s; dense %s as %s; local %s",
-            terms.drop_rate.p,
-            terms.values,
-            terms.mask,
-            list(terms.dense),
-            terms.dense_values,
-            list(terms.exclude),
-        )
+        self._summarise_updates()
         LOG.info(
             "\t└── Merge: %s, scaling %g, weights by %s, server step %s %s; downlink %s",
             settings.method,
@@ -206,6 +201,18 @@ class DareStrategy(RoundStrategy):
             settings.server_step.name,
             dict(settings.server_step.numbers),
             self.downlink.name,
+        )
+
+    def _summarise_updates(self) -> None:
+        terms = self.settings.terms
+        LOG.info(
+            "\t├── Updates: drop rate %.6g, values %s, mask %s; dense %s as %s; local %s",
+            terms.drop_rate.p,
+            terms.values,
+            terms.mask,
+            list(terms.dense),
+            terms.dense_values,
+            list(terms.exclude),
         )
 
     def train_round(
@@ -239,12 +246,16 @@ class DareStrategy(RoundStrategy):
         if self.settings.terms.statistics:
             config["statistics"] = self.settings.terms.statistics
         messages = [opened.message(client, config) for client in chosen]
+        self._lend_round(opened, grid)
+        return messages
+
+    def _lend_round(self, opened: OpenRound, grid: Grid) -> None:
+        """Have the round's messages sent and answered as here, whoever wrote the loop."""
 
         def ready(message: Message) -> Message | None:
             return opened.ready(message) if opened.is_ours(message) else None
 
-        self.lend(Lent(grid, ready, opened.take, opened.room))
-        return messages
+        self.lend(Lent(grid, ready, opened.take, opened.room, self.deadline))
 
     def _open_round(self, number: int, chosen: Sequence[Client]) -> OpenRound:
         """A round of these clients, with a plan for each."""
@@ -308,16 +319,11 @@ class DareStrategy(RoundStrategy):
         error. Of those that were not changed the update itself is merged. Raises `ConfigError`
         for replies where no round is open.
         """
-        opened, self._open = self._open, None
-        self.give_back()
+        given = list(replies)
+        opened = self._taken_up(given)
         if opened is None:
-            if list(replies):
-                raise ConfigError(
-                    "aggregate_train was given replies, and no round is open: configure_train "
-                    "comes first, and one aggregate_train for each"
-                )
             return None, None
-        every = opened.passed_on(replies)
+        every = opened.passed_on(given)
         passed = self._pass_steps(opened.number, [reply.accepted for reply in every])
         rejections = [*opened.inbox.all_rejections(), *passed.rejections]
         lost = {rejection.client for rejection in passed.rejections}
@@ -353,13 +359,31 @@ class DareStrategy(RoundStrategy):
             bound_weights([reply.accepted for reply in taken], self.settings),
             self.settings.weighting,
         )
-        measurements["noise"] = self._watch_noise(measurements, plans, weights, moved)
+        measurements["noise"] = self._watch_noise(measurements, plans, weights, model, moved)
         metrics = aggregate_metrics(
             self.train_metrics_aggr_fn,
             [reply.content for reply in taken],
             weights,
             self.weighted_by_key,
         )
+        self._say_round(opened, taken)
+        outcome = RoundOutcome(
+            opened.number, moved, step_state, measurements, rejections, plans, metrics
+        )
+        return self.move(outcome), metrics
+
+    def _taken_up(self, given: Sequence[Message]) -> OpenRound | None:
+        """The round that these replies are of; it is open no more."""
+        opened, self._open = self._open, None
+        self.give_back()
+        if opened is None and given:
+            raise ConfigError(
+                "aggregate_train was given replies, and no round is open: configure_train comes "
+                "first, and one aggregate_train for each"
+            )
+        return opened
+
+    def _say_round(self, opened: OpenRound, taken: Sequence[TrainReply]) -> None:
         LOG.info(
             "round %d: %d of %d updates merged; %s bytes up and %s down per client",
             opened.number,
@@ -368,10 +392,6 @@ class DareStrategy(RoundStrategy):
             f"{_mean([reply.update_bytes + reply.dense_bytes for reply in taken]):,}",
             f"{_mean(list(opened.download.values())):,}",
         )
-        outcome = RoundOutcome(
-            opened.number, moved, step_state, measurements, rejections, plans, metrics
-        )
-        return self.move(outcome), metrics
 
     def _note_merged_elsewhere(self, opened: OpenRound, moved: bool) -> None:
         """An override of aggregate_train merged by itself: what is known of the round is kept."""
@@ -395,12 +415,11 @@ class DareStrategy(RoundStrategy):
         measured: Mapping[str, Any],
         plans: Sequence[RoundPlan],
         weights: Sequence[float],
+        model: GlobalModel,
         moved: GlobalModel,
     ) -> float | None:
         """Measure the noise of a round's drop; once, warn of what would ruin the model."""
-        noise = round_noise(
-            plans, measured["delta_norms"], weights, self.settings, self.broadcasting.model, moved
-        )
+        noise = round_noise(plans, measured["delta_norms"], weights, self.settings, model, moved)
         remedy = self.noise_watch.look(noise, plans)
         if remedy is not None:
             nbytes = remedy.nbytes(moved.delta.size) + max(measured["dense_bytes"])
@@ -408,9 +427,10 @@ class DareStrategy(RoundStrategy):
             LOG.warning(
                 "round %d: the drop's noise is %.0f %% of the weights' own size: the model changes "
                 "too much a round for what is sent of it, as in training from scratch, and may end "
-                "far below FedAvg's; give DareStrategy %s",
+                "far below FedAvg's; give %s %s",
                 measured["round"],
                 100 * self.noise_watch.loudest,
+                self.CALLED,
                 budget if self.upload_budget else remedy,
             )
         return noise

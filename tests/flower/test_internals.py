@@ -377,6 +377,7 @@ ELSEWHERE = {
     "flwr.supercore.sql_mixin": "the SuperLink's database is under test",
     "flwr.supercore.constant": "the SuperLink's database is under test",
     "flwr.common.secure_aggregation": "SecAgg+ is what secure sums are measured against",
+    "flwr.client.mod:": "apps of older releases import Flower's mods there",
     "flwr.client.mod.secure_aggregation": "SecAgg+ is what secure sums are measured against",
     "flwr.supercore.primitives.asymmetric": "SecAgg+ is what secure sums are measured against",
     "flwr.common:ndarrays_to_parameters": "SecAgg+ is what secure sums are measured against",

@@ -4,7 +4,7 @@
 
 as transformers' fine-grained FP8 does when it dequantises. What the scales are called differs
 (``weight_scale_inv`` of DeepSeek and Qwen, ``weight_scale`` of compressed-tensors, ModelOpt and
-fbgemm); all of them multiply.
+fbgemm, ``scale_weight`` of ComfyUI); all of them multiply.
 """
 
 from __future__ import annotations
@@ -30,9 +30,13 @@ _FORMATS = {
 _EXPONENTS = ("F8_E8M0", "U8")
 # After a weight's name, and in its module.
 _AFTER_NAME = ("_scale_inv", "_scale", ".scale_inv", ".scale")
-_IN_MODULE = ("scale_inv", "scale")
+_IN_MODULE = ("scale_inv", "scale", "scale_weight")
 # Scales of what flows through a layer, of no use without its kernels.
-_ACTIVATIONS = re.compile(r"(^|[._])(input|activation|output|act|[qkv])_scale(_inv)?$", re.ASCII)
+_ACTIVATIONS = re.compile(
+    r"(^|[._])((input|activation|output|act|[qkv])_scale(_inv)?|scale_(input|output))$", re.ASCII
+)
+# Says that a file holds codes (ComfyUI's), and is none itself.
+_MARKER = "scaled_fp8"
 _CHUNK = 1 << 20
 
 
@@ -60,9 +64,10 @@ def fp8_weights(model: Checkpoint) -> Fp8Weights | None:
     """
     scales: dict[str, str | None] = {}
     for name, info in model.tensors.items():
-        if is_code(info):
+        if is_code(info) and name != _MARKER:
             scales[name] = _scale_of(name, model)
     dropped = {scale for scale in scales.values() if scale is not None}
+    dropped |= {_MARKER} & model.tensors.keys()
     dropped |= {n for n, t in model.tensors.items() if _ACTIVATIONS.search(n) and n not in scales}
     others = {n: t for n, t in model.tensors.items() if n not in scales and n not in dropped}
     if not scales or quantisation_of(others) is not None:

@@ -46,12 +46,23 @@ _BY_NAME = tuple(
         (r"(^|\.)qweight(_type)?$", "GPTQ or AWQ"),
         (r"(^|\.)weight_packed$", "compressed-tensors"),
         (r"(^|\.)weight\._(data|packed)", "quanto"),
-        (r"(^|[._])weight[._:]_?(qdata|int_data|tensor_impl|layout_tensor)", "torchao"),
+        (
+            r"(^|[._])weight[._:](_?data[.:])?_?(qdata|int_data|tensor_impl|layout_tensor)",
+            "torchao",
+        ),
         (r"(^|\.)W_q", "HQQ"),
+        (r"(^|\.)dense_weights$", "SpQR"),
+        (r"(^|\.)weight_quantizer\.", "Quark"),
         (r"(^|\.)q_(weight|invperm|groups)$", "EXL2"),
         (r"(^|\.)trellis$", "EXL3"),
         (r"(^|\.)Qidxs$", "QuIP#"),
     )
+)
+# HQQ packs its integers into numbers where it is told to.
+_FLOAT_CODES = re.compile(r"(^|\.)W_q$", re.ASCII)
+# Scales that no full-precision layer has beside its weight: that is codes in another dtype.
+_SCALES_OF_WEIGHT = re.compile(
+    r"^(.*\.)?(weight_scale(_inv|_2)?|weight_zero_point|scale_weight|SCB)$", re.ASCII
 )
 # Integers whose last name says that they are a weight.
 _WEIGHT = re.compile(r"(^|[._])(weight|kernel|W|_packed_params)$", re.ASCII)
@@ -153,10 +164,8 @@ def quantisation_of(tensors: Mapping[str, Tensor]) -> Quantisation | None:
     Integers that are buffers (positions, counters, masks, indices) are no codes.
     """
     other = {name: t for name, t in tensors.items() if not t.is_float}
-    for name, tensor in other.items():
-        if tensor.dtype.startswith(("F8_", "F6_", "F4")):
-            kind = "FP8" if tensor.dtype.startswith("F8_") else "FP4"
-            return Quantisation(kind, _said(name, tensor), True)
+    if (found := _small_floats(other)) is not None:
+        return found
     for pattern, kind in _BY_NAME:
         for name, tensor in other.items():
             if pattern.search(name):
@@ -170,6 +179,24 @@ def quantisation_of(tensors: Mapping[str, Tensor]) -> Quantisation | None:
             _WEIGHT.search(name) or _has_companion(name, tensors)
         ):
             return Quantisation(_by_dtype(name, tensor, tensors), _said(name, tensor), True)
+    for name, tensor in tensors.items():
+        if tensor.is_float and _FLOAT_CODES.search(name):
+            return Quantisation("HQQ", _said(name, tensor), True)
+        scale = _SCALES_OF_WEIGHT.match(name)
+        weight = f"{scale[1] or ''}weight" if scale else ""
+        if weight in tensors:
+            return Quantisation("codes with scales", f"tensor {name[:120]!r} beside it", True)
+    return None
+
+
+def _small_floats(other: Mapping[str, Tensor]) -> Quantisation | None:
+    """Floats of 8 bits and less; where only scales are such, what they scale is NVFP4."""
+    small = [name for name, t in other.items() if t.dtype.startswith(("F8_", "F6_", "F4"))]
+    codes = [name for name in small if "scale" not in name]
+    for name in codes or small:
+        kind = "FP8" if other[name].dtype.startswith("F8_") else "FP4"
+        packed = not codes and any(t.dtype == "U8" for t in other.values())
+        return Quantisation("NVFP4" if packed else kind, _said(name, other[name]), True)
     return None
 
 
@@ -287,6 +314,10 @@ def _has_companion(name: str, tensors: Mapping[str, Tensor]) -> bool:
 def _by_dtype(name: str, tensor: Tensor, tensors: Mapping[str, Tensor]) -> str:
     """What integers under a weight's name are, where no name says it."""
     module = name.rpartition(".")[0]
+    if f"{module}.codebooks" in tensors:
+        return "AQLM"
+    if f"{module}.centroids.weight" in tensors:
+        return "VPTQ"
     if tensor.dtype == "U32" and f"{module}.scales" in tensors:
         return "MLX"
     if tensor.dtype == "I8" and f"{module}.SCB" in tensors:

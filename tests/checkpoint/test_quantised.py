@@ -63,6 +63,15 @@ BY_TENSORS = {
               f"{E}.down_proj_scales": ("U8", (2, 8, 1))},
     "BitNet": {f"{Q}.weight": ("U8", (2, 8)), f"{Q}.weight_scale": ("BF16", (1,))},
     "EXL2": {f"{Q}.q_weight": ("I32", (1, 8)), f"{Q}.q_groups": ("I16", (2,))},
+    "AQLM": {f"{Q}.codes": ("I8", (8, 1, 1)), f"{Q}.codebooks": ("F16", (1, 256, 1, 8))},
+    "VPTQ": {f"{Q}.indices": ("I32", (1, 8, 1)), f"{Q}.centroids.weight": ("F16", (1, 256))},
+    "NVFP4": {f"{Q}.weight": ("U8", (8, 4)), f"{Q}.weight_scale": ("F8_E4M3", (8, 1)),
+              f"{Q}.weight_scale_2": ("F32", ()), f"{Q}.input_scale": ("F32", ())},
+    "SpQR": {f"{Q}.dense_weights": ("I64", (16,)), f"{Q}.row_offsets": ("I32", (9,))},
+    # Numbers that are codes: packed by HQQ, or FP8 that was cast and kept its scales.
+    "HQQ: tensor": {f"{Q}.W_q": ("F32", (8, 1)), f"{Q}.scale": ("F16", (8, 1)),
+            f"{Q}.zero": ("F16", (8, 1))},
+    "codes with scales": {f"{Q}.weight": ("F16", (8, 8)), f"{Q}.weight_scale_inv": ("F32", (1, 1))},
     # Of no known tool: integers under a weight's name, or beside scales.
     "U8 weights": {f"{Q}.weight": ("U8", (32, 1))},
     "I8 weights": {f"{E}.gate_up_proj": ("I8", (2, 8, 8)),

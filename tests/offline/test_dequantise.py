@@ -108,7 +108,9 @@ ONE = np.full(6, 0x38, np.uint8)  # 1.0 in E4M3
         (("U8", (2, 3), np.array([127, 128, 129, 126, 127, 127], "u1")), [[1, 2, 4], [0.5, 1, 1]]),
     ],
 )
-@pytest.mark.parametrize("name", ["a__weight_scale", "a__weight_scale_inv", "a__scale_inv"])
+@pytest.mark.parametrize(
+    "name", ["a__weight_scale", "a__weight_scale_inv", "a__scale_inv", "a__scale_weight"]
+)
 def test_scales_of_every_shape_multiply(
     scale: Any, values: Any, name: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -178,6 +180,20 @@ def test_codes_without_scales_are_numbers_where_nobody_speaks_of_scales(
     (folder / "config.json").write_text('{"quantization_config": {"quant_method": "fp8"}}')
     status, said = command(capsys, "dequantise", folder, "-o", tmp_path / "p")
     assert status == 1 and "no scale stands beside the codes 'a.weight'" in said
+
+
+def test_comfyuis_marker_and_scales_of_inputs_stay_behind(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    two = np.array([2], "<f4")
+    folder = stored(
+        tmp_path / "q", a__weight=("F8_E4M3", (2, 3), ONE), a__scale_weight=("F32", (1,), two),
+        a__scale_input=("F32", (1,), two), scaled_fp8=("F8_E4M3", (2,), ONE[:2]),
+    )  # fmt: skip
+    assert command(capsys, "dequantise", folder, "-o", tmp_path / "o")[0] == 0
+    assert {n: a.tolist() for n, a in tensors(tmp_path / "o").items()} == {
+        "a.weight": [[2] * 3] * 2
+    }
 
 
 def test_a_model_of_numbers_and_codes_of_other_kinds_say_so(

@@ -21,6 +21,7 @@ from dare_agg.codec.formats import VALUE_FORMATS
 from dare_agg.downlink.ways import make_downlink
 from dare_agg.errors import ConfigError, RunError
 from dare_agg.flower import STATISTICS_KEY, DareStrategy, dare_mod
+from dare_agg.flower import dare as carry
 from simulations.runs.memory_grid import MemoryGrid
 
 CLIENTS, CLIP = 4, 1.0
@@ -224,6 +225,30 @@ def test_noise_for_a_mean_is_refused_for_what_is_none(words, says, side):
     with pytest.raises(ConfigError, match="DifferentialPrivacy") as refused:
         moved(wrap(dare(**words)), client_app)
     assert says in str(refused.value) and client_app.trained == []
+
+
+def carried(**words):
+    """Flower's own strategy for the arithmetic, DARE for transport."""
+    return carry(FedAvg(**ALL_ONLINE), seed=5, node_timeout=5, **words)
+
+
+@pytest.mark.parametrize(("wrap", "mod"), CLIENT_SIDE, ids=["fixed", "adaptive"])
+def test_the_same_holds_around_a_strategy_that_is_carried(wrap, mod):
+    client_app = app([dare_mod, mod])
+    with pytest.raises(ConfigError, match="use DifferentialPrivacyServerSide"):
+        moved(wrap(carried()), client_app)
+    with pytest.raises(ConfigError, match="rounds the mean before noise is added"):
+        moved(wrap(carried(downlink=make_downlink("auto"), **KEEPS_NORMS)), client_app)
+    assert client_app.trained == []
+    ours = moved(wrap(carried(**KEEPS_NORMS)), app([dare_mod, mod]), rounds=2)
+    theirs = moved(wrap(FedAvg(**ALL_ONLINE)), app([mod]), rounds=2)
+    np.testing.assert_allclose(ours, theirs, rtol=0, atol=1e-6)
+
+
+@pytest.mark.parametrize("wrap", SERVER_SIDE, ids=["fixed", "adaptive"])
+def test_clipping_on_the_server_holds_around_a_strategy_that_is_carried(wrap):
+    nothing, much = (moved(wrap(carried()), app([dare_mod], {2: f})) for f in (1e-9, 1e3))
+    assert 0.3 < np.linalg.norm(much - nothing) / (CLIP / CLIENTS) <= 1 + 1e-5
 
 
 def test_counters_whose_noise_would_be_cut_off_are_refused_with_what_leaves_them_out():

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import logging
 import time
+from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 
@@ -32,6 +33,8 @@ from dare_agg.flower.waiting import Waiting
 
 LOG = logging.getLogger("flwr")
 WAIT_SECONDS = 1.0
+# A worker may be killed for what another one took; one that always dies does so by itself.
+MOST_DEATHS = 3
 
 
 @dataclass(frozen=True)
@@ -61,7 +64,7 @@ class Clients:
     """The nodes met so far; those refused are asked no second time, those lost meanwhile are.
 
     With ``identities`` (name → public key) only those clients take part. ``online`` are the nodes
-    that were when last looked.
+    that were when last looked, ``deaths`` the workers that died of the question who they are.
     """
 
     identities: Mapping[str, str] = field(default_factory=dict)
@@ -69,6 +72,7 @@ class Clients:
     known: dict[int, Client] = field(default_factory=dict)
     refused: dict[int, str] = field(default_factory=dict)
     online: list[int] = field(default_factory=list)
+    deaths: Counter[int] = field(default_factory=Counter)
 
     def choose(
         self, grid: Grid, hello: RecordDict, drawn: Draw, *, least: int, timeout: float
@@ -137,7 +141,9 @@ class Clients:
         ]
         for index, reply in exchange(grid, messages, timeout):
             node = nodes[index]
-            if went_away(reply) or worker_died(reply):
+            died = worker_died(reply)
+            self.deaths[node] += died
+            if went_away(reply) or (died and self.deaths[node] < MOST_DEATHS):
                 LOG.info("node %d went away when asked who it is", node)
                 continue
             problem = self._read(node, reply)

@@ -18,6 +18,7 @@ from dare_agg.flower import DareStrategy, dare_mod
 from dare_agg.flower import strategy as strategy_module
 from dare_agg.flower.internals import FailureCode
 from dare_agg.flower.records import REPLY_KEY, UPDATE_KEY
+from dare_agg.flower.workers import WORKER_DIED
 from dare_agg.rounds.step import StepState
 from simulations.runs.memory_grid import stamp
 
@@ -605,6 +606,28 @@ def test_a_node_lost_when_asked_who_it_is_takes_part_once_it_is_back(memory_grid
     grid = memory_grid(toys.app(), 3, tamper=tamper)
     _, outcomes = run(grid, toys, 1, min_available_nodes=3, node_timeout=30)
     assert outcomes[0].measurements["clients"] == ["0", "1", "2"] and len(lost) == 1
+
+
+@pytest.mark.parametrize("deaths", [2, 99])
+def test_a_worker_that_dies_of_the_question_who_it_is_is_asked_three_times(
+    memory_grid, toys, deaths
+):
+    died = []
+
+    def tamper(partition, reply):
+        if partition != 1 or len(died) >= deaths:
+            return reply
+        died.append(reply)
+        error = Error(code=0, reason=f"<class 'RunError'>:<'{WORKER_DIED}'>")
+        return Message(error, reply_to=as_instruction(reply))
+
+    grid = memory_grid(toys.app(), 3, tamper=tamper)
+    words = {"min_available_nodes": 2 if deaths > 2 else 3, "node_timeout": 30}
+    _, outcomes = run(grid, toys, 4, **words)
+    assert len(died) == min(deaths, 3)
+    last = outcomes[-1].measurements
+    assert last["clients"] == (["0", "2"] if deaths > 2 else ["0", "1", "2"])
+    assert [WORKER_DIED in one["detail"] for one in last["refused"]] == [True] * (deaths > 2)
 
 
 def gone(reply: Message) -> Message:

@@ -8,6 +8,7 @@ and refusals of parties are logged and counted under it.
 from __future__ import annotations
 
 import difflib
+import re
 from collections.abc import Iterable, Mapping
 
 # Every reason there is: why an error was raised, an update rejected, a request refused.
@@ -95,6 +96,24 @@ REASONS: Mapping[str, str] = {
 MOST_CHARACTERS = 800
 
 
+# What programs send a terminal besides text: colours, cursor movements, titles.
+_CONTROLS = re.compile(
+    r"\x1b(?:\[[0-?]*[ -/]*[@-~]|[\]PX^_].*?(?:\x1b\\|\x07|$)|[ -/]*[0-~])", re.DOTALL
+)
+
+
+def plain_line(text: str) -> str:
+    """Return text as one printable line: no colours, nothing that moves a terminal's cursor.
+
+    >>> plain_line("\\x1b[91mERROR\\x1b[0m:\\tno")
+    'ERROR: no'
+    """
+    if text.isprintable():
+        return text
+    text = _CONTROLS.sub("", text)
+    return "".join(one if one.isprintable() else " " for one in text)
+
+
 class DareError(Exception):
     """Base of every error this library raises on purpose.
 
@@ -104,10 +123,9 @@ class DareError(Exception):
     reason = "error"
 
     def __init__(self, message: str, *, reason: str | None = None) -> None:
+        message = plain_line(message)
         if len(message) > MOST_CHARACTERS:
             message = f"{message[: MOST_CHARACTERS - 1]}…"
-        if not message.isprintable():
-            message = "".join(one if one.isprintable() else " " for one in message)
         super().__init__(message)
         if reason is not None:
             self.reason = reason

@@ -11,7 +11,7 @@ from flwr.serverapp import Grid
 from dare_agg.errors import RunError
 from dare_agg.flower.exchange import ROOM, exchange, online_nodes, went_away
 from dare_agg.flower.limits import ReplyLimit
-from dare_agg.flower.records import one_line
+from dare_agg.flower.records import one_line, said_by
 from dare_agg.flower.waiting import Waiting
 from dare_agg.merge.methods import find_method
 from server.config import METHODS, RunConfig
@@ -50,10 +50,7 @@ def ask(
             if went_away(reply):
                 continue
             if reply.has_error():
-                lines = (reply.error.reason or "no text").strip().splitlines()
-                raise RunError(
-                    f"node {asked[index]} could not {what}: {lines[-1] if lines else ''}"
-                )
+                raise RunError(f"node {asked[index]} could not {what}: {said_by(reply)}")
             contents[asked[index]] = reply.content
     for node in nodes:
         if node not in contents:

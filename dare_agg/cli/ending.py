@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import re
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
@@ -46,3 +47,17 @@ def note_failure(folder: Path, status: str, detail: str) -> None:
     """Have run.json say that Flower ended a run, where the run itself could not."""
     stopped = status.endswith(":stopped")
     note(folder, INTERRUPTED if stopped else FAILED, detail or status, {})
+
+
+# What Flower's processes put before what an app raised.
+_FLOWERS = re.compile(r"(?:\w+ )+failed with exception: ")
+
+
+def failure(detail: str, now: Mapping[str, Any], before: Mapping[str, Any]) -> str:
+    """Why a run failed: its own word, else Flower's ``detail``.
+
+    ``now`` and ``before`` are what run.json says and said; a run that did not come to write it
+    has no word there.
+    """
+    own = now.get("error") if now.get("token") != before.get("token") else None
+    return str(own or _FLOWERS.sub("", detail, count=1))

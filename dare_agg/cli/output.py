@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import sys
 from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
@@ -35,13 +36,16 @@ def print_left(left: Sequence[Left]) -> None:
 
 def stderr_console() -> Console:
     """Return a rich console on stderr, for progress and tables meant for people."""
-    from rich.console import Console
-
-    return Console(stderr=True)
+    return _console(stderr=True)
 
 
 def stdout_console() -> Console:
     """Return a rich console on stdout, for a command's result as a table."""
+    return _console()
+
+
+def _console(*, stderr: bool = False) -> Console:
+    """A console that writes plain text where NO_COLOR is set; rich would still write bold."""
     from rich.console import Console
 
-    return Console()
+    return Console(stderr=stderr, color_system=None if os.environ.get("NO_COLOR") else "auto")

@@ -7,6 +7,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from dare_agg.errors import plain_line
 from dare_agg.files.json_text import read_json
 from dare_agg.runs.log import Mirror, planned_rounds, rejections, seconds_left
 from dare_agg.runs.missed import MISSED_COLUMNS, MISSED_TITLE, missed_cells
@@ -18,8 +19,11 @@ if TYPE_CHECKING:
     from rich.table import Table
 
 # The whole line: what a client says stands behind other words, and is no progress.
-_INFO = r"INFO(?:\x1b\[0m|[\s:])*"
+_INFO = r"INFO[\s:]*"
 _ROUND = re.compile(_INFO + r"\[ROUND (\d+)/(\d+)\]\s*$")
+_WARNING = re.compile(r"WARNING\s*:\s*(\S.*)")
+# What Flower warns of in every run.
+_USUAL = ("Since flwr ",)
 _WAITING = re.compile(_INFO + r"(waiting for clients \([\w ,]+\))\s*$")
 
 
@@ -30,30 +34,39 @@ def load_rows(folder: Path) -> list[RunRow]:
 
 
 def follow(folder: Path, console: Console) -> Callable[[str], None]:
-    """Return a line watcher that prints each finished round and each warning once.
+    """Return a watcher of a run's log that prints each finished round and each warning once.
 
     Where the server keeps its run folder on another machine, ``folder`` becomes its copy.
     """
     mirror = Mirror(folder)
     shown = len(load_rows(folder))
+    warned: set[str] = set()
+
+    def say(text: str, style: str) -> None:
+        console.print(text, style=style, markup=False, highlight=False, soft_wrap=True)
 
     def watch(line: str) -> None:
         nonlocal shown
+        line = plain_line(line)
         ours = mirror.take(line)
         rows = load_rows(folder)
         # A resumed run drops rows that it is about to make again.
         shown = min(shown, len(rows))
         for place in range(shown, len(rows)):
-            console.print(_round_line(rows[place], rows[: place + 1], load_config(folder)))
+            said = _round_line(rows[place], rows[: place + 1], load_config(folder))
+            console.print(said, soft_wrap=True)
         shown = len(rows)
         if ours:
             return
-        if "rejected" in line or "ERROR" in line or "Error" in line:
-            console.print(line, style="yellow", markup=False, highlight=False)
+        # Errors are not shown: what ended a run is said in the end, tracebacks stay in the log.
+        if (found := _WARNING.match(line)) and not found[1].startswith(_USUAL):
+            if found[1] not in warned:
+                warned.add(found[1])
+                say(found[1], "yellow")
         elif found := _ROUND.search(line):
-            console.print(f"round {found[1]} of {found[2]} …", style="dim")
+            say(f"round {found[1]} of {found[2]} …", "dim")
         elif found := _WAITING.search(line):
-            console.print(f"{found[1]} …", style="dim", highlight=False)
+            say(f"{found[1]} …", "dim")
 
     return watch
 

@@ -22,6 +22,7 @@ from dare_agg.runs.claim import (
     check_folder,
     claim,
     read_simulation,
+    run_state,
     write_simulation,
 )
 from dare_agg.secure.practice import check_consortium, practice_consortium
@@ -67,7 +68,7 @@ def run(
     json_: Annotated[bool, typer.Option("--json", help="Print one JSON object.")] = False,
 ) -> None:
     """Run the Flower app (simulation or deployment); exit with the run's true status."""
-    from dare_agg.cli.ending import note_failure
+    from dare_agg.cli.ending import failure, note_failure
     from dare_agg.cli.output import print_json, stderr_console, stdout_console
     from dare_agg.cli.progress import (
         follow,
@@ -83,21 +84,25 @@ def run(
     if resume and output and output.absolute() != folder:
         raise ConfigError(f"--output {output} beside --resume {resume}: a run goes on where it is")
     overrides = run_settings(config or [], deployed=bool(federation), resume=resume)
-    status = execute(
-        folder,
-        overrides,
-        app=app,
-        clients=clients,
-        cpus=cpus,
-        federation=federation,
-        root_certificates=root_certificates,
-        watch=follow(folder, stderr_console()),
-    )
-    if not status.ok:
-        note_failure(folder, status.status, status.detail)
-        raise RunError(
-            f"run {status.run_id} ended as {status.status}: {status.detail}; see {folder}"
+    log = folder / LOG_FILE
+    before = run_state(folder)
+    try:
+        status = execute(
+            folder,
+            overrides,
+            app=app,
+            clients=clients,
+            cpus=cpus,
+            federation=federation,
+            root_certificates=root_certificates,
+            watch=follow(folder, stderr_console()),
         )
+    except RunError as error:
+        raise RunError(f"{error}; log: {log}") from error
+    if not status.ok:
+        why = failure(status.detail or status.status, run_state(folder), before)
+        note_failure(folder, status.status, status.detail)
+        raise RunError(f"run {status.run_id} failed: {why}; log: {log}")
     rows = load_rows(folder)
     if json_:
         said = [row.values for row in rows]

@@ -9,6 +9,7 @@ travel beside them untouched.
 from __future__ import annotations
 
 import math
+import re
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any, Self, TypeVar
@@ -54,6 +55,11 @@ MAX_DOWN_BYTES = 1 << 40
 VERSION = "[0-9a-f]{1,64}"
 _NAME = r"[\w.:@ -]{1,64}"
 _PLAN_BYTES = 16
+
+# Around what an app's exception said: as Flower's processes send it, and, at the end of a
+# traceback, as its simulation does.
+_SENT = re.compile(r"<class '([^']+)'>:<'(.*)'>", re.DOTALL)
+_SIMULATED = "Exception ClientAppException occurred. Message: "
 
 # What mods of Flower's fail with where they have no place → the way out.
 _KNOWN_FAILURES = {
@@ -280,13 +286,25 @@ def failure_of(message: Message) -> tuple[str, str]:
     """The reason of a failed message, and its error in one line."""
     if isinstance(message.error, Unread):
         return message.error.why, message.error.reason or ""
-    # The exception itself is the last line of the text Flower sends.
-    lines = (message.error.reason or "").strip().splitlines()
-    said = one_line(lines[-1] if lines else "no text")
+    said = said_by(message)
     if worker_died(message):
         return "worker", WORKER_DIED
     reason = "lost" if message.error.code in LOST else "client-error"
     return reason, f"Flower error code {message.error.code}: {said}{way_out(message)}"
+
+
+def said_by(message: Message) -> str:
+    """What the exception behind a failed message said, in one line, without Flower's wrapping."""
+    kind, text = "", (message.error.reason or "").strip()
+    if found := _SENT.fullmatch(text):
+        kind, text = found[1].rpartition(".")[2], found[2]
+    if _SIMULATED in text:  # which keeps the words of an exception alone
+        text = text.rpartition(_SIMULATED)[2]
+    elif text.startswith("Traceback") or not kind:  # the exception is the last line
+        text = (text.splitlines() or [""])[-1]
+    else:
+        text = f"{kind}: {text}"
+    return one_line(text) or "no text"
 
 
 def way_out(message: Message) -> str:

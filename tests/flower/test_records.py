@@ -253,3 +253,25 @@ def test_a_dead_worker_is_told_from_an_app_that_failed():
     for text, reason in ((died, "worker"), ("<class 'ValueError'>:<'no'>", "client-error")):
         reply = Message(Error(code=0, reason=text), reply_to=query)
         assert records.failure_of(reply)[0] == reason in REASONS
+
+
+@pytest.mark.parametrize(
+    ("sent", "said"),
+    [
+        ("<class 'KeyError'>:<''tone''>", "KeyError: 'tone'"),
+        ("<class 'dare_agg.errors.ConfigError'>:<'no file'>", "ConfigError: no file"),
+        (
+            "<class 'ray.exceptions.RayTaskError(ClientAppException)'>:<'\x1b[36mray::run()\n"
+            "  File \"x.py\", line 1\nKeyError: 'a'\n\nThe above exception was the cause\n\n"
+            "ClientAppException: \nException ClientAppException occurred. Message: two\nlines'>",
+            "two lines",
+        ),
+        ("Traceback:\n  File\nValueError: last", "ValueError: last"),
+        ("Node unavailable", "Node unavailable"),
+        ("", "no text"),
+    ],
+)
+def test_what_an_app_raised_is_said_without_what_is_around_it(sent, said):
+    asked = Message(RecordDict(), 1, "train")
+    asked.metadata.__dict__["_message_id"] = "1"
+    assert records.said_by(Message(Error(2, sent), reply_to=asked)) == said

@@ -22,7 +22,8 @@ from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
-from dare_agg.errors import RunError
+from dare_agg.errors import RunError, plain_line
+from dare_agg.files.atomic import replace_file
 from dare_agg.files.json_text import parse_json
 from dare_agg.flower.processes.ending import (
     KINDLY_SECONDS,
@@ -153,6 +154,14 @@ def simulation_superlink(home: Path) -> Iterator[Simulation]:
         end_family(home)
         stop_group(process, KINDLY_SECONDS)
         log.close()
+        _without_colours(home / "superlink.log")
+
+
+def _without_colours(log: Path) -> None:
+    """Make a log plain text; Flower and Ray colour whatever they write."""
+    text = log.read_text(encoding="utf-8", errors="replace")
+    if "\x1b" in text:
+        replace_file(log, (f"{plain_line(line)}\n".encode() for line in text.splitlines()))
 
 
 def _wait_healthy(process: subprocess.Popen, port: int, log: Path) -> None:
@@ -221,11 +230,12 @@ def run_app(
     assert process.stdout is not None
     with _Watch(process, simulation.trouble if simulation else str) as watch:
         try:
-            for line in process.stdout:
-                tail = [*tail[-30:], line.rstrip()]
+            for raw in process.stdout:
+                line = plain_line(raw.rstrip())
+                tail = [*tail[-30:], line]
                 if not run_id and (started := _STARTED.search(line)):
                     run_id = started[1]
-                on_line(line.rstrip())
+                on_line(line)
             process.wait()
         except KeyboardInterrupt:
             if simulation is None:

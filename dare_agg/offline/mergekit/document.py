@@ -77,6 +77,9 @@ def is_mergekit(values: Any) -> bool:
     """Whether a file's plain values are of mergekit's form, and not a recipe of ours."""
     if not isinstance(values, Mapping) or any(key in values for key in _OURS):
         return False
+    listed = values.get("models")
+    if isinstance(listed, list) and any(isinstance(m, Mapping) and "model" in m for m in listed):
+        return True
     return any(key in values for key in (*_TOP, *_OTHERS) if key not in ("models", "dtype"))
 
 

@@ -8,11 +8,12 @@ from __future__ import annotations
 
 import re
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from typing import Any
 
 from dare_agg.errors import ConfigError
-from dare_agg.offline.mergekit.document import Settings, Slice, Source
+from dare_agg.offline.mergekit.casting import Cast, Member
+from dare_agg.offline.mergekit.document import Settings
 from dare_agg.offline.mergekit.methods import Said
 from dare_agg.offline.mergekit.settings import Span, over_slices
 from dare_agg.offline.mergekit.words import at_line
@@ -24,24 +25,6 @@ _NUMBER = re.compile(r"(^|\.)\d+(\.|$)", re.ASCII)
 _WEIGHTED = ("linear", "task-arithmetic", "ties", "della", "breadcrumbs")
 
 
-@dataclass(frozen=True)
-class Member:
-    """A model of a slice where it lies, with what the file says of it."""
-
-    place: str
-    adapter: str | None
-    source: Source
-
-
-@dataclass(frozen=True)
-class Cast:
-    """The members of one slice: a base, unless the method knows none, and the rest."""
-
-    base: Member | None
-    others: tuple[Member, ...]
-    part: Slice
-
-
 def spans_of(casts: Sequence[Cast]) -> list[Span | None]:
     """Which of OUT's layers each slice makes; None for a merge of whole models.
 
@@ -51,7 +34,7 @@ def spans_of(casts: Sequence[Cast]) -> list[Span | None]:
     at = 0
     for cast in casts:
         lengths = {}
-        for member in (*filter(None, [cast.base]), *cast.others):
+        for member in cast.members:
             if member.source.layers is not None:
                 first, stop = member.source.layers
                 lengths[stop - first] = member.source.line

@@ -1,13 +1,9 @@
-"""mergekit's file said as a recipe of ours.
-
-Its rules for bases: a ``base_model`` that is not among listed models is added to them, and where
-the method knows no base it counts as one more. In slices the base stands among the sources.
-"""
+"""mergekit's file said as a recipe of ours."""
 
 from __future__ import annotations
 
 import os
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -16,13 +12,12 @@ from dare_agg.checkpoint import open_checkpoint
 from dare_agg.checkpoint.hub import in_cache, located
 from dare_agg.errors import ConfigError, did_you_mean
 from dare_agg.offline.chat_template import check_template
-from dare_agg.offline.mergekit.document import Document, Slice, Source, read_document
+from dare_agg.offline.mergekit.casting import Cast, Member, cast_of, idle_settings, member_of
+from dare_agg.offline.mergekit.document import Document, Source, read_document
 from dare_agg.offline.mergekit.methods import METHODS, Reading, Said, without_idle_drops
 from dare_agg.offline.mergekit.names import place, same
 from dare_agg.offline.mergekit.settings import Scopes
 from dare_agg.offline.mergekit.slices import (
-    Cast,
-    Member,
     check_filters,
     column,
     combined,
@@ -30,7 +25,7 @@ from dare_agg.offline.mergekit.slices import (
     pieces_of,
     spans_of,
 )
-from dare_agg.offline.mergekit.words import WORDS, Word, at_line
+from dare_agg.offline.mergekit.words import WORDS, at_line
 from dare_agg.offline.parameters import depth_of_stacks, plain_parameter
 from dare_agg.offline.yaml_text import Located
 
@@ -65,9 +60,9 @@ def _translated(document: Document, folder: Path) -> Translation:
             f"merge_method {method!r} is not supported{did_you_mean(method, METHODS)}",
         )
     word = WORDS[method]
-    casts = [_cast(document, word, part, folder) for part in document.slices]
-    notes = [*document.notes, *_idle(document, word, casts)]
-    whole = len(casts) == 1 and all(_whole(member) for member in _members(casts[0]))
+    casts = [cast_of(document, word, part, folder) for part in document.slices]
+    notes = [*document.notes, *idle_settings(document, word, casts)]
+    whole = len(casts) == 1 and all(_whole(member) for member in casts[0].members)
     spans = spans_of(casts)
     if len(casts[-1].others) > len(casts[0].others):
         notes.append(
@@ -85,7 +80,7 @@ def _translated(document: Document, folder: Path) -> Translation:
     donor = _donor(document, folder) or first.base or first.others[0]
     values: dict[str, Any] = {"base": donor.place}
     ground = [cast.base or cast.others[0] for cast in casts]
-    moved = first.base is not None and not _equal(first.base, donor)
+    moved = first.base is not None and first.base.key != donor.key
     # Methods that know no base are the same over any: over the model without its adapter, too.
     if not whole or moved or (donor.adapter is not None and first.base is not None):
         values["base-pieces"] = pieces_of(ground)
@@ -116,11 +111,7 @@ def _said(document: Document, cast: Cast) -> Said:
 def _donor(document: Document, folder: Path) -> Member | None:
     """Whose configuration and tokenizer OUT gets: the file's base_model."""
     base = document.base
-    return None if base is None else _member(Source(base, base.line), folder)
-
-
-def _members(cast: Cast) -> tuple[Member, ...]:
-    return (*filter(None, [cast.base]), *cast.others)
+    return None if base is None else member_of(Source(base, base.line), folder)
 
 
 def _whole(member: Member) -> bool:
@@ -142,83 +133,6 @@ def _path(member: Member, donor: Member, base: Member | None) -> dict[str, str]:
     if (base is None or base.adapter is None) and same(member.place, ground.place):
         return {"path": member.adapter}
     return {"path": member.place, "adapter": member.adapter}
-
-
-def _cast(document: Document, word: Word, part: Slice, folder: Path) -> Cast:
-    members = [_member(source, folder) for source in part.sources]
-    named = part.base or document.base
-    base = None if named is None else _member(Source(named, named.line), folder)
-    for number, member in enumerate(members):
-        for other in members[:number]:
-            if _equal(member, other):
-                raise at_line(
-                    member.source.line,
-                    f"{member.source.model} is named on line {other.source.line} already; give it "
-                    "once, with the sum of the weights",
-                )
-    if base is not None:
-        among = [member for member in members if _equal(member, base)]
-        if among:
-            base = among[0]
-        elif document.models:
-            members.append(base)
-        elif word.base != "counts":
-            raise at_line(part.line, f"base_model {named} is not among the sources of this slice")
-    if word.base == "needed" and base is None:
-        raise at_line(document.method.line, f"{document.method.value} needs a base_model")
-    if word.base == "counts":
-        base = None
-    others = tuple(member for member in members if base is None or not _equal(member, base))
-    low, high = word.models
-    if not low <= len(others) <= high:
-        needed = f"{low}" if low == high else f"at least {low}"
-        beside = " beside the base" if base is not None else ""
-        raise at_line(
-            part.line,
-            f"{document.method.value} takes {needed} model{'s' * (low != 1)}{beside}, "
-            f"{len(others)} are given",
-        )
-    return Cast(base, others, part)
-
-
-def _member(source: Source, folder: Path) -> Member:
-    model = source.model
-    adapter = model.adapter
-    return Member(
-        place(model.path, model.line, folder),
-        None if adapter is None else place(adapter, model.line, folder),
-        source,
-    )
-
-
-def _equal(left: Member, right: Member) -> bool:
-    if left.adapter is None or right.adapter is None:
-        return left.adapter is right.adapter and same(left.place, right.place)
-    return same(left.place, right.place) and same(left.adapter, right.adapter)
-
-
-def _idle(document: Document, word: Word, casts: Sequence[Cast]) -> list[str]:
-    """Settings that play no part in a method, which mergekit passes over in silence."""
-    method = document.method.value
-    notes = []
-    scopes = [*document.settings, *(cast.part.settings for cast in casts)]
-    for settings in scopes:
-        for key, one in settings.items():
-            if key not in (*word.shared, *word.own):
-                notes.append(f"line {one.line}: {key} plays no part in {method}: passed over")
-    for cast in casts:
-        for member in _members(cast):
-            for key, one in member.source.settings.items():
-                if member is cast.base:
-                    why = "is of the base, which has none"
-                elif key in word.shared:
-                    why = "of a model is not read, it is one for the merge"
-                elif key not in word.own:
-                    why = f"plays no part in {method}"
-                else:
-                    continue
-                notes.append(f"line {one.line}: {key} {why}: passed over")
-    return notes
 
 
 def _dtype(document: Document) -> dict[str, str]:

@@ -119,10 +119,13 @@ def prepare_merge(
     tile: int = TILE,
     base: DeltaSource | None = None,
     statistics: Sequence[Statistics] = (),
+    writes_model: bool = False,
 ) -> tuple[Kernel, MergeTask]:
     """Check everything, make the passes a method needs, and return its kernel.
 
-    ``weights`` may be (models, tensors) and ``scaling`` (tensors,), in layout order.
+    ``weights`` may be (models, tensors) and ``scaling`` (tensors,), in layout order. With
+    ``writes_model`` the kernel of a method on whole models writes base + delta; the task says
+    whether it does.
 
     Raises `MergeError` for no model, other sizes, and weights or scaling that are not finite or of
     another shape; `ConfigError` for an unknown method or option.
@@ -160,8 +163,9 @@ def prepare_merge(
     else:
         shares, factor = shares[:, None], factor[None]
     task = MergeTask(
-        layout, tuple(sources), spans, shares, factor, settled, tile, base, tuple(statistics)
-    )
+        layout, tuple(sources), spans, shares, factor, settled, tile, base, tuple(statistics),
+        writes_model=writes_model and row.writes_models,
+    )  # fmt: skip
     if not layout.size:
         return (lambda lo, hi, out, scratch: None), task
     return row.prepare(task), task

@@ -46,8 +46,13 @@ def weighted_sum(
     base: tuple[DeltaSource, NDArray[np.float64]] | None = None,
     spans: Sequence[Span] | None = None,
 ) -> Kernel:
-    """Σ c·δ (+ c·base) with coefficients (models, spans), models added in their order."""
+    """Σ c·δ (+ c·base) with coefficients (models, spans), models added in their order.
+
+    Where the task writes models, the base's own 1 is in its coefficient."""
     chosen = task.spans if spans is None else tuple(spans)
+    if task.writes_model:
+        surplus = np.zeros(len(chosen)) if base is None else base[1]
+        base = (task.need_base("a whole model"), surplus + 1)
     starts = span_starts(chosen)
     factors = coefficients.astype(np.float32)
     equal = np.all(factors == factors[:1], axis=0)

@@ -80,8 +80,8 @@ class Method:
     ``mean`` tells whether weights default to 1/n (else 1 each); ``statistics`` names the
     kind of statistics it needs, if any, and ``shared_mask`` whether those of dropped deltas
     must be of the same elements. ``whole`` rows merge whole models: the base they are over changes
-    nothing. ``federated`` are the options that a federated round sets,
-    None where rounds do not merge by it.
+    nothing. ``federated`` are the options that a federated round sets, None where rounds do not
+    merge by it. Kernels of rows with ``writes_models`` write models, not deltas, where asked to.
     """
 
     name: str
@@ -94,6 +94,7 @@ class Method:
     shared_mask: bool = False
     whole: bool = False
     federated: Mapping[str, Any] | None = None
+    writes_models: bool = False
 
     def settle(self, given: Mapping[str, Any]) -> dict[str, Any]:
         """Return all options with the given ones checked; unknown ones are refused."""
@@ -229,6 +230,7 @@ METHODS: dict[str, Method] = {
             linear,
             {"normalize": Option(True, "divide by the sum of the weights")},
             whole=True,
+            writes_models=True,
         ),
         Method(
             "slerp",
@@ -240,6 +242,7 @@ METHODS: dict[str, Method] = {
                     0.5, "0 is the first model (BASE if one is given), 1 the second", by_tensor=True
                 )
             },
+            writes_models=True,
         ),
         Method(
             "nuslerp",
@@ -254,6 +257,7 @@ METHODS: dict[str, Method] = {
                 ),
                 "of": _OF,
             },
+            writes_models=True,
         ),
         Method(
             "multislerp",
@@ -261,6 +265,7 @@ METHODS: dict[str, Method] = {
             "https://goddard.blog/posts/multislerp-wow-what-a-cool-idea",
             multislerp,
             {"normalize-weights": Option(True, "divide the weights by their sum"), "of": _OF},
+            writes_models=True,
         ),
         Method(
             "karcher",
@@ -273,6 +278,7 @@ METHODS: dict[str, Method] = {
             },
             mean=True,
             whole=True,
+            writes_models=True,
         ),
         Method(
             "model-stock",

@@ -29,7 +29,7 @@ def nuslerp(task: MergeTask) -> Kernel:
         raise MergeError(f"nuslerp takes two models, not {task.count}")
     along, whole = task.options["along"], task.options["of"] == "models"
     if along == "columns":
-        return _by_columns(task, task.need_base("nuslerp of models") if whole else None)
+        return _by_columns(task, whole)
     spans = row_spans(task) if along == "rows" else list(task.tensor_spans)
     if whole:
 
@@ -55,7 +55,7 @@ def _coefficients(grams: Matrix, weights: Matrix) -> Matrix:
     return np.stack([np.zeros_like(a), a, b])
 
 
-def _by_columns(task: MergeTask, base: DeltaSource | None) -> Kernel:
+def _by_columns(task: MergeTask, of_models: bool) -> Kernel:
     """The kernel with a coefficient for each place in what lies behind the first dimension."""
     spans = task.tensor_spans
     starts = span_starts(spans)
@@ -63,15 +63,18 @@ def _by_columns(task: MergeTask, base: DeltaSource | None) -> Kernel:
     scaling = task.values_at(task.scaling, spans)
     shapes = [entry.shape for entry in task.layout.entries if entry.size]
     widths = [math.prod(shape[1:]) if len(shape) > 1 else 1 for shape in shapes]
-    sources = [*task.sources] if base is None else [*task.sources, base]
+    sources = [*task.sources]
+    if of_models or task.writes_model:
+        sources.append(task.need_base("nuslerp of models"))
     tables = []
     for number, (span, width) in enumerate(zip(spans, widths, strict=True)):
-        grams = _column_products(sources, span, width, base is not None)
+        grams = _column_products(sources, span, width, of_models)
         own = np.repeat(weights[:, number : number + 1], width, axis=1)
         found = _coefficients(grams, own)
-        surplus = found[1] + found[2] - 1
-        rows = [found[1], found[2]] if base is None else [found[1], found[2], surplus]
-        tables.append((np.stack(rows) * scaling[number]).astype(np.float32))
+        surplus = found[1] + found[2] - 1 if of_models else np.zeros(width)
+        rows = np.stack([found[1], found[2], surplus]) * scaling[number]
+        rows[2] += task.writes_model
+        tables.append(rows.astype(np.float32))
 
     def kernel(lo: int, hi: int, out: FloatVector, scratch: Scratch) -> None:
         out[:] = 0

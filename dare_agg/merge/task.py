@@ -55,7 +55,8 @@ class MergeTask:
     ``spans`` cut the vector where weights or scaling change; ``weights`` is
     (models, spans), ``scaling`` (spans,). Options by tensor are arrays over the layout's tensors,
     (models, tensors) or (tensors,): see `numbers` and `shared`. ``statistics`` holds each
-    model's Fisher values or Gram matrices.
+    model's Fisher values or Gram matrices. With ``writes_model`` the kernel writes base + delta, as
+    exact as the model is small.
     """
 
     layout: Layout
@@ -67,6 +68,7 @@ class MergeTask:
     tile: int
     base: DeltaSource | None = None
     statistics: Sequence[Statistics] = ()
+    writes_model: bool = False
 
     @property
     def count(self) -> int:

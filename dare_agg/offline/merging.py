@@ -168,6 +168,7 @@ def _merged(
             options=_options(recipe, ordered, layout),
             tile=used,
             base=cached,
+            writes_model=True,
             statistics=[
                 _statistics(m.given.statistics, recipe.row.statistics, layout)
                 for m in ordered
@@ -182,7 +183,8 @@ def _merged(
             # Read first: the survivors' base values are then picked from this tile.
             cached.tile(lo, hi)
             kernel(lo, hi, merged, scratch)
-            merged += cached.tile(lo, hi)
+            if not task.writes_model:
+                merged += cached.tile(lo, hi)
             for entry, first, last in layout.pieces(lo, hi):
                 at = entry.offset - lo
                 for name in written[entry.name]:

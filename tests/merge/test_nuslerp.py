@@ -4,7 +4,8 @@ import numpy as np
 import pytest
 
 from dare_agg.errors import MergeError
-from dare_agg.merge.engine import merge_deltas
+from dare_agg.merge.engine import merge_deltas, prepare_merge
+from dare_agg.merge.task import Scratch
 from dare_agg.vectors.layout import layout_of
 from dare_agg.vectors.sources import array_source
 
@@ -73,3 +74,27 @@ def test_multislerp_of_models_is_that_of_deltas_to_zero() -> None:
         LAYOUT, [array_source(m) for m in MODELS], "multislerp", weights=weights
     )
     np.testing.assert_allclose(merged + BASE, expected, rtol=0, atol=2e-6)
+
+
+@pytest.mark.parametrize("method", ["linear", "slerp", "nuslerp", "multislerp", "karcher"])
+def test_kernels_that_write_models_add_the_base(method: str) -> None:
+    deltas = [array_source(m - BASE) for m in MODELS[:2]]
+    along = {"along": "columns"} if method == "nuslerp" else {}
+    ready = {"weights": [0.2, 0.5], "options": along, "base": array_source(BASE)}
+    merged, _ = merge_deltas(LAYOUT, deltas, method, **ready)
+    kernel, task = prepare_merge(LAYOUT, deltas, method, **ready, writes_model=True)
+    assert task.writes_model
+    out = np.empty(LAYOUT.size, np.float32)
+    kernel(0, LAYOUT.size, out, Scratch())
+    np.testing.assert_allclose(out, merged + BASE, rtol=0, atol=2e-6)
+
+
+def test_what_shrinks_keeps_its_digits() -> None:
+    kernel, _ = prepare_merge(
+        LAYOUT, [array_source(m - BASE) for m in MODELS[:2]], "linear", weights=[1e-5, 2e-5],
+        options={"normalize": False}, base=array_source(BASE), writes_model=True,
+    )  # fmt: skip
+    out = np.empty(LAYOUT.size, np.float32)
+    kernel(0, LAYOUT.size, out, Scratch())
+    first, second = (m.astype(np.float64) for m in MODELS[:2])
+    np.testing.assert_allclose(out, 1e-5 * first + 2e-5 * second, rtol=0, atol=3e-11)

@@ -14,7 +14,7 @@ from dare_agg.codec.formats import find_values
 from dare_agg.codec.mask import MASK_KINDS, parse_drop_rate
 from dare_agg.downlink.ways import DOWNLINKS
 from dare_agg.errors import ConfigError, did_you_mean
-from dare_agg.files.app_config import config_defaults
+from dare_agg.files.app_config import absent_words, config_defaults
 from dare_agg.rounds.settings import WEIGHTINGS, check_weight_bound
 from dare_agg.rounds.step import ServerStep, server_step
 from dare_agg.rounds.terms import check_choice
@@ -339,11 +339,9 @@ def _check_secure(config: RunConfig) -> None:
 def _explain(error: ValidationError) -> str:
     first = error.errors()[0]
     key = ".".join(str(part) for part in first["loc"][:1])
-    if key in ("trim", "density"):
-        return (
-            f"run config key {key!r}: there is no magnitude trim in a federated run; in a secure "
-            "sum it would leave single parties' values: set drop-rate"
-        )
+    absent = absent_words(Path(__file__).resolve().parents[1])
+    if key in absent:
+        return f"run config key {key!r}: {absent[key]}"
     if first["type"] == "extra_forbidden":
         known = [_kebab(name) for name in RunConfig.model_fields]
         return f"run config key {key!r} is unknown{did_you_mean(key, known)}"

@@ -7,6 +7,8 @@ first on the path::
     [tool.dare-agg]
     check = ["server.config:check"]         # before every run
     check-here = ["client.check:check"]     # where this machine is also the clients'
+    [tool.dare-agg.absent]
+    device = "clients of this app train on the CPU"
 """
 
 from __future__ import annotations
@@ -27,10 +29,13 @@ from dare_agg.files.json_text import parse_json
 _REFUSED = 3
 
 
-def check_words(given: Mapping[str, Any], usual: Mapping[str, Scalar]) -> None:
+def check_words(
+    given: Mapping[str, Any], usual: Mapping[str, Scalar], absent: Mapping[str, str]
+) -> None:
     """Refuse keys that an app does not have, and values that no run config can hold.
 
-    ``usual`` are the app's defaults. Raises `ConfigError` with the nearest key.
+    ``usual`` are the app's defaults, ``absent`` the keys of which it says why it has none.
+    Raises `ConfigError` with that, else with the nearest key.
     """
     for key, value in given.items():
         if not isinstance(value, bool | int | float | str):
@@ -38,6 +43,8 @@ def check_words(given: Mapping[str, Any], usual: Mapping[str, Scalar]) -> None:
                 f"run config {key} = {value!r}: numbers, texts, true and false are possible; "
                 f'write a list as one text: {key}="a,b"'
             )
+        if key in absent:
+            raise ConfigError(f"run config key {key!r}: {absent[key]}")
         if key not in usual:
             raise ConfigError(f"run config key {key!r} is unknown{did_you_mean(key, usual)}")
 

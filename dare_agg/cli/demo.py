@@ -235,8 +235,11 @@ def prepare_folder(folder: Path) -> None:
     """Make an empty run folder; an older run of the demo there is removed, nothing else."""
     import shutil
 
+    from dare_agg.runs.claim import is_claimed
     from dare_agg.runs.rows import METRICS_FILE
 
+    if is_claimed(folder):
+        raise ConfigError(f"a run is at work in {folder}; wait for it, or choose another --output")
     if folder.is_dir() and any(folder.iterdir()):
         if not (folder / METRICS_FILE).is_file():
             raise ConfigError(f"{folder} is not empty and no earlier run; choose another --output")

@@ -15,7 +15,7 @@ from dare_agg.cli.app_check import ask_app, check_kinds, check_words
 from dare_agg.cli.ending import ended_whole
 from dare_agg.cli.run_config import absolute_paths, run_settings
 from dare_agg.errors import ConfigError
-from dare_agg.files.app_config import Scalar, app_defaults, find_app
+from dare_agg.files.app_config import Scalar, absent_words, app_defaults, find_app
 from dare_agg.runs.claim import (
     COMMAND,
     LOG_FILE,
@@ -141,7 +141,7 @@ def execute(
     """
     source = find_app(app)
     usual = app_defaults(source)
-    check_words(overrides, usual)
+    check_words(overrides, usual, absent_words(source))
     resume = overrides.get("resume") is True
     if not resume:
         check_folder(folder)

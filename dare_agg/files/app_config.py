@@ -48,6 +48,12 @@ def app_project(folder: Path) -> dict[str, Any]:
         raise ConfigError(f"{path} is no TOML: {error}; mend that line") from error
 
 
+def absent_words(folder: Path) -> dict[str, str]:
+    """Keys that the app in a folder has not, and why: ``[tool.dare-agg.absent]``."""
+    found = app_project(folder).get("tool", {}).get("dare-agg", {}).get("absent", {})
+    return {str(key): str(why) for key, why in found.items()}
+
+
 def app_defaults(folder: Path) -> dict[str, Scalar]:
     """The run config's defaults of the app in a folder; nested keys are joined by dots."""
     return flat(app_project(folder)["tool"]["flwr"]["app"].get("config", {}))

@@ -11,6 +11,7 @@ import pytest
 
 from dare_agg.cli.demo import METHODS, follow, json_row, prepare_folder, result_table, run_command
 from dare_agg.errors import ConfigError, RunError, StateError
+from dare_agg.runs.claim import COMMAND, claim
 from dare_agg.runs.report import read_run
 
 KEYS = [
@@ -86,6 +87,15 @@ def test_an_older_run_is_replaced_and_a_stranger_s_folder_is_not(tmp_path: Path)
     with pytest.raises(ConfigError, match="choose another --output"):
         prepare_folder(old)
     assert (old / "thesis.txt").exists()
+
+
+def test_the_demo_leaves_a_run_alone_that_is_going_on(tmp_path: Path) -> None:
+    folder = tmp_path / "run"
+    with claim(folder, COMMAND):
+        (folder / "metrics.jsonl").touch()
+        with pytest.raises(ConfigError, match="a run is at work"):
+            prepare_folder(folder)
+        assert (folder / "metrics.jsonl").exists()
 
 
 def test_run_without_metrics_is_refused(tmp_path: Path) -> None:

@@ -84,6 +84,8 @@ def finished(tmp_path: Path) -> Path:
 
 REFUSED = [
     (["num-round=3"], "run config key 'num-round' is unknown; did you mean 'num-rounds'?"),
+    (["device=cuda"], "run config key 'device': clients of this app train on the CPU"),
+    (["trim=0.2"], "run config key 'trim': there is no magnitude trim"),
     (["num-rounds=0"], "num-rounds = 0"),
     (["num-rounds=three"], "num-rounds = 'three': Input should be a valid integer"),
     (['steps="10"'], "steps = '10': Input should be a valid integer"),

@@ -14,6 +14,7 @@ from dare_agg.checkpoint.reader import TensorInfo
 from dare_agg.checkpoint.tied import copies_in, equal, with_copies
 from dare_agg.errors import LayoutError
 from dare_agg.offline.differences import Difference, why_it_does_not_fit
+from dare_agg.offline.same_in_memory import names_alike_in_memory
 from dare_agg.vectors.patterns import Pattern, matches
 
 
@@ -40,6 +41,7 @@ def fit_to(
     one helps.
     """
     names = found_names(model.shapes, base.shapes)
+    names |= names_alike_in_memory(model, base, names)
     own = {found: name for name, found in names.items()}
     tensors = {found: model.tensors[name] for name, found in names.items()}
     apart = frozenset(

@@ -144,3 +144,23 @@ def test_attentions_of_torch_itself_are_merged(
     status, said = command(capsys, "merge", base, tmp_path / "a", "-o", out)
     assert status == 0, said
     assert worst(tensors(out), {n: v.numpy() for n, v in whole.state_dict().items()}) < 1e-6
+
+
+def test_embeddings_that_the_base_shares_are_named(tmp_path: Path, capsys: Any) -> None:
+    """T5's decoder reads the encoder's embeddings: the adapter is no other model's."""
+    from peft import LoraConfig, get_peft_model
+    from transformers import T5Config, T5ForConditionalGeneration
+
+    config = T5Config(
+        vocab_size=64, d_model=32, d_kv=8, d_ff=48, num_layers=2, num_heads=4,
+        decoder_start_token_id=0,
+    )  # fmt: skip
+    T5ForConditionalGeneration(config).save_pretrained(tmp_path / "base")
+    loaded = T5ForConditionalGeneration.from_pretrained(tmp_path / "base")
+    settings = LoraConfig(r=2, target_modules=["q", "decoder.embed_tokens"])
+    _save_trained(get_peft_model(loaded, settings), tmp_path / "a")
+    words = ("merge", tmp_path / "base", tmp_path / "a", "-o", tmp_path / "out")
+    status, said = command(capsys, *words)
+    assert status == 1 and "one tensor for all" in said and said.count("\n") == 1
+    pattern = said[said.index("--exclude") :].split()[1].strip("'")
+    assert command(capsys, *words, "--exclude", pattern)[0] == 0

@@ -255,6 +255,16 @@ class _Opening:
                 "embeddings (tie_word_embeddings): as one tensor they cannot part; leave the head "
                 f"out: {_exclude(names, self.base)}"
             )
+        if (
+            is_token_tensor(first)
+            and not is_output(first)
+            and any(map(is_token_tensor, base.names))
+        ):
+            return CheckpointError(
+                f"{path} has embeddings of their own, {first!r}, where the base has one tensor for "
+                "all: as one they cannot part; leave them out: "
+                f"{_exclude(names, self.base)}"
+            )
         known = sum(bool(n in base.tensors) for n in self.names.whole)
         if len(names) <= len(self.names.whole) and (self.names.modules or known):
             return CheckpointError(

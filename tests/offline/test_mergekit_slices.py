@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 
 from dare_agg.checkpoint import open_checkpoint
+from dare_agg.offline.recipe_file import read_recipe
 from tests.tiny import command, llama, rewrite, tensors, worst
 
 ROWS = "model.layers.{}.mlp.down_proj.weight"
@@ -131,6 +132,24 @@ dtype: float16
         "lm_head.weight": 0.5 * a["lm_head.weight"] + 0.25 * b["lm_head.weight"],
     }
     assert worst(found, right) < 2e-4
+
+
+def test_each_model_of_a_slice_is_called_by_its_own_name(folder: Path) -> None:
+    llama(folder / "c", 2, num_hidden_layers=4)
+    file = folder / "three.yml"
+    line = "      - {{model: {}, layer_range: [0, 2], parameters: {{weight: 1}}}}\n"
+    sources = "".join(line.format(name) for name in "abc")
+    part = "  - sources:\n" + sources
+    last = part.replace("[0, 2]", "[2, 4]").replace("model: b", "model: x").replace("c,", "b,")
+    file.write_text(
+        "slices:\n" + part + last.replace("model: x", "model: c")
+        + "base_model: a\nmerge_method: ties\n"
+    )  # fmt: skip
+    values = read_recipe(file).values
+    assert [Path(model["path"]).name for model in values["models"]] == ["b", "c"]
+    assert [[Path(p["path"]).name for p in m["pieces"]] for m in values["models"]] == [
+        ["b", "c"], ["c", "b"],
+    ]  # fmt: skip
 
 
 def test_a_base_with_an_adapter_is_made_first(

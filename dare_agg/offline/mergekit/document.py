@@ -26,8 +26,11 @@ _TOKENIZER = ("source", "tokens", "pad_to_multiple_of")
 _OTHERS = {
     "experts": "mergekit-moe's, which makes a mixture of experts",
     "gate_mode": "mergekit-moe's, which makes a mixture of experts",
+    "layer_slices": "bakllama's; write the slices for passthrough",
     "genome": "mergekit-evolve's, which searches for weights",
 }
+# How alike a word of mergekit's a misspelt one is; what is less so is another tool's.
+_ALIKE = 0.85
 _OURS = ("method", "base", "drop-rate")
 
 Settings = Mapping[str, Located]
@@ -91,7 +94,7 @@ def read_document(root: Located) -> Document:
     notes: list[str] = []
     for key, whose in _OTHERS.items():
         if key in root.value:
-            raise at_line(root.value[key].line, f"{key!r} makes this file {whose}; merges are read")
+            raise at_line(root.value[key].line, f"{key!r} makes this file {whose}")
     top = _mapping(root, "the file")
     _known(top, _TOP, "the file", notes)
     method = _required(top, "merge_method", root.line)
@@ -221,7 +224,7 @@ def _known(values: Settings, known: tuple[str, ...], where: str, notes: list[str
     for key, one in values.items():
         if key in known:
             continue
-        if difflib.get_close_matches(key, known, n=1):
+        if difflib.get_close_matches(key, known, n=1, cutoff=_ALIKE):
             raise at_line(one.line, f"{key!r} is unknown in {where}{did_you_mean(key, known)}")
         notes.append(f"line {one.line}: {key[:60]!r} is no word of mergekit's: passed over")
 

@@ -87,7 +87,7 @@ def _translated(document: Document, folder: Path) -> Translation:
     values["models"] = [
         {
             **(_path(first.others[n], donor, first.base) if whole else
-               {"path": first.others[0].place, "pieces": pieces_of(column(casts, n))}),
+               {"path": first.others[n].place, "pieces": pieces_of(column(casts, n))}),
             **_plain(given),
         }
         for n, given in enumerate(said.models)

@@ -7,9 +7,13 @@ from collections.abc import Sequence
 import numpy as np
 from numpy.typing import NDArray
 
+from dare_agg.errors import MergeError
 from dare_agg.merge.task import Kernel, MergeTask, Scratch, Span, cut, span_starts
 from dare_agg.vectors.layout import FloatVector
 from dare_agg.vectors.sources import DeltaSource, listed
+
+# Sums of weights below this are no divisors.
+NOTHING = 1e-8
 
 
 def average(task: MergeTask) -> Kernel:
@@ -24,8 +28,18 @@ def task_arithmetic(task: MergeTask) -> Kernel:
 
 
 def linear(task: MergeTask) -> Kernel:
-    """Σ w·θ of whole models, divided by Σw with ``normalize``."""
-    weights = normalized(task.weights) if task.options["normalize"] else task.weights
+    """Σ w·θ of whole models, divided by Σw with ``normalize``.
+
+    Raises `MergeError` where that is 0.
+    """
+    weights = task.weights
+    if task.options["normalize"]:
+        if (np.abs(weights.sum(axis=0)) < NOTHING).any():
+            raise MergeError(
+                "linear divides by the sum of the weights, which is 0 here; change the weights, or "
+                "give normalize=false"
+            )
+        weights = normalized(weights)
     # Σ w·θ − base = Σ w·δ + (Σw − 1)·base
     surplus = weights.sum(axis=0) - 1
     if np.all(np.abs(surplus) < 1e-12):
@@ -37,7 +51,7 @@ def linear(task: MergeTask) -> Kernel:
 def normalized(weights: NDArray[np.float64]) -> NDArray[np.float64]:
     """Weights divided by their sum over the models; weights that cancel stay."""
     total = weights.sum(axis=0)
-    return weights / np.where(np.abs(total) < 1e-8, 1.0, total)
+    return weights / np.where(np.abs(total) < NOTHING, 1.0, total)
 
 
 def weighted_sum(

@@ -14,7 +14,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from dare_agg.errors import MergeError
-from dare_agg.merge.linear import weighted_sum
+from dare_agg.merge.linear import NOTHING, weighted_sum
 from dare_agg.merge.task import FIXED_BLOCK, Kernel, MergeTask, Span
 from dare_agg.vectors.layout import Entry
 from dare_agg.vectors.sources import DeltaSource
@@ -123,13 +123,18 @@ def multislerp(task: MergeTask) -> Kernel:
     at their weighted mean, times their weighted mean norm.
 
     ``of`` "models" takes the directions of whole models. Raises `MergeError` where the directions
-    cancel.
+    or the weights cancel.
     """
     normalize = task.options["normalize-weights"]
 
     def coefficients(gram: Matrix, weights: Matrix) -> Matrix:
         if len(gram) == 1:
             return np.ones(1)
+        if normalize and abs(weights.sum()) < NOTHING:
+            raise MergeError(
+                "multislerp divides by the sum of the weights, which is 0 here; change the "
+                "weights, or give normalize-weights=false"
+            )
         shares = weights / weights.sum() if normalize else weights
         norms = np.sqrt(np.diagonal(gram))
         scaled = shares / (norms + _TINY)

@@ -28,6 +28,8 @@ def units(ours: Path, theirs: Path) -> tuple[float, str]:
         a, b = (x.array(name).astype(np.float64) for x in (left, right))
         if a.shape != b.shape:
             return np.inf, name
+        if not np.isfinite(a).all() or not np.isfinite(b).all():
+            return np.inf, name
         found = float(tensor_units(a, b, left.tensors[name].dtype).max(initial=0))
         worst = max(worst, (found, name))
     return worst

@@ -1,4 +1,4 @@
-"""nuslerp and multislerp of deltas and of whole models, against the formula in float64."""
+"""Methods on whole models: nuslerp, multislerp, linear; against the formula in float64."""
 
 import numpy as np
 import pytest
@@ -87,6 +87,13 @@ def test_kernels_that_write_models_add_the_base(method: str) -> None:
     out = np.empty(LAYOUT.size, np.float32)
     kernel(0, LAYOUT.size, out, Scratch())
     np.testing.assert_allclose(out, merged + BASE, rtol=0, atol=2e-6)
+
+
+@pytest.mark.parametrize("method", ["linear", "multislerp"])
+def test_weights_without_a_sum_are_no_mean(method: str) -> None:
+    deltas = [array_source(m - BASE) for m in MODELS[:2]]
+    with pytest.raises(MergeError, match="sum of the weights, which is 0 here"):
+        merge_deltas(LAYOUT, deltas, method, weights=[0.5, -0.5], base=array_source(BASE))
 
 
 def test_what_shrinks_keeps_its_digits() -> None:

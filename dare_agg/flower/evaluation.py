@@ -93,7 +93,7 @@ class Evaluation:
 def evaluation_metrics(
     replies: Iterable[Message],
     known: Mapping[int, Client],
-    own: MetricsFn | None,
+    own: MetricsFn,
     key: str,
     max_weight: float,
     weight_bound: float,

@@ -15,20 +15,31 @@ MetricsFn = Callable[[list[RecordDict], str], MetricRecord]
 
 
 def aggregate_metrics(
-    own: MetricsFn | None, contents: Sequence[RecordDict], weights: Sequence[float], key: str
+    own: MetricsFn, contents: Sequence[RecordDict], weights: Sequence[float], key: str
 ) -> MetricRecord | None:
-    """Aggregate the clients' metrics by the app's function, else by `weighted_metrics`.
+    """Aggregate the clients' metrics by the app's function, or by ``weights`` for `mean_metrics`.
 
     The app's function is given the replies' whole contents, as FedAvg's is. None where it fails;
     what clients put there must not end the run.
     """
-    if own is None:
+    if own is mean_metrics:
         return weighted_metrics(contents, weights, key)
     try:
         return own(list(contents), key)
     except Exception as error:
         LOG.warning("metrics were not aggregated: %s: %s", type(error).__name__, error)
         return None
+
+
+def mean_metrics(contents: list[RecordDict], weighted_by_key: str) -> MetricRecord:
+    """The mean of the clients' metrics by what each says it weighs, for an app's own code.
+
+    Raises `KeyError` where one does not say it.
+    """
+    rows = [next(iter(content.metric_records.values())) for content in contents]
+    numbers = [float(cast(float, row[weighted_by_key])) for row in rows]
+    total = math.fsum(numbers)
+    return weighted_metrics(contents, [number / total for number in numbers], weighted_by_key)
 
 
 def weighted_metrics(

@@ -25,7 +25,7 @@ from dare_agg.flower.broadcasting import Broadcasting
 from dare_agg.flower.clients import Client, Clients, Draw
 from dare_agg.flower.evaluation import Evaluation, evaluation_metrics
 from dare_agg.flower.limits import OWN_BYTES, ReplyLimit
-from dare_agg.flower.metrics import MetricsFn
+from dare_agg.flower.metrics import MetricsFn, mean_metrics
 from dare_agg.flower.receiving import Lent, give_back, lend
 from dare_agg.flower.records import ASK_EVALUATE, ASK_TRAIN
 from dare_agg.flower.round_outcome import RoundOutcome
@@ -100,7 +100,7 @@ class RoundStrategy(Strategy):
         self.weighted_by_key = weighted_by_key
         self.arrayrecord_key = arrayrecord_key
         self.configrecord_key = configrecord_key
-        self.evaluate_metrics_aggr_fn = evaluate_metrics_aggr_fn
+        self.evaluate_metrics_aggr_fn = evaluate_metrics_aggr_fn or mean_metrics
         self.run = run
         self.deadline = arguments.seconds("deadline", deadline)
         self.node_timeout = arguments.seconds("node_timeout", node_timeout) or 0.0

@@ -21,7 +21,7 @@ from dare_agg.flower import arguments
 from dare_agg.flower.clients import Client
 from dare_agg.flower.differential_privacy import check_privacy
 from dare_agg.flower.limits import OWN_BYTES
-from dare_agg.flower.metrics import MetricsFn, aggregate_metrics
+from dare_agg.flower.metrics import MetricsFn, aggregate_metrics, mean_metrics
 from dare_agg.flower.open_round import OpenRound
 from dare_agg.flower.receiving import Lent
 from dare_agg.flower.records import ASK_TRAIN, Hello
@@ -178,7 +178,7 @@ class DareStrategy(RoundStrategy):
             reply_room=reply_room,
             round_hook=round_hook,
         )
-        self.train_metrics_aggr_fn = train_metrics_aggr_fn
+        self.train_metrics_aggr_fn = train_metrics_aggr_fn or mean_metrics
         self.min_replies = arguments.count("min_replies", min_replies, least=1)
         self.steps = chain(bound_step, *steps)
         self.noise_watch = NoiseWatch()

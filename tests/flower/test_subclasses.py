@@ -128,6 +128,16 @@ class MergesByItself:
         return record_of(mean), MetricRecord({"clients": len(rows)})
 
 
+class MergesWithTheStrategysFunctions(MergesByItself):
+    """By itself, and the metrics by the function that the strategy was made with, or has."""
+
+    def aggregate_train(self, server_round, replies):
+        replies = list(replies)
+        arrays, _ = super().aggregate_train(server_round, replies)
+        contents = [reply.content for reply in replies]
+        return arrays, self.train_metrics_aggr_fn(contents, self.weighted_by_key)
+
+
 class AsksThree:
     def configure_train(self, server_round, arrays, config, grid):
         messages = super().configure_train(server_round, arrays, config, grid)
@@ -168,7 +178,8 @@ class MakesPlainMessagesForSupers:
 
 HABITS = [
     Looks, LeavesSmallOnesOut, Scales, ReplacesAll, Copies, WeighsAlike, MovesHalfTheWay,
-    KeepsTheOldModelOnce, MergesByItself, AsksThree, TellsEachItsOwn, MakesPlainMessages,
+    KeepsTheOldModelOnce, MergesByItself,
+    MergesWithTheStrategysFunctions, AsksThree, TellsEachItsOwn, MakesPlainMessages,
     MakesPlainMessagesForSupers,
 ]  # fmt: skip
 

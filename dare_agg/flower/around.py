@@ -10,11 +10,12 @@ from __future__ import annotations
 
 import inspect
 import logging
+from collections import Counter
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any
 
 import numpy as np
-from flwr.app import ArrayRecord, ConfigRecord, Message, MetricRecord
+from flwr.app import ArrayRecord, ConfigRecord, Message, MetricRecord, RecordDict
 from flwr.serverapp import Grid
 from flwr.serverapp.strategy import FedAdagrad, FedAdam, FedAvg, FedYogi, Result, Strategy
 
@@ -29,7 +30,7 @@ from dare_agg.flower.transport import to_record
 from dare_agg.flower.wrapped import MOST_ERROR, check_wrapped, compares
 from dare_agg.rounds.noise import error_of
 from dare_agg.rounds.plan import RoundPlan
-from dare_agg.rounds.server import round_weights
+from dare_agg.rounds.server import Rejection, round_weights
 
 LOG = logging.getLogger("flwr")
 # What the wrapped strategy is asked to do, through the methods it had when it was wrapped.
@@ -37,6 +38,10 @@ _STEPS = ("configure_train", "aggregate_train", "configure_evaluate", "aggregate
 # Words of `DareStrategy` that say how to merge: the wrapped strategy's own to say.
 _ARITHMETIC = ("method", "scaling", "options", "weighting", "server_step", "weight_bound", "steps")
 _ADAPTIVE = (FedAdagrad, FedAdam, FedYogi)
+_UNLIKE = (
+    "its records have other names than those of most clients, and Flower's strategies want them "
+    "alike; return the same ArrayRecord and metrics everywhere"
+)
 
 
 def dare(strategy: Strategy, **words: Any) -> DareTransport:
@@ -140,7 +145,7 @@ class DareTransport(DareStrategy):
         if opened is None:
             arrays, metrics = merge(server_round, [])
             return arrays, metrics
-        taken = opened.passed_on(given)
+        taken = self._alike(opened, opened.passed_on(given))
         rejections = opened.inbox.all_rejections()
         if len(taken) < self.min_replies:
             self._count_empty_round(opened, taken, rejections)
@@ -171,21 +176,28 @@ class DareTransport(DareStrategy):
         )
         return self.move(outcome), metrics
 
+    def _alike(self, opened: OpenRound, replies: Sequence[TrainReply]) -> list[TrainReply]:
+        """The replies whose records are like those of most: Flower's strategies raise otherwise."""
+        odd = _odd_ones([reply.content for reply in replies])
+        for place in odd:
+            client = replies[place].accepted.plan.client
+            opened.inbox.reject(replies[place].node, Rejection(client, "malformed", _UNLIKE))
+        return [reply for place, reply in enumerate(replies) if place not in odd]
+
     def _go_on(self, arrays: ArrayRecord) -> None:
         """Bring what was merged to the version that clients will hold."""
         model = self.broadcasting.model
-        dtypes, local = model.groups.dtypes, model.local
+        dtypes, local, counted = model.groups.dtypes, model.local, model.groups.integers
         if set(arrays) != set(dtypes):
             raise LayoutError(
                 f"{type(self.strategy).__name__} returned {len(arrays)} tensors, the global model "
                 f"has {len(dtypes)}; return all of them, by their names"
             )
         # Flower's arithmetic may end in float64; tensors that are each client's own stay.
-        named = {
-            name: local[name] if name in local else arrays[name].numpy().astype(dtype)
-            for name, dtype in dtypes.items()
-        }
-        self.broadcasting.follow(to_record({n: np.asarray(a) for n, a in named.items()}))
+        floats = {n: dtype for n, dtype in dtypes.items() if n not in local and n not in counted}
+        named = {name: arrays[name].numpy().astype(dtype) for name, dtype in floats.items()}
+        own = to_record({n: np.asarray(a) for n, a in {**named, **local}.items()})
+        self.broadcasting.follow(ArrayRecord({n: own.get(n, arrays[n]) for n in dtypes}))
         for name, kept in list(vars(self.strategy).items()):
             if kept is arrays:  # FedAvgM goes on from what it returned
                 setattr(self.strategy, name, self.broadcasting.arrays)
@@ -228,7 +240,15 @@ class DareTransport(DareStrategy):
     ) -> MetricRecord | None:
         """What the wrapped strategy makes of the clients' metrics."""
         self.give_back()
-        metrics: MetricRecord | None = self._steps["aggregate_evaluate"](server_round, replies)
+        given = list(replies)
+        good = [reply for reply in given if not reply.has_error()]
+        odd = _odd_ones([reply.content for reply in good])
+        for place in odd:
+            node = good[place].metadata.src_node_id
+            LOG.warning("evaluation of node %d left out: %s", node, _UNLIKE)
+        left_out = [good[place] for place in odd]
+        kept = [reply for reply in given if not any(reply is other for other in left_out)]
+        metrics: MetricRecord | None = self._steps["aggregate_evaluate"](server_round, kept)
         self.tell_elsewhere(metrics)
         return metrics
 
@@ -273,6 +293,23 @@ def _as_messages(taken: Sequence[TrainReply], given: Sequence[Message]) -> list[
         if not message.has_error():
             found.setdefault(message.metadata.src_node_id, message)
     return [with_content(found[reply.node], reply.content) for reply in taken]
+
+
+def _odd_ones(contents: Sequence[RecordDict]) -> set[int]:
+    """Places of contents whose records have other names or kinds than those of most."""
+    forms = [_form(content) for content in contents]
+    usual = max(forms, key=Counter(forms).__getitem__, default=None)
+    return {place for place, form in enumerate(forms) if form != usual}
+
+
+def _form(content: RecordDict) -> frozenset[object]:
+    """What Flower's strategies want alike: the arrays' record, the metrics and their lengths."""
+    metrics = {
+        (name, key, len(value) if isinstance(value, list) else -1)
+        for name, record in content.metric_records.items()
+        for key, value in record.items()
+    }
+    return frozenset([*content.array_records, *metrics])
 
 
 def _failures(given: Sequence[Message]) -> list[Message]:

@@ -207,6 +207,7 @@ def _with_update(
         delta_max=update.delta_max,
         share_above=update.share_above,
         statistics=names,
+        arrays_key=key if key != order.arrays_key else "",
         signature=signature,
     ).to_record()
     return RecordDict(records)  # type: ignore[arg-type]

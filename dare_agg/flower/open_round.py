@@ -167,7 +167,11 @@ class OpenRound:
         decoded = self._decoded[judged.node] = decoded_arrays(self.model, judged.accepted)
         arrays = ArrayRecord()
         arrays.update(decoded)  # made of a dictionary, it would read them
-        return RecordDict({self.broadcasting.arrays_key: arrays, **judged.content})
+        return RecordDict({self._key_of(judged): arrays, **judged.content})
+
+    def _key_of(self, judged: TrainReply) -> str:
+        """What the arrays of a reply stand under: what its app returned them under."""
+        return judged.receipt.arrays_key or self.broadcasting.arrays_key
 
     # --- and on ----------------------------------------------------------------------------
 
@@ -224,7 +228,8 @@ class OpenRound:
                 content, self.inbox.weighted_by_key, self.inbox.weighting
             )
             accepted = replace(judged.accepted, weight=check_weight(weight, plan.terms.max_weight))
-            record, decoded = self._arrays_of(content), self._decoded[judged.node]
+            record = self._arrays_of(content, self._key_of(judged))
+            decoded = self._decoded[judged.node]
             if not is_untouched(record, decoded):
                 accepted = with_arrays(self.model, accepted, record, decoded)
         except DareError as error:
@@ -232,8 +237,8 @@ class OpenRound:
             return None
         return replace(judged, accepted=accepted, content=content, metrics=metrics)
 
-    def _arrays_of(self, content: RecordDict) -> ArrayRecord:
-        key, records = self.broadcasting.arrays_key, content.array_records
+    def _arrays_of(self, content: RecordDict, key: str) -> ArrayRecord:
+        records = content.array_records
         if key not in records and len(records) == 1:
             key = next(iter(records))
         if key not in records:

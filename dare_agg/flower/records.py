@@ -163,7 +163,8 @@ class Receipt(SameCode):
     """What a client says of the update beside it.
 
     ``plan`` begins the digest of the plan it answers, ``have`` is the version it holds,
-    ``statistics`` names the statistics sent along.
+    ``statistics`` names the statistics sent along, ``arrays_key`` what the app returned its
+    arrays under, where that is not the key they came under.
     """
 
     round: int = whole(-1)
@@ -173,6 +174,7 @@ class Receipt(SameCode):
     delta_max: float = number(math.nan)
     share_above: float = number(math.nan)
     statistics: tuple[str, ...] = texts()
+    arrays_key: str = text(default="")
     signature: bytes = raw(64, b"")
 
     @classmethod

@@ -175,6 +175,34 @@ def test_the_same_in_other_loops(name, loop):
     assert not {"push_messages", "pull_messages"} & set(vars(grid))
 
 
+def test_counters_travel_and_heads_stay():
+    """Integers are a mean without what is no whole; what never leaves a client is the server's."""
+
+    class Counting(FedAvg):
+        def aggregate_train(self, server_round, replies):
+            replies = list(replies)
+            for reply in replies:  # under the key that the app returned them under
+                assert int(reply.content["out"]["steps"].numpy()) == server_round
+            return super().aggregate_train(server_round, replies)
+
+    app = ClientApp(mods=[dare_mod])
+
+    @app.train()
+    def train(msg, context):
+        arrays = numpy_of(msg.content["arrays"])
+        tuned = {n: np.asarray(a + np.ones_like(a)) for n, a in arrays.items()}
+        metrics = MetricRecord({"num-examples": 3 + int(context.node_config["partition-id"])})
+        return Message(RecordDict({"out": record_of(tuned), "m": metrics}), reply_to=msg)
+
+    start = {"w": np.zeros((3, 2), np.float32), "head": np.zeros(2, np.float32)}
+    start["steps"] = np.zeros((), np.int64)
+    strategy = dare(Counting(fraction_evaluate=0.0), exclude=["head"], **DENSE)
+    result = strategy.start(MemoryGrid(app, 3), record_of(start), num_rounds=3)
+    found = numpy_of(result.arrays)
+    assert found["steps"].dtype == np.int64 and int(found["steps"]) == 3
+    assert (found["w"] == 3).all() and (found["head"] == 0).all()
+
+
 def test_failures_and_samples_are_the_strategys_own_to_deal_with(caplog):
     results = []
     for strategy, mods in ((FedAvg(), []), (dare(FedAvg(), **DENSE), [dare_mod])):
@@ -364,6 +392,27 @@ def test_replies_that_do_not_count_are_not_handed_on():
     reasons = {r.client: r.reason for r in strategy.outcome.rejections}
     assert reasons == {1: "weight", 2: "weight", 3: "truncated"}
     assert all(np.isfinite(a).all() for a in numpy_of(result.arrays).values())
+
+
+def test_one_client_with_records_of_its_own_does_not_end_the_run():
+    """Flower's strategies raise where replies are unlike; here the odd one is left out."""
+
+    def tamper(partition, reply):
+        metrics = reply.content.get("metrics")
+        if partition == 1 and metrics:
+            metrics["more"] = 1.0
+        if partition == 2 and metrics:
+            metrics["loss" if UPDATE_KEY in reply.content else "total"] = [0.5] * 9
+        if partition == 3 and UPDATE_KEY in reply.content:
+            reply.content[REPLY_KEY]["arrays-key"] = "elsewhere"
+        return reply
+
+    strategy = dare(FedAvg(), **DENSE)
+    result, _ = run(strategy, [dare_mod], tamper=tamper, rounds=1)
+    reasons = {r.client: r.reason for r in strategy.outcome.rejections}
+    assert reasons == {1: "malformed", 2: "malformed", 3: "malformed"}
+    assert list(result.train_metrics_clientapp[1]) == ["loss", "train_loss"]
+    assert list(result.evaluate_metrics_clientapp[1]) == ["total"]
 
 
 def test_rounds_that_merge_nothing_are_counted():

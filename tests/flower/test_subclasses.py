@@ -569,6 +569,26 @@ def test_errors_of_the_apps_own_making_do_not_count(toys):
     assert reasons(outcome_of(toys, change)) == [(0, "left-out")]
 
 
+def test_arrays_stand_under_the_key_that_the_app_returned_them_under(toys):
+    def rename(msg, context, call_next):
+        reply = call_next(msg, context)
+        if "arrays" in reply.content:
+            reply.content["weights"] = reply.content.pop("arrays")
+        return reply
+
+    class Mine(DareStrategy):
+        def aggregate_train(self, server_round, replies):
+            replies = list(replies)
+            assert all(list(reply.content["weights"]) == list(toys.arrays()) for reply in replies)
+            replies[0].content["weights"]["encoder.bias"] = Array(np.zeros(25, np.float32))
+            return super().aggregate_train(server_round, replies)
+
+    strategy = Mine(seed=1, fraction_evaluate=0.0)
+    grid = MemoryGrid(toys.app([dare_mod, rename]), 3)
+    strategy.start(grid, toys.record(toys.arrays()), num_rounds=1)
+    assert strategy.outcome.measurements["accepted"] == 3
+
+
 def test_another_model_for_a_client_is_refused_before_it_trains(toys):
     class Mine(DareStrategy):
         def configure_train(self, server_round, arrays, config, grid):

@@ -28,6 +28,9 @@ _FUSED = {
         {"gate_proj", "up_proj", "w1", "w3"},
     ),
 }  # fmt: skip
+# What the factors of LoRA are called, by PEFT and by tools for images.
+_FACTORS = (".lora_A.", ".lora_B.", ".lora_down.", ".lora_up.", "lora_embedding_", "_lora.down.",
+            "_lora.up.")  # fmt: skip
 # What config.json calls the number of layers.
 DEPTH = ("num_hidden_layers", "n_layer", "num_layers", "n_layers", "encoder_layers", "depth")
 _WIDTH = (
@@ -91,6 +94,13 @@ def why_it_does_not_fit(found: Difference) -> str:
 
 def _form(found: Difference) -> str:
     """Forms of a file that are not the model's own."""
+    parts = [n for n in found.model.names if any(word in n for word in _FACTORS)]
+    if parts and 2 * len(parts) > len(found.model.names):
+        return (
+            f"an adapter's weights by themselves ({parts[0]!r}); give the folder in which PEFT's "
+            "adapter_config.json stands beside them, or merge them with the tool that made them "
+            "and give the merged model"
+        )
     for name in found.strangers:
         if ".lora_A." in name or ".base_layer." in name:
             return (

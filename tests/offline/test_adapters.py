@@ -306,6 +306,31 @@ def test_what_is_not_merged_is_named(
     assert word in said and "another model" not in said
 
 
+@pytest.mark.parametrize("factor", ["lora_A", "lora_down"])
+def test_weights_without_their_configuration_are_known(
+    base: Path, tmp_path: Path, refused: Callable[..., str], factor: str
+) -> None:
+    adapted(base, tmp_path / "a", {})
+    rename(tmp_path / "a", lambda name: name.replace("lora_A", factor))
+    (tmp_path / "a" / "adapter_config.json").unlink()
+    said = refused(base, tmp_path / "a" / "adapter_model.safetensors")
+    assert "an adapter's weights by themselves" in said and "another model" not in said
+
+
+def test_the_call_of_peft_names_the_folder_of_a_base_that_is_a_file(
+    base: Path, tmp_path: Path, capsys: Any
+) -> None:
+    adapted(base, tmp_path / "a", {})
+    change(tmp_path / "a", peft_type="IA3")
+    alone = shutil.copy(base / "model.safetensors", tmp_path / "alone.safetensors")
+    for file, words in ((base / "model.safetensors", f" {base} {tmp_path / 'a'} "),
+                        (alone, "in a folder with its config.json")):  # fmt: skip
+        status, said = command(
+            capsys, "merge", file, tmp_path / "a", "-o", tmp_path / "out.safetensors"
+        )
+        assert status == 1 and words in said
+
+
 def test_an_adapter_of_another_model_is_said(
     tmp_path: Path, bert: tuple[Path, Path, dict[str, Any]], base: Path,
     refused: Callable[..., str],

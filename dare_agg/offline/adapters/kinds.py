@@ -59,13 +59,19 @@ def check_kind(folder: AdapterFolder, base: Checkpoint) -> None:
 def sent_to_peft(folder: AdapterFolder, base: Checkpoint, why: str) -> CheckpointError:
     """The error of an adapter that PEFT can merge, with the command that does."""
     model = task_class(base, folder.config)
+    place = base.folder or base.path.parent
+    if not (place / "config.json").is_file():
+        return CheckpointError(
+            f"{folder.path} {why}: merge it with peft (merge_and_unload), onto BASE in a folder "
+            "with its config.json, and give the merged model"
+        )
     code = (
         "import sys; from peft import PeftModel; "
         f"from transformers import {model} as M; "
         "m = PeftModel.from_pretrained(M.from_pretrained(sys.argv[1]), sys.argv[2]); "
         "m.merge_and_unload().save_pretrained(sys.argv[3])"
     )
-    words = " ".join(quote(str(part)) for part in (base.path, folder.path, f"{folder.path}-merged"))
+    words = " ".join(quote(str(part)) for part in (place, folder.path, f"{folder.path}-merged"))
     return CheckpointError(
         f'{folder.path} {why}: merge it with peft and give the merged model: python -c "{code}" '
         f"{words}"

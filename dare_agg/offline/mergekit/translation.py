@@ -160,7 +160,11 @@ def _chat_template(document: Document) -> dict[str, str]:
 def _tokenizer(document: Document, base: str, folder: Path) -> dict[str, str]:
     for key in ("tokens", "pad_to_multiple_of"):
         if key in document.tokenizer:
-            raise at_line(document.tokenizer[key].line, f"tokenizer's {key} is not supported")
+            raise at_line(
+                document.tokenizer[key].line,
+                f"tokenizer's {key} is not supported; leave it out: a token has the row of the "
+                "base, else that of the models that know it",
+            )
     source = document.tokenizer.get("source")
     if source is None:
         return {}

@@ -156,6 +156,13 @@ BOMBS: dict[str, tuple[str, str, Callable[[], str | bytes], str, str]] = {
     "a gigantic recipe": (
         "read_recipe(path)", "r.yaml", lambda: "- x\n" * 20_000_000, "ConfigError", "larger than",
     ),
+    "thousands of models of mergekit's": (
+        "read_recipe(path)", "r.yaml",
+        lambda: "merge_method: ties\nmodels:\n" + "".join(
+            f"- model: a/b{i}\n" for i in range(4000)
+        ),
+        "ConfigError", "needs a base_model",
+    ),
     "a deep roster": ("read_roster(path)", "r.json", deep, "StateError", "is no roster"),
     "a deep public key": ("read_public(path)", "a.pub", deep, "StateError", "is no key file"),
     "deep identities": ("read_identities(path)", "i.json", deep, "ConfigError", "cannot be read"),

@@ -11,7 +11,7 @@ import yaml
 
 from dare_agg.errors import ConfigError
 from dare_agg.offline.recipe_file import read_recipe
-from tests.tiny import command, llama, tensors, worst
+from tests.tiny import command, llama, rewrite, tensors, worst
 
 MODELS = """\
 models:
@@ -128,6 +128,20 @@ def test_a_base_that_is_not_listed_is_one_more_where_the_method_knows_none(
     with pytest.raises(ConfigError, match="line 3: weight is missing"):
         said("models:\n  - {model: a, parameters: {weight: 1}}\nbase_model: base\n"
              "merge_method: linear\n")  # fmt: skip
+
+
+def test_models_of_several_dtypes_give_float32(folder: Path) -> None:
+    if not (folder / "half").exists():
+        llama(folder / "half", 4)
+        rewrite(folder / "half", lambda t: {name: value.half() for name, value in t.items()})
+    file = folder / "mixed.yml"
+    text = "models:\n  - {{model: {}}}\n  - {{model: half}}\nmerge_method: karcher\n"
+    file.write_text(text.format("a"))
+    assert read_recipe(file).values["dtype"] == "float32"
+    file.write_text("models:\n  - {model: half}\nmerge_method: karcher\n")
+    assert "dtype" not in read_recipe(file).values
+    file.write_text(text.format("a") + "out_dtype: float16\ndtype: float32\n")
+    assert read_recipe(file).values["dtype"] == "float16"
 
 
 def test_models_are_named_as_on_old_cards_from_the_current_folder_and_the_hub(

@@ -3,14 +3,15 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Mapping
+from collections import Counter
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from dare_agg.checkpoint import open_checkpoint
 from dare_agg.checkpoint.hub import in_cache, located
-from dare_agg.errors import ConfigError, did_you_mean
+from dare_agg.errors import CheckpointError, ConfigError, did_you_mean
 from dare_agg.offline.chat_template import check_template
 from dare_agg.offline.mergekit.casting import Cast, Member, cast_of, idle_settings, member_of
 from dare_agg.offline.mergekit.document import Document, Source, read_document
@@ -94,7 +95,7 @@ def _translated(document: Document, folder: Path) -> Translation:
     ]  # fmt: skip
     # In the order of the file its sums are added, so that their last bits are too.
     values |= {**_plain(said.values), "order": "given"}
-    values |= _dtype(document)
+    values |= _dtype(document, [m.place for cast in casts for m in cast.members])
     values |= _tokenizer(document, donor.place, folder)
     values |= _chat_template(document)
     return Translation(values, tuple(notes))
@@ -119,10 +120,10 @@ def _whole(member: Member) -> bool:
     layers = member.source.layers
     if layers is None:
         return True
-    lies = Path(member.place) if os.path.exists(member.place) else in_cache(member.place)
+    lies = _local(member.place)
     if lies is None:
         return False
-    depths = depth_of_stacks(open_checkpoint(located(lies)).names)
+    depths = depth_of_stacks(open_checkpoint(lies).names)
     return layers == (0, max(depths.values(), default=0))
 
 
@@ -135,7 +136,8 @@ def _path(member: Member, donor: Member, base: Member | None) -> dict[str, str]:
     return {"path": member.place, "adapter": member.adapter}
 
 
-def _dtype(document: Document) -> dict[str, str]:
+def _dtype(document: Document, models: Sequence[str]) -> dict[str, str]:
+    """OUT's dtype: stated, else float32 where the models have several, else their own."""
     for given in (document.out_dtype, document.dtype):
         if given is not None:
             word = str(given.value).removeprefix("torch.")
@@ -144,7 +146,26 @@ def _dtype(document: Document) -> dict[str, str]:
                     given.line, f"dtype {str(given.value)[:40]!r}{did_you_mean(word, _DTYPES)}"
                 )
             return {"dtype": word}
-    return {}
+    found = {_stored_dtype(place) for place in dict.fromkeys(models)} - {None}
+    return {"dtype": "float32"} if len(found) > 1 else {}
+
+
+def _stored_dtype(place: str) -> str | None:
+    """The dtype of most of a model's tensors, where it lies on this machine and can be read."""
+    try:
+        lies = _local(place)
+        tensors = () if lies is None else open_checkpoint(lies).tensors.values()
+    except CheckpointError:
+        # What is wrong with it the merge will say.
+        return None
+    found = Counter(info.dtype for info in tensors if info.is_float)
+    return found.most_common(1)[0][0] if found else None
+
+
+def _local(place: str) -> Path | None:
+    """Where a model lies, unless it had to be downloaded first."""
+    path = Path(place) if os.path.exists(place) else in_cache(place)
+    return None if path is None else located(path)
 
 
 def _chat_template(document: Document) -> dict[str, str]:

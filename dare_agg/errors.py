@@ -17,6 +17,7 @@ REASONS: Mapping[str, str] = {
     "error": "an error of the library",
     "config": "a setting is unknown, out of bounds or contradicts another",
     "layout": "other names or shapes",
+    "tied": "copies of one tensor that training moved apart",
     "base": "another base, version or plan than it was made for",
     "merge": "the models cannot be merged as asked",
     "checkpoint": "a checkpoint cannot be read or written",
@@ -142,6 +143,16 @@ class LayoutError(DareError):
     """Names, shapes or dtypes do not fit the layout."""
 
     reason = "layout"
+
+
+class ApartError(LayoutError):
+    """Copies of one tensor that training moved apart: ``names`` are those that left the first."""
+
+    reason = "tied"
+
+    def __init__(self, message: str, names: Iterable[str] = ()) -> None:
+        super().__init__(message)
+        self.names = tuple(names)
 
 
 class BaseMismatchError(DareError):

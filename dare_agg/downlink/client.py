@@ -41,9 +41,9 @@ _VERSION = re.compile(r"[0-9a-f]{64}")
 class VersionReceiver:
     """The client's half of the version downlink (`dare_agg.downlink.protocol.Receiver`).
 
-    ``base`` names the base of the run, ``dense``, ``exclude`` and ``by_form`` are what its groups
-    were made with, ``client`` tells the clients of one machine apart. Raises `StateError` for a
-    folder in which another user could put something.
+    ``base`` names the base of the run; ``dense``, ``exclude``, ``by_form`` and ``apart`` are what
+    its groups were made with, ``client`` tells the clients of one machine apart. Raises
+    `StateError` for a folder in which another user could put something.
     """
 
     def __init__(
@@ -55,6 +55,7 @@ class VersionReceiver:
         dense: tuple[str, ...] = (),
         exclude: tuple[str, ...] = (),
         by_form: bool = False,
+        apart: tuple[str, ...] = (),
         keep_bytes: int = KEEP_BYTES,
     ) -> None:
         if not _VERSION.fullmatch(base):
@@ -64,7 +65,12 @@ class VersionReceiver:
             # Where it cannot be made, nothing is kept.
             with contextlib.suppress(OSError):
                 own_folder(folder / part, remedy=_REMEDY)
-        self._groups: dict[str, Any] = {"dense": dense, "exclude": exclude, "by_form": by_form}
+        self._groups: dict[str, Any] = {
+            "dense": dense,
+            "exclude": exclude,
+            "by_form": by_form,
+            "apart": apart,
+        }
         owner = hashlib.sha256(client.encode()).hexdigest()[:12]
         self._base_path = folder / "bases" / f"{base}.safetensors"
         self._head_path = folder / "heads" / f"{owner}-{base[:16]}.state"

@@ -24,6 +24,7 @@ class Place:
     dense: tuple[str, ...] = ()
     exclude: tuple[str, ...] = ()
     by_form: bool = False
+    apart: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -59,6 +60,7 @@ WAYS: Mapping[str, Way] = {
             dense=place.dense,
             exclude=place.exclude,
             by_form=place.by_form,
+            apart=place.apart,
         ),
         options=("dense_values", "drop_rate", "keep_bytes"),
         facts=(BASE_VERSION,),

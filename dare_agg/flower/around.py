@@ -118,6 +118,8 @@ class DareTransport(DareStrategy):
     ) -> Iterable[Message]:
         """The wrapped strategy's messages, to be sent with the round's plans."""
         self._open = None
+        if self._part():
+            arrays = self.broadcasting.arrays
         self.broadcasting.adopt(arrays)
         self.train_config = config
         ready = self._ready(grid, server_round, "train")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from dataclasses import dataclass, field
 
 from flwr.app import ArrayRecord, ConfigRecord, Message, RecordDict
@@ -19,14 +20,17 @@ from dare_agg.flower.records import (
 )
 from dare_agg.flower.transport import pack, to_numpy, to_record
 from dare_agg.rounds.plan import RoundPlan
-from dare_agg.vectors.model import GlobalModel, global_model
+from dare_agg.vectors.model import GlobalModel, Groups, global_model
+from dare_agg.vectors.tied import came_apart, sets_of
+
+LOG = logging.getLogger("flwr")
 
 
 @dataclass
 class Broadcasting:
     """Brings the global model to the clients, by ``downlink``.
 
-    ``dense`` and ``exclude`` are the patterns of its groups, ``by_form`` is as in
+    ``dense`` and ``exclude`` are the patterns of its groups, ``by_form`` and ``apart`` are as in
     `dare_agg.vectors.model.split_tensors`; ``arrays_key`` and ``config_key`` the app's own
     records. ``have`` maps a node to the version it holds.
     """
@@ -37,9 +41,11 @@ class Broadcasting:
     arrays_key: str = "arrays"
     config_key: str = "config"
     by_form: bool = True
+    apart: tuple[str, ...] = ()
     have: dict[int, str] = field(default_factory=dict)
     _model: GlobalModel | None = None
     _arrays: ArrayRecord | None = None
+    _moved_apart: set[str] = field(default_factory=set)
     _packed: dict[str, tuple[bytes, ArrayRecord]] = field(default_factory=dict)
 
     @property
@@ -74,6 +80,13 @@ class Broadcasting:
             return False
         model = self.model
         arrays = _in_dtypes(arrays, model)
+        if apart := _apart_in(arrays, model):
+            if self.downlink.facts():
+                raise LayoutError(
+                    f"aggregate_train moved {apart[0]!r} away from its copy in the global model; "
+                    f"name one of them in 'dense', or leave the downlink {self.downlink.name!r}"
+                )
+            self.apart = (*self.apart, *apart)
         given = self._model_of(arrays)
         if given.ref.version == model.ref.version:
             return False
@@ -94,8 +107,43 @@ class Broadcasting:
 
     def _model_of(self, arrays: ArrayRecord) -> GlobalModel:
         return global_model(
-            to_numpy(arrays), dense=self.dense, exclude=self.exclude, by_form=self.by_form
+            to_numpy(arrays),
+            dense=self.dense,
+            exclude=self.exclude,
+            by_form=self.by_form,
+            apart=self.apart,
         )
+
+    def note_apart(self, reply: Message) -> None:
+        """Remember the tied tensors that a client's training moved apart, for `part`."""
+        refusal = read_refusal(reply)
+        if refusal is not None and self._model is not None:
+            self._moved_apart.update(set(refusal.apart) & set(self._model.groups.copies))
+
+    def part(self) -> Groups | None:
+        """Keep apart what some training moved apart, from here on; returns the groups before.
+
+        None where there is nothing to do, or nothing can be done: versions that clients keep are
+        of one base with its groups. The second time, all tied tensors are parted.
+        """
+        names, self._moved_apart = self._moved_apart, set()
+        model = self._model
+        if not names or model is None:
+            return None
+        if self.downlink.facts() and model.ref.version not in self.downlink.facts().values():
+            return None
+        if self.apart:
+            names = set(model.groups.copies)
+        LOG.info(
+            "%s: equal in the model that the run started from, and training moves it from its "
+            "copies: %d tensors are kept apart from now on",
+            min(names),
+            len(names),
+        )
+        self.apart = tuple(sorted({*self.apart, *names}))
+        self._model = self.downlink.start(self._model_of(to_record(model.arrays())))
+        self._arrays = None
+        return model.groups
 
     def move(self, model: GlobalModel) -> None:
         """Go on to the model after a round."""
@@ -111,6 +159,7 @@ class Broadcasting:
             dense=self.dense,
             exclude=self.exclude,
             by_form=self.by_form,
+            apart=self.apart,
             facts=self.downlink.facts(),
             plan=plan,
         )
@@ -163,3 +212,12 @@ def _in_dtypes(arrays: ArrayRecord, model: GlobalModel) -> ArrayRecord:
         if name in model.groups.integers and array.numpy().dtype != dtypes[name]
     }
     return ArrayRecord({**arrays, **to_record(cut)}) if cut else arrays
+
+
+def _apart_in(arrays: ArrayRecord, model: GlobalModel) -> list[str]:
+    """The copies of tied tensors that differ from them here."""
+    return [
+        name
+        for names in sets_of(model.groups.copies).values()
+        for name in came_apart(names, {n: arrays[n].numpy() for n in names if n in arrays})
+    ]

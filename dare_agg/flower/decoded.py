@@ -20,6 +20,7 @@ from dare_agg.rounds.server import Accepted
 from dare_agg.vectors.layout import Entry, FloatVector, Layout, check_finite
 from dare_agg.vectors.model import GlobalModel, Groups
 from dare_agg.vectors.sources import DeltaSource, array_source
+from dare_agg.vectors.tied import came_apart, sets_of
 
 # How Flower calls arrays that NumPy can read.
 _STYPE = Array(np.empty(0, np.float32)).stype
@@ -80,10 +81,11 @@ def decoded_arrays(model: GlobalModel, accepted: Accepted) -> Decoded:
 
     def array(name: str) -> DecodedArray:
         dtype = groups.dtypes[name]
-        if name not in found:
+        own = groups.copies.get(name, name)
+        if own not in found:
             local = model.local[name]
             return DecodedArray(dtype, local.shape, lambda: np.array(local))
-        entry, base, source = found[name]
+        entry, base, source = found[own]
         return DecodedArray(dtype, entry.shape, lambda: _read(entry, base, source, groups))
 
     return {name: array(name) for name in groups.names}
@@ -112,11 +114,12 @@ def with_arrays(
             f"aggregate_train was given an ArrayRecord of {len(record)} tensors, {what}; pass the "
             "client's record on, or one with the model's names"
         )
+    alike = _tied_alike(model, record, decoded)
     deltas = []
     for layout, base, source in _groups(model, accepted):
         delta = np.zeros(layout.size, np.float32)
         for entry in layout.entries:
-            array = record.get(entry.name)
+            array = alike.get(entry.name, record.get(entry.name))
             piece = delta[entry.offset : entry.stop]
             if array is None or not entry.size:
                 continue
@@ -128,6 +131,22 @@ def with_arrays(
         check_finite(layout, delta, "given to aggregate_train")
         deltas.append(array_source(delta))
     return replace(accepted, update=deltas[0], dense=deltas[1] if deltas[1:] else None)
+
+
+def _tied_alike(model: GlobalModel, record: ArrayRecord, decoded: Decoded) -> dict[str, Array]:
+    """What stands for each tied tensor of which something was changed; raises `LayoutError`."""
+    found: dict[str, Array] = {}
+    for first, *copies in sets_of(model.groups.copies).values():
+        given = {name: record[name] for name in (first, *copies) if name in record}
+        if all(array is decoded[name] and array.untouched for name, array in given.items()):
+            continue
+        if apart := came_apart(given, {name: array.numpy() for name, array in given.items()}):
+            raise LayoutError(
+                f"tensor {apart[0]!r}, given to aggregate_train, differs from {next(iter(given))!r}"
+                " and they are one in the global model; change both alike"
+            )
+        found[first] = next(iter(given.values()))
+    return found
 
 
 def _groups(

@@ -173,6 +173,7 @@ def _with_update(
         tuned,
         to_numpy(collected) if isinstance(collected, ArrayRecord) else None,
         by_form=order.by_form,
+        apart=order.apart,
     )
     terms = plan.terms
     local = split_tensors(

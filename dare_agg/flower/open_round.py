@@ -146,6 +146,7 @@ class OpenRound:
         if node not in self._sent_again and self.broadcasting.lost_version(node, reply):
             self._sent_again.add(node)
             return self._anew(sent)
+        self.broadcasting.note_apart(reply)
         strangers = len(self.inbox.strangers)
         self.inbox.take(node, reply)
         judged, rejection = self.inbox.replies.get(node), self.inbox.rejections.get(node)

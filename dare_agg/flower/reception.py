@@ -46,6 +46,7 @@ def open_receiver(order: Order, context: Context) -> Receiver:
         order.dense,
         order.exclude,
         order.by_form,
+        order.apart,
     )
     return WAYS[order.downlink].receive(place, order.facts)
 

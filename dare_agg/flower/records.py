@@ -18,7 +18,14 @@ from flwr.app import ArrayRecord, ConfigRecord, Error, Message, RecordDict
 
 from dare_agg.codec.update import CODEC_VERSION
 from dare_agg.downlink.ways import WAYS
-from dare_agg.errors import REASONS, BaseMismatchError, ConfigError, DareError, UpdateError
+from dare_agg.errors import (
+    REASONS,
+    ApartError,
+    BaseMismatchError,
+    ConfigError,
+    DareError,
+    UpdateError,
+)
 from dare_agg.flower.fields import (
     Record,
     flag,
@@ -92,8 +99,8 @@ class Order(SameCode):
     """What is asked of a client, of which version of the model, and how that comes to it.
 
     ``downlink`` is a row of `dare_agg.downlink.ways.WAYS`, ``facts`` what that says of versions;
-    ``dense``, ``exclude`` and ``by_form`` say the model's groups. To train, ``plan`` says the
-    rest; a secure sum says it in its own record.
+    ``dense``, ``exclude``, ``by_form`` and ``apart`` say the model's groups. To train, ``plan``
+    says the rest; a secure sum says it in its own record.
     """
 
     ask: str = text()
@@ -103,6 +110,7 @@ class Order(SameCode):
     dense: tuple[str, ...] = texts()
     exclude: tuple[str, ...] = texts()
     by_form: bool = flag()
+    apart: tuple[str, ...] = texts()
     facts: Mapping[str, str] = field(default_factory=dict)
     plan: RoundPlan | None = None
 
@@ -214,20 +222,23 @@ class Held(Record):
 class Refusal(Record):
     """Why a client does not do what it was asked: a row of `dare_agg.errors.REASONS`.
 
-    ``lost`` says that it cannot make the version from what it was sent, and from ``have`` could.
+    ``lost`` says that it cannot make the version from what it was sent, and from ``have`` could;
+    ``apart`` names tied tensors that its training moved apart.
     """
 
     reason: str = text(word="refused")
     detail: str = text(default="")
     lost: bool = flag()
     have: str = text(VERSION, "")
+    apart: tuple[str, ...] = texts()
 
     @classmethod
     def of(cls, error: DareError, have: str = "") -> Self:
         """The refusal that an error becomes, of a client that holds ``have``."""
         lost = isinstance(error, BaseMismatchError)
         held = have if lost else ""
-        return cls(reason=error.reason, detail=one_line(error), lost=lost, have=held)
+        apart = error.names if isinstance(error, ApartError) else ()
+        return cls(reason=error.reason, detail=one_line(error), lost=lost, have=held, apart=apart)
 
     @classmethod
     def read(cls, record: Mapping[str, Any]) -> Self | None:

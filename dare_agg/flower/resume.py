@@ -30,6 +30,7 @@ from dare_agg.vectors.model import global_model
 LOG = logging.getLogger("flwr")
 # How tensors were grouped: states of before say nothing (`split_tensors`).
 _BY_FORM = "grouped-by-form"
+_APART = "tensors-apart"
 
 
 @dataclass(frozen=True)
@@ -61,7 +62,12 @@ def save(
             outcome.round,
             outcome.model,
             outcome.step_state,
-            {**(facts or {}), "secret": strategy.secret.hex(), _BY_FORM: groups.by_form},
+            {
+                **(facts or {}),
+                "secret": strategy.secret.hex(),
+                _BY_FORM: groups.by_form,
+                _APART: list(groups.apart),
+            },
             strategy.downlink,
         )
     )
@@ -81,9 +87,14 @@ def resume(strategy: RoundStrategy, folder: StateFolder) -> Resumed | None:
         return None
     terms = strategy.settings.terms
     by_form = bool(state.facts.get(_BY_FORM, False))
-    strategy.broadcasting.by_form = by_form
+    apart = tuple(map(str, state.facts.get(_APART, ())))
+    strategy.broadcasting.by_form, strategy.broadcasting.apart = by_form, apart
     base = global_model(
-        folder.load_base(), dense=terms.dense, exclude=terms.exclude, by_form=by_form
+        folder.load_base(),
+        dense=terms.dense,
+        exclude=terms.exclude,
+        by_form=by_form,
+        apart=apart,
     )
     model = unpack_model(state, base, strategy.downlink)
     strategy.secret = state.raw("secret")

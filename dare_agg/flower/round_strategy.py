@@ -31,6 +31,7 @@ from dare_agg.flower.records import ASK_EVALUATE, ASK_TRAIN
 from dare_agg.flower.round_outcome import RoundOutcome
 from dare_agg.rounds.settings import FederatedSettings
 from dare_agg.rounds.step import StepState
+from dare_agg.vectors.model import Groups
 
 LOG = logging.getLogger("flwr")
 # What is wrong with an app or its settings rather than with a round: FedAvg too ends a run there.
@@ -222,9 +223,21 @@ class RoundStrategy(Strategy):
 
         An override may have changed the merged arrays, or kept those before the round.
         """
-        if self.broadcasting.follow(arrays) and self.outcome is not None:
-            self.outcome = replace(self.outcome, model=self.broadcasting.model)
+        before = self.broadcasting.model.groups
+        if self.broadcasting.follow(arrays):
+            self.relay(before)
+            if self.outcome is not None:
+                self.outcome = replace(
+                    self.outcome, model=self.broadcasting.model, step_state=self.step_state
+                )
         return self.broadcasting.arrays
+
+    def relay(self, before: Groups) -> None:
+        """Lay the step's vectors out as the model is, where tied tensors came apart."""
+        groups = self.broadcasting.model.groups
+        if groups.layout != before.layout and groups.names == before.names:
+            vectors = {n: groups.relaid(v, before) for n, v in self.step_state.vectors.items()}
+            self.step_state = replace(self.step_state, vectors=vectors)
 
     @abstractmethod
     def train_round(

@@ -227,6 +227,9 @@ class DareStrategy(RoundStrategy):
         opened = self._opened_for(messages, number, arrays, grid)
         self.give_back()
         replies = opened.receive(grid, messages, limit)
+        if self._part():
+            LOG.info("round %d: the clients are asked once more", number)
+            return self.train_round(number, self.broadcasting.arrays, config, grid, limit)
         merged, metrics = self.aggregate_train(number, replies)
         if self._open is not None:
             self._note_merged_elsewhere(self._open, merged is not None)
@@ -239,6 +242,8 @@ class DareStrategy(RoundStrategy):
         self._open = None
         if self.fraction_train == 0.0:
             return []
+        if self._part():
+            arrays = self.broadcasting.arrays
         self.broadcasting.adopt(arrays)
         chosen = self.choose(grid, ASK_TRAIN, server_round)
         self._open = opened = self._open_round(server_round, chosen)
@@ -256,6 +261,13 @@ class DareStrategy(RoundStrategy):
             return opened.ready(message) if opened.is_ours(message) else None
 
         self.lend(Lent(grid, ready, opened.take, opened.room, self.deadline))
+
+    def _part(self) -> bool:
+        """Keep apart the tied tensors that clients found apart; returns whether there were any."""
+        before = self.broadcasting.part()
+        if before is not None:
+            self.relay(before)
+        return before is not None
 
     def _open_round(self, number: int, chosen: Sequence[Client]) -> OpenRound:
         """A round of these clients, with a plan for each."""

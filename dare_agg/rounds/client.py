@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Iterable
 from dataclasses import dataclass
 
 import numpy as np
@@ -50,20 +51,23 @@ def make_client_update(
     statistics: Statistics | None = None,
     *,
     by_form: bool = False,
+    apart: Iterable[str] = (),
 ) -> ClientUpdate:
     """Turn trained arrays (and statistics of them) into the update the plan asks for.
 
     ``base`` are the arrays the training started from, ``tuned`` what it returned: all of them,
-    or a part (`returned_tensors`). ``by_form`` is as in `split_tensors`.
+    or a part (`returned_tensors`). ``by_form`` and ``apart`` are as in
+    `split_tensors`.
 
     Raises `UpdateError` for a plan of another codec or package, `BaseMismatchError` when
     ``base`` is not the state the plan names, `LayoutError` for unknown or reshaped tensors,
+    `ApartError` for tied ones that are tied no more,
     `NonFiniteError` when training produced a NaN or an infinity.
     """
     check_same_code(plan.codec, plan.package, "the round plan", "this client")
-    model = model_of_plan(plan, base, by_form=by_form)
+    model = model_of_plan(plan, base, by_form=by_form, apart=apart)
     groups = model.groups
-    tuned = {**base, **returned_tensors(base, tuned, plan.terms.exclude)}
+    tuned = groups.completed(base, returned_tensors(base, tuned, plan.terms.exclude))
     tuned_delta = groups.layout.flatten(tuned)
     check_finite(groups.layout, tuned_delta, "after training")
     norm, largest, above = _measure(model.delta, tuned_delta)
@@ -75,17 +79,25 @@ def make_client_update(
         dense_blob = encode_update(dense_spec, (model.dense, tuned_dense))
     encoded = None
     if plan.terms.statistics:
-        encoded = encode_statistics(plan, groups.layout, statistics or {})
+        found = dict(statistics or {})
+        for copy, first in groups.copies.items():
+            if copy in found:
+                found.setdefault(first, found.pop(copy))
+        encoded = encode_statistics(plan, groups.layout, found)
     return ClientUpdate(blob, dense_blob, norm, largest, above, encoded)
 
 
-def model_of_plan(plan: RoundPlan, arrays: Arrays, *, by_form: bool = False) -> GlobalModel:
+def model_of_plan(
+    plan: RoundPlan, arrays: Arrays, *, by_form: bool = False, apart: Iterable[str] = ()
+) -> GlobalModel:
     """Read ``arrays`` as the state of the global model that the plan names, and check it.
 
     Raises `LayoutError` (other tensors) or `BaseMismatchError` (other values).
     """
     terms = plan.terms
-    model = global_model(arrays, dense=terms.dense, exclude=terms.exclude, by_form=by_form)
+    model = global_model(
+        arrays, dense=terms.dense, exclude=terms.exclude, by_form=by_form, apart=apart
+    )
     for what, ours, asked in (
         ("delta", model.groups.layout.fingerprint, plan.model.layout),
         ("dense", model.ref.dense_layout, plan.model.dense_layout),

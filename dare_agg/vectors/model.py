@@ -11,14 +11,14 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from functools import cached_property
 from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
-from dare_agg.errors import LayoutError
+from dare_agg.errors import ApartError, LayoutError
 from dare_agg.vectors.forms import (
     INTEGERS_BELOW,
     INTEGERS_IN,
@@ -29,6 +29,7 @@ from dare_agg.vectors.forms import (
 )
 from dare_agg.vectors.layout import FloatVector, Layout, fingerprint, layout_of
 from dare_agg.vectors.patterns import compile_patterns, matches
+from dare_agg.vectors.tied import came_apart, sets_of, tied_tensors
 
 Arrays = Mapping[str, NDArray[np.generic]]
 
@@ -38,18 +39,51 @@ _SLACK = 1e-3
 
 @dataclass(frozen=True)
 class Groups:
-    """Which tensor belongs where: two layouts and the local names, in model order."""
+    """Which tensor belongs where: two layouts and the local names, in model order.
+
+    ``copies`` are names of tied tensors, and the name in a layout that each is a copy of.
+    """
 
     layout: Layout
     dense_layout: Layout
     local: tuple[str, ...]
     names: tuple[str, ...]
     dtypes: Mapping[str, np.dtype]
+    copies: Mapping[str, str] = field(default_factory=dict)
 
     @cached_property
     def integers(self) -> tuple[str, ...]:
         """Names of the dense group's tensors that are integers."""
         return tuple(n for n in self.dense_layout.names if self.dtypes[n].kind in "iu")
+
+    def completed(self, base: Arrays, returned: Arrays) -> dict[str, NDArray[np.generic]]:
+        """All tensors after training: those returned, and of ``base`` those that were not.
+
+        Raises `ApartError` for copies of a tied tensor that differ.
+        """
+        tuned = {**base, **returned}
+        for first, names in sets_of(self.copies).items():
+            if apart := came_apart(names, returned):
+                there = next(name for name in names if name in returned)
+                raise ApartError(
+                    f"tensors {there!r} and {apart[0]!r} are one in the global model, and training "
+                    "moved them apart; name one of them in 'dense' to keep them two",
+                    [
+                        n
+                        for each in sets_of(self.copies).values()
+                        for n in came_apart(each, returned)
+                    ],
+                )
+            for name in names:
+                if name in returned:
+                    tuned[first] = returned[name]
+        return tuned
+
+    def relaid(self, vector: FloatVector, before: Groups) -> FloatVector:
+        """A vector over another layout of the same tensors, over this one."""
+        named = before.layout.unflatten(vector)
+        named.update({copy: named[f] for copy, f in before.copies.items() if f in named})
+        return self.layout.flatten(named)
 
     def into_vector(self, name: str, array: NDArray[Any]) -> NDArray[Any]:
         """A tensor's numbers as they stand in the group's vector: an integer n as n/4096.
@@ -82,13 +116,15 @@ def split_tensors(
     dense: Iterable[str] = (),
     exclude: Iterable[str] = (),
     by_form: bool = False,
+    apart: Iterable[str] = (),
 ) -> Groups:
     """Sort a model's tensors into groups by name, kind and form.
 
     ``dense`` and ``exclude`` are regular expressions searched in each name; ``exclude``
     wins. Tensors that are not floating point are local, torch's running statistics are dense.
     With ``by_form`` so are statistics and counters of all kinds (`dare_agg.vectors.forms`), and
-    integers that ``dense`` names; without, groups are those of runs that began before there was it.
+    integers that ``dense`` names, and tied tensors but those of ``apart`` are one; without, groups
+    are those of runs that began before there was it.
     Raises `LayoutError` when nothing is left for the delta group.
     """
     exclude_patterns = compile_patterns(exclude)
@@ -110,7 +146,21 @@ def split_tensors(
             dense_shapes[name] = array.shape
         else:
             local.append(name)
+    copies: dict[str, str] = {}
+    for shapes in (delta_shapes, dense_shapes) if by_form else ():
+        may_be_tied = {n: arrays[n] for n in shapes.keys() - set(apart) if n in floats}
+        copies |= tied_tensors(may_be_tied)
+    for copy in copies:
+        delta_shapes.pop(copy, None)
+        dense_shapes.pop(copy, None)
     layout = layout_of(delta_shapes)
+    if layout.size == 0 and arrays and not any(a.dtype.kind == "f" for a in arrays.values()):
+        kinds = sorted({str(array.dtype) for array in arrays.values()})
+        raise LayoutError(
+            f"all {len(arrays)} tensors are {' and '.join(kinds)}, as the bytes of trees or of a "
+            "packed model are; a delta is of floating-point weights: send these, or use Flower's "
+            "own strategy"
+        )
     if layout.size == 0:
         raise LayoutError(
             f"none of {len(arrays)} tensors is left for the delta group; narrow 'exclude' "
@@ -122,6 +172,7 @@ def split_tensors(
         tuple(local),
         tuple(arrays),
         {name: array.dtype for name, array in arrays.items()},
+        copies,
     )
 
 
@@ -152,12 +203,14 @@ class GlobalModel:
     def arrays(self) -> dict[str, NDArray[np.generic]]:
         """Return the model's tensors by name, in their order and dtypes.
 
-        float32 tensors are views of the vectors: copy before changing them.
+        Tied tensors are one array under each name, float32 tensors are views of the vectors:
+        copy before changing them.
         """
         named = dict(self.local)
         named.update(self.groups.layout.unflatten(self.delta, self.groups.dtypes))
         pieces = self.groups.dense_layout.unflatten(self.dense)
         named.update({n: self.groups.from_vector(n, piece) for n, piece in pieces.items()})
+        named.update({copy: named[first] for copy, first in self.groups.copies.items()})
         return {name: named[name] for name in self.groups.names}
 
     def moved(self, step: FloatVector, dense_step: FloatVector | None) -> GlobalModel:
@@ -192,6 +245,7 @@ def global_model(
     dense: Iterable[str] = (),
     exclude: Iterable[str] = (),
     by_form: bool = False,
+    apart: Iterable[str] = (),
 ) -> GlobalModel:
     """Make the global model from named arrays (a copy), in the groups of `split_tensors`.
 
@@ -200,7 +254,7 @@ def global_model(
     >>> model.groups.layout.names, model.groups.local
     (('w',), ('head',))
     """
-    groups = split_tensors(arrays, dense=dense, exclude=exclude, by_form=by_form)
+    groups = split_tensors(arrays, dense=dense, exclude=exclude, by_form=by_form, apart=apart)
     return GlobalModel(
         groups,
         groups.layout.flatten(arrays),

@@ -86,6 +86,11 @@ def test_version_names_both_groups():
     assert other.ref.base == model.ref.base and other.ref.version != model.ref.version
 
 
+def test_a_model_of_bytes_is_said_to_be_one():
+    with pytest.raises(LayoutError, match="all 1 tensors are uint8"):
+        global_model({"0": np.frombuffer(b"trees", np.uint8)}, by_form=True)
+
+
 def test_nothing_left_for_the_delta_group_is_an_error():
     with pytest.raises(LayoutError, match="narrow 'exclude'"):
         global_model(arrays(), exclude=["."])

@@ -256,6 +256,7 @@ def _train(
             dense=terms.dense_patterns,
             exclude=terms.exclude,
             by_form=order.by_form,
+            apart=order.apart,
         )
         policy = node_policy(ctxt, *names_of(model.ref))
         party.check(request.terms, policy)
@@ -267,7 +268,8 @@ def _train(
             raise DareError(f"the training code failed: {reply.error.reason}")
         trained = to_numpy(trained_record(reply.content, order.arrays_key)[1])
         own_arrays = {name: array.numpy() for name, array in own.items()}
-        tuned = {**arrays, **own_arrays, **returned_tensors(arrays, trained, terms.exclude)}
+        returned = returned_tensors(arrays, trained, terms.exclude)
+        tuned = model.groups.completed({**arrays, **own_arrays}, returned)
         examples = _examples(reply.content, request.weighted_by_key)
         contribution = _contribution(model, tuned, examples)
         advert = party.advertise(request.terms, policy, contribution)

@@ -49,15 +49,23 @@ def note_failure(folder: Path, status: str, detail: str) -> None:
     note(folder, INTERRUPTED if stopped else FAILED, detail or status, {})
 
 
-# What Flower's processes put before what an app raised.
+# What Flower's processes put before what an app raised, and where its simulation says what ended
+# it when no app did: its own last word is that there was an error.
 _FLOWERS = re.compile(r"(?:\w+ )+failed with exception: ")
+_NO_CAUSE = "An error was encountered. Ending simulation."
+_CAUSE = re.compile(r"^ERROR\s*:\s*An exception occurr?ed ?!! (.*)", re.MULTILINE)
 
 
-def failure(detail: str, now: Mapping[str, Any], before: Mapping[str, Any]) -> str:
-    """Why a run failed: its own word, else Flower's ``detail``.
+def failure(detail: str, now: Mapping[str, Any], before: Mapping[str, Any], log: Path) -> str:
+    """Why a run failed: its own word, else Flower's ``detail``, or what the log has for it.
 
     ``now`` and ``before`` are what run.json says and said; a run that did not come to write it
     has no word there.
     """
     own = now.get("error") if now.get("token") != before.get("token") else None
-    return plain_line(str(own or _FLOWERS.sub("", detail, count=1)))
+    said = str(own or _FLOWERS.sub("", detail, count=1))
+    if said == _NO_CAUSE:
+        with contextlib.suppress(OSError):
+            causes = _CAUSE.findall(log.read_text(encoding="utf-8", errors="replace"))
+            said = next((one for one in reversed(causes) if "crashed" not in one), said)
+    return plain_line(said)

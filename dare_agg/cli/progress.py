@@ -22,8 +22,8 @@ if TYPE_CHECKING:
 _INFO = r"INFO[\s:]*"
 _ROUND = re.compile(_INFO + r"\[ROUND (\d+)/(\d+)\]\s*$")
 _WARNING = re.compile(r"WARNING\s*:\s*(\S.*)")
-# What Flower warns of in every run.
-_USUAL = ("Since flwr ",)
+# What Flower warns of in every run, and in every one that fails.
+_USUAL = ("Since flwr ", "Stopping Simulation Runtime")
 _WAITING = re.compile(_INFO + r"(waiting for clients \([\w ,]+\))\s*$")
 
 

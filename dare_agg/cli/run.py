@@ -100,7 +100,7 @@ def run(
     except RunError as error:
         raise RunError(f"{error}; log: {log}") from error
     if not status.ok:
-        why = failure(status.detail or status.status, run_state(folder), before)
+        why = failure(status.detail or status.status, run_state(folder), before, log)
         note_failure(folder, status.status, status.detail)
         raise RunError(f"run {status.run_id} failed: {why}; log: {log}")
     rows = load_rows(folder)

@@ -142,13 +142,23 @@ def test_a_warning_is_shown_once_and_errors_are_left_to_the_end(
     assert capsys.readouterr().err.splitlines() == ["round 1 of 2 …", long]
 
 
-def test_the_word_of_the_run_itself_goes_before_flowers() -> None:
+def test_the_word_of_the_run_itself_goes_before_flowers(tmp_path: Path) -> None:
+    log = tmp_path / "run.log"
     flowers = "Simulation failed with exception: no rows"
-    assert failure(flowers, {}, {}) == "no rows"
-    assert failure(flowers, {"token": "a", "error": "a file"}, {}) == "a file"
+    assert failure(flowers, {}, {}, log) == "no rows"
+    assert failure(flowers, {"token": "a", "error": "a file"}, {}, log) == "a file"
     # That of a run before, which this one did not come to replace.
     stale = {"token": "a", "error": "a file"}
-    assert failure(flowers, stale, stale) == "no rows"
+    assert failure(flowers, stale, stale, log) == "no rows"
+    # Where no app raised, Flower says only that something did: the log has it.
+    none = "Simulation failed with exception: An error was encountered. Ending simulation."
+    assert failure(none, {}, {}, log) == "An error was encountered. Ending simulation."
+    log.write_text(
+        "ERROR :     An exception occured!! The current node timed out during startup.\n"
+        "ERROR :     Traceback (most recent call last):\n"
+        "ERROR :     An exception occurred !! Simulation Runtime crashed.\n"
+    )
+    assert failure(none, {}, {}, log) == "The current node timed out during startup."
 
 
 def test_messages_move_no_terminal() -> None:

@@ -6,6 +6,7 @@ import contextlib
 import os
 import time
 from collections.abc import Callable, Mapping
+from importlib.util import find_spec
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
@@ -139,6 +140,7 @@ def execute(
     All is checked before the folder is touched and Flower starts: a `DareError` until then
     leaves the folder as it was.
     """
+    _need("flwr" if federation else "ray")
     source = find_app(app)
     usual = app_defaults(source)
     check_words(overrides, usual, absent_words(source))
@@ -187,6 +189,12 @@ def execute(
             os.environ.update(practice_consortium(folder / "keys", simulated, _models(settings)))
         federation_config = {"num-supernodes": simulated, "client-resources-num-cpus": cpus}
         return _simulated(source, home, settings, federation_config, on_line)
+
+
+def _need(package: str) -> None:
+    """Raise `ModuleNotFoundError` for what is not installed, without the time of importing it."""
+    if find_spec(package) is None:
+        raise ModuleNotFoundError(f"no module named {package}", name=package)
 
 
 def _deployed(

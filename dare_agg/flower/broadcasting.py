@@ -46,6 +46,7 @@ class Broadcasting:
     _model: GlobalModel | None = None
     _arrays: ArrayRecord | None = None
     _moved_apart: set[str] = field(default_factory=set)
+    _as_made: list[tuple[str, bytes]] = field(default_factory=list)
     _packed: dict[str, tuple[bytes, ArrayRecord]] = field(default_factory=dict)
 
     @property
@@ -58,17 +59,18 @@ class Broadcasting:
     def arrays(self) -> ArrayRecord:
         """The newest version as Flower's arrays, made once."""
         if self._arrays is None:
-            self._arrays = to_record(self.model.arrays())
+            self._keep(to_record(self.model.arrays()))
+            assert self._arrays is not None
         return self._arrays
 
     def adopt(self, arrays: ArrayRecord) -> None:
-        """Take over arrays that are not the ones made here."""
-        if self._model is not None and arrays is self._arrays:
+        """Take over arrays that are not the ones made here, or no longer as they were made."""
+        if self._model is not None and self._is_newest(arrays):
             return
         given = self._model_of(arrays)
         self._model = self.downlink.start(given)
         # A downlink may have rounded the model: then its arrays are not the given ones.
-        self._arrays = arrays if self._model is given else None
+        self._keep(arrays if self._model is given else None)
 
     def follow(self, arrays: ArrayRecord) -> bool:
         """Go on within a run from arrays that may be others than those of the newest version.
@@ -76,7 +78,7 @@ class Broadcasting:
         Returns whether they are. A downlink that keeps versions brings them as a step of its own,
         as close to them as its form comes.
         """
-        if arrays is self._arrays:
+        if self._is_newest(arrays):
             return False
         model = self.model
         arrays = _in_dtypes(arrays, model)
@@ -91,7 +93,8 @@ class Broadcasting:
         if given.ref.version == model.ref.version:
             return False
         if not self.downlink.facts():
-            self._model, self._arrays = given, arrays
+            self._model = given
+            self._keep(arrays)
         elif given.groups == model.groups:
             self.move(
                 self.downlink.advance(
@@ -104,6 +107,20 @@ class Broadcasting:
                 f"{self.downlink.name!r} brings changes of one model: return all of its tensors"
             )
         return True
+
+    def _keep(self, arrays: ArrayRecord | None) -> None:
+        self._arrays = arrays
+        self._as_made = _parts(arrays) if arrays is not None else []
+
+    def _is_newest(self, arrays: ArrayRecord) -> bool:
+        """Whether this is the newest version's record, and the app has put nothing else into it."""
+        return arrays is self._arrays and (
+            len(arrays) == len(self._as_made)
+            and all(
+                name == made and data is as_made
+                for (name, data), (made, as_made) in zip(_parts(arrays), self._as_made, strict=True)
+            )
+        )
 
     def _model_of(self, arrays: ArrayRecord) -> GlobalModel:
         return global_model(
@@ -142,12 +159,13 @@ class Broadcasting:
         )
         self.apart = tuple(sorted({*self.apart, *names}))
         self._model = self.downlink.start(self._model_of(to_record(model.arrays())))
-        self._arrays = None
+        self._keep(None)
         return model.groups
 
     def move(self, model: GlobalModel) -> None:
         """Go on to the model after a round."""
-        self._model, self._arrays = model, None
+        self._model = model
+        self._keep(None)
 
     def order(self, ask: str, plan: RoundPlan | None = None) -> Order:
         """What is asked of a client, with the newest version."""
@@ -201,6 +219,10 @@ class Broadcasting:
         # Named again, it cannot be what the client lacks.
         self.have[node] = "" if refusal.have == self.have[node] else refusal.have
         return True
+
+
+def _parts(arrays: ArrayRecord) -> list[tuple[str, bytes]]:
+    return [(name, array.data) for name, array in arrays.items()]
 
 
 def _in_dtypes(arrays: ArrayRecord, model: GlobalModel) -> ArrayRecord:

@@ -45,31 +45,39 @@ def mean_metrics(contents: list[RecordDict], weighted_by_key: str) -> MetricReco
 def weighted_metrics(
     records: Sequence[RecordDict], weights: Sequence[float], weighted_by_key: str
 ) -> MetricRecord:
-    """Weighted mean of every metric that all records have as a finite number.
+    """Weighted mean of every metric that all records have as a finite number, in their order.
 
     The weight itself is left out, as Flower's FedAvg does.
 
     Lists of one length are averaged element by element. Anything else a client may have put
-    there is left out.
+    there is left out; numbers that are not finite are left out with a warning.
     """
-    rows = [next(iter(record.metric_records.values()), MetricRecord()) for record in records]
+    rows = [_metrics(record) for record in records]
     result = MetricRecord()
-    if not rows:
-        return result
-    for key in sorted(set(rows[0]).intersection(*rows[1:])):
+    wild: list[str] = []
+    for key in rows[0] if rows else ():
+        if not all(key in row for row in rows):
+            continue
         if key == weighted_by_key or len(key) > 128 or not key.isprintable():
             continue
         values = [row[key] for row in rows]
-        if all(isinstance(value, int | float) and math.isfinite(value) for value in values):
-            pairs = zip(cast(list[float], values), weights, strict=True)
-            result[key] = math.fsum(value * weight for value, weight in pairs)
-        elif all(isinstance(value, list) for value in values):
-            lists = cast(list[list[float]], values)
-            if len({len(item) for item in lists}) == 1 and all(
-                math.isfinite(number) for item in lists for number in item
-            ):
-                result[key] = [
-                    math.fsum(v * w for v, w in zip(column, weights, strict=True))
-                    for column in zip(*lists, strict=True)
-                ]
+        lists = [value if isinstance(value, list) else [value] for value in values]
+        if len({len(value) if isinstance(value, list) else None for value in values}) != 1:
+            continue
+        if not all(math.isfinite(number) for numbers in lists for number in numbers):
+            wild.append(key)
+            continue
+        means = [
+            math.fsum(value * weight for value, weight in zip(column, weights, strict=True))
+            for column in zip(*lists, strict=True)
+        ]
+        result[key] = means if isinstance(values[0], list) else means[0]
+    if wild:
+        LOG.warning(
+            "metrics left out, since not every client's are finite numbers: %s", ", ".join(wild[:9])
+        )
     return result
+
+
+def _metrics(record: RecordDict) -> MetricRecord:
+    return next(iter(record.metric_records.values()), MetricRecord())

@@ -22,7 +22,7 @@ from flwr.app import (
 
 from dare_agg.deploy.identities import load_identity
 from dare_agg.downlink.protocol import Receiver
-from dare_agg.errors import DareError, UpdateError
+from dare_agg.errors import BaseMismatchError, DareError, UpdateError
 from dare_agg.flower.app_records import (
     changed_integers,
     content_for_app,
@@ -52,9 +52,13 @@ from dare_agg.flower.transport import pack, to_numpy
 from dare_agg.rounds.client import make_client_update
 from dare_agg.rounds.signing import reply_digest
 from dare_agg.vectors.model import split_tensors
-from dare_agg.vectors.returned import returned_tensors
+from dare_agg.vectors.returned import in_shape_of, returned_tensors
 
 LOG = logging.getLogger("flwr")
+_CHANGED = BaseMismatchError(
+    "the arrays that reached dare_mod are not those that the server sent: a mod in front of it "
+    "changed them; put it behind: ClientApp(mods=[dare_mod, other_mod])"
+)
 
 
 def dare_mod(msg: Message, ctxt: Context, call_next: ClientAppCallable) -> Message:
@@ -68,6 +72,7 @@ def dare_mod(msg: Message, ctxt: Context, call_next: ClientAppCallable) -> Messa
     if record is None:
         return call_next(msg, ctxt)
     receiver: Receiver | None = None
+    came_whole = False
     try:
         order = Order.read(record)
         receiver = open_receiver(order, ctxt)
@@ -76,6 +81,7 @@ def dare_mod(msg: Message, ctxt: Context, call_next: ClientAppCallable) -> Messa
             return _answer(msg, _hello(receiver, ctxt), MetricRecord())
         base = receive_base(msg.content, order, receiver)
         arrays = {**base, **kept_local(ctxt)}
+        came_whole = order.arrays_key in msg.content
         msg.content = content_for_app(msg.content, order.arrays_key, arrays)
     except DareError as error:
         return _answer(msg, _refusal(error, receiver))
@@ -90,6 +96,8 @@ def dare_mod(msg: Message, ctxt: Context, call_next: ClientAppCallable) -> Messa
         else:
             reply.content = without_model(reply.content, order.arrays_key, held)
             reply.content[REPLY_KEY] = Held(have=receiver.have()).to_record()
+    except BaseMismatchError as error:
+        return _answer(msg, _refusal(_CHANGED if came_whole else error, receiver))
     except DareError as error:
         return _answer(msg, _refusal(error, receiver))
     return reply
@@ -158,7 +166,7 @@ def _with_update(
     """Replace the trained arrays under ``key`` by the update; every other record stays."""
     plan = order.plan
     assert plan is not None
-    tuned = returned_tensors(base, to_numpy(trained), plan.terms.exclude)
+    returned = returned_tensors(base, to_numpy(trained), plan.terms.exclude)
     collected = content.get(STATISTICS_KEY)
     if plan.terms.statistics and not isinstance(collected, ArrayRecord):
         raise UpdateError(
@@ -167,6 +175,7 @@ def _with_update(
             reason="statistics",
         )
     base_arrays = {name: array.numpy() for name, array in base.items()}
+    tuned = in_shape_of(base_arrays, returned)
     update = make_client_update(
         plan,
         base_arrays,

@@ -376,3 +376,25 @@ class RoundStrategy(Strategy):
         self._told = self.outcome
         if stop:
             LOG.warning("round_hook asks to stop, and this loop does not: call this class's start")
+
+    # --- what subclasses of FedAvg call ----------------------------------------------------
+
+    def _construct_messages(
+        self, record: RecordDict, node_ids: list[int], message_type: str
+    ) -> Iterable[Message]:
+        """One message of this content for each node."""
+        return [Message(record, node, message_type) for node in node_ids]
+
+    def _check_and_log_replies(
+        self, replies: Iterable[Message], is_train: bool, validate: bool = True
+    ) -> tuple[list[Message], list[Message]]:
+        """The replies with content, and the errors, which are logged; both are judged already."""
+        every = list(replies)
+        valid = [reply for reply in every if not reply.has_error()]
+        errors = [reply for reply in every if reply.has_error()]
+        where = "aggregate_train" if is_train else "aggregate_evaluate"
+        LOG.info("%s: Received %d results and %d failures", where, len(valid), len(errors))
+        for reply in errors:
+            node, why = reply.metadata.src_node_id, reply.error.reason
+            LOG.info("\t> Received error in reply from node %d: %s", node, why)
+        return valid, errors

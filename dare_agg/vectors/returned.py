@@ -7,6 +7,7 @@ from typing import TypeVar
 
 from dare_agg.errors import LayoutError
 from dare_agg.vectors.forms import is_list
+from dare_agg.vectors.model import Arrays
 from dare_agg.vectors.patterns import compile_patterns, matches
 from dare_agg.vectors.wrappers import unwrapped
 
@@ -68,6 +69,19 @@ def returned_tensors(
             "be told; return all of them, in the model's order, or send arrays by name"
         )
     return {own: returned[name] for own, name in found.items()}
+
+
+def in_shape_of(model: Arrays, returned: Arrays) -> Arrays:
+    """The returned tensors, those of one number in the model's shape.
+
+    ``np.ascontiguousarray`` makes (1,) of (), and torch loads that as the number it is.
+    """
+    return {
+        name: array.reshape(model[name].shape)
+        if name in model and array.size == 1 == model[name].size
+        else array
+        for name, array in returned.items()
+    }
 
 
 def _plain_names(model: Iterable[str]) -> dict[str, str]:

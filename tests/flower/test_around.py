@@ -460,3 +460,19 @@ class Silent(MemoryGrid):
             time.sleep(0.02)
         assert time.monotonic() < until
         return replies
+
+
+def test_counters_that_no_client_changes_stay_whole():
+    """Weights of thirds add up to 0.9999…, and a cast would cut off the last one."""
+    arrays = {**arrays_of(), "norm.num_batches_tracked": np.asarray(1, np.int64)}
+
+    class JustBelow(FedAvg):
+        def aggregate_train(self, server_round, replies):
+            merged, metrics = super().aggregate_train(server_round, replies)
+            merged["norm.num_batches_tracked"] = Array(np.asarray(np.nextafter(1.0, 0.0)))
+            return merged, metrics
+
+    result = dare(JustBelow(), **DENSE).start(
+        Ordered(app_of([dare_mod]), 3), record_of(arrays), num_rounds=1
+    )
+    assert numpy_of(result.arrays)["norm.num_batches_tracked"] == 1

@@ -176,11 +176,38 @@ class MakesPlainMessagesForSupers:
         return [Message(content, m.metadata.dst_node_id, "train") for m in drawn]
 
 
+class ChangesTheMergedRecord(MovesHalfTheWay):
+    """Puts what it makes into the record that super returned."""
+
+    def aggregate_train(self, server_round, replies):
+        arrays, metrics = super(MovesHalfTheWay, self).aggregate_train(server_round, replies)
+        for name in FLOATS:
+            half = (self.before[name] + arrays[name].numpy()) / 2
+            arrays[name] = Array(half.astype(np.float32))
+        return arrays, metrics
+
+
+class UsesThePiecesOfFedAvg:
+    """Merges as Flower's own strategies do, by what they inherit of FedAvg."""
+
+    def configure_train(self, server_round, arrays, config, grid):
+        config["server-round"] = server_round
+        content = RecordDict({self.arrayrecord_key: arrays, self.configrecord_key: config})
+        return self._construct_messages(content, list(grid.get_node_ids()), "train")
+
+    def aggregate_train(self, server_round, replies):
+        valid, errors = self._check_and_log_replies(replies, is_train=True)
+        assert not errors
+        contents = [reply.content for reply in valid]
+        arrays, _ = MergesByItself.aggregate_train(self, server_round, valid)
+        return arrays, self.train_metrics_aggr_fn(contents, self.weighted_by_key)
+
+
 HABITS = [
     Looks, LeavesSmallOnesOut, Scales, ReplacesAll, Copies, WeighsAlike, MovesHalfTheWay,
     KeepsTheOldModelOnce, MergesByItself,
     MergesWithTheStrategysFunctions, AsksThree, TellsEachItsOwn, MakesPlainMessages,
-    MakesPlainMessagesForSupers,
+    MakesPlainMessagesForSupers, ChangesTheMergedRecord, UsesThePiecesOfFedAvg,
 ]  # fmt: skip
 
 
@@ -729,3 +756,42 @@ def test_the_log_shows_metrics_as_flowers_does(toys, caplog):
     assert telling(ours) == telling(flowers)
     assert sum("Aggregated MetricRecord" in row for row in ours) == 4
     assert any("'accuracy': '7.5000e-01'" in row for row in ours)
+
+
+def test_metrics_are_shown_in_the_clients_order_and_wild_ones_are_named(toys, caplog):
+    def edit(partition, tuned, metrics):
+        metrics.update({"z": 1.0, "a": 2.0, "curve": [1.0, 2.0]})
+        if partition == 1:
+            metrics["loss"] = float("nan")
+
+    strategy = DareStrategy(seed=1, fraction_evaluate=0.0)
+    grid = MemoryGrid(toys.app(edit=edit), 2)
+    result = strategy.start(grid, toys.record(toys.arrays()), num_rounds=1)
+    found = result.train_metrics_clientapp[1]
+    assert [key for key in found if key in ("z", "a", "curve")] == ["z", "a", "curve"]
+    assert found["curve"] == pytest.approx([1.0, 2.0]) and "loss" not in found
+    assert "not every client's are finite numbers: loss" in caplog.text
+
+
+def test_a_single_number_may_come_back_as_a_vector_of_one(toys):
+    def edit(partition, tuned, metrics):
+        tuned["scale"] = np.ascontiguousarray(np.float32(1 + partition))
+
+    arrays = {**toys.arrays(), "scale": np.asarray(0, np.float32)}
+    strategy = DareStrategy(**DENSE, weighting="equal", fraction_evaluate=0.0)
+    grid = MemoryGrid(toys.app(edit=edit), 3)
+    scale = numpy_of(strategy.start(grid, toys.record(arrays), num_rounds=1).arrays)["scale"]
+    assert scale.shape == () and scale == pytest.approx(2.0)
+
+
+def test_a_mod_in_front_that_changes_the_model_is_told_its_place(toys):
+    def halves(message, context, call_next):
+        for name, array in message.content["arrays"].items():
+            if array.numpy().dtype.kind == "f":
+                message.content["arrays"][name] = Array(array.numpy() * np.float32(0.5))
+        return call_next(message, context)
+
+    with pytest.raises(RunError, match=r"a mod in front of it .*mods=\[dare_mod, other_mod\]"):
+        strategy = DareStrategy(seed=1, fraction_evaluate=0.0)
+        grid = MemoryGrid(with_extra([halves, dare_mod]), 2)
+        strategy.start(grid, toys.record(toys.arrays()), num_rounds=1)

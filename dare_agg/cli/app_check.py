@@ -84,7 +84,7 @@ def ask_app(app: Path, settings: Mapping[str, Scalar], *, here: bool) -> bool:
 
 def _main(checks: list[str]) -> int:
     """Run the checks on the config of standard input; what they refuse goes to standard output."""
-    settings = json.loads(sys.stdin.read())
+    settings = parse_json(sys.stdin.read())
     for name in checks:
         module, _, function = name.partition(":")
         try:

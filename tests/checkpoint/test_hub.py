@@ -151,7 +151,7 @@ def test_every_command_takes_them(
     assert status == 0, said
     if kind == "merge":
         card = Path("out/README.md").read_text()
-        assert "base_model:\n- org/base\n- tuned" in card and "base: org/base" in card
+        assert "base_model: [org/base, tuned]" in card and "base: org/base" in card
         assert COMMIT not in card and json.loads(Path("out/config.json").read_text())
     if kind == "recipe":
         assert open_checkpoint("a/b").array("a.weight")[0, 0] == np.float32(40.001)

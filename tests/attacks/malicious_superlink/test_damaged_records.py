@@ -48,7 +48,7 @@ def test_damaged_records_of_every_message(tmp_path, monkeypatch, seed):
         kind = rng.choice(kinds) if rng.random() < 0.1 else kind
         mutant, began = damaged_content(rng, content), process_time()
         reply = send(rng.choice(parties.ids) if rng.random() < 0.1 else to, mutant, kind)
-        assert process_time() - began < 1
+        assert process_time() - began < 4  # a bomb takes minutes
         told = bytes_of(reply)
         assert SECRET.encode() not in told and str(tmp_path).encode() not in told
         if reply.has_error():

@@ -2,20 +2,16 @@
 
 from __future__ import annotations
 
-import contextlib
 from typing import Any
 
 from dare_agg.checkpoint.reader import Checkpoint
-from dare_agg.files.json_text import read_json
+from dare_agg.files.json_text import read_settings
 
 
 def config_of(checkpoint: Checkpoint) -> dict[str, Any]:
     """The folder's config.json, with a language model's inside it on top; {} for none."""
     if checkpoint.folder is None:
         return {}
-    with contextlib.suppress(OSError, ValueError):
-        config = read_json(checkpoint.folder / "config.json")
-        if isinstance(config, dict):
-            inner = config.get("text_config")
-            return {**config, **(inner if isinstance(inner, dict) else {})}
-    return {}
+    config = read_settings(checkpoint.folder / "config.json")
+    inner = config.get("text_config")
+    return {**config, **(inner if isinstance(inner, dict) else {})}

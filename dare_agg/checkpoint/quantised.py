@@ -7,7 +7,6 @@ refuses them, wherever a model is taken, and says what helps.
 
 from __future__ import annotations
 
-import contextlib
 import re
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, replace
@@ -15,7 +14,7 @@ from pathlib import Path
 from typing import Any, NamedTuple, Protocol
 
 from dare_agg.errors import CheckpointError
-from dare_agg.files.json_text import read_json
+from dare_agg.files.json_text import read_settings
 
 GGUF_SUFFIX = ".gguf"
 # Files that a quantiser leaves beside the weights, and what it is where they do not say.
@@ -124,14 +123,14 @@ def declared_by(folder: Path) -> Declared | None:
 
     Files that cannot be read say nothing.
     """
-    found = declared_in(_values(folder / "config.json"))
+    found = declared_in(read_settings(folder / "config.json"))
     if found is not None:
         return found
-    params = _values(folder / "params.json").get("quantization")
+    params = read_settings(folder / "params.json").get("quantization")
     if isinstance(params, dict) and params:
         return Declared(_kind_of(params, "FP8"), "params.json", params)
     for name, kind in _BESIDE.items():
-        settings = _values(folder / name)
+        settings = read_settings(folder / name)
         if settings:
             inner = settings.get("quantization")
             settings = inner if isinstance(inner, dict) else settings
@@ -248,14 +247,6 @@ def refusal(
 def _all_fp8(tensors: Mapping[str, Tensor]) -> bool:
     rest = {name: t for name, t in tensors.items() if not t.dtype.startswith("F8_")}
     return len(rest) < len(tensors) and quantisation_of(rest) is None
-
-
-def _values(file: Path) -> dict[str, Any]:
-    with contextlib.suppress(OSError, ValueError):
-        values = read_json(file)
-        if isinstance(values, dict):
-            return values
-    return {}
 
 
 def _settings(config: Mapping[str, Any], depth: int) -> Iterator[Mapping[str, Any]]:

@@ -17,7 +17,7 @@ from typing import Any
 
 from dare_agg.checkpoint.carried import Carried, carry_files, is_tokenizer_file
 from dare_agg.errors import ConfigError
-from dare_agg.files.json_text import parse_json, read_bounded, read_json
+from dare_agg.files.json_text import parse_json, read_bounded, read_settings
 
 CONFIG, GENERATION = "config.json", "generation_config.json"
 _TEMPLATE_FILES = ("chat_template.jinja", "chat_template.json")
@@ -53,8 +53,8 @@ def has_tokenizer(folder: Path) -> bool:
 
 def read_tokenizer(folder: Path) -> Tokenizer:
     """Read what is compared of a folder's tokenizer; files that cannot be read say nothing."""
-    settings = _values(folder / "tokenizer_config.json")
-    special = _values(folder / "special_tokens_map.json")
+    settings = read_settings(folder / "tokenizer_config.json")
+    special = read_settings(folder / "special_tokens_map.json")
     return Tokenizer(
         {name: text.strip() for name, text in _templates(folder, settings)},
         _added(folder, settings),
@@ -107,15 +107,15 @@ def carry_with_tokenizer(
 
 def _take_token_ids(source: Path, target: Path) -> None:
     """Give ``target``'s configurations the token ids of ``source``'s."""
-    config, generation = _values(source / CONFIG), _values(source / GENERATION)
+    config, generation = read_settings(source / CONFIG), read_settings(source / GENERATION)
     ids = _token_ids(config)
-    own = _values(target / CONFIG)
+    own = read_settings(target / CONFIG)
     if ids and own:
         for part in (own, *_text_parts(own)):
             part.update({k: v for k, v in ids.items() if k in part or part is own})
         _write(target / CONFIG, own)
     ids |= {key: generation[key] for key in _TOKEN_IDS if key in generation}
-    own = _values(target / GENERATION)
+    own = read_settings(target / GENERATION)
     if own and ids:
         _write(target / GENERATION, own | ids)
     elif generation and not own:
@@ -137,7 +137,7 @@ def _text_parts(config: Mapping[str, Any]) -> Iterator[dict[str, Any]]:
 
 def _end_ids(folder: Path) -> tuple[int, ...]:
     for file in (GENERATION, CONFIG):
-        ids = _token_ids(_values(folder / file)).get("eos_token_id")
+        ids = _token_ids(read_settings(folder / file)).get("eos_token_id")
         ids = [ids] if isinstance(ids, int) else ids
         if isinstance(ids, list) and all(isinstance(i, int) for i in ids):
             return tuple(sorted(ids))
@@ -153,7 +153,7 @@ def _templates(folder: Path, settings: Mapping[str, Any]) -> Iterator[tuple[str,
         for one in stated:
             if isinstance(one, dict) and isinstance(one.get("template"), str):
                 yield str(one.get("name")), one["template"]
-    stated = _values(folder / _TEMPLATE_FILES[1]).get("chat_template")
+    stated = read_settings(folder / _TEMPLATE_FILES[1]).get("chat_template")
     if isinstance(stated, str):
         yield "default", stated
     for file in (folder / _TEMPLATE_FILES[0], *(folder / "additional_chat_templates").glob("*")):
@@ -169,7 +169,7 @@ def _added(folder: Path, settings: Mapping[str, Any]) -> dict[str, int]:
         for number, token in decoder.items():
             if _content(token) and number.isdecimal():
                 found[_content(token) or ""] = int(number)
-    for token, number in _values(folder / "added_tokens.json").items():
+    for token, number in read_settings(folder / "added_tokens.json").items():
         if isinstance(number, int):
             found[token] = number
     for token in _listed(folder / "tokenizer.json"):
@@ -196,14 +196,6 @@ def _content(token: Any) -> str | None:
     """A token's text: it is written as such or as an object."""
     text = token.get("content") if isinstance(token, dict) else token
     return text if isinstance(text, str) and text else None
-
-
-def _values(file: Path) -> dict[str, Any]:
-    with contextlib.suppress(OSError, ValueError):
-        values = read_json(file)
-        if isinstance(values, dict):
-            return values
-    return {}
 
 
 def _write(file: Path, values: Mapping[str, Any]) -> None:

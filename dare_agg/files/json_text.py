@@ -6,6 +6,7 @@ many times the text's size. So a text is measured first, without being parsed.
 
 from __future__ import annotations
 
+import contextlib
 import json
 import re
 from collections.abc import Iterator
@@ -58,6 +59,15 @@ def parse_json(
 def read_json(path: Path, *, most: int = MOST_BYTES) -> Any:
     """The value of a JSON file, as `parse_json`; raises `OSError` too."""
     return parse_json(read_bounded(path, most), most=most)
+
+
+def read_settings(path: Path) -> dict[str, Any]:
+    """The JSON object in a file of settings; {} where there is none that can be read."""
+    with contextlib.suppress(OSError, ValueError):
+        values = read_json(path)
+        if isinstance(values, dict):
+            return values
+    return {}
 
 
 def read_bounded(path: Path, most: int) -> bytes:

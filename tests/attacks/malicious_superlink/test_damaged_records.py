@@ -46,9 +46,14 @@ def test_damaged_records_of_every_message(tmp_path, monkeypatch, seed):
     for _ in range(COUNT):
         to, content, kind = rng.choice(seen)
         kind = rng.choice(kinds) if rng.random() < 0.1 else kind
-        mutant, began = damaged_content(rng, content), process_time()
-        reply = send(rng.choice(parties.ids) if rng.random() < 0.1 else to, mutant, kind)
-        assert process_time() - began < 4  # a bomb takes minutes
+        mutant = damaged_content(rng, content)
+        target = rng.choice(parties.ids) if rng.random() < 0.1 else to
+        began = process_time()
+        reply = send(target, mutant, kind)
+        if process_time() - began >= 1:  # a garbage collection is not slow twice, a bomb is
+            began = process_time()
+            send(target, mutant, kind)
+            assert process_time() - began < 1
         told = bytes_of(reply)
         assert SECRET.encode() not in told and str(tmp_path).encode() not in told
         if reply.has_error():

@@ -126,7 +126,7 @@ class VersionReceiver:
                     raise BaseMismatchError("the steps that came do not follow each other")
                 apply_step(step, grid, counts, dense_grid, dense_counts)
             model = base.placed(
-                grid.values(base.delta, counts), dense_grid.values(base.dense, dense_counts)
+                grid.values(base.delta[:], counts), dense_grid.values(base.dense, dense_counts)
             )
         except DareError as error:
             _forget(self._head_path)

@@ -14,6 +14,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field
+from functools import cached_property
 
 import numpy as np
 from numpy.typing import NDArray
@@ -21,6 +22,7 @@ from numpy.typing import NDArray
 from dare_agg.errors import StateError
 from dare_agg.vectors.forms import INTEGERS_IN, integer_bounds
 from dare_agg.vectors.layout import FloatVector, Layout, check_finite
+from dare_agg.vectors.tiled import AnyVector
 
 Counts = NDArray[np.int32]
 Positions = NDArray[np.int64]
@@ -62,31 +64,62 @@ class VersionGrid:
 
     def values(self, base: FloatVector, counts: Counts) -> FloatVector:
         """Return the version with these counts, float32, shape (size,)."""
-        vector = np.empty(self.size, np.float32)
-        for place, entry in enumerate(self.layout.entries):
-            step = np.float64(2.0 ** -self.exponents[place])
-            for lo in range(entry.offset, entry.stop, TILE):
-                hi = min(entry.stop, lo + TILE)
-                # The product is exact, so each value is rounded the same way everywhere. Taken
-                # from the base, not added: -0 - 0 is -0, so what never moved keeps its bits.
-                exact = -counts[lo:hi] * step
-                np.subtract(base[lo:hi], exact, out=exact)
-                vector[lo:hi] = exact
-                if place in self.bounds:
-                    np.clip(vector[lo:hi], *self.bounds[place], out=vector[lo:hi])
-                if place in self.halves:
-                    vector[lo:hi] = vector[lo:hi].astype(np.float16)
+        vector = np.array(base[:])
+        for lo in range(0, self.size, TILE):
+            hi = min(self.size, lo + TILE)
+            self.move(lo, vector[lo:hi], counts[lo:hi])
         check_finite(self.layout, vector, "on the version grid")
         return vector
 
+    def move(self, lo: int, values: FloatVector, counts: NDArray[np.signedinteger]) -> None:
+        """Turn base values from element ``lo`` on into those of the version, in place."""
+        for entry, first, last in self.layout.pieces(lo, lo + values.size):
+            place, at = self._places[entry.name], entry.offset - lo
+            piece = values[at + first : at + last]
+            step = np.float64(2.0 ** -self.exponents[place])
+            # The product is exact, so each value is rounded the same way everywhere. Taken
+            # from the base, not added: -0 - 0 is -0, so what never moved keeps its bits.
+            exact = -(counts[at + first : at + last].astype(np.int64)) * step
+            np.subtract(piece, exact, out=exact)
+            piece[:] = exact
+            if place in self.bounds:
+                np.clip(piece, *self.bounds[place], out=piece)
+            if place in self.halves:
+                piece[:] = piece.astype(np.float16)
+
+    def moved_at(
+        self, positions: Positions, values: FloatVector, counts: NDArray[np.signedinteger]
+    ) -> FloatVector:
+        """As `move` for base values at ascending positions; returns new ones."""
+        exact = values - -(counts.astype(np.int64)) / self._factors(positions)
+        moved = exact.astype(np.float32)
+        if self.bounds or self.halves:
+            places = np.searchsorted(self._stops, positions, side="right")
+            for place, (least, most) in self.bounds.items():
+                here = places == place
+                moved[here] = np.clip(moved[here], least, most)
+            here = np.isin(places, self.halves)
+            moved[here] = moved[here].astype(np.float16)
+        return moved
+
+    @cached_property
+    def _places(self) -> dict[str, int]:
+        return {entry.name: place for place, entry in enumerate(self.layout.entries)}
+
+    @cached_property
+    def _stops(self) -> NDArray[np.int64]:
+        return np.array([entry.stop for entry in self.layout.entries], np.int64)
+
+    @cached_property
+    def _steps(self) -> NDArray[np.float64]:
+        return np.array([2.0**e for e in self.exponents], np.float64)
+
     def _factors(self, positions: Positions) -> NDArray[np.float64]:
-        stops = np.array([entry.stop for entry in self.layout.entries], np.int64)
-        steps = np.array([2.0**e for e in self.exponents], np.float64)
-        return steps[np.searchsorted(stops, positions, side="right")]
+        return self._steps[np.searchsorted(self._stops, positions, side="right")]
 
 
 def grid_of(
-    layout: Layout, base: FloatVector, dtypes: Mapping[str, np.dtype] | None = None
+    layout: Layout, base: AnyVector, dtypes: Mapping[str, np.dtype] | None = None
 ) -> VersionGrid:
     """Make the grid of a base; anyone who has the base makes the same one.
 
@@ -104,8 +137,10 @@ def grid_of(
             bounds[place] = (least / INTEGERS_IN, most / INTEGERS_IN)
             exponents.append(_OF_INTEGERS)
             continue
-        piece = base[entry.offset : entry.stop]
-        largest = max(float(piece.max()), -float(piece.min())) if entry.size else 0.0
+        largest = 0.0
+        for lo in range(entry.offset, entry.stop, TILE):
+            piece = base[lo : min(entry.stop, lo + TILE)]
+            largest = max(largest, float(piece.max()), -float(piece.min()))
         above = int(np.frexp(largest)[1]) if largest else SMALLEST_EXPONENT
         exponents.append(24 - max(above, SMALLEST_EXPONENT))
         if dtype == np.float16:

@@ -99,7 +99,7 @@ class VersionDownlink:
         if self._model is not None and version == self.version:
             return self._model
         groups = model.groups
-        self._delta = _group(grid_of(groups.layout, model.delta, groups.dtypes), model.delta)
+        self._delta = _group(grid_of(groups.layout, model.delta[:], groups.dtypes), model.delta[:])
         self._dense = _group(grid_of(groups.dense_layout, model.dense, groups.dtypes), model.dense)
         self._model = self._base_model = model
         self.base_version = self.version = version

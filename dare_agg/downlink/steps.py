@@ -25,6 +25,7 @@ from dare_agg.codec.formats import VALUE_FORMATS
 from dare_agg.codec.mask import MASK_KINDS, DropRate
 from dare_agg.downlink.forms import STEP_FORMS
 from dare_agg.downlink.grid import Counts, VersionGrid, add_steps
+from dare_agg.downlink.lossless import LOSSLESS
 from dare_agg.downlink.protocol import DrawnMask
 from dare_agg.downlink.step_form import Family, StepHead
 from dare_agg.errors import ConfigError, UpdateError
@@ -113,6 +114,39 @@ def write_step(head: StepHead, payload: bytes, dense: bytes) -> Step:
     rest = families + payload
     checksum = _checksum(packed(bytes(8)), rest, dense)
     return Step(head, packed(checksum) + rest, dense)
+
+
+def chained_step(head: StepHead, payload: bytes, dense: bytes) -> Step:
+    """As `write_step`; the child is named by the chain, `chain_name`."""
+    return write_step(replace(head, child=chain_name(head, payload, dense)), payload, dense)
+
+
+def chain_name(head: StepHead, payload: bytes, dense: bytes) -> str:
+    """What the version after a step is called: SHA-256 over its parent's name and its bytes.
+
+    Steps are whole numbers: equal chains over an equal base end in equal bits, and no version
+    has to be read to be named.
+    """
+    whole = write_step(replace(head, child="00" * 32), payload, dense)
+    digest = hashlib.sha256(b"dare-agg chain 1\0" + bytes.fromhex(head.parent))
+    digest.update(whole.body)
+    digest.update(whole.dense)
+    return digest.hexdigest()
+
+
+def check_chain(step: Step) -> None:
+    """Raise `UpdateError` (reason "checksum") for a step that is not of the child it names.
+
+    A lossless step may be the sum of others, whose name is not to be made again.
+    """
+    if step.head.form == LOSSLESS.name:
+        return
+    found = chain_name(step.head, payload_of(step), step.dense)
+    if found != step.head.child:
+        raise UpdateError(
+            f"step to {step.head.child[:12]} leads to {found[:12]}; ask for the version again",
+            reason="checksum",
+        )
 
 
 def read_steps(body: bytes, dense: bytes) -> list[Step]:

@@ -98,7 +98,7 @@ class Broadcasting:
         elif given.groups == model.groups:
             self.move(
                 self.downlink.advance(
-                    model, given.delta - model.delta, given.dense - model.dense, ()
+                    model, given.delta[:] - model.delta[:], given.dense - model.dense, ()
                 )
             )
         else:

@@ -17,10 +17,11 @@ from numpy.typing import NDArray
 
 from dare_agg.errors import LayoutError
 from dare_agg.rounds.server import Accepted
-from dare_agg.vectors.layout import Entry, FloatVector, Layout, check_finite
+from dare_agg.vectors.layout import Entry, Layout, check_finite
 from dare_agg.vectors.model import GlobalModel, Groups
 from dare_agg.vectors.sources import DeltaSource, array_source
 from dare_agg.vectors.tied import came_apart, sets_of
+from dare_agg.vectors.tiled import AnyVector
 
 # How Flower calls arrays that NumPy can read.
 _STYPE = Array(np.empty(0, np.float32)).stype
@@ -75,7 +76,7 @@ def decoded_arrays(model: GlobalModel, accepted: Accepted) -> Decoded:
     Tensors that never leave a client are the server's.
     """
     groups = model.groups
-    found: dict[str, tuple[Entry, FloatVector, DeltaSource]] = {}
+    found: dict[str, tuple[Entry, AnyVector, DeltaSource]] = {}
     for layout, base, source in _groups(model, accepted):
         found.update({entry.name: (entry, base, source) for entry in layout.entries})
 
@@ -149,17 +150,17 @@ def _tied_alike(model: GlobalModel, record: ArrayRecord, decoded: Decoded) -> di
     return found
 
 
-def _groups(
-    model: GlobalModel, accepted: Accepted
-) -> list[tuple[Layout, FloatVector, DeltaSource]]:
-    groups = [(model.groups.layout, model.delta, accepted.update)]
+def _groups(model: GlobalModel, accepted: Accepted) -> list[tuple[Layout, AnyVector, DeltaSource]]:
+    groups: list[tuple[Layout, AnyVector, DeltaSource]] = [
+        (model.groups.layout, model.delta, accepted.update)
+    ]
     if accepted.dense is not None:
         groups.append((model.groups.dense_layout, model.dense, accepted.dense))
     return groups
 
 
 def _read(
-    entry: Entry, base: FloatVector, source: DeltaSource, groups: Groups
+    entry: Entry, base: AnyVector, source: DeltaSource, groups: Groups
 ) -> NDArray[np.generic]:
     values = np.zeros(entry.size, np.float32)
     if entry.size:

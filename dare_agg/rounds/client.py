@@ -70,8 +70,8 @@ def make_client_update(
     tuned = groups.completed(base, returned_tensors(base, tuned, plan.terms.exclude))
     tuned_delta = groups.layout.flatten(tuned)
     check_finite(groups.layout, tuned_delta, "after training")
-    norm, largest, above = _measure(model.delta, tuned_delta)
-    blob = encode_update(plan.spec(), (model.delta, tuned_delta))
+    norm, largest, above = _measure(model.delta[:], tuned_delta)
+    blob = encode_update(plan.spec(), (model.delta[:], tuned_delta))
     dense_spec, dense_blob = plan.dense_spec(), None
     if dense_spec is not None:
         tuned_dense = groups.flatten_dense(tuned)

@@ -22,8 +22,8 @@ from dare_agg.codec.payload import payload_bytes
 from dare_agg.codec.update import HEADER_BYTES
 from dare_agg.rounds.plan import RoundPlan
 from dare_agg.rounds.settings import FederatedSettings
-from dare_agg.vectors.layout import FloatVector
 from dare_agg.vectors.model import GlobalModel
+from dare_agg.vectors.tiled import AnyVector
 
 # Measured on Flower's examples (docs/FLOWER_APP.md), as the geometric mean of two rounds in a row,
 # since one loud round between quiet ones is made good: fine-tuning stays below 0.02, training from
@@ -67,7 +67,7 @@ def round_noise(
     return noise / size if math.isfinite(noise) and size > 0 else None
 
 
-def norm_of(vector: FloatVector) -> float:
+def norm_of(vector: AnyVector) -> float:
     """‖x‖ in float64."""
     pieces = (vector[lo : lo + _PIECE] for lo in range(0, vector.size, _PIECE))
     return math.sqrt(

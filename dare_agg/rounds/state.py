@@ -172,7 +172,7 @@ def pack_round(
     if kept := downlink.state_arrays():
         arrays.update({f"{_DOWN}/{name}": array for name, array in kept.items()})
     else:
-        arrays[f"{_MODEL}/delta"], arrays[f"{_MODEL}/dense"] = model.delta, model.dense
+        arrays[f"{_MODEL}/delta"], arrays[f"{_MODEL}/dense"] = model.delta[:], model.dense
     facts = {**facts, "downlink": downlink.name, "version": model.ref.version}
     return RoundState(number, facts, arrays)
 

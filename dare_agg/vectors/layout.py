@@ -14,6 +14,7 @@ import struct
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
 from functools import cached_property
+from typing import Protocol
 
 import numpy as np
 from numpy.typing import NDArray
@@ -22,6 +23,16 @@ from dare_agg.errors import LayoutError, NonFiniteError
 from dare_agg.vectors.patterns import compile_patterns, matches
 
 FloatVector = NDArray[np.float32]
+
+
+class _Sliced(Protocol):
+    """A vector in memory or on disk, read in slices."""
+
+    @property
+    def size(self) -> int: ...
+
+    def __getitem__(self, part: slice, /) -> FloatVector: ...
+
 
 MAX_TENSORS = 1 << 17
 MAX_NAME_BYTES = 4096
@@ -278,7 +289,7 @@ def _canonical_header(entry: Entry) -> bytes:
     )
 
 
-def check_finite(layout: Layout, vector: FloatVector, what: str) -> None:
+def check_finite(layout: Layout, vector: _Sliced, what: str) -> None:
     """Raise `NonFiniteError` naming the first tensor and index that is NaN or infinite."""
     block = 1 << 16
     for start in range(0, vector.size, block):
@@ -289,8 +300,8 @@ def check_finite(layout: Layout, vector: FloatVector, what: str) -> None:
             for entry, lo, _ in layout.pieces(position, position + 1):
                 index = tuple(int(i) for i in np.unravel_index(lo, entry.shape or (1,)))
                 raise NonFiniteError(
-                    f"{what}: {vector[position]} in tensor {entry.name!r} at index {index}; "
+                    f"{what}: {piece[position - start]} in tensor {entry.name!r} at index {index}; "
                     "only finite values can be merged: check the training step (learning rate, "
                     "overflow)"
                 )
-            raise NonFiniteError(f"{what}: {vector[position]} at position {position}")
+            raise NonFiniteError(f"{what}: {piece[position - start]} at position {position}")

@@ -10,7 +10,7 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, field, replace
 from functools import cached_property
 from typing import Any
@@ -27,9 +27,10 @@ from dare_agg.vectors.forms import (
     running_statistics,
     whole_tensors,
 )
-from dare_agg.vectors.layout import FloatVector, Layout, fingerprint, layout_of
+from dare_agg.vectors.layout import FingerprintStream, FloatVector, Layout, layout_of
 from dare_agg.vectors.patterns import compile_patterns, matches
 from dare_agg.vectors.tied import came_apart, sets_of, tied_tensors
+from dare_agg.vectors.tiled import AnyVector, TiledVector, tiles
 
 Arrays = Mapping[str, NDArray[np.generic]]
 
@@ -178,34 +179,46 @@ def split_tensors(
 
 @dataclass(frozen=True)
 class GlobalModel:
-    """A state of the global model: the groups' vectors and the local tensors' first values."""
+    """A state of the global model: the groups' vectors and the local tensors' first values.
+
+    ``delta`` may lie on disk. ``named`` is what a version is called whose name is not made of its
+    values (a chain of steps); None for its fingerprints.
+    """
 
     groups: Groups
-    delta: FloatVector
+    delta: AnyVector
     dense: FloatVector
     local: Arrays
+    named: ModelRef | None = None
 
     @cached_property
     def ref(self) -> ModelRef:
         """Fingerprints and sizes, as a round plan names them."""
+        return self.fingerprints if self.named is None else self.named
+
+    @cached_property
+    def fingerprints(self) -> ModelRef:
+        """As `ref`, made of the values themselves, all of which are read."""
         layout, dense_layout = self.groups.layout, self.groups.dense_layout
         if not dense_layout.size:
-            return ModelRef(fingerprint(layout, self.delta), layout.fingerprint, layout.size)
+            return ModelRef(_fingerprint(layout, self.delta), layout.fingerprint, layout.size)
         return ModelRef(
-            fingerprint(layout, self.delta),
+            _fingerprint(layout, self.delta),
             layout.fingerprint,
             layout.size,
-            fingerprint(dense_layout, self.dense),
+            _fingerprint(dense_layout, self.dense),
             dense_layout.fingerprint,
             dense_layout.size,
         )
 
-    def arrays(self) -> dict[str, NDArray[np.generic]]:
+    def arrays(self) -> Arrays:
         """Return the model's tensors by name, in their order and dtypes.
 
         Tied tensors are one array under each name, float32 tensors are views of the vectors:
-        copy before changing them.
+        copy before changing them. Of a model on disk each is read when it is looked at.
         """
+        if isinstance(self.delta, TiledVector):
+            return _ReadArrays(self)
         named = dict(self.local)
         named.update(self.groups.layout.unflatten(self.delta, self.groups.dtypes))
         pieces = self.groups.dense_layout.unflatten(self.dense)
@@ -214,20 +227,22 @@ class GlobalModel:
         return {name: named[name] for name in self.groups.names}
 
     def moved(self, step: FloatVector, dense_step: FloatVector | None) -> GlobalModel:
-        """Return the model after ``step`` (and ``dense_step``), added in float32.
+        """Return the model after ``step`` (and ``dense_step``), added in float32, in memory.
 
         Where tensors are float16 or integers the sum is rounded to what they hold, since that is
         what clients get and fingerprint.
         """
         dense = self.dense if dense_step is None else self.dense + dense_step
-        moved = GlobalModel(self.groups, self.delta + step, dense, self.local)
+        moved = GlobalModel(self.groups, self.delta[:] + step, dense, self.local)
         if not self.groups.coarse:
             return moved
         arrays = moved.arrays()
         return moved.placed(self.groups.layout.flatten(arrays), self.groups.flatten_dense(arrays))
 
-    def placed(self, delta: FloatVector, dense: FloatVector) -> GlobalModel:
-        """Return the model with these vectors instead.
+    def placed(
+        self, delta: AnyVector, dense: FloatVector, named: ModelRef | None = None
+    ) -> GlobalModel:
+        """Return the model with these vectors (and this name) instead.
 
         Raises `LayoutError` for other sizes.
         """
@@ -236,7 +251,7 @@ class GlobalModel:
                 f"vectors of {delta.size} and {dense.size} parameters; this model has "
                 f"{self.delta.size} and {self.dense.size}"
             )
-        return replace(self, delta=delta, dense=dense)
+        return replace(self, delta=delta, dense=dense, named=named)
 
 
 def global_model(
@@ -268,7 +283,8 @@ class ModelRef:
     """Which state of the global model a plan is about: fingerprints and sizes.
 
     ``base`` and ``layout`` belong to the delta group, ``dense_*`` to the dense group
-    (empty strings and 0 where there is none).
+    (empty strings and 0 where there is none). Where versions are named by a chain of steps,
+    ``base`` and ``dense_base`` are both that name.
     """
 
     base: str
@@ -280,10 +296,42 @@ class ModelRef:
 
     @property
     def version(self) -> str:
-        """One name (hex) for the state of both groups."""
-        if not self.dense_size:
+        """One name (hex) for the state of both groups; that of a chain names both already."""
+        if not self.dense_size or self.dense_base == self.base:
             return self.base
         return hashlib.sha256(f"{self.base} {self.dense_base}".encode()).hexdigest()
+
+
+class _ReadArrays(Mapping[str, NDArray[np.generic]]):
+    """A model's tensors, each read when it is looked at."""
+
+    def __init__(self, model: GlobalModel) -> None:
+        self._model = model
+
+    def __getitem__(self, name: str) -> NDArray[np.generic]:
+        model, groups = self._model, self._model.groups
+        own = groups.copies.get(name, name)
+        if own in groups.layout:
+            entry, vector = groups.layout[own], model.delta
+        elif own in groups.dense_layout:
+            entry, vector = groups.dense_layout[own], model.dense
+        else:
+            return model.local[name]
+        piece = np.array(vector[entry.offset : entry.stop]).reshape(entry.shape)
+        return groups.from_vector(own, piece)
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._model.groups.names)
+
+    def __len__(self) -> int:
+        return len(self._model.groups.names)
+
+
+def _fingerprint(layout: Layout, vector: AnyVector) -> str:
+    digest = FingerprintStream(layout)
+    for _, piece in tiles(vector):
+        digest.update(piece)
+    return digest.hexdigest()
 
 
 def _in_vector(name: str, array: NDArray[np.generic]) -> NDArray[np.float64]:

@@ -323,4 +323,4 @@ def _contribution(model: GlobalModel, tuned: Arrays, examples: float) -> Contrib
     check_finite(groups.layout, delta, "after training")
     if dense.size:
         check_finite(groups.dense_layout, dense, "after training")
-    return Contribution(delta - model.delta, dense - model.dense, examples)
+    return Contribution(delta - model.delta[:], dense - model.dense, examples)

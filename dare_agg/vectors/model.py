@@ -199,11 +199,18 @@ class GlobalModel:
     @cached_property
     def fingerprints(self) -> ModelRef:
         """As `ref`, made of the values themselves, all of which are read."""
+        return self._named(_fingerprint(self.groups.layout, self.delta))
+
+    def known(self, fingerprint: str) -> GlobalModel:
+        """The model, named by its fingerprints, where the delta group's is known already."""
+        return replace(self, named=self._named(fingerprint))
+
+    def _named(self, base: str) -> ModelRef:
         layout, dense_layout = self.groups.layout, self.groups.dense_layout
         if not dense_layout.size:
-            return ModelRef(_fingerprint(layout, self.delta), layout.fingerprint, layout.size)
+            return ModelRef(base, layout.fingerprint, layout.size)
         return ModelRef(
-            _fingerprint(layout, self.delta),
+            base,
             layout.fingerprint,
             layout.size,
             _fingerprint(dense_layout, self.dense),

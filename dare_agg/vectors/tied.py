@@ -9,13 +9,14 @@ where they only began alike (layers that were copied), training tells: see `came
 from __future__ import annotations
 
 from collections import defaultdict
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
 _SAMPLE = 64
+_BLOCK = 1 << 20
 
 
 def tied_tensors(arrays: Mapping[str, NDArray[Any]]) -> dict[str, str]:
@@ -65,9 +66,20 @@ def _sample(array: NDArray[Any]) -> bytes:
 
 
 def _same_bits(one: NDArray[Any], other: NDArray[Any]) -> bool:
-    left, right = (np.ascontiguousarray(a).reshape(-1).view(np.uint8) for a in (one, other))
-    return left is right or bool(np.array_equal(left, right))
+    pairs = zip(_blocks(one), _blocks(other), strict=True)
+    return all(np.array_equal(_bits(left), _bits(right)) for left, right in pairs)
+
+
+def _bits(piece: NDArray[Any]) -> NDArray[np.uint8]:
+    return np.ascontiguousarray(piece).view(np.uint8)
 
 
 def _constant(array: NDArray[Any]) -> bool:
-    return bool((array == array.reshape(-1)[0]).all())
+    first = array.reshape(-1)[:1]
+    return all(bool((piece == first).all()) for piece in _blocks(array))
+
+
+def _blocks(array: NDArray[Any]) -> Iterator[NDArray[Any]]:
+    """The elements in order, a block at a time: tensors may lie on disk."""
+    flat = array.reshape(-1)
+    return (flat[lo : lo + _BLOCK] for lo in range(0, flat.size, _BLOCK))

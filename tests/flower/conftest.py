@@ -21,8 +21,10 @@ from toy import toy_app, toy_arrays, toy_delta
 
 
 @pytest.fixture(autouse=True)
-def task_identity():
+def task_identity(tmp_path, monkeypatch):
     pretend_task()
+    # Two runs at a time with clients of the same names would take each other's versions.
+    monkeypatch.setenv("DARE_AGG_CACHE", str(tmp_path / "cache"))
 
 
 @pytest.fixture

@@ -20,6 +20,7 @@ from numpy.typing import NDArray
 from dare_agg.checkpoint.fingerprints import recall, remember
 from dare_agg.errors import CheckpointError, LayoutError, NonFiniteError
 from dare_agg.vectors.layout import FingerprintStream, FloatVector, Layout, layout_of
+from dare_agg.vectors.rounded import bfloat16_bits
 
 WEIGHTS_NAME = "model.safetensors"
 INDEX_NAME = "model.safetensors.index.json"
@@ -234,12 +235,7 @@ def widen(stored: NDArray, dtype: str, out: FloatVector) -> None:
 def narrow(values: FloatVector, dtype: str) -> NDArray[np.generic]:
     """Round float32 to a stored dtype (to nearest, ties to even; bfloat16 as uint16)."""
     if dtype == "BF16":
-        bits = values.view(np.uint32)
-        rounded = bits >> np.uint32(16)
-        rounded &= np.uint32(1)
-        rounded += np.uint32(0x7FFF)
-        rounded += bits
-        return rounded.view(np.uint16)[1::2]
+        return bfloat16_bits(values)
     with np.errstate(over="ignore"):
         return values.astype(FLOAT_DTYPES[dtype], copy=False)
 
@@ -276,16 +272,10 @@ class CheckpointReader:
     def take(self, positions: NDArray[np.int64]) -> FloatVector:
         """Return the parameters at ascending positions."""
         out = np.empty(positions.size, np.float32)
-        if not positions.size:
-            return out
-        at = 0
-        for entry, _, _ in self.layout.pieces(int(positions[0]), int(positions[-1]) + 1):
-            stop = int(np.searchsorted(positions, entry.stop))
-            if stop > at:
-                stored, dtype = self.stored(entry.name)
-                picked = stored.take(positions[at:stop] - entry.offset)
-                widen(picked, dtype, out[at:stop])
-                at = stop
+        for entry, first, last in self.layout.runs(positions):
+            stored, dtype = self.stored(entry.name)
+            picked = stored.take(positions[first:last] - entry.offset)
+            widen(picked, dtype, out[first:last])
         return out
 
 

@@ -1,8 +1,9 @@
-"""The client's half of a round: trained arrays in, an update out."""
+"""The client's half of a round: what training made of a version in, an update out."""
 
 from __future__ import annotations
 
 import math
+from collections import ChainMap
 from collections.abc import Iterable
 from dataclasses import dataclass
 
@@ -20,10 +21,20 @@ from dare_agg.rounds.statistics import (
     StatisticsUpdate,
     encode_statistics,
 )
-from dare_agg.vectors.layout import FloatVector, check_finite
+from dare_agg.vectors.layout import FloatVector, Layout, check_finite
 from dare_agg.vectors.model import Arrays, GlobalModel, global_model
 from dare_agg.vectors.returned import returned_tensors
-from dare_agg.vectors.sources import SAFE_DELTA
+from dare_agg.vectors.sources import (
+    SAFE_DELTA,
+    ArraySource,
+    CachedSource,
+    DeltaSource,
+    DifferenceSource,
+)
+from dare_agg.vectors.tensors import TensorSource
+from dare_agg.vectors.tiled import AnyVector, TiledVector, tiles
+
+_PIECE = 1 << 16
 
 
 @dataclass(frozen=True)
@@ -44,6 +55,15 @@ class ClientUpdate:
         return len(self.blob) + len(self.dense_blob or b"") + len(statistics)
 
 
+@dataclass(frozen=True)
+class Measured:
+    """What is measured of a full delta: its norm, largest size, share above `SAFE_DELTA`."""
+
+    norm: float
+    largest: float
+    above: float
+
+
 def make_client_update(
     plan: RoundPlan,
     base: Arrays,
@@ -59,24 +79,65 @@ def make_client_update(
     or a part (`returned_tensors`). ``by_form`` and ``apart`` are as in
     `split_tensors`.
 
-    Raises `UpdateError` for a plan of another codec or package, `BaseMismatchError` when
-    ``base`` is not the state the plan names, `LayoutError` for unknown or reshaped tensors,
-    `ApartError` for tied ones that are tied no more,
-    `NonFiniteError` when training produced a NaN or an infinity.
+    Raises as `update_of_arrays`, and `BaseMismatchError` when ``base`` is not the state the plan
+    names.
     """
     check_same_code(plan.codec, plan.package, "the round plan", "this client")
     model = model_of_plan(plan, base, by_form=by_form, apart=apart)
-    groups = model.groups
-    tuned = groups.completed(base, returned_tensors(base, tuned, plan.terms.exclude))
-    tuned_delta = groups.layout.flatten(tuned)
-    check_finite(groups.layout, tuned_delta, "after training")
-    norm, largest, above = _measure(model.delta[:], tuned_delta)
-    blob = encode_update(plan.spec(), (model.delta[:], tuned_delta))
+    return update_of_arrays(
+        plan, model, returned_tensors(base, tuned, plan.terms.exclude), statistics
+    )
+
+
+def update_of_arrays(
+    plan: RoundPlan,
+    start: GlobalModel,
+    returned: Arrays,
+    statistics: Statistics | None = None,
+) -> ClientUpdate:
+    """As `client_update`, of arrays that training returned by the names of ``start``.
+
+    Those that are not there did not change. Raises `LayoutError` for reshaped tensors and
+    `ApartError` for tied ones that are tied no more, too.
+    """
+    groups = start.groups
+    tuned = groups.settled(returned)
+    arrays: Arrays = ChainMap(tuned, start.arrays())  # type: ignore[arg-type]
+    tuned_dense = groups.flatten_dense({name: arrays[name] for name in groups.dense_layout.names})
+    source = TensorSource(groups.layout, tuned, _source(start.delta))
+    return client_update(plan, start, source, tuned_dense, statistics)
+
+
+def client_update(
+    plan: RoundPlan,
+    start: GlobalModel,
+    tuned: DeltaSource,
+    tuned_dense: FloatVector,
+    statistics: Statistics | None = None,
+    measured: Measured | None = None,
+) -> ClientUpdate:
+    """Turn what training made of ``start`` into the update the plan asks for, tile by tile.
+
+    ``tuned`` is read over the delta group's layout: all of it to be measured, unless whoever
+    calls has ``measured`` it, and found it finite, where it lies; then its survivors (`take`).
+    Where training loaded ``start`` as parameters of fewer bits, ``start`` is what it loaded:
+    `dare_agg.vectors.rounded.rounded_model`.
+
+    Raises `UpdateError` for a plan of another codec or package, `BaseMismatchError` when
+    ``start`` is not the state the plan names, `LayoutError` for another model,
+    `NonFiniteError` when training produced a NaN or an infinity.
+    """
+    check_same_code(plan.codec, plan.package, "the round plan", "this client")
+    check_start(plan, start)
+    groups = start.groups
+    if measured is None:
+        measured = measure(groups.layout, start.delta, tuned)
+    base = CachedSource(_source(start.delta))
+    blob = encode_update(plan.spec(), DifferenceSource(base, tuned))
     dense_spec, dense_blob = plan.dense_spec(), None
     if dense_spec is not None:
-        tuned_dense = groups.flatten_dense(tuned)
         check_finite(groups.dense_layout, tuned_dense, "after training")
-        dense_blob = encode_update(dense_spec, (model.dense, tuned_dense))
+        dense_blob = encode_update(dense_spec, (start.dense, tuned_dense))
     encoded = None
     if plan.terms.statistics:
         found = dict(statistics or {})
@@ -84,7 +145,7 @@ def make_client_update(
             if copy in found:
                 found.setdefault(first, found.pop(copy))
         encoded = encode_statistics(plan, groups.layout, found)
-    return ClientUpdate(blob, dense_blob, norm, largest, above, encoded)
+    return ClientUpdate(blob, dense_blob, measured.norm, measured.largest, measured.above, encoded)
 
 
 def model_of_plan(
@@ -92,12 +153,21 @@ def model_of_plan(
 ) -> GlobalModel:
     """Read ``arrays`` as the state of the global model that the plan names, and check it.
 
-    Raises `LayoutError` (other tensors) or `BaseMismatchError` (other values).
+    Raises as `check_start`.
     """
     terms = plan.terms
     model = global_model(
         arrays, dense=terms.dense, exclude=terms.exclude, by_form=by_form, apart=apart
     )
+    check_start(plan, model)
+    return model
+
+
+def check_start(plan: RoundPlan, model: GlobalModel) -> None:
+    """Check that ``model`` is the state that the plan names.
+
+    Raises `LayoutError` (other tensors) or `BaseMismatchError` (other values).
+    """
     for what, ours, asked in (
         ("delta", model.groups.layout.fingerprint, plan.model.layout),
         ("dense", model.ref.dense_layout, plan.model.dense_layout),
@@ -116,14 +186,24 @@ def model_of_plan(
                 f"the {what} group has fingerprint {ours[:12]}, the plan asks for base "
                 f"{asked[:12]}; fetch the global model again"
             )
-    return model
 
 
-def _measure(base: FloatVector, tuned: FloatVector) -> tuple[float, float, float]:
+def measure(layout: Layout, base: AnyVector, tuned: DeltaSource) -> Measured:
+    """Measure tuned − base in one pass; raises `NonFiniteError` naming what is not finite."""
     squares, largest, above = 0.0, 0.0, 0
-    for lo in range(0, base.size, 1 << 16):
-        piece = np.abs(tuned[lo : lo + (1 << 16)] - base[lo : lo + (1 << 16)])
-        squares += float(np.sum(piece * piece, dtype=np.float64))
-        largest = max(largest, float(piece.max()))
-        above += int(np.count_nonzero(piece > np.float32(SAFE_DELTA)))
-    return math.sqrt(squares), largest, above / base.size
+    piece = np.empty(min(_PIECE, tuned.size), np.float32)
+    for lo, begun in tiles(base, _PIECE):
+        delta = piece[: begun.size]
+        tuned.read(lo, lo + begun.size, delta)
+        if not np.isfinite(delta).all():
+            check_finite(layout, TiledVector(tuned), "after training")
+        delta -= begun
+        np.abs(delta, out=delta)
+        largest = max(largest, float(delta.max()))
+        above += int(np.count_nonzero(delta > np.float32(SAFE_DELTA)))
+        squares += float(np.sum(delta * delta, dtype=np.float64))
+    return Measured(math.sqrt(squares), largest, above / base.size)
+
+
+def _source(vector: AnyVector) -> DeltaSource:
+    return vector.source if isinstance(vector, TiledVector) else ArraySource(vector)

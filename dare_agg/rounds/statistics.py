@@ -29,6 +29,8 @@ from dare_agg.errors import LayoutError, UpdateError, did_you_mean
 from dare_agg.rounds.plan import RoundPlan
 from dare_agg.vectors.layout import FloatVector, Layout, check_finite, layout_of
 from dare_agg.vectors.sources import DeltaSource
+from dare_agg.vectors.tensors import TensorSource
+from dare_agg.vectors.tiled import TiledVector
 
 Statistics = Mapping[str, NDArray[np.generic]]
 
@@ -71,12 +73,12 @@ class Kind:
     """How one kind of statistics travels.
 
     ``shape`` turns the specification of the plan's update into that of the statistics of the
-    named tensors, ``lay_out`` what a client collected into a vector and those names, and
+    named tensors, ``lay_out`` what a client collected as one vector and those names, and
     ``read`` checks a decoded payload.
     """
 
     shape: Callable[[UpdateSpec, Layout, Sequence[str]], UpdateSpec]
-    lay_out: Callable[[Layout, Statistics], tuple[FloatVector, tuple[str, ...]]]
+    lay_out: Callable[[Layout, Statistics], tuple[FloatVector | DeltaSource, tuple[str, ...]]]
     read: Callable[[Update, Layout, Sequence[str]], DeltaSource | GramMatrices]
 
 
@@ -139,19 +141,27 @@ def _survivors(spec: UpdateSpec, layout: Layout, names: Sequence[str]) -> Update
     return spec
 
 
-def _fisher_vector(layout: Layout, found: Statistics) -> tuple[FloatVector, tuple[str, ...]]:
-    vector = np.zeros(layout.size, np.float32)
+@dataclass(frozen=True)
+class _Zeros:
+    """A source of nothing but zeros."""
+
+    size: int
+
+    def read(self, lo: int, hi: int, out: FloatVector) -> None:
+        out[:] = 0
+
+
+def _fisher_values(layout: Layout, found: Statistics) -> tuple[DeltaSource, tuple[str, ...]]:
     for name, array in found.items():
-        if name not in layout:
-            continue  # of the dense or local tensors
-        entry = layout[name]
-        if array.shape != entry.shape:
+        # Others are of the dense or local tensors.
+        if name in layout and array.shape != layout[name].shape:
             raise LayoutError(
-                f"Fisher values of {name!r} have shape {array.shape}, the parameter {entry.shape}"
+                f"Fisher values of {name!r} have shape {array.shape}, the parameter "
+                f"{layout[name].shape}"
             )
-        vector[entry.offset : entry.stop] = array.reshape(-1)
-    check_finite(layout, vector, "among the Fisher values")
-    return vector, ()
+    source = TensorSource(layout, found, _Zeros(layout.size))
+    check_finite(layout, TiledVector(source), "among the Fisher values")
+    return source, ()
 
 
 def _read_fisher(update: Update, layout: Layout, names: Sequence[str]) -> DeltaSource:
@@ -222,7 +232,7 @@ def _width(size: int) -> int:
 
 KINDS: Mapping[str, Kind] = MappingProxyType(
     {
-        "fisher": Kind(_survivors, _fisher_vector, _read_fisher),
+        "fisher": Kind(_survivors, _fisher_values, _read_fisher),
         "gram": Kind(_whole, _gram_vector, _read_grams),
     }
 )

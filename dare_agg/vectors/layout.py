@@ -107,6 +107,17 @@ class Layout:
             if lo < hi:
                 yield entry, lo - entry.offset, hi - entry.offset
 
+    def runs(self, positions: NDArray[np.int64]) -> Iterator[tuple[Entry, int, int]]:
+        """Yield ``(entry, first, last)``: which of these ascending positions lie in each tensor."""
+        if not positions.size:
+            return
+        first = 0
+        for entry, _, _ in self.pieces(int(positions[0]), int(positions[-1]) + 1):
+            last = int(np.searchsorted(positions, entry.stop))
+            if last > first:
+                yield entry, first, last
+                first = last
+
     def _first_at(self, position: int) -> int:
         lo, hi = 0, len(self.entries)
         while lo < hi:
@@ -132,20 +143,26 @@ class Layout:
                 f"this layout needs ({self.size},) float32"
             )
         for entry in self.entries:
-            if entry.name not in arrays:
-                raise LayoutError(f"tensor {entry.name!r} is missing; the layout needs it")
-            array = np.asarray(arrays[entry.name])
-            if array.shape != entry.shape:
-                raise LayoutError(
-                    f"tensor {entry.name!r} has shape {array.shape}; the layout has {entry.shape}"
-                )
-            if array.dtype.kind != "f":
-                raise LayoutError(
-                    f"tensor {entry.name!r} has dtype {array.dtype}; a floating-point dtype is "
-                    "needed (name it in buffers, or exclude it)"
-                )
-            vector[entry.offset : entry.stop] = array.reshape(-1)
+            vector[entry.offset : entry.stop] = self.tensor(arrays, entry).reshape(-1)
         return vector
+
+    def tensor(
+        self, arrays: Mapping[str, NDArray[np.generic]], entry: Entry
+    ) -> NDArray[np.generic]:
+        """The array of one entry; raises as `flatten`."""
+        if entry.name not in arrays:
+            raise LayoutError(f"tensor {entry.name!r} is missing; the layout needs it")
+        array = np.asarray(arrays[entry.name])
+        if array.shape != entry.shape:
+            raise LayoutError(
+                f"tensor {entry.name!r} has shape {array.shape}; the layout has {entry.shape}"
+            )
+        if array.dtype.kind != "f":
+            raise LayoutError(
+                f"tensor {entry.name!r} has dtype {array.dtype}; a floating-point dtype is "
+                "needed (name it in buffers, or exclude it)"
+            )
+        return array
 
     def unflatten(
         self, vector: FloatVector, dtypes: Mapping[str, np.dtype] | None = None

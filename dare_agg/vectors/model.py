@@ -60,9 +60,16 @@ class Groups:
     def completed(self, base: Arrays, returned: Arrays) -> dict[str, NDArray[np.generic]]:
         """All tensors after training: those returned, and of ``base`` those that were not.
 
+        Raises as `settled`.
+        """
+        return {**base, **self.settled(returned)}
+
+    def settled(self, returned: Arrays) -> dict[str, NDArray[np.generic]]:
+        """The tensors that training returned, tied ones under the name that stands for them too.
+
         Raises `ApartError` for copies of a tied tensor that differ.
         """
-        tuned = {**base, **returned}
+        tuned = dict(returned)
         for first, names in sets_of(self.copies).items():
             if apart := came_apart(names, returned):
                 there = next(name for name in names if name in returned)

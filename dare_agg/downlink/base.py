@@ -18,8 +18,14 @@ from dare_agg.files.safetensors_header import (
 from dare_agg.vectors.model import Arrays
 
 DOWNLINK_NAME = "versions"
-# What an order says besides the version asked for.
+CHAIN_NAME = "chain"
+# What an order says besides the version asked for: the base's fingerprint, and of one on disk what
+# it is called, how many bytes it has where the server sends it, and the version's fingerprint where
+# clients are to compare it.
 BASE_VERSION = "base-version"
+BASE_NAME = "base-name"
+BASE_BYTES = "base-bytes"
+VERIFY = "verify"
 # Payloads.
 BASE = "base"
 STEPS = "steps"

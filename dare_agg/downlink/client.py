@@ -9,12 +9,9 @@ The folder's size is bounded: bases and heads that were not used for longest go 
 from __future__ import annotations
 
 import contextlib
-import hashlib
-import logging
 import os
-import re
 import struct
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -22,6 +19,16 @@ import numpy as np
 
 from dare_agg.downlink.base import BASE, DENSE_STEPS, STEPS, read_order, write_base
 from dare_agg.downlink.grid import Counts, grid_of
+from dare_agg.downlink.kept_files import (
+    KEEP_BYTES,
+    REMEDY,
+    check_version,
+    forget,
+    is_version,
+    owner_of,
+    trim,
+    try_to,
+)
 from dare_agg.downlink.protocol import FullReceiver
 from dare_agg.downlink.steps import apply_step, read_steps
 from dare_agg.errors import BaseMismatchError, DareError, StateError
@@ -31,11 +38,6 @@ from dare_agg.files.safetensors_header import check_safetensors, header_length, 
 from dare_agg.files.state_file import read_state, write_state
 from dare_agg.files.trust import own_folder
 from dare_agg.vectors.model import Arrays, GlobalModel, global_model
-
-LOG = logging.getLogger(__name__)
-KEEP_BYTES = 8 << 30
-_REMEDY = "name a folder of this user's own (cache in the node config, or DARE_AGG_CACHE)"
-_VERSION = re.compile(r"[0-9a-f]{64}")
 
 
 class VersionReceiver:
@@ -58,22 +60,20 @@ class VersionReceiver:
         apart: tuple[str, ...] = (),
         keep_bytes: int = KEEP_BYTES,
     ) -> None:
-        if not _VERSION.fullmatch(base):
-            raise BaseMismatchError(f"base version {base[:80]!r} is not 64 hex digits")
+        check_version(base)
         self.base, self.keep_bytes, self._folder = base, keep_bytes, folder
         for part in ("bases", "heads"):
             # Where it cannot be made, nothing is kept.
             with contextlib.suppress(OSError):
-                own_folder(folder / part, remedy=_REMEDY)
+                own_folder(folder / part, remedy=REMEDY)
         self._groups: dict[str, Any] = {
             "dense": dense,
             "exclude": exclude,
             "by_form": by_form,
             "apart": apart,
         }
-        owner = hashlib.sha256(client.encode()).hexdigest()[:12]
         self._base_path = folder / "bases" / f"{base}.safetensors"
-        self._head_path = folder / "heads" / f"{owner}-{base[:16]}.state"
+        self._head_path = folder / "heads" / f"{owner_of(client)}-{base[:16]}.state"
 
     def have(self) -> str:
         """The version this client holds, its base, or "" for none."""
@@ -94,6 +94,9 @@ class VersionReceiver:
         self._store_base(write_base(arrays))
         return True
 
+    def followed(self) -> None:
+        return None
+
     def receive(self, version: str, payloads: Mapping[str, bytes], arrays: Arrays | None) -> Arrays:
         """Follow the steps to ``version``, check its fingerprint, keep it, return its arrays.
 
@@ -105,8 +108,8 @@ class VersionReceiver:
         if not payloads and arrays is not None:
             return FullReceiver().receive(version, payloads, arrays)
         if BASE in payloads:
-            _forget(self._head_path)
-            _try_to(lambda: self._store_base(payloads[BASE]))
+            forget(self._head_path)
+            try_to(lambda: self._store_base(payloads[BASE]))
         base = self._load_base(payloads.get(BASE))
         groups = base.groups
         grid = grid_of(groups.layout, base.delta, groups.dtypes)
@@ -129,10 +132,10 @@ class VersionReceiver:
                 grid.values(base.delta[:], counts), dense_grid.values(base.dense, dense_counts)
             )
         except DareError as error:
-            _forget(self._head_path)
+            forget(self._head_path)
             raise BaseMismatchError(f"version {version[:12]} was not reached: {error}") from error
         if model.ref.version != version:
-            _forget(self._head_path)
+            forget(self._head_path)
             raise BaseMismatchError(
                 f"the steps led to {model.ref.version[:12]}, {version[:12]} was announced; the "
                 "version is asked for again"
@@ -140,8 +143,8 @@ class VersionReceiver:
         if steps or not self._head_path.is_file():
             held_now = {"counts": counts, "dense-counts": dense_counts}
             facts = {"version": version, "base": self.base}
-            _try_to(lambda: write_state(self._head_path, held_now, facts))
-        self._trim()
+            try_to(lambda: write_state(self._head_path, held_now, facts))
+        trim(self._folder, {self._base_path, self._head_path}, self.keep_bytes)
         return model.arrays()
 
     # --- files -----------------------------------------------------------------------------
@@ -161,13 +164,13 @@ class VersionReceiver:
             model = global_model({name: arrays[name] for name in order}, **self._groups)
             found = model.ref.version
         except (OSError, SafetensorError, ValueError, KeyError, TypeError, struct.error) as error:
-            _forget(self._base_path)
+            forget(self._base_path)
             raise BaseMismatchError(
                 f"base {self.base[:12]} cannot be read from the cache "
                 f"({type(error).__name__}); it is asked for again"
             ) from error
         if found != self.base:
-            _forget(self._base_path)
+            forget(self._base_path)
             raise BaseMismatchError(
                 f"the cached base has fingerprint {found[:12]}, not {self.base[:12]}; it is "
                 "asked for again"
@@ -189,41 +192,11 @@ class VersionReceiver:
                 raise StateError("it is of another model")
             return counts, dense_counts
         except (StateError, KeyError) as error:
-            _forget(self._head_path)
+            forget(self._head_path)
             raise BaseMismatchError(
                 f"version {version[:12]} is not in this client's cache ({error}); it is asked "
                 "for again"
             ) from error
-
-    def _trim(self) -> None:
-        """Remove what was not used for longest until the folder fits its bound."""
-        own = {self._base_path, self._head_path}
-        found = []
-        for path in self._folder.glob("*/*"):
-            try:
-                found.append((path.stat().st_mtime, path.stat().st_size, path))
-            except OSError:  # another client's process was faster
-                continue
-        total = sum(size for _, size, _ in found)
-        for _, size, path in sorted(found):
-            if total <= self.keep_bytes:
-                return
-            if path not in own:
-                _forget(path)
-                total -= size
-
-
-def _forget(path: Path) -> None:
-    with contextlib.suppress(OSError):
-        path.unlink(missing_ok=True)
-
-
-def _try_to(write: Callable[[], None]) -> None:
-    """Write to the cache; a cache that cannot be written costs bytes, not the round."""
-    try:
-        write()
-    except StateError as error:
-        LOG.warning("version cache: %s", error)
 
 
 def _head_version(path: Path) -> str:
@@ -237,7 +210,7 @@ def _head_version(path: Path) -> str:
             tensors = path.stat().st_size - 16 - 8 - header - 32
             metadata = parse_header(file.read(header_length(head[16:], size)), tensors)[1]
             version = parse_json(metadata["facts"])["version"]
-            if not isinstance(version, str) or not _VERSION.fullmatch(version):
+            if not isinstance(version, str) or not is_version(version):
                 raise StateError(f"{path} holds no version")
             return version
     except (OSError, struct.error, ValueError, KeyError, TypeError) as error:

@@ -12,7 +12,7 @@ vector, a step is one.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
 
@@ -55,12 +55,12 @@ class VersionGrid:
     def round_at(self, positions: Positions, values: FloatVector) -> Positions:
         """Return ``values`` in whole steps (nearest, ties to even) at ascending positions."""
         scaled = values.astype(np.float64)
-        scaled *= self._factors(positions)
+        scaled *= self.factors(positions)
         return np.rint(scaled, out=scaled).astype(np.int64)
 
     def value_at(self, positions: Positions, steps: Positions) -> FloatVector:
         """Return what so many steps are worth at ascending positions, as float32."""
-        return (steps / self._factors(positions)).astype(np.float32)
+        return (steps / self.factors(positions)).astype(np.float32)
 
     def values(self, base: FloatVector, counts: Counts) -> FloatVector:
         """Return the version with these counts, float32, shape (size,)."""
@@ -91,7 +91,7 @@ class VersionGrid:
         self, positions: Positions, values: FloatVector, counts: NDArray[np.signedinteger]
     ) -> FloatVector:
         """As `move` for base values at ascending positions; returns new ones."""
-        exact = values - -(counts.astype(np.int64)) / self._factors(positions)
+        exact = values - -(counts.astype(np.int64)) / self.factors(positions)
         moved = exact.astype(np.float32)
         if self.bounds or self.halves:
             places = np.searchsorted(self._stops, positions, side="right")
@@ -114,8 +114,15 @@ class VersionGrid:
     def _steps(self) -> NDArray[np.float64]:
         return np.array([2.0**e for e in self.exponents], np.float64)
 
-    def _factors(self, positions: Positions) -> NDArray[np.float64]:
-        return self._steps[np.searchsorted(self._stops, positions, side="right")]
+    def factors(self, positions: Positions) -> NDArray[np.float64]:
+        """Steps in 1, 2^e_t, at ascending positions."""
+        if not positions.size:
+            return np.empty(0, np.float64)
+        ends = positions[[0, -1]]
+        first, last = np.searchsorted(self._stops, ends, side="right")
+        edges = np.searchsorted(positions, self._stops[first:last])
+        counts = np.diff(edges, prepend=0, append=positions.size)
+        return np.repeat(self._steps[first : last + 1], counts)
 
 
 def grid_of(
@@ -126,8 +133,23 @@ def grid_of(
     Raises `NonFiniteError` when the base holds a NaN or an infinity.
     """
     check_finite(layout, base, "in the base")
-    known = dtypes or {}
     exponents: list[int] = []
+    for entry in layout.entries:
+        largest = 0.0
+        for lo in range(entry.offset, entry.stop, TILE):
+            piece = base[lo : min(entry.stop, lo + TILE)]
+            largest = max(largest, float(piece.max()), -float(piece.min()))
+        above = int(np.frexp(largest)[1]) if largest else SMALLEST_EXPONENT
+        exponents.append(24 - max(above, SMALLEST_EXPONENT))
+    return grid_from(layout, exponents, dtypes)
+
+
+def grid_from(
+    layout: Layout, exponents: Sequence[int], dtypes: Mapping[str, np.dtype] | None = None
+) -> VersionGrid:
+    """Make the grid again whose ``exponents`` were kept: the base needs not be read."""
+    known = dtypes or {}
+    settled = list(exponents)
     halves: list[int] = []
     bounds: dict[int, tuple[float, float]] = {}
     for place, entry in enumerate(layout.entries):
@@ -135,17 +157,10 @@ def grid_of(
         if dtype.kind in "iu":
             least, most = integer_bounds(dtype)
             bounds[place] = (least / INTEGERS_IN, most / INTEGERS_IN)
-            exponents.append(_OF_INTEGERS)
-            continue
-        largest = 0.0
-        for lo in range(entry.offset, entry.stop, TILE):
-            piece = base[lo : min(entry.stop, lo + TILE)]
-            largest = max(largest, float(piece.max()), -float(piece.min()))
-        above = int(np.frexp(largest)[1]) if largest else SMALLEST_EXPONENT
-        exponents.append(24 - max(above, SMALLEST_EXPONENT))
-        if dtype == np.float16:
+            settled[place] = _OF_INTEGERS
+        elif dtype == np.float16:
             halves.append(place)
-    return VersionGrid(layout, tuple(exponents), tuple(halves), bounds)
+    return VersionGrid(layout, tuple(settled), tuple(halves), bounds)
 
 
 def add_steps(counts: Counts, positions: Positions | slice, steps: Positions) -> None:

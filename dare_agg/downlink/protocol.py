@@ -118,6 +118,9 @@ class Receiver(Protocol):
         server sends the same version again as if this client held none.
         """
 
+    def followed(self) -> GlobalModel | None:
+        """The version received last, where it lies on disk; None where its arrays are it."""
+
 
 @dataclass(frozen=True)
 class FullDownlink:
@@ -162,6 +165,9 @@ class FullReceiver:
 
     def adopt(self, arrays: Arrays) -> bool:
         return False
+
+    def followed(self) -> None:
+        return None
 
     def receive(self, version: str, payloads: Mapping[str, bytes], arrays: Arrays | None) -> Arrays:
         if arrays is None:

@@ -21,6 +21,8 @@ import struct
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
+import numpy as np
+
 from dare_agg.codec.formats import VALUE_FORMATS
 from dare_agg.codec.mask import MASK_KINDS, DropRate
 from dare_agg.downlink.forms import STEP_FORMS
@@ -247,7 +249,9 @@ def apply_step(
     head = step.head
     form = STEP_FORMS[head.form]
     for positions, steps in form.decode(head, payload_of(step), grid):
-        add_steps(counts, positions, steps)
+        # Counts that stay need not be touched: they may lie in a file.
+        moving = np.flatnonzero(steps)
+        add_steps(counts, positions[moving], steps[moving])
     if dense_grid.size and step.dense:
         own = dense_head(head, dense_grid.size)
         for positions, steps in form.of_dense.decode(own, step.dense, dense_grid):

@@ -299,7 +299,13 @@ def encode_update_into(
             written = sum(pool.map(encode, bounds[:-1], bounds[1:]))
     if written != survivors:
         raise ConfigError(f"{written} values came; the mask has {survivors} survivors")
-    out[:HEADER_BYTES] = _header(spec, survivors, payload.nbytes)
+    seal_update(spec, out, pages)
+
+
+def seal_update(spec: UpdateSpec, out: memoryview, pages: Pages | None = None) -> None:
+    """Write the header, its checksum too, in front of an encoded payload of `update_bytes`."""
+    payload = out.nbytes - HEADER_BYTES
+    out[:HEADER_BYTES] = _header(spec, spec.draw_mask().survivors, payload)
     out[_CHECKSUM_AT : _CHECKSUM_AT + CHECKSUM_BYTES] = _checksum(spec, out, pages)
 
 

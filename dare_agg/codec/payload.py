@@ -10,7 +10,13 @@ import numpy as np
 from dare_agg.codec.derive import Keystream
 from dare_agg.codec.formats import find_values
 from dare_agg.codec.rotation import BLOCK, GROUP, count_blocks
-from dare_agg.codec.value_format import MAX_MAGNITUDE, NOTHING, Bytes, check_magnitude
+from dare_agg.codec.value_format import (
+    MAX_MAGNITUDE,
+    NOTHING,
+    Bytes,
+    ValueFormat,
+    check_magnitude,
+)
 from dare_agg.errors import ConfigError, UpdateError
 from dare_agg.files.pages import Pages
 from dare_agg.vectors.layout import FloatVector
@@ -66,7 +72,6 @@ def encode_values(
     if target.size != sections.total:
         raise ConfigError(f"{target.size} bytes of room; {sections.total} are needed")
     stream = Keystream(key) if row.keystream_bytes(1) else None
-    per_group = row.keystream_bytes(GROUP)
     written = 0
     for number, values in enumerate(groups, first_group):
         at = number * GROUP
@@ -74,21 +79,41 @@ def encode_values(
             raise ConfigError(
                 f"group {number} of {values.size} values; {survivors} survivors were announced"
             )
-        check_magnitude(values, at, most)
-        keystream = (
-            stream.read(number * per_group, row.keystream_bytes(values.size)) if stream else None
-        )
-        coded = values.size - (count_blocks(values.size)[1] if row.blocks else 0)
-        room = target[at * row.bits // 8 :][: -(-coded * row.bits // 8)]
-        encode, _ = row.coder(values.size)
-        scales, rest = encode(values, keystream, room)
-        _check_scales(scales, at // BLOCK, most)
+        room = target[at * row.bits // 8 :][: _code_bytes(row, values.size)]
+        scales, rest = _encode_group(row, stream, values, number, room, most)
         scale_at = sections.codes + 4 * (at // BLOCK)
         target[scale_at : scale_at + 4 * scales.size] = scales.view(np.uint8)
         rest_at = sections.codes + sections.scales
         target[rest_at : rest_at + 4 * rest.size] = rest.view(np.uint8)
         written += values.size
     return written
+
+
+def _encode_group(
+    row: ValueFormat,
+    stream: Keystream | None,
+    values: FloatVector,
+    number: int,
+    room: Bytes,
+    most: np.float32,
+) -> tuple[FloatVector, FloatVector]:
+    """Write the codes of group ``number`` to ``room``; return its scales and rest, as they lie."""
+    at = number * GROUP
+    check_magnitude(values, at, most)
+    keystream = None
+    if stream is not None:
+        start = number * row.keystream_bytes(GROUP)
+        keystream = stream.read(start, row.keystream_bytes(values.size))
+    encode, _ = row.coder(values.size)
+    scales, rest = encode(values, keystream, room)
+    _check_scales(scales, at // BLOCK, most)
+    return scales, rest
+
+
+def _code_bytes(row: ValueFormat, count: int) -> int:
+    """Bytes of the codes of a group of so many values."""
+    coded = count - (count_blocks(count)[1] if row.blocks else 0)
+    return -(-coded * row.bits // 8)
 
 
 def decode_values(
@@ -103,23 +128,35 @@ def decode_values(
     sections = payload_sections(name, survivors)
     first = group * GROUP
     count = min(GROUP, survivors - first)
-    values = np.empty(count, np.float32)
-    keystream = None
-    if need := row.keystream_bytes(count):
-        keystream = Keystream(key).read(group * row.keystream_bytes(GROUP), need)
     scales = rest = NOTHING
-    coded = count
     if row.blocks:
         blocks, left = count_blocks(count)
-        coded = count - left
         lo = sections.codes + 4 * group * (GROUP // BLOCK)
         scales = payload[lo : lo + 4 * blocks].copy().view("<f4").astype(np.float32)
         if left:
             lo = sections.codes + sections.scales
             rest = payload[lo : lo + 4 * left].copy().view("<f4").astype(np.float32)
-    lo = first * row.bits // 8
+    codes = payload[first * row.bits // 8 :][: _code_bytes(row, count)]
+    stream = Keystream(key) if row.keystream_bytes(1) else None
+    return _decode_group(row, stream, codes, scales, rest, count, group)
+
+
+def _decode_group(
+    row: ValueFormat,
+    stream: Keystream | None,
+    codes: Bytes,
+    scales: FloatVector,
+    rest: FloatVector,
+    count: int,
+    group: int,
+) -> FloatVector:
+    keystream = None
+    if stream is not None:
+        start = group * row.keystream_bytes(GROUP)
+        keystream = stream.read(start, row.keystream_bytes(count))
+    values = np.empty(count, np.float32)
     _, decode = row.coder(count)
-    decode(payload[lo : lo + -(-coded * row.bits // 8)], scales, rest, values, keystream)
+    decode(codes, scales, rest, values, keystream)
     return values
 
 
@@ -191,6 +228,56 @@ def encode_payload(name: str, pieces: Iterable[FloatVector], count: int, key: by
     out = bytearray(payload_bytes(name, count))
     encode_values(name, regrouped(pieces), count, key, memoryview(out))
     return bytes(out)
+
+
+class PayloadWriter:
+    """Encodes values whose number is not known yet, and says what each group decodes to.
+
+    The bytes are those of `encode_payload`. A format's keystream is read once for both ways.
+    """
+
+    def __init__(self, name: str, key: bytes) -> None:
+        self._row, self._key = find_values(name), key
+        self._group, self._filled = np.empty(GROUP, np.float32), 0
+        self._codes = bytearray()
+        self._scales: list[bytes] = []
+        self._rest = b""
+        self._number = 0
+        self.count = 0
+
+    def add(self, values: FloatVector) -> Iterator[FloatVector]:
+        """Take the next values; yields what was decoded of each group that they filled."""
+        at = 0
+        while at < values.size:
+            piece = values[at : at + GROUP - self._filled]
+            self._group[self._filled : self._filled + piece.size] = piece
+            self._filled += piece.size
+            at += piece.size
+            if self._filled == GROUP:
+                yield self._encode()
+
+    def finish(self) -> Iterator[FloatVector]:
+        """End the payload; yields what was decoded of the last group, where it has values."""
+        if self._filled:
+            yield self._encode()
+
+    def payload(self) -> bytes:
+        """The finished payload."""
+        return b"".join((self._codes, *self._scales, self._rest))
+
+    def _encode(self) -> FloatVector:
+        row, values = self._row, self._group[: self._filled]
+        stream = Keystream(self._key) if row.keystream_bytes(1) else None
+        codes = np.empty(_code_bytes(row, values.size), np.uint8)
+        scales, rest = _encode_group(row, stream, values, self._number, codes, MAX_MAGNITUDE)
+        decoded = _decode_group(row, stream, codes, scales, rest, values.size, self._number)
+        self._codes += codes.tobytes()
+        self._scales.append(scales.astype("<f4").tobytes())
+        self._rest = rest.astype("<f4").tobytes()
+        self.count += values.size
+        self._number += 1
+        self._filled = 0
+        return decoded
 
 
 class PayloadReader:

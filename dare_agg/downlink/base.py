@@ -18,6 +18,7 @@ from dare_agg.files.safetensors_header import (
 from dare_agg.vectors.model import Arrays
 
 DOWNLINK_NAME = "versions"
+# The way on which versions are named by the chain of steps and lie on disk.
 CHAIN_NAME = "chain"
 # What an order says besides the version asked for: the base's fingerprint, and of one on disk what
 # it is called, how many bytes it has where the server sends it, and the version's fingerprint where

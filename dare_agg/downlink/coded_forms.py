@@ -11,13 +11,13 @@ from typing import Any
 
 import numpy as np
 
-from dare_agg.codec.payload import PayloadReader, encode_payload
+from dare_agg.codec.payload import PayloadReader, PayloadWriter, encode_payload
 from dare_agg.downlink.grid import TILE, Positions, VersionGrid
-from dare_agg.downlink.step_form import Families, Family, StepForm, StepHead
+from dare_agg.downlink.step_form import Families, Family, Settled, StepForm, StepHead
 from dare_agg.errors import UpdateError
 from dare_agg.vectors.layout import FloatVector
 
-# Yields (positions, rescale), ascending, tile by tile.
+# Yields (positions, rescale), ascending, once for each tile of `TILE`.
 Places = Callable[[Families, int], Iterator[tuple[Positions, FloatVector | np.float32]]]
 _ONE = np.float32(1)
 
@@ -46,7 +46,62 @@ def coded_form(name: str, code: int, places: Places, **words: Any) -> StepForm:
         if values.left:
             raise UpdateError("step holds more values than its masks keep", reason="mask")
 
-    return StepForm(name, code, encode, decode, **words)
+    def write(head: StepHead, grid: VersionGrid) -> _CodedWriter:
+        return _CodedWriter(head, grid, places(head.families, grid.size))
+
+    return StepForm(name, code, encode, decode, write, **words)
+
+
+class _CodedWriter:
+    """Values wait until their group is full, and with them where they belong."""
+
+    def __init__(
+        self,
+        head: StepHead,
+        grid: VersionGrid,
+        places: Iterator[tuple[Positions, FloatVector | np.float32]],
+    ) -> None:
+        self._payload = PayloadWriter(head.values, head.key)
+        self._grid, self._places = grid, places
+        self._next: tuple[Positions, FloatVector | np.float32] = (np.empty(0, np.int64), _ONE)
+        self._waiting: list[tuple[Positions, FloatVector, FloatVector | np.float32]] = []
+
+    @property
+    def count(self) -> int:
+        return self._payload.count
+
+    def places(self) -> Positions:
+        self._next = next(self._places)
+        return self._next[0]
+
+    def add(self, change: FloatVector) -> Iterator[Settled]:
+        positions, scale = self._next
+        self._waiting.append((positions, change, scale))
+        for decoded in self._payload.add(change):
+            yield self._settle(decoded)
+
+    def finish(self) -> Iterator[Settled]:
+        for decoded in self._payload.finish():
+            yield self._settle(decoded)
+
+    def payload(self) -> bytes:
+        return self._payload.payload()
+
+    def _settle(self, decoded: FloatVector) -> Settled:
+        """Match a decoded group with the places that its values came from."""
+        positions = np.empty(decoded.size, np.int64)
+        change = np.empty(decoded.size, np.float32)
+        at = 0
+        while at < decoded.size:
+            where, values, scale = self._waiting[0]
+            size = min(where.size, decoded.size - at)
+            positions[at : at + size], change[at : at + size] = where[:size], values[:size]
+            if scale is not _ONE:
+                decoded[at : at + size] *= scale[:size] if isinstance(scale, np.ndarray) else scale
+            at += size
+            rest = scale[size:] if isinstance(scale, np.ndarray) else scale
+            self._waiting[:1] = [(where[size:], values[size:], rest)] if size < where.size else []
+        return positions, change, self._grid.round_at(positions, decoded)
 
 
 def _everywhere(_: Families, size: int) -> Iterator[tuple[Positions, FloatVector | np.float32]]:
@@ -70,7 +125,13 @@ def on_any_mask(
 def _on_one_mask(
     families: Families, size: int
 ) -> Iterator[tuple[Positions, FloatVector | np.float32]]:
-    yield from families[0].masks(size)[0].blocks()
+    mask = families[0].masks(size)[0]
+    for lo in range(0, size, TILE):
+        # What a mask yields may be reused by its next step.
+        found = [(at.copy(), scale) for _, at, scale in mask.within(lo, lo + TILE)]
+        positions = np.concatenate([at for at, _ in found] or [np.empty(0, np.int64)])
+        scales = [np.broadcast_to(scale, at.shape) for at, scale in found]
+        yield positions, np.concatenate(scales or [np.empty(0, np.float32)])
 
 
 DENSE = coded_form("dense", 1, _everywhere)

@@ -1,22 +1,16 @@
 """Counts of grid steps in a file: two bytes a parameter, changed in place.
 
-A file holds a page that says what it is, then the low half of every count, int16. High halves
-stand in a second file, ``<name>.high``, which takes room on the disk only where a count has left
-the 16 bits: count = low + 2¹⁶·high, low from −2¹⁵ to 2¹⁵ − 1. Both are read and written where
-they lie; a process's own memory holds the part that is looked at.
-
-The page: magic ``b"DARECNT1"`` · size u64 · state u8 (0 whole, 1 being changed) · base 32 B ·
-version 32 B · the first 8 bytes of SHA-256 of these.
+The low half of every count, int16, lies in a mapped file. High halves stand in a second file,
+``<name>.high``, which takes room on the disk only where a count has left the 16 bits: count =
+low + 2¹⁶·high, low from −2¹⁵ to 2¹⁵ − 1. Both are read and written where they lie; a process's
+own memory holds the part that is looked at.
 """
 
 from __future__ import annotations
 
 import contextlib
 import errno
-import hashlib
-import mmap
 import os
-import struct
 from collections.abc import Iterator
 from pathlib import Path
 from types import TracebackType
@@ -25,15 +19,18 @@ import numpy as np
 from numpy.typing import NDArray
 
 from dare_agg.downlink.grid import Counts, Positions
+from dare_agg.downlink.mapped import (
+    MappedVector,
+    create_mapped,
+    open_mapped,
+    refusals,
+    write_all,
+)
 from dare_agg.errors import StateError
-from dare_agg.files.pages import Pages
 
-_MAGIC = b"DARECNT1"
-_PAGE = struct.Struct("<8sQB32s32s8s")
-_PAGE_BYTES = 4096
+_KIND = "counts"
 # High halves are looked up in parts of so many counts.
 _PART = 1 << 16
-_NONE = "00" * 32
 
 
 class CountsFile:
@@ -45,14 +42,22 @@ class CountsFile:
 
     dtype = np.dtype(np.int32)
 
-    def __init__(self, path: Path, handle: int, size: int, base: str) -> None:
-        self.path, self.size, self.base = path, size, base
-        self.version, self.dirty = _NONE, False
-        self._handle, self._high = handle, os.open(_high(path), os.O_RDWR | os.O_CLOEXEC)
-        self._map = mmap.mmap(handle, _PAGE_BYTES + 2 * size)
-        self._low = np.frombuffer(self._map, "<i2", offset=_PAGE_BYTES)
-        self._pages = Pages(self._map)
-        self._wide = _parts_with_data(self._high, size)
+    def __init__(self, low: MappedVector) -> None:
+        self.path, self.size, self.base = low.path, low.size, low.base
+        self._low = low
+        with refusals(self.path):
+            self._high = os.open(_high(self.path), os.O_RDWR | os.O_CLOEXEC)
+        self._wide = _parts_with_data(self._high, self.size)
+
+    @property
+    def version(self) -> str:
+        """The version that the file says it holds, or is being moved from."""
+        return self._low.version
+
+    @property
+    def dirty(self) -> bool:
+        """Whether the counts were being moved when the file was last let go of."""
+        return self._low.dirty
 
     @property
     def shape(self) -> tuple[int, ...]:
@@ -81,8 +86,8 @@ class CountsFile:
     ) -> tuple[NDArray[np.int16], NDArray[np.int16] | None]:
         """Copies of the low halves and, where any may be other than 0, of the high ones."""
         first, last = self._reach(where)
-        low = np.array(self._low[where])
-        self._pages.passed(2 * (last - first))
+        low = np.array(self._low.values[where])
+        self._low.passed(last - first)
         if last == first or not self._wide[first // _PART : -(-last // _PART)].any():
             return low, None
         high = np.zeros(low.size, np.int16)
@@ -102,8 +107,8 @@ class CountsFile:
         # First what may find no room.
         if high is not None or self._wide[first // _PART : -(-last // _PART)].any():
             self._put_high(where, first, last, np.zeros_like(low) if high is None else high)
-        self._low[where] = low
-        self._pages.passed(2 * (last - first))
+        self._low.values[where] = low
+        self._low.passed(last - first)
 
     def _read_high(self, lo: int, hi: int) -> NDArray[np.int16]:
         return np.frombuffer(os.pread(self._high, 2 * (hi - lo), 2 * lo), "<i2")
@@ -119,8 +124,8 @@ class CountsFile:
             changed[_within(where, at, lo)] = high[at]
             if not np.array_equal(changed, held):
                 self._wide[part] = True
-                with _refusals(self.path):
-                    _write_all(self._high, changed.tobytes(), 2 * lo)
+                with refusals(self.path):
+                    write_all(self._high, changed.tobytes(), 2 * lo)
 
     def mark(self, version: str, *, dirty: bool = False) -> None:
         """Have the counts on the disk, then say which version they are, or are being moved from.
@@ -128,28 +133,24 @@ class CountsFile:
         ``dirty`` comes first and is taken back last: a file that says it was not whole whenever
         something happened in between. Raises `StateError` where the disk refuses.
         """
-        with _refusals(self.path):
-            self.flush()
-            page = _page(self.size, self.base, version, dirty)
-            _write_all(self._handle, page, 0)
-            os.fdatasync(self._handle)
-        self.version, self.dirty = version, dirty
+        self._sync_high()
+        self._low.mark(version, dirty=dirty)
 
     def flush(self) -> None:
         """Have on the disk what was written; raises `StateError` where that fails."""
-        with _refusals(self.path):
-            self._map.flush()
-            os.fdatasync(self._high)
+        self._sync_high()
+        self._low.flush()
 
     def close(self) -> None:
         """Let go of the files; what was written stays written."""
-        if self._handle >= 0:
-            del self._low
-            with contextlib.suppress(BufferError):  # somebody still holds a view
-                self._map.close()
-            os.close(self._handle)
+        if self._high >= 0:
+            self._low.close()
             os.close(self._high)
-            self._handle = -1
+            self._high = -1
+
+    def _sync_high(self) -> None:
+        with refusals(self.path):
+            os.fdatasync(self._high)
 
     def __enter__(self) -> CountsFile:
         return self
@@ -177,24 +178,20 @@ def create_counts(path: Path, size: int, base: str, version: str = "") -> Counts
 
     All its room is taken at once, so that a full disk is met here. Raises `StateError`.
     """
-    with _refusals(path):
+    high = _high(path)
+    with refusals(path):
         path.parent.mkdir(parents=True, exist_ok=True)
-        for name in (path, _high(path)):
-            name.unlink(missing_ok=True)
-        flags = os.O_RDWR | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC
+        high.unlink(missing_ok=True)
         try:
-            high = os.open(_high(path), flags, 0o600)
-            os.ftruncate(high, 2 * size)
-            os.close(high)
-            handle = os.open(path, flags, 0o600)
-            os.posix_fallocate(handle, 0, _PAGE_BYTES + 2 * size)
-            counts = CountsFile(path, handle, size, base)
-            counts.mark(version or base)
+            handle = os.open(high, os.O_RDWR | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o600)
+            try:
+                os.ftruncate(handle, 2 * size)
+            finally:
+                os.close(handle)
+            return CountsFile(create_mapped(path, _KIND, "<i2", size, base, version))
         except BaseException:
-            for name in (path, _high(path)):
-                name.unlink(missing_ok=True)
+            forget_counts(path)
             raise
-    return counts
 
 
 def open_counts(path: Path, size: int, base: str) -> CountsFile:
@@ -202,32 +199,20 @@ def open_counts(path: Path, size: int, base: str) -> CountsFile:
 
     Raises `StateError` for one that is missing, cut off, damaged, or of another base.
     """
+    low = open_mapped(path, _KIND, "<i2", size, base)
     try:
-        handle = os.open(path, os.O_RDWR | os.O_CLOEXEC)
-        page = os.pread(handle, _PAGE.size, 0)
-        found = os.fstat(handle).st_size, os.stat(_high(path)).st_size
+        found = os.stat(_high(path)).st_size
+        if found != 2 * size:
+            raise StateError(f"counts {_high(path)} have {found} bytes, {2 * size} are due")
+        return CountsFile(low)
     except OSError as error:
-        raise StateError(f"counts {path} cannot be read: {error.strerror or error}") from error
-    try:
-        if len(page) < _PAGE.size:
-            raise StateError(f"counts {path} are cut off: {len(page)} bytes are there")
-        magic, held, state, of_base, version, check = _PAGE.unpack(page)
-        if magic != _MAGIC or _check(page) != check or state > 1:
-            raise StateError(f"{path} is no file of counts, or a damaged one")
-        if of_base.hex() != base or held != size:
-            raise StateError(
-                f"counts {path} are of {held} parameters over base {of_base.hex()[:12]}, not "
-                f"{size} over {base[:12]}"
-            )
-        due = _PAGE_BYTES + 2 * size, 2 * size
-        if found != due:
-            raise StateError(f"counts {path} have {found} bytes, {due} are due")
+        low.close()
+        raise StateError(
+            f"counts {_high(path)} cannot be read: {error.strerror or error}"
+        ) from error
     except BaseException:
-        os.close(handle)
+        low.close()
         raise
-    counts = CountsFile(path, handle, size, base)
-    counts.version, counts.dirty = version.hex(), bool(state)
-    return counts
 
 
 def forget_counts(path: Path) -> None:
@@ -248,15 +233,6 @@ def halves_of(
 
 def _high(path: Path) -> Path:
     return path.with_name(path.name + ".high")
-
-
-def _page(size: int, base: str, version: str, dirty: bool) -> bytes:
-    parts = (_MAGIC, size, int(dirty), bytes.fromhex(base), bytes.fromhex(version))
-    return _PAGE.pack(*parts, _check(_PAGE.pack(*parts, bytes(8))))
-
-
-def _check(page: bytes) -> bytes:
-    return hashlib.sha256(page[:-8]).digest()[:8]
 
 
 def _parts_with_data(handle: int, size: int) -> NDArray[np.bool_]:
@@ -289,21 +265,3 @@ def _cut(where: slice | Positions, first: int, last: int) -> Iterator[tuple[int,
 
 def _within(where: slice | Positions, at: slice, lo: int) -> slice | Positions:
     return slice(None) if isinstance(where, slice) else where[at] - lo
-
-
-def _write_all(handle: int, data: bytes, at: int) -> None:
-    view = memoryview(data)
-    while view:
-        done = os.pwrite(handle, view, at)
-        view, at = view[done:], at + done
-
-
-@contextlib.contextmanager
-def _refusals(path: Path) -> Iterator[None]:
-    try:
-        yield
-    except OSError as error:
-        raise StateError(
-            f"counts {path} cannot be written: {error.strerror or error}; free space or fix the "
-            "permissions"
-        ) from error

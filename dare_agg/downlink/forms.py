@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass
 
 import numpy as np
@@ -20,42 +20,46 @@ STEP_FORMS: Mapping[str, StepForm] = {row.name: row for row in (UNION, DENSE, DA
 class Form:
     """A row of `FORMS`: the steps' form and value format, and whether the rest is kept.
 
-    Where a round's change and masks do not fit, the row named ``otherwise`` is taken.
+    Where a round's change and masks do not fit, the row named ``otherwise`` is taken: without
+    any mask where the form needs them, and with ``only_masks`` where the change is other than 0
+    off them.
     """
 
     step: StepForm
     values: str
     about: str
     feedback: bool = True
-    fits: Callable[[FloatVector, Families], bool] = lambda change, families: True
+    only_masks: bool = False
     otherwise: str = ""
 
+    def fits(self, families: Families) -> bool:
+        """Whether a round with these masks can be sent so."""
+        return bool(families) or not self.step.masked or not self.otherwise
 
-def _has_masks(_: FloatVector, families: Families) -> bool:
-    return bool(families)
-
-
-def _lies_on_masks(change: FloatVector, families: Families) -> bool:
-    kept = (np.count_nonzero(change[at]) for at, _ in on_any_mask(families, change.size))
-    return bool(families) and sum(kept) == np.count_nonzero(change)
+    def bears(self, change: FloatVector, families: Families) -> bool:
+        """Whether all of a change lies where this form sends any."""
+        if not self.only_masks:
+            return True
+        kept = (np.count_nonzero(change[at]) for at, _ in on_any_mask(families, change.size))
+        return sum(kept) == np.count_nonzero(change)
 
 
 FORMS: Mapping[str, Form] = {
     "auto": Form(
         UNION, "b1", "union-b1 while the step lies on the masks, else dense-b1",
-        fits=_lies_on_masks, otherwise="dense-b1",
+        only_masks=True, otherwise="dense-b1",
     ),
     "union-b1": Form(
         UNION, "b1", "1-bit values on the union of the round's masks",
-        fits=_has_masks, otherwise="dense-b1",
+        otherwise="dense-b1",
     ),
     "union-i8": Form(
         UNION, "i8", "8-bit values on the union of the round's masks",
-        fits=_has_masks, otherwise="dense-i8",
+        otherwise="dense-i8",
     ),
     "union-f32": Form(
         UNION, "f32", "exact values on the union of the round's masks",
-        fits=_has_masks, otherwise="lossless",
+        otherwise="lossless",
     ),
     "dense-b1": Form(DENSE, "b1", "1-bit values of every parameter"),
     "dense-i8": Form(DENSE, "i8", "8-bit values of every parameter"),

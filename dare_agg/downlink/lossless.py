@@ -12,21 +12,22 @@ from collections.abc import Iterator
 import numpy as np
 
 from dare_agg.downlink.grid import TILE, Counts, Positions, VersionGrid, add_steps
-from dare_agg.downlink.step_form import StepForm, StepHead
+from dare_agg.downlink.step_form import Settled, StepForm, StepHead
 from dare_agg.errors import UpdateError
 from dare_agg.vectors.layout import FloatVector
 
 
 def encode_counts(counts: Counts) -> bytes:
     """Write whole steps exactly: planes of bytes, so that unmoved parameters cost nothing."""
-    parts = []
-    for lo in range(0, counts.size, TILE):
-        piece = counts[lo : lo + TILE]
-        zigzag = ((piece << 1) ^ (piece >> 31)).astype("<u4")
-        planes = np.ascontiguousarray(zigzag.view(np.uint8).reshape(-1, 4).T)
-        packed = zlib.compress(planes.tobytes(), 6)
-        parts.append(struct.pack("<I", len(packed)) + packed)
-    return b"".join(parts)
+    return b"".join(encode_tile(counts[lo : lo + TILE]) for lo in range(0, counts.size, TILE))
+
+
+def encode_tile(counts: Counts) -> bytes:
+    """As `encode_counts`, of one tile of at most `TILE` counts."""
+    zigzag = ((counts << 1) ^ (counts >> 31)).astype("<u4")
+    planes = np.ascontiguousarray(zigzag.view(np.uint8).reshape(-1, 4).T)
+    packed = zlib.compress(planes.tobytes(), 6)
+    return struct.pack("<I", len(packed)) + packed
 
 
 def _encode(_: StepHead, change: FloatVector, grid: VersionGrid) -> tuple[bytes, int]:
@@ -69,4 +70,33 @@ def _decode(
         raise UpdateError(f"lossless step: {len(payload) - at} bytes too many", reason="trailing")
 
 
-LOSSLESS = StepForm("lossless", 3, _encode, _decode)
+class _Writer:
+    """Every tile is settled as soon as it came."""
+
+    count = 0
+
+    def __init__(self, grid: VersionGrid) -> None:
+        self._grid, self._at = grid, 0
+        self._parts: list[bytes] = []
+        self._next = np.empty(0, np.int64)
+
+    def places(self) -> Positions:
+        lo, self._at = self._at, min(self._grid.size, self._at + TILE)
+        self._next = np.arange(lo, self._at, dtype=np.int64)
+        return self._next
+
+    def add(self, change: FloatVector) -> Iterator[Settled]:
+        steps = self._grid.round_at(self._next, change)
+        counts = np.zeros(steps.size, np.int32)
+        add_steps(counts, slice(None), steps)
+        self._parts.append(encode_tile(counts))
+        yield self._next, change, steps
+
+    def finish(self) -> Iterator[Settled]:
+        yield from ()
+
+    def payload(self) -> bytes:
+        return b"".join(self._parts)
+
+
+LOSSLESS = StepForm("lossless", 3, _encode, _decode, lambda head, grid: _Writer(grid))

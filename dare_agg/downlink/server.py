@@ -14,11 +14,9 @@ from dataclasses import dataclass, field, replace
 
 import numpy as np
 
-from dare_agg.codec.derive import derive_key
 from dare_agg.codec.formats import find_values
 from dare_agg.codec.mask import parse_drop_rate
 from dare_agg.downlink.base import (
-    BASE,
     BASE_VERSION,
     DENSE_STEPS,
     DOWNLINK_NAME,
@@ -26,10 +24,16 @@ from dare_agg.downlink.base import (
     write_base,
 )
 from dare_agg.downlink.forms import find_form
-from dare_agg.downlink.grid import Counts, VersionGrid, add_steps, grid_of
+from dare_agg.downlink.held import HeldGroup, held_group
 from dare_agg.downlink.lossless import LOSSLESS, encode_counts
+from dare_agg.downlink.paths import (
+    cheapest_broadcast,
+    cheapest_path,
+    head_after,
+    parents_of,
+)
 from dare_agg.downlink.protocol import Broadcast, DrawnMask
-from dare_agg.downlink.step_form import StepForm, StepHead
+from dare_agg.downlink.step_form import StepHead
 from dare_agg.downlink.steps import (
     Step,
     apply_step,
@@ -41,23 +45,6 @@ from dare_agg.downlink.steps import (
 from dare_agg.errors import ConfigError, StateError
 from dare_agg.vectors.layout import FloatVector
 from dare_agg.vectors.model import Arrays, GlobalModel
-
-
-@dataclass
-class _Group:
-    """One group's place on the grid: base, whole steps, and what was not sent yet."""
-
-    grid: VersionGrid
-    base: FloatVector
-    counts: Counts
-    rest: FloatVector
-
-    def values(self) -> FloatVector:
-        return self.grid.values(self.base, self.counts)
-
-
-def _group(grid: VersionGrid, base: FloatVector) -> _Group:
-    return _Group(grid, base, np.zeros(grid.size, np.int32), np.zeros(grid.size, np.float32))
 
 
 @dataclass
@@ -79,8 +66,8 @@ class VersionDownlink:
     steps: list[Step] = field(default_factory=list)
     _model: GlobalModel | None = None
     _base_model: GlobalModel | None = None
-    _delta: _Group | None = None
-    _dense: _Group | None = None
+    _delta: HeldGroup | None = None
+    _dense: HeldGroup | None = None
     _sums: dict[tuple[str, str], Step] = field(default_factory=dict)
     _base_payload: bytes = b""
 
@@ -99,8 +86,8 @@ class VersionDownlink:
         if self._model is not None and version == self.version:
             return self._model
         groups = model.groups
-        self._delta = _group(grid_of(groups.layout, model.delta[:], groups.dtypes), model.delta[:])
-        self._dense = _group(grid_of(groups.dense_layout, model.dense, groups.dtypes), model.dense)
+        self._delta = held_group(groups.layout, model.delta[:], groups.dtypes)
+        self._dense = held_group(groups.dense_layout, model.dense, groups.dtypes)
         self._model = self._base_model = model
         self.base_version = self.version = version
         self.steps.clear()
@@ -127,25 +114,16 @@ class VersionDownlink:
             )
         families = families_of(plans)
         row = find_form(self.form)
-        if not row.fits(step, families):
+        if not row.fits(families) or not row.bears(step, families):
             row = find_form(row.otherwise)
         number = max((plan.round for plan in plans), default=0)
-        key = derive_key(
-            bytes.fromhex(self.version),
-            "downlink",
-            number,
-            *(family.key for family in families),
-        )
-        form, none = row.step, "00" * 32
-        families = form.masks(families, parse_drop_rate(self.drop_rate), key)
-        head = StepHead(
-            form.name, row.values, self.dense_values, number, self.version, none, key, families
-        )
-        head, payload = self._move(delta, form, head, step, row.feedback)
+        rate = parse_drop_rate(self.drop_rate)
+        head = head_after(row, self.dense_values, number, self.version, families, rate)
+        head, payload = delta.move(row.step, head, step, row.feedback)
         dense_payload = b""
         if dense_step is not None and dense.grid.size:
             own = dense_head(head, dense.grid.size)
-            _, dense_payload = self._move(dense, form.of_dense, own, dense_step, True)
+            _, dense_payload = dense.move(row.step.of_dense, own, dense_step, True)
         moved = model.placed(delta.values(), dense.values())
         self._model, self.version = moved, moved.ref.version
         self.steps.append(write_step(replace(head, child=self.version), payload, dense_payload))
@@ -159,27 +137,16 @@ class VersionDownlink:
 
         Raises `StateError` for a model that is not at the store's version.
         """
-        if model.ref.version != self.version:
-            raise StateError(
-                f"version {model.ref.version[:12]} is asked for, the store holds "
-                f"{self.version[:12]}; broadcast only the newest"
-            )
-        if have == self.version:
-            return Broadcast(full=False, holds=have)
-        # Who names any version holds this run's base too: a client looks for nothing else.
-        known = [self.base_version] if have else []
-        if have in self.parents():
-            known.insert(0, have)
-        best = min(
-            (self.path(start) for start in known or [self.base_version]),
-            key=lambda path: sum(step.nbytes for step in path),
+        return cheapest_broadcast(
+            model.ref.version,
+            self.version,
+            self.base_version,
+            have,
+            self.parents(),
+            self.path,
+            self._moved,
+            self._base_bytes,
         )
-        payloads = {STEPS: b"".join(step.body for step in best)} if best else {}
-        if dense := b"".join(step.dense for step in best):
-            payloads[DENSE_STEPS] = dense
-        if not known:
-            payloads[BASE] = self._base_bytes()
-        return Broadcast(full=False, payloads=payloads, holds=have or self.base_version)
 
     def facts(self) -> dict[str, str]:
         return {BASE_VERSION: self.base_version}
@@ -188,23 +155,14 @@ class VersionDownlink:
 
     def parents(self) -> list[str]:
         """The versions a chain of kept steps leads from, oldest first."""
-        return [step.head.parent for step in self.steps]
+        return parents_of(self.steps)
 
     def path(self, start: str) -> list[Step]:
         """Return the cheapest steps from ``start`` (kept, or the base) to the newest version."""
-        if start == self.version:
-            return []
-        parents = self.parents()
-        chain = self.steps[parents.index(start) :] if start in parents else None
-        if chain is not None:
-            moved = int(np.count_nonzero(self._groups()[0].counts))
-            # A sum takes at least a byte or so for each element that moved.
-            if len(chain) == 1 or sum(step.nbytes for step in chain) <= moved:
-                return chain
-        total = self.summed(start)
-        if chain is not None and sum(step.nbytes for step in chain) <= total.nbytes:
-            return chain
-        return [total]
+        return cheapest_path(self.steps, start, self.version, self._moved, self.summed)
+
+    def _moved(self) -> int:
+        return int(np.count_nonzero(self._groups()[0].counts))
 
     def summed(self, start: str) -> Step:
         """Return one lossless step from ``start`` to the newest version."""
@@ -234,10 +192,8 @@ class VersionDownlink:
         body = b"".join(step.body for step in self.steps)
         dense_body = b"".join(step.dense for step in self.steps)
         return {
-            "counts": delta.counts,
-            "rest": delta.rest,
-            "dense-counts": dense.counts,
-            "dense-rest": dense.rest,
+            **delta.arrays(),
+            **dense.arrays("dense-"),
             STEPS: np.frombuffer(body, np.uint8),
             DENSE_STEPS: np.frombuffer(dense_body, np.uint8),
         }
@@ -249,15 +205,8 @@ class VersionDownlink:
         """
         self.start(base)
         delta, dense = self._groups()
-        for name, group in (("", delta), ("dense-", dense)):
-            for what, dtype in (("counts", np.int32), ("rest", np.float32)):
-                found = arrays.get(name + what)
-                if found is None or found.shape != (group.grid.size,) or found.dtype != dtype:
-                    raise StateError(
-                        f"version state holds no {name}{what} of {group.grid.size} "
-                        f"{np.dtype(dtype)}; resume from an older round"
-                    )
-                setattr(group, what, np.array(found))
+        delta.take_up(arrays)
+        dense.take_up(arrays, "dense-")
         body, dense_body = (
             np.asarray(arrays.get(k, np.empty(0, np.uint8)), np.uint8).tobytes()
             for k in (STEPS, DENSE_STEPS)
@@ -274,24 +223,10 @@ class VersionDownlink:
 
     # --- inside ----------------------------------------------------------------------------
 
-    def _groups(self) -> tuple[_Group, _Group]:
+    def _groups(self) -> tuple[HeldGroup, HeldGroup]:
         if self._delta is None or self._dense is None:
             raise StateError("the version store has no base yet; call start first")
         return self._delta, self._dense
-
-    def _move(
-        self, group: _Group, form: StepForm, head: StepHead, step: FloatVector, feedback: bool
-    ) -> tuple[StepHead, bytes]:
-        """Move the group's counts by what its clients will decode; returns the payload."""
-        if feedback:
-            group.rest += step
-        payload, count = form.encode(head, group.rest if feedback else step, group.grid)
-        head = replace(head, survivors=count)
-        for positions, steps in form.decode(head, payload, group.grid):
-            add_steps(group.counts, positions, steps)
-            if feedback:
-                group.rest[positions] -= group.grid.value_at(positions, steps)
-        return head, payload
 
     def base_arrays(self) -> Arrays:
         """The base's arrays, as the run started with them.

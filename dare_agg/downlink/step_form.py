@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from typing import Protocol
 
 from dare_agg.codec.mask import DropRate, Mask
 from dare_agg.downlink.grid import Positions, VersionGrid
@@ -46,6 +47,32 @@ class StepHead:
     survivors: int = 0
 
 
+# Ascending positions, what the change is there, and the whole steps that clients will decode.
+Settled = tuple[Positions, FloatVector, Positions]
+
+
+class StepWriter(Protocol):
+    """A step's payload that grows as the change comes, tile by tile of the grid's `TILE`.
+
+    ``count`` is how many values the head says it holds, once all came.
+    """
+
+    @property
+    def count(self) -> int: ...
+
+    def places(self) -> Positions:
+        """Where the form keeps values in the next tile, ascending."""
+
+    def add(self, change: FloatVector) -> Iterator[Settled]:
+        """Take the change at these places; yields what is settled by now, in order."""
+
+    def finish(self) -> Iterator[Settled]:
+        """End the payload; yields what was not settled yet."""
+
+    def payload(self) -> bytes:
+        """The finished payload, as ``encode`` of the form gives it for the whole change."""
+
+
 @dataclass(frozen=True)
 class StepForm:
     """One row: how the change of a group of tensors becomes a payload, and back.
@@ -60,6 +87,8 @@ class StepForm:
     decode
         a head and a payload; yields ascending positions and whole grid steps, the same at
         both ends. Raises `UpdateError` for a payload that does not fit.
+    write
+        a head and the grid; returns the writer of a change that comes in tiles.
     masks
         what a step's head names, from the round's masks, the drop rate and the step's key.
     masked
@@ -72,6 +101,7 @@ class StepForm:
     code: int
     encode: Callable[[StepHead, FloatVector, VersionGrid], tuple[bytes, int]]
     decode: Callable[[StepHead, bytes, VersionGrid], Iterator[tuple[Positions, Positions]]]
+    write: Callable[[StepHead, VersionGrid], StepWriter]
     masks: Callable[[Families, DropRate, bytes], Families] = lambda families, rate, key: ()
     masked: bool = False
     dense: StepForm | None = None

@@ -18,7 +18,7 @@ from __future__ import annotations
 
 import hashlib
 import struct
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
 
 import numpy as np
@@ -77,6 +77,14 @@ def write_step(head: StepHead, payload: bytes, dense: bytes) -> Step:
 
     Raises `ConfigError` for more than `MAX_MASKS` masks.
     """
+    return Step(head, head_bytes(head, (payload,), len(payload), dense) + payload, dense)
+
+
+def head_bytes(head: StepHead, payload: Iterable[bytes], nbytes: int, dense: bytes) -> bytes:
+    """What stands before the payload of a step, which comes in pieces, ``nbytes`` in all.
+
+    Raises `ConfigError` for more than `MAX_MASKS` masks.
+    """
     families = b"".join(
         FAMILY.pack(
             MASK_KINDS.index(f.kind),
@@ -108,14 +116,12 @@ def write_step(head: StepHead, payload: bytes, dense: bytes) -> Step:
             len(head.families),
             0,
             head.survivors,
-            len(payload),
+            nbytes,
             len(dense),
             checksum,
         )
 
-    rest = families + payload
-    checksum = _checksum(packed(bytes(8)), rest, dense)
-    return Step(head, packed(checksum) + rest, dense)
+    return packed(_checksum(packed(bytes(8)), families, *payload, dense)) + families
 
 
 def chained_step(head: StepHead, payload: bytes, dense: bytes) -> Step:
@@ -188,7 +194,7 @@ def _read_step(body: bytes, at: int, dense: bytes, dense_at: int) -> Step:
         )
     mine, my_dense = body[at:stop], dense[dense_at : dense_at + dense_size]
     rest = mine[HEAD.size :]
-    if _checksum(mine[: HEAD.size - 8] + bytes(8), rest, my_dense) != checksum:
+    if _checksum(mine[: HEAD.size - 8], bytes(8), rest, my_dense) != checksum:
         raise UpdateError("step's checksum does not fit its bytes", reason="checksum")
     if form not in _FORMS or values not in _VALUES or dense_values not in _VALUES:
         raise UpdateError(f"step of form {form}, values {values}", reason="malformed")
@@ -252,7 +258,12 @@ def apply_step(
         # Counts that stay need not be touched: they may lie in a file.
         moving = np.flatnonzero(steps)
         add_steps(counts, positions[moving], steps[moving])
-    if dense_grid.size and step.dense:
-        own = dense_head(head, dense_grid.size)
-        for positions, steps in form.of_dense.decode(own, step.dense, dense_grid):
-            add_steps(dense_counts, positions, steps)
+    apply_dense(step, dense_grid, dense_counts)
+
+
+def apply_dense(step: Step, grid: VersionGrid, counts: Counts) -> None:
+    """As `apply_step`, of the dense group alone."""
+    if grid.size and step.dense:
+        form, own = STEP_FORMS[step.head.form].of_dense, dense_head(step.head, grid.size)
+        for positions, steps in form.decode(own, step.dense, grid):
+            add_steps(counts, positions, steps)

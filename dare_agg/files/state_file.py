@@ -41,13 +41,18 @@ def write_state(
 
 def read_state(path: Path) -> tuple[dict[str, NDArray[Any]], dict[str, Any]]:
     """Read a state file; raises `StateError` for one that is missing, cut off or altered."""
-    from safetensors import SafetensorError
-    from safetensors.numpy import load
-
     try:
         data = path.read_bytes()
     except OSError as error:
         raise StateError(f"state {path} cannot be read: {error.strerror or error}") from error
+    return parse_state(data, path)
+
+
+def parse_state(data: bytes, path: Path) -> tuple[dict[str, NDArray[Any]], dict[str, Any]]:
+    """As `read_state`, from the file's bytes; ``path`` is for messages."""
+    from safetensors import SafetensorError
+    from safetensors.numpy import load
+
     start = len(MAGIC) + 8
     size = struct.unpack_from("<Q", data, len(MAGIC))[0] if len(data) >= start else -1
     if data[: len(MAGIC)] != MAGIC or len(data) != start + size + 32:

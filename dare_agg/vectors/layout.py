@@ -306,19 +306,23 @@ def _canonical_header(entry: Entry) -> bytes:
     )
 
 
-def check_finite(layout: Layout, vector: _Sliced, what: str) -> None:
-    """Raise `NonFiniteError` naming the first tensor and index that is NaN or infinite."""
+def check_finite(layout: Layout, vector: _Sliced, what: str, first: int = 0) -> None:
+    """Raise `NonFiniteError` naming the first tensor and index that is NaN or infinite.
+
+    ``vector`` may be a part, from element ``first`` on.
+    """
     block = 1 << 16
     for start in range(0, vector.size, block):
         piece = vector[start : start + block]
         finite = np.isfinite(piece)
         if not finite.all():
-            position = start + int(np.argmin(finite))
+            at = int(np.argmin(finite))
+            position = first + start + at
             for entry, lo, _ in layout.pieces(position, position + 1):
                 index = tuple(int(i) for i in np.unravel_index(lo, entry.shape or (1,)))
                 raise NonFiniteError(
-                    f"{what}: {piece[position - start]} in tensor {entry.name!r} at index {index}; "
+                    f"{what}: {piece[at]} in tensor {entry.name!r} at index {index}; "
                     "only finite values can be merged: check the training step (learning rate, "
                     "overflow)"
                 )
-            raise NonFiniteError(f"{what}: {piece[position - start]} at position {position}")
+            raise NonFiniteError(f"{what}: {piece[at]} at position {position}")

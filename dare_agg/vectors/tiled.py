@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 
 import numpy as np
 from numpy.typing import NDArray
 
+from dare_agg.errors import LayoutError
 from dare_agg.vectors.layout import FloatVector
 from dare_agg.vectors.sources import DeltaSource, take
 
@@ -58,3 +59,33 @@ def tiles(vector: AnyVector, tile: int = TILE) -> Iterator[tuple[int, FloatVecto
     """Yield ``(first, elements)`` over the whole vector, in order."""
     for lo in range(0, vector.size, tile):
         yield lo, vector[lo : lo + tile]
+
+
+def retiled(
+    pieces: Iterable[tuple[int, FloatVector]], size: int, tile: int = TILE
+) -> Iterator[tuple[int, FloatVector]]:
+    """Cut ascending pieces of a whole vector into tiles; each is valid until the next.
+
+    Raises `LayoutError` for pieces that do not follow each other, or not up to ``size``.
+    """
+    buffer = np.empty(min(tile, size), np.float32)
+    at = 0
+    for lo, piece in pieces:
+        if lo != at:
+            raise LayoutError(f"a piece begins at {lo}; {at} is the next element")
+        if lo + piece.size > size:
+            raise LayoutError(f"pieces of more than {size} elements")
+        while piece.size:
+            first = at // tile * tile
+            whole = min(tile, size - first)
+            taken = piece[: whole - (at - first)]
+            at += taken.size
+            piece = piece[taken.size :]
+            if taken.size == whole:
+                yield first, taken
+                continue
+            buffer[at - taken.size - first : at - first] = taken
+            if at - first == whole:
+                yield first, buffer[:whole]
+    if at != size:
+        raise LayoutError(f"pieces of {at} elements; {size} are due")

@@ -69,17 +69,17 @@ def trained_record(content: RecordDict, key: str) -> tuple[str, ArrayRecord]:
     return key, found[key]
 
 
-def without_model(content: RecordDict, key: str, model: Mapping[str, Array]) -> RecordDict:
+def without_model(content: RecordDict, key: str, form: Mapping[str, tuple[int, ...]]) -> RecordDict:
     """What an evaluation returned, without the model that it was given or any of its form.
 
-    Flower's own strategies look at the metrics alone, and some apps return the arrays they got.
+    ``form`` are the model's shapes by name. Flower's own strategies look at the metrics alone, and
+    some apps return the arrays they got.
     """
-    form = {name: tuple(array.shape) for name, array in model.items()}
 
     def is_model(name: str, record: object) -> bool:
         if not isinstance(record, ArrayRecord) or name.startswith(OURS):
             return False
-        return name == key or {n: tuple(a.shape) for n, a in record.items()} == form
+        return name == key or {n: tuple(a.shape) for n, a in record.items()} == dict(form)
 
     return RecordDict({n: record for n, record in content.items() if not is_model(n, record)})
 

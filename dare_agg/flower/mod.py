@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import functools
 import logging
+from collections.abc import Mapping
 
 from flwr.app import (
     Array,
@@ -20,7 +21,6 @@ from flwr.app import (
     RecordDict,
 )
 
-from dare_agg.deploy.identities import load_identity
 from dare_agg.downlink.protocol import Receiver
 from dare_agg.errors import BaseMismatchError, DareError, UpdateError
 from dare_agg.flower.app_records import (
@@ -35,23 +35,20 @@ from dare_agg.flower.internals import ClientAppCallable
 from dare_agg.flower.reception import client_name, look_for_base, open_receiver, receive_base
 from dare_agg.flower.records import (
     ASK_HELLO,
-    DENSE_KEY,
     ORDER_KEY,
     REPLY_KEY,
     STATISTICS_KEY,
-    UPDATE_KEY,
     Held,
     Hello,
     Order,
-    Receipt,
     Refusal,
-    metrics_of,
     read_config,
 )
-from dare_agg.flower.transport import pack, to_numpy
-from dare_agg.rounds.client import make_client_update
-from dare_agg.rounds.signing import reply_digest
-from dare_agg.vectors.model import split_tensors
+from dare_agg.flower.transport import to_numpy
+from dare_agg.flower.update_answer import update_answer
+from dare_agg.rounds.client import model_of_plan, update_of_arrays
+from dare_agg.rounds.plan import RoundPlan
+from dare_agg.vectors.model import GlobalModel
 from dare_agg.vectors.returned import in_shape_of, returned_tensors
 
 LOG = logging.getLogger("flwr")
@@ -85,7 +82,10 @@ def dare_mod(msg: Message, ctxt: Context, call_next: ClientAppCallable) -> Messa
         msg.content = content_for_app(msg.content, order.arrays_key, arrays)
     except DareError as error:
         return _answer(msg, _refusal(error, receiver))
-    held = dict(base)  # training code may empty the record it is handed
+    form = {name: tuple(array.shape) for name, array in base.items()}
+    # Training code may empty the record it is handed. What lies on disk need not be held.
+    held = {} if receiver.followed() else dict(base)
+    del base, arrays
     reply = call_next(msg, ctxt)
     if reply.has_error():
         return _as_answer(msg, reply)
@@ -94,7 +94,7 @@ def dare_mod(msg: Message, ctxt: Context, call_next: ClientAppCallable) -> Messa
             trained = trained_record(reply.content, order.arrays_key)
             reply.content = _with_update(reply.content, *trained, order, held, receiver, ctxt)
         else:
-            reply.content = without_model(reply.content, order.arrays_key, held)
+            reply.content = without_model(reply.content, order.arrays_key, form)
             reply.content[REPLY_KEY] = Held(have=receiver.have()).to_record()
     except BaseMismatchError as error:
         return _answer(msg, _refusal(_CHANGED if came_whole else error, receiver))
@@ -154,6 +154,11 @@ def _warn_of_integers(names: tuple[str, ...]) -> None:
         )
 
 
+def _model_of(plan: RoundPlan, order: Order, base: Mapping[str, Array]) -> GlobalModel:
+    arrays = {name: array.numpy() for name, array in base.items()}
+    return model_of_plan(plan, arrays, by_form=order.by_form, apart=order.apart)
+
+
 def _with_update(
     content: RecordDict,
     key: str,
@@ -166,7 +171,10 @@ def _with_update(
     """Replace the trained arrays under ``key`` by the update; every other record stays."""
     plan = order.plan
     assert plan is not None
-    returned = returned_tensors(base, to_numpy(trained), plan.terms.exclude)
+    exclude = plan.terms.exclude
+    followed = receiver.followed()
+    names: Mapping[str, object] = base if followed is None else followed.arrays()
+    returned = returned_tensors(names, to_numpy(trained), exclude)
     collected = content.get(STATISTICS_KEY)
     if plan.terms.statistics and not isinstance(collected, ArrayRecord):
         raise UpdateError(
@@ -174,50 +182,12 @@ def _with_update(
             f"none; return them as an ArrayRecord under {STATISTICS_KEY!r}",
             reason="statistics",
         )
-    base_arrays = {name: array.numpy() for name, array in base.items()}
-    tuned = in_shape_of(base_arrays, returned)
-    update = make_client_update(
-        plan,
-        base_arrays,
-        tuned,
-        to_numpy(collected) if isinstance(collected, ArrayRecord) else None,
-        by_form=order.by_form,
-        apart=order.apart,
-    )
-    terms = plan.terms
-    local = split_tensors(
-        base_arrays, dense=terms.dense, exclude=terms.exclude, by_form=order.by_form
-    ).local
-    _warn_of_integers(changed_integers(local, terms.exclude, base_arrays, tuned))
-    keep_local(local, terms.exclude, tuned, context)
-    records: dict[str, ArrayRecord | ConfigRecord] = {
-        name: record  # type: ignore[misc]
-        for name, record in content.items()
-        if name not in (key, STATISTICS_KEY)
-    }
-    records[UPDATE_KEY] = pack(update.blob)
-    if update.dense_blob is not None:
-        records[DENSE_KEY] = pack(update.dense_blob)
-    names: tuple[str, ...] = ()
-    statistics = b""
-    if update.statistics is not None:
-        names, statistics = update.statistics.names, update.statistics.blob
-        records[STATISTICS_KEY] = pack(statistics)
-    signature = b""
-    identity = context.node_config.get("identity")
-    if identity is not None:
-        digest = reply_digest(
-            plan.digest(), update.blob, update.dense_blob, metrics_of(content), statistics
-        )
-        signature = load_identity(str(identity)).sign(digest)
-    records[REPLY_KEY] = Receipt.of(
-        plan,
-        have=receiver.have(),
-        delta_norm=update.delta_norm,
-        delta_max=update.delta_max,
-        share_above=update.share_above,
-        statistics=names,
-        arrays_key=key if key != order.arrays_key else "",
-        signature=signature,
-    ).to_record()
-    return RecordDict(records)  # type: ignore[arg-type]
+    start = followed or _model_of(plan, order, base)
+    arrays, local = start.arrays(), start.groups.local
+    tuned = in_shape_of(arrays, returned)
+    statistics = to_numpy(collected) if isinstance(collected, ArrayRecord) else None
+    update = update_of_arrays(plan, start, tuned, statistics)
+    _warn_of_integers(changed_integers(local, exclude, arrays, tuned))
+    keep_local(local, exclude, tuned, context)
+    rest = {n: record for n, record in content.items() if n not in (key, STATISTICS_KEY)}
+    return update_answer(update, order, rest, receiver.have(), context, arrays_key=key)

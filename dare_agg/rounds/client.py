@@ -82,7 +82,6 @@ def make_client_update(
     Raises as `update_of_arrays`, and `BaseMismatchError` when ``base`` is not the state the plan
     names.
     """
-    check_same_code(plan.codec, plan.package, "the round plan", "this client")
     model = model_of_plan(plan, base, by_form=by_form, apart=apart)
     return update_of_arrays(
         plan, model, returned_tensors(base, tuned, plan.terms.exclude), statistics
@@ -153,8 +152,9 @@ def model_of_plan(
 ) -> GlobalModel:
     """Read ``arrays`` as the state of the global model that the plan names, and check it.
 
-    Raises as `check_start`.
+    Raises as `check_start`, and `UpdateError` for a plan of another codec or package.
     """
+    check_same_code(plan.codec, plan.package, "the round plan", "this client")
     terms = plan.terms
     model = global_model(
         arrays, dense=terms.dense, exclude=terms.exclude, by_form=by_form, apart=apart

@@ -66,7 +66,7 @@ def move_streamed(
         at = positions - lo
         change = step.take(at)
         if row.only_masks or (row.feedback and positions.size < step.size):
-            stray = np.count_nonzero(step) - np.count_nonzero(change)
+            stray = np.count_nonzero(step != 0) - np.count_nonzero(change != 0)
             if stray and row.only_masks:
                 raise OffTheMasksError(f"{stray} values off the round's masks")
             if stray:

@@ -28,10 +28,9 @@ from dare_agg.codec.formats import find_values
 from dare_agg.codec.mask import parse_drop_rate
 from dare_agg.downlink.base import BASE_NAME, BASE_VERSION, CHAIN_NAME, VERIFY
 from dare_agg.downlink.change import OffTheMasksError, StepStream, VectorStream, move_streamed
-from dare_agg.downlink.counts_file import CountsFile
 from dare_agg.downlink.disk_state import DiskState, Moments, create_state, open_state
 from dare_agg.downlink.forms import Form, find_form
-from dare_agg.downlink.grid import TILE, Counts, Positions, VersionGrid, grid_from, grid_of
+from dare_agg.downlink.grid import TILE, Counts, VersionGrid, grid_from, grid_of
 from dare_agg.downlink.held import HeldGroup, held_group
 from dare_agg.downlink.kept_steps import KeptSteps, summed_tiles, write_sum
 from dare_agg.downlink.lossless import LOSSLESS, encode_counts
@@ -46,11 +45,13 @@ from dare_agg.downlink.protocol import Broadcast, DrawnMask
 from dare_agg.downlink.step_form import Families, StepHead
 from dare_agg.downlink.steps import Step, apply_dense, chained_step, dense_head, families_of
 from dare_agg.downlink.store_header import StoreHead, head_in, read_head, write_head
+from dare_agg.downlink.version_source import VersionSource
 from dare_agg.errors import ConfigError, StateError
 from dare_agg.files.atomic import replace_file
 from dare_agg.vectors.layout import FloatVector
 from dare_agg.vectors.model import GlobalModel, ModelRef
-from dare_agg.vectors.tiled import AnyVector, TiledVector, tiles
+from dare_agg.vectors.sources import array_source
+from dare_agg.vectors.tiled import TiledVector, tiles
 
 LOG = logging.getLogger(__name__)
 _HEADER, _LOCK = "store.state", "lock"
@@ -385,9 +386,19 @@ class VersionStore:
                 dense_layout=groups.dense_layout.fingerprint,
                 dense_size=groups.dense_layout.size,
             )
-        values = _VersionValues(self, base.delta, self._settled_grid(), head.version)
+        delta = base.delta if isinstance(base.delta, TiledVector) else array_source(base.delta)
+        values = VersionSource(
+            delta, self._settled_grid(), self._files().counts, lambda: self._check(head.version)
+        )
         self._model = base.placed(TiledVector(values), dense.values(), ref)
         return self._model
+
+    def _check(self, version: str) -> None:
+        if self.version != version:
+            now = self.version[:12] or "none"
+            raise StateError(
+                f"version {version[:12]} is no more: the store is at {now}; ask for the newest"
+            )
 
     def _undo(self) -> None:
         """Put back what a round that came to no end has changed."""
@@ -523,37 +534,6 @@ class VersionStore:
         if self._dense is None:
             raise _not_open()
         return self._dense
-
-
-@dataclass(frozen=True)
-class _VersionValues:
-    """The values of one version, read from base and counts; gone when the store moves on."""
-
-    store: VersionStore
-    base: AnyVector
-    grid: VersionGrid
-    version: str
-
-    @property
-    def size(self) -> int:
-        return self.grid.size
-
-    def read(self, lo: int, hi: int, out: FloatVector) -> None:
-        counts = self._counts()
-        out[:] = self.base[lo:hi]
-        self.grid.move(lo, out, counts[lo:hi])
-
-    def take(self, positions: Positions) -> FloatVector:
-        counts = self._counts()
-        return self.grid.moved_at(positions, self.base.take(positions), counts[positions])
-
-    def _counts(self) -> CountsFile:
-        if self.store.version != self.version:
-            raise StateError(
-                f"version {self.version[:12]} is no more: the store is at "
-                f"{self.store.version[:12] or 'none'}; ask for the newest"
-            )
-        return self.store._files().counts
 
 
 def _not_open() -> StateError:

@@ -11,9 +11,12 @@ them by content) and neither does the order in which they came.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+import threading
+from collections import deque
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
+from itertools import islice
 from typing import Any, cast
 
 import numpy as np
@@ -77,35 +80,98 @@ def merge_deltas(
     Raises `MergeError` for no model, another size or a weight that is no number, and
     `ConfigError` for an unknown method or option.
     """
-    if threads < 1:
-        raise MergeError(f"threads = {threads}; at least 1 is needed")
-    agreement = Agreement(sources) if measure else None
-    tile = _grown(tile, sources, threads)
-    kernel, task = prepare_merge(
-        layout, agreement.observed if agreement else sources, method, weights=weights,
-        scaling=scaling, options=options, tile=tile, base=base, statistics=statistics,
+    run = MergeRun(
+        layout, sources, method, weights=weights, scaling=scaling, options=options, tile=tile,
+        threads=threads, keep=keep, base=base, statistics=statistics, measure=measure,
     )  # fmt: skip
     merged = np.empty(layout.size, np.float32) if out is None else out
-    counts = np.zeros((-(-layout.size // tile), 3), np.int64)
+    run_tiles(run.task, lambda lo, hi, own: run.write(lo, hi, merged[lo:hi], own), threads)
+    return merged, run.measured()
 
-    def work(lo: int, hi: int, scratch: Scratch) -> None:
-        if agreement is None:
-            kernel(lo, hi, merged[lo:hi], scratch)
+
+class MergeRun:
+    """A merge that is ready to be written tile by tile; the words are those of `merge_deltas`."""
+
+    def __init__(
+        self,
+        layout: Layout,
+        sources: Sequence[DeltaSource],
+        method: str,
+        *,
+        weights: Sequence[float] | NDArray[np.float64] | None = None,
+        scaling: float | NDArray[np.float64] = 1.0,
+        options: Mapping[str, Any] | None = None,
+        tile: int = TILE,
+        threads: int = 1,
+        keep: Sequence[float] | None = None,
+        base: DeltaSource | None = None,
+        statistics: Sequence[Statistics] = (),
+        measure: bool = True,
+    ) -> None:
+        if threads < 1:
+            raise MergeError(f"threads = {threads}; at least 1 is needed")
+        self._layout, self._threads = layout, threads
+        self._models = len(sources)
+        self._survivors = sum(keep) if keep is not None else float(len(sources))
+        self._agreement = Agreement(sources) if measure else None
+        self._tile = _grown(tile, sources, threads)
+        self._kernel, self.task = prepare_merge(
+            layout, self._agreement.observed if self._agreement else sources, method,
+            weights=weights, scaling=scaling, options=options, tile=self._tile, base=base,
+            statistics=statistics,
+        )  # fmt: skip
+        self._counts = np.zeros((-(-layout.size // self._tile), 3), np.int64)
+
+    def write(self, lo: int, hi: int, out: FloatVector, scratch: Scratch) -> None:
+        """Write the merged delta of one of the task's tiles to ``out``."""
+        if self._agreement is None:
+            self._kernel(lo, hi, out, scratch)
             return
-        agreement.begin(lo, hi, scratch)
-        kernel(lo, hi, merged[lo:hi], scratch)
-        counts[lo // tile] = agreement.finish()
+        self._agreement.begin(lo, hi, scratch)
+        self._kernel(lo, hi, out, scratch)
+        self._counts[lo // self._tile] = self._agreement.finish()
 
-    run_tiles(task, work, threads)
-    touched, lone, conflict = (int(c) for c in counts.sum(axis=0))
-    return merged, MergeMeasurements(
-        models=len(sources),
-        parameters=layout.size,
-        touched=touched / max(1, layout.size),
-        lone=lone / max(1, touched),
-        sign_conflict=conflict / max(1, touched - lone),
-        survivors_per_element=sum(keep) if keep is not None else float(len(sources)),
-    )
+    def tiles(self) -> Iterator[tuple[int, FloatVector]]:
+        """Yield ``(first, merged)`` for every tile, in order, each valid until the next.
+
+        Threads write as many tiles ahead as there are threads. May be asked for again.
+        """
+        spans = self.task.tiles()
+        if self._threads == 1:
+            scratch = Scratch()
+            room = np.empty(min(self._tile, self._layout.size), np.float32)
+            for lo, hi in spans:
+                self.write(lo, hi, room[: hi - lo], scratch)
+                yield lo, room[: hi - lo]
+            return
+        own = threading.local()
+
+        def written(span: Span) -> tuple[int, FloatVector]:
+            if not hasattr(own, "scratch"):
+                own.scratch = Scratch()
+            lo, hi = span
+            room = np.empty(hi - lo, np.float32)
+            self.write(lo, hi, room, own.scratch)
+            return lo, room
+
+        with ThreadPoolExecutor(self._threads) as pool:
+            waiting = deque(pool.submit(written, s) for s in islice(spans, self._threads))
+            while waiting:
+                tile = waiting.popleft().result()
+                waiting.extend(pool.submit(written, span) for span in islice(spans, 1))
+                yield tile
+
+    def measured(self) -> MergeMeasurements:
+        """What was seen, once all tiles are written."""
+        touched, lone, conflict = (int(c) for c in self._counts.sum(axis=0))
+        return MergeMeasurements(
+            models=self._models,
+            parameters=self._layout.size,
+            touched=touched / max(1, self._layout.size),
+            lone=lone / max(1, touched),
+            sign_conflict=conflict / max(1, touched - lone),
+            survivors_per_element=self._survivors,
+        )
 
 
 def prepare_merge(

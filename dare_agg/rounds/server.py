@@ -14,7 +14,7 @@ from dare_agg.errors import (
     MergeError,
     UpdateError,
 )
-from dare_agg.merge.engine import merge_deltas
+from dare_agg.merge.engine import MergeMeasurements, merge_deltas
 from dare_agg.merge.methods import MEAN
 from dare_agg.rounds.noise import norm_of
 from dare_agg.rounds.plan import RoundPlan
@@ -162,42 +162,81 @@ def merge_round(
 
     Raises `MergeError` where no update was accepted.
     """
-    if not accepted:
-        raise MergeError("no update was accepted; there is nothing to merge")
-    ordered = sorted(accepted, key=lambda reply: reply.plan.client)
-    weights = round_weights(ordered, settings.weighting)
+    ordered, weights = merging_order(accepted, settings)
     delta, measured = merge_deltas(
         model.groups.layout,
         [reply.update for reply in ordered],
         settings.method,
+        **merging_words(ordered, weights, settings),
+    )
+    dense = merge_dense_group(model, ordered, weights, settings)
+    measurements = round_measured(ordered, weights, norm_of(delta), measured)
+    return MergedRound(delta, dense, weights, measurements)
+
+
+def merging_order(
+    accepted: Sequence[Accepted], settings: FederatedSettings
+) -> tuple[list[Accepted], tuple[float, ...]]:
+    """The updates in the order in which they are merged, and their weights.
+
+    Raises `MergeError` for none.
+    """
+    if not accepted:
+        raise MergeError("no update was accepted; there is nothing to merge")
+    ordered = sorted(accepted, key=lambda reply: reply.plan.client)
+    return ordered, round_weights(ordered, settings.weighting)
+
+
+def merging_words(
+    ordered: Sequence[Accepted], weights: Sequence[float], settings: FederatedSettings
+) -> dict[str, Any]:
+    """What `merge_deltas` is told of a round besides the deltas."""
+    return {
+        "weights": weights,
+        "scaling": settings.scaling,
+        "options": {**(settings.row.federated or {}), **settings.options},
+        "tile": settings.tile,
+        "threads": settings.threads,
+        "keep": [reply.keep for reply in ordered],
+        "statistics": _statistics(ordered, settings),
+    }
+
+
+def merge_dense_group(
+    model: GlobalModel,
+    ordered: Sequence[Accepted],
+    weights: Sequence[float],
+    settings: FederatedSettings,
+) -> FloatVector | None:
+    """The mean of the dense groups, None where there is none."""
+    updates = [reply.dense for reply in ordered if reply.dense is not None]
+    if not updates:
+        return None
+    return merge_deltas(
+        model.groups.dense_layout,
+        updates,
+        MEAN,
         weights=weights,
-        scaling=settings.scaling,
-        options={**(settings.row.federated or {}), **settings.options},
         tile=settings.tile,
         threads=settings.threads,
-        keep=[reply.keep for reply in ordered],
-        statistics=_statistics(ordered, settings),
-    )
-    dense = None
-    dense_updates = [reply.dense for reply in ordered if reply.dense is not None]
-    if dense_updates:
-        dense, _ = merge_deltas(
-            model.groups.dense_layout,
-            dense_updates,
-            MEAN,
-            weights=weights,
-            tile=settings.tile,
-            threads=settings.threads,
-        )
-    measurements = {
+    )[0]
+
+
+def round_measured(
+    ordered: Sequence[Accepted],
+    weights: Sequence[float],
+    norm: float,
+    measured: MergeMeasurements,
+) -> dict[str, Any]:
+    """What a round's merge measured, for logs and reports."""
+    return {
         "accepted": sum(len(reply.plans) for reply in ordered),
         "weights": list(weights),
         "survivors": [survivors_of(reply.update) for reply in ordered],
         "survivors_per_element": math.fsum(reply.keep for reply in ordered),
-        "merged_norm": norm_of(delta),
+        "merged_norm": norm,
         "merge": asdict(measured),
     }
-    return MergedRound(delta, dense, weights, measurements)
 
 
 def _statistics(

@@ -51,11 +51,24 @@ class ServerStep:
         vectors = {name: self._vector(state, name, delta.size) for name in self.vectors}
         step = np.empty(delta.size, np.float32)
         count = state.count + 1
+        self.apply_tile(delta, step, vectors, count)
+        return StepState(count, vectors), step
+
+    def apply_tile(
+        self,
+        delta: FloatVector,
+        step: FloatVector,
+        vectors: Mapping[str, FloatVector],
+        count: int,
+    ) -> None:
+        """Write the step of a part of the delta, and move its part of the vectors, in place.
+
+        ``count`` is 1 in the first round.
+        """
         for lo in range(0, delta.size, _TILE):
             hi = min(lo + _TILE, delta.size)
             tile = {name: vector[lo:hi] for name, vector in vectors.items()}
             self._apply(delta[lo:hi], step[lo:hi], tile, count, **self.numbers)
-        return StepState(count, vectors), step
 
     def _vector(self, state: StepState, name: str, size: int) -> FloatVector:
         if state.count == 0:

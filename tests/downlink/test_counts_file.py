@@ -74,6 +74,7 @@ def test_a_file_that_was_being_moved_says_so(tmp_path: Path) -> None:
         lambda path: path.write_bytes(b"X" + path.read_bytes()[1:]),
         lambda path: path.write_bytes(path.read_bytes()[:50] + b"\1" + path.read_bytes()[51:]),
         lambda path: path.with_name("counts.high").unlink(),
+        lambda path: path.with_name("counts.high").write_bytes(b"less"),
         lambda path: path.unlink(),
     ],
 )

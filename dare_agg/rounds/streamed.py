@@ -1,0 +1,142 @@
+"""A round in one pass over tiles: from coded updates to the coded step, nothing held as a whole.
+
+As `dare_agg.rounds.server.merge_round` and `advance`, for a version store on disk: each tile is
+merged, goes through the server step, whose moments lie in the store's files, and is moved to the
+grid there. Memory is a few tiles, the updates and the step as they are coded.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import numpy as np
+
+from dare_agg.downlink.disk_state import Moments
+from dare_agg.downlink.protocol import DrawnMask
+from dare_agg.downlink.store import VersionStore
+from dare_agg.errors import StateError
+from dare_agg.merge.engine import MergeRun
+from dare_agg.rounds.server import (
+    Accepted,
+    merge_dense_group,
+    merging_order,
+    merging_words,
+    round_measured,
+)
+from dare_agg.rounds.settings import FederatedSettings
+from dare_agg.rounds.step import ServerStep, StepState
+from dare_agg.vectors.layout import FloatVector
+from dare_agg.vectors.model import GlobalModel
+from dare_agg.vectors.sources import DeltaSource
+from dare_agg.vectors.tiled import TILE, TiledVector, retiled, tiles
+
+_NORM_PIECE = 1 << 16
+
+
+@dataclass(frozen=True)
+class StreamedRound:
+    """What is left of a round that was merged in one pass: its weights and measurements."""
+
+    weights: tuple[float, ...]
+    measurements: dict[str, Any]
+
+
+def advance_streamed(
+    model: GlobalModel,
+    state: StepState,
+    accepted: Sequence[Accepted],
+    settings: FederatedSettings,
+    store: VersionStore,
+    plans: Sequence[DrawnMask],
+) -> tuple[GlobalModel, StepState, StreamedRound]:
+    """Merge the accepted updates, take the server step and move the store to the next version.
+
+    ``plans`` are those of the updates. The state holds the number of rounds alone: its vectors lie
+    in the store. Raises as `merge_round` and `VersionStore.advance_streamed`; after an error the
+    store is where it was.
+    """
+    ordered, weights = merging_order(accepted, settings)
+    merge = MergeRun(
+        model.groups.layout,
+        [reply.update for reply in ordered],
+        settings.method,
+        **merging_words(ordered, weights, settings),
+    )
+    dense = merge_dense_group(model, ordered, weights, settings)
+    stream = _stepped(store, state, settings.server_step, _Merged(merge))
+    moved = store.advance_streamed(model, stream, dense, plans, settings.server_step.vectors)
+    norm = math.sqrt(math.fsum(stream.squares))
+    measurements = round_measured(ordered, weights, norm, merge.measured())
+    return moved, StepState(state.count + 1), StreamedRound(weights, measurements)
+
+
+def advance_merged(
+    model: GlobalModel,
+    state: StepState,
+    merged: DeltaSource,
+    dense: FloatVector | None,
+    settings: FederatedSettings,
+    store: VersionStore,
+    plans: Sequence[DrawnMask],
+) -> tuple[GlobalModel, StepState]:
+    """As `advance_streamed`, for a delta that was merged elsewhere (a secure sum's)."""
+    stream = _stepped(store, state, settings.server_step, _Read(merged))
+    moved = store.advance_streamed(model, stream, dense, plans, settings.server_step.vectors)
+    return moved, StepState(state.count + 1)
+
+
+@dataclass(frozen=True)
+class _Merged:
+    merge: MergeRun
+
+    def tiles(self) -> Iterator[tuple[int, FloatVector]]:
+        return self.merge.tiles()
+
+
+@dataclass(frozen=True)
+class _Read:
+    source: DeltaSource
+
+    def tiles(self) -> Iterator[tuple[int, FloatVector]]:
+        return tiles(TiledVector(self.source))
+
+
+@dataclass
+class _Stepped:
+    """The server step of a merged delta, tile by tile; ``squares`` are of the delta itself."""
+
+    merged: _Merged | _Read
+    step: ServerStep
+    size: int
+    count: int
+    moments: Moments
+    squares: list[float] = field(default_factory=list)
+
+    def tiles(self) -> Iterator[tuple[int, FloatVector]]:
+        self.squares.clear()
+        room = np.empty(min(TILE, self.size), np.float32)
+        for lo, delta in retiled(self.merged.tiles(), self.size):
+            for at in range(0, delta.size, _NORM_PIECE):
+                piece = np.square(delta[at : at + _NORM_PIECE])
+                self.squares.append(float(np.sum(piece, dtype=np.float64)))
+            step = room[: delta.size]
+            vectors = self.moments.read(lo, lo + delta.size)
+            self.step.apply_tile(delta, step, vectors, self.count)
+            self.moments.write(lo, vectors)
+            yield lo, step
+
+
+def _stepped(
+    store: VersionStore, state: StepState, step: ServerStep, merged: _Merged | _Read
+) -> _Stepped:
+    # A run that took up its arrays elsewhere would go on with other moments.
+    if step.vectors and state.count != store.count:
+        raise StateError(
+            f"the server step was taken {state.count} times, the store moved {store.count} times; "
+            "resume both from the same round"
+        )
+    size, moments = store.model.delta.size, store.moments(step.vectors)
+    return _Stepped(merged, step, size, state.count + 1, moments)

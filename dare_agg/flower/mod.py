@@ -7,7 +7,6 @@ quantises and sends. Messages of other strategies (FedAvg) pass through untouche
 
 from __future__ import annotations
 
-import functools
 import logging
 from collections.abc import Mapping
 
@@ -22,7 +21,7 @@ from flwr.app import (
 )
 
 from dare_agg.downlink.protocol import Receiver
-from dare_agg.errors import BaseMismatchError, DareError, UpdateError
+from dare_agg.errors import BaseMismatchError, DareError
 from dare_agg.flower.app_records import (
     changed_integers,
     content_for_app,
@@ -45,10 +44,15 @@ from dare_agg.flower.records import (
     read_config,
 )
 from dare_agg.flower.transport import to_numpy
+from dare_agg.flower.turns import (
+    Turn,
+    is_answered,
+    missing_statistics,
+    model_of_arrays,
+    warn_of_integers,
+)
 from dare_agg.flower.update_answer import update_answer
-from dare_agg.rounds.client import model_of_plan, update_of_arrays
-from dare_agg.rounds.plan import RoundPlan
-from dare_agg.vectors.model import GlobalModel
+from dare_agg.rounds.client import update_of_arrays
 from dare_agg.vectors.returned import in_shape_of, returned_tensors
 
 LOG = logging.getLogger("flwr")
@@ -86,9 +90,18 @@ def dare_mod(msg: Message, ctxt: Context, call_next: ClientAppCallable) -> Messa
     # Training code may empty the record it is handed. What lies on disk need not be held.
     held = {} if receiver.followed() else dict(base)
     del base, arrays
-    reply = call_next(msg, ctxt)
+    turn = Turn(msg, order, receiver, held, ctxt)
+    try:
+        with turn.opened():
+            reply = call_next(msg, ctxt)
+    except DareError as error:
+        if error is not turn.failed:
+            raise
+        return turn.refuse(error)
     if reply.has_error():
         return _as_answer(msg, reply)
+    if is_answered(reply.content):
+        return reply
     try:
         if order.plan is not None:
             trained = trained_record(reply.content, order.arrays_key)
@@ -141,24 +154,6 @@ def _hello(receiver: Receiver, context: Context) -> Hello:
     return Hello(name=client_name(context), have=receiver.have(), uplink_kbit_s=uplink)
 
 
-@functools.cache
-def _warn_of_integers(names: tuple[str, ...]) -> None:
-    """Say once in a process which integers do not reach the global model."""
-    if names:
-        LOG.warning(
-            "training changed %d integer tensors (%r, …) that stay with this client, and the "
-            "global model keeps its first values: name them in 'dense' to have them averaged "
-            "(integers below 2**24), or in 'exclude' where each client's own are meant",
-            len(names),
-            names[0],
-        )
-
-
-def _model_of(plan: RoundPlan, order: Order, base: Mapping[str, Array]) -> GlobalModel:
-    arrays = {name: array.numpy() for name, array in base.items()}
-    return model_of_plan(plan, arrays, by_form=order.by_form, apart=order.apart)
-
-
 def _with_update(
     content: RecordDict,
     key: str,
@@ -177,17 +172,13 @@ def _with_update(
     returned = returned_tensors(names, to_numpy(trained), exclude)
     collected = content.get(STATISTICS_KEY)
     if plan.terms.statistics and not isinstance(collected, ArrayRecord):
-        raise UpdateError(
-            f"the server merges by {plan.terms.statistics} values, the training code returned "
-            f"none; return them as an ArrayRecord under {STATISTICS_KEY!r}",
-            reason="statistics",
-        )
-    start = followed or _model_of(plan, order, base)
+        raise missing_statistics(plan)
+    start = followed or model_of_arrays(order, base)
     arrays, local = start.arrays(), start.groups.local
     tuned = in_shape_of(arrays, returned)
     statistics = to_numpy(collected) if isinstance(collected, ArrayRecord) else None
     update = update_of_arrays(plan, start, tuned, statistics)
-    _warn_of_integers(changed_integers(local, exclude, arrays, tuned))
+    warn_of_integers(changed_integers(local, exclude, arrays, tuned))
     keep_local(local, exclude, tuned, context)
     rest = {n: record for n, record in content.items() if n not in (key, STATISTICS_KEY)}
     return update_answer(update, order, rest, receiver.have(), context, arrays_key=key)

@@ -128,11 +128,23 @@ def client_update(
     """
     check_same_code(plan.codec, plan.package, "the round plan", "this client")
     check_start(plan, start)
-    groups = start.groups
     if measured is None:
-        measured = measure(groups.layout, start.delta, tuned)
+        measured = measure(start.groups.layout, start.delta, tuned)
     base = CachedSource(_source(start.delta))
     blob = encode_update(plan.spec(), DifferenceSource(base, tuned))
+    return completed_update(plan, start, blob, tuned_dense, measured, statistics)
+
+
+def completed_update(
+    plan: RoundPlan,
+    start: GlobalModel,
+    blob: bytes,
+    tuned_dense: FloatVector,
+    measured: Measured,
+    statistics: Statistics | None = None,
+) -> ClientUpdate:
+    """The whole answer to a plan around the delta group's update, ``blob``; raises so too."""
+    groups = start.groups
     dense_spec, dense_blob = plan.dense_spec(), None
     if dense_spec is not None:
         check_finite(groups.dense_layout, tuned_dense, "after training")

@@ -41,15 +41,12 @@ def load_into(version: GlobalModel, parts: Mapping[str, Held]) -> GlobalModel:
 
 def as_held(version: GlobalModel, parts: Mapping[str, Held]) -> GlobalModel:
     """The version as tensors of their dtypes hold it, nothing copied; raises as `load_into`."""
-    groups = version.groups
+    groups, words = version.groups, {}
     for name, part in parts.items():
-        if groups.dtypes[name].kind == "f":
+        own = groups.copies.get(name, name)
+        if own in groups.layout or (own in groups.dense_layout and own not in groups.integers):
             check_holds_values(name, part.local)
-    words = {
-        groups.copies.get(name, name): str(part.local.dtype).removeprefix("torch.")
-        for name, part in parts.items()
-        if groups.dtypes[name].kind == "f"
-    }
+            words[own] = str(part.local.dtype).removeprefix("torch.")
     return rounded_model(version, words)
 
 

@@ -5,7 +5,7 @@ import os
 import signal
 import subprocess
 import sys
-from dataclasses import dataclass, field, replace
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -18,9 +18,9 @@ from dare_agg.downlink.base import BASE_VERSION, CHAIN_NAME, DENSE_STEPS, STEPS,
 from dare_agg.downlink.following import ChainReceiver
 from dare_agg.downlink.forms import FORMS
 from dare_agg.downlink.lossless import encode_counts
-from dare_agg.downlink.server import VersionDownlink
 from dare_agg.downlink.step_form import StepHead
-from dare_agg.downlink.steps import Step, chained_step, payload_of, write_step
+from dare_agg.downlink.steps import Step, payload_of, write_step
+from dare_agg.downlink.store import VersionStore
 from dare_agg.downlink.ways import WAYS, Place
 from dare_agg.errors import BaseMismatchError, StateError
 from dare_agg.rounds.plan import make_plans
@@ -29,20 +29,22 @@ from dare_agg.vectors.model import GlobalModel
 from dare_agg.vectors.sources import take
 
 
-@dataclass
 class Server:
-    """A run whose steps are those of `VersionDownlink`, under the names of their chain."""
+    """A run on the chain way: the store, and what each of its versions was."""
 
-    base: GlobalModel
-    form: str = "auto"
-    steps: list[Step] = field(default_factory=list)
-
-    def __post_init__(self) -> None:
-        self.downlink = VersionDownlink(self.form)
-        self.model = self.downlink.start(self.base.placed(self.base.delta[:], self.base.dense))
-        self.versions = [self.base.ref.version]
-        self.models = [self.model]
+    def __init__(self, base: GlobalModel, folder: Path, form: str = "auto") -> None:
+        self.base, self.store = base, VersionStore(folder, form)
+        self.model = self.store.start(base)
+        self.versions = [base.ref.version]
+        self.models = [self._copied()]
         self.random = np.random.default_rng(6)
+
+    def _copied(self) -> GlobalModel:
+        return self.model.placed(self.model.delta[:], self.model.dense)
+
+    @property
+    def steps(self) -> list[Step]:
+        return list(self.store.steps)
 
     def advance(self) -> None:
         terms = UpdateTerms(parse_drop_rate("0.9"))
@@ -52,17 +54,16 @@ class Server:
             kept = plan.spec().draw_mask().indices(0, change.size)
             change[kept] += self.random.normal(0, 0.01, kept.size).astype(np.float32)
         dense = self.random.normal(0, 0.01, self.model.dense.size).astype(np.float32)
-        self.model = self.downlink.advance(self.model, change, dense, plans)
-        made = self.downlink.steps[-1]
-        head = replace(made.head, parent=self.versions[-1])
-        self.steps.append(chained_step(head, payload_of(made), made.dense))
-        self.versions.append(self.steps[-1].head.child)
-        self.models.append(self.model)
+        self.model = self.store.advance(self.model, change, dense, plans)
+        self.versions.append(self.model.ref.version)
+        self.models.append(self._copied())
 
     def from_base(self) -> Step:
-        total = self.downlink.summed(self.downlink.base_version)
-        head = replace(total.head, parent=self.versions[0], child=self.versions[-1])
-        return write_step(head, payload_of(total), total.dense)
+        return self.store.summed(self.versions[0])
+
+    def sent(self, have: str) -> dict[str, bytes]:
+        found = self.store.broadcast(self.model, have).payloads
+        return {name: bytes(payload) for name, payload in found.items()}
 
 
 def payloads(*steps: Step) -> dict[str, bytes]:
@@ -89,8 +90,8 @@ def base(tmp_path: Path) -> GlobalModel:
 
 
 @pytest.fixture
-def server(base: GlobalModel) -> Server:
-    server = Server(base)
+def server(base: GlobalModel, tmp_path: Path) -> Server:
+    server = Server(base, tmp_path / "store")
     for _ in range(4):
         server.advance()
     return server
@@ -120,12 +121,14 @@ def same(found: GlobalModel, server: Server, number: int = -1) -> None:
 
 
 @pytest.mark.parametrize("form", FORMS)
-def test_every_path_gives_the_servers_bits(base: GlobalModel, folder: Path, form: str) -> None:
-    server = Server(base, form)
+def test_every_path_gives_the_servers_bits(
+    base: GlobalModel, folder: Path, tmp_path: Path, form: str
+) -> None:
+    server = Server(base, tmp_path / "store", form)
     for number in range(1, 5):
         server.advance()
-        step = payloads(server.steps[-1])
-        same(receiver(folder / "each", base).follow(server.versions[-1], step), server)
+        each = receiver(folder / "each", base)
+        same(each.follow(server.versions[-1], server.sent(each.have())), server)
         assert receiver(folder / "each", base).have() == server.versions[number]
         if number % 2 == 0:
             two = payloads(*server.steps[-2:])

@@ -18,14 +18,11 @@ from __future__ import annotations
 import argparse
 import json
 import os
-import resource
 import shutil
 import statistics
 import subprocess
 import sys
 import tempfile
-import threading
-import time
 from pathlib import Path
 from typing import Any
 
@@ -35,6 +32,7 @@ import yaml
 from dare_agg.checkpoint import open_checkpoint
 from dare_agg.files.cache import cache_folder
 from simulations.runs.checkpoints import llama_shapes, make_checkpoints
+from simulations.runs.memory import run_watched
 
 ROOT = Path(__file__).parents[2]
 MERGEKIT = "mergekit==0.1.5"
@@ -98,33 +96,10 @@ def works(command: Path) -> bool:
 
 def timed(words: list[str], environment: dict[str, str]) -> tuple[float, float, float]:
     """Run a command; return CPU seconds, seconds and peak anonymous MiB."""
-    before = resource.getrusage(resource.RUSAGE_CHILDREN)
-    start = time.perf_counter()
-    child = subprocess.Popen(
-        words, env=environment, stdout=subprocess.PIPE, stderr=subprocess.PIPE, cwd=ROOT
-    )
-    peak = [0.0]
-
-    def watch() -> None:
-        while child.poll() is None:
-            try:
-                status = Path(f"/proc/{child.pid}/status").read_text()
-            except OSError:
-                return
-            for line in status.splitlines():
-                if line.startswith("RssAnon:"):
-                    peak[0] = max(peak[0], int(line.split()[1]) / 1024)
-            time.sleep(0.02)
-
-    watcher = threading.Thread(target=watch)
-    watcher.start()
-    _, errors = child.communicate()
-    watcher.join()
-    if child.returncode:
-        raise SystemExit(f"error: {' '.join(words[:4])} failed: {errors.decode()[-2000:]}")
-    after = resource.getrusage(resource.RUSAGE_CHILDREN)
-    cpu = after.ru_utime + after.ru_stime - before.ru_utime - before.ru_stime
-    return cpu, time.perf_counter() - start, peak[0]
+    ran = run_watched(words, environment, ROOT)
+    if ran.status:
+        raise SystemExit(f"error: {' '.join(words[:4])} failed: {ran.err[-2000:]}")
+    return ran.cpu_seconds, ran.seconds, ran.own_mib
 
 
 def one_thread() -> dict[str, str]:

@@ -14,13 +14,13 @@ import os
 import subprocess
 import sys
 import tempfile
-import threading
 import time
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
+from simulations.runs.memory import Peak, memory_of
 from simulations.runs.rows import RESULTS, append_row, read_rows, versions
 
 # (method, clients, parameters, drop rate)
@@ -50,7 +50,7 @@ def measure(method: str, clients: int, parameters: int, drop_rate: str) -> dict[
     ref = ModelRef("00" * 32, layout.fingerprint, parameters)
     secret = derive_key(seed_secret(0), "round", 1)
     plans = make_plans(secret, 1, [None] * clients, UpdateTerms(parse_drop_rate(drop_rate)), ref)
-    start = own_memory()
+    start = memory_of()[0]
     blobs = [encode_update(plan.spec(), _Waves(parameters)) for plan in plans]
     with tempfile.NamedTemporaryFile() as file, Peak() as peak:
         out: np.memmap = np.memmap(file.name, np.float32, "w+", shape=(parameters,))
@@ -78,7 +78,7 @@ def measure_fedavg(clients: int, parameters: int) -> dict[str, Any]:
     from flwr.app import Array, ArrayRecord, MetricRecord, RecordDict
     from flwr.serverapp.strategy.strategy_utils import aggregate_arrayrecords
 
-    start = own_memory()
+    start = memory_of()[0]
     with Peak() as peak:
         replies = [
             RecordDict(
@@ -115,37 +115,9 @@ def _row(
         "survivors": survivors,
         "update_bytes": nbytes,
         "server_cpu_seconds": round(seconds, 3),
-        "peak_mib": round((peak.bytes - start) / 2**20),
+        "peak_mib": round((peak.own - start) / 2**20),
         "model_mib": round(4 * parameters / 2**20),
     }
-
-
-def own_memory() -> int:
-    """This process's own memory (not mapped files), bytes, as Linux counts it."""
-    lines = Path("/proc/self/status").read_text().splitlines()
-    return next(1024 * int(line.split()[1]) for line in lines if line.startswith("RssAnon"))
-
-
-class Peak:
-    """The largest `own_memory` seen while it lasts, looked at every 20 ms."""
-
-    bytes = 0
-
-    def __enter__(self) -> Peak:
-        self._stop = threading.Event()
-        self._thread = threading.Thread(target=self._watch, daemon=True)
-        self._thread.start()
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        self._stop.set()
-        self._thread.join()
-
-    def _watch(self) -> None:
-        while True:
-            self.bytes = max(self.bytes, own_memory())
-            if self._stop.wait(0.02):
-                return
 
 
 class _Waves:

@@ -135,10 +135,10 @@ def chain_name(head: StepHead, payload: bytes, dense: bytes) -> str:
     Steps are whole numbers: equal chains over an equal base end in equal bits, and no version
     has to be read to be named.
     """
-    whole = write_step(replace(head, child="00" * 32), payload, dense)
     digest = hashlib.sha256(b"dare-agg chain 1\0" + bytes.fromhex(head.parent))
-    digest.update(whole.body)
-    digest.update(whole.dense)
+    digest.update(head_bytes(replace(head, child="00" * 32), (payload,), len(payload), dense))
+    digest.update(payload)
+    digest.update(dense)
     return digest.hexdigest()
 
 

@@ -29,7 +29,7 @@ from dare_agg.vectors.layout import FloatVector
 
 _COUNTS, _REST, _UNDO = "counts", "rest", "undo"
 # Positions whose old values are written at a time.
-_BATCH = 1 << 20
+_BATCH = 1 << 18
 
 
 class DiskState:

@@ -40,9 +40,17 @@ class Agreement:
     """
 
     def __init__(self, sources: Sequence[DeltaSource]) -> None:
-        self.observed = tuple(_Observed(s, i, self) for i, s in enumerate(sources))
+        self._sources = tuple(sources)
         self._listed = all(map(is_sparse, sources))
         self._tile = _Tile()
+
+    @property
+    def observed(self) -> tuple[DeltaSource, ...]:
+        """The sources, each telling this agreement what it yields.
+
+        They hold it, and it does not hold them: nothing of a merge waits to be collected.
+        """
+        return tuple(_Observed(s, i, self) for i, s in enumerate(self._sources))
 
     def begin(self, lo: int, hi: int, scratch: Scratch) -> None:
         """Start the tile [lo, hi) in this thread; its counts live in ``scratch``."""
@@ -50,7 +58,7 @@ class Agreement:
         tile.lo, tile.hi, tile.scratch = lo, hi, scratch
         tile.counts = scratch.get("agreement", hi - lo, np.uint8)
         tile.counts[:] = 0
-        tile.reached = [lo] * len(self.observed)
+        tile.reached = [lo] * len(self._sources)
 
     def finish(self) -> tuple[int, int, int]:
         """Return how many elements have an entry, exactly one, and entries of both signs."""
@@ -60,7 +68,7 @@ class Agreement:
             if first == hi:
                 continue
             if self._listed:
-                for _ in source.sparse(first, hi):
+                for _ in listed(source, first, hi):
                     pass
             else:
                 source.read(first, hi, tile.scratch.get("row", hi - first))

@@ -19,6 +19,7 @@ REASONS: Mapping[str, str] = {
     "layout": "other names or shapes",
     "tied": "copies of one tensor that training moved apart",
     "base": "another base, version or plan than it was made for",
+    "base-missing": "a client has not the base that a run on disk starts from",
     "merge": "the models cannot be merged as asked",
     "checkpoint": "a checkpoint cannot be read or written",
     "quantised": "a model's weights are codes of a quantiser, not numbers",
@@ -159,6 +160,12 @@ class BaseMismatchError(DareError):
     """The base is not the one the update, version or plan was made for."""
 
     reason = "base"
+
+
+class BaseMissingError(DareError):
+    """A client lacks the base of a run, or has another one."""
+
+    reason = "base-missing"
 
 
 class UpdateError(DareError):

@@ -170,11 +170,12 @@ class VersionStore:
         stream: StepStream,
         dense_step: FloatVector | None,
         plans: Sequence[DrawnMask],
-        moments: Sequence[str] = (),
+        moments: Sequence[str] | None = None,
     ) -> GlobalModel:
         """Round the change to the grid, keep it as a step and return the new version.
 
-        ``moments`` are the vectors that the stream writes (`moments`). Whatever goes wrong, the
+        ``moments`` are the vectors that the stream writes (`moments`); without, those that there
+        are stay as they are. Whatever goes wrong, the
         store is at the version before. Raises `StateError` for a model
         that is not at the store's version and for a full disk, `NonFiniteError` for a step that
         is no number somewhere.
@@ -199,7 +200,11 @@ class VersionStore:
                 self._begin()
                 row = find_form(row.otherwise)
                 after, step = self._pass(row, number, families, stream, dense_step)
-            self._commit(replace(after, moments=tuple(moments)), step)
+            if moments is None:
+                after = replace(after, place=before.place)
+            else:
+                after = replace(after, moments=tuple(moments))
+            self._commit(after, step)
         except BaseException:
             self._undo()
             raise
@@ -308,18 +313,19 @@ class VersionStore:
 
     # --- moments of the server step --------------------------------------------------------
 
-    def moments(self, names: Sequence[str]) -> Moments:
+    def moments(self, names: Sequence[str], *, fresh: bool) -> Moments:
         """The server step's vectors, read from and written to files in the pass of a round.
 
-        Raises `StateError` where the run was begun with other ones.
+        ``fresh`` where it is taken for the first time. Raises `StateError` where the run was begun
+        with other ones.
         """
         head = self._opened()
-        if head.count and head.moments != tuple(names):
+        if head.moments != (() if fresh else tuple(names)):
             raise StateError(
                 f"the store holds the server step's vectors {list(head.moments)}, not "
                 f"{list(names)}; resume with the server step the run was started with"
             )
-        return self._files().moments(names, head.place, fresh=not head.count)
+        return self._files().moments(names, head.place, fresh=fresh)
 
     # --- a round ---------------------------------------------------------------------------
 

@@ -17,6 +17,7 @@ from flwr.app import (
 )
 
 from dare_agg.errors import LayoutError
+from dare_agg.flower.lazy import lazy_record
 from dare_agg.flower.records import OURS, STATISTICS_KEY
 from dare_agg.flower.transport import to_record
 from dare_agg.vectors.model import Arrays
@@ -33,7 +34,7 @@ _SESSION = "session"
 
 def content_for_app(content: RecordDict, key: str, arrays: Mapping[str, Array]) -> RecordDict:
     """Return what the app's own code sees: these arrays, and its own records."""
-    return RecordDict({key: ArrayRecord(dict(arrays)), **own_records(content, key)})
+    return RecordDict({key: lazy_record(arrays), **own_records(content, key)})
 
 
 def own_records(content: RecordDict, *but: str) -> dict[str, Record]:

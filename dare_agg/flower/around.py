@@ -92,7 +92,9 @@ class DareTransport(DareStrategy):
         LOG.info("\t├── Downlink: %s", self.downlink.name)
         self.strategy.summary()
 
-    def start(self, grid: Grid, initial_arrays: ArrayRecord, *args: Any, **words: Any) -> Result:
+    def start(
+        self, grid: Grid, initial_arrays: ArrayRecord | None = None, *args: Any, **words: Any
+    ) -> Result:
         """Run as `DareStrategy.start` does; by the wrapped strategy's own start if it has one."""
         if not self._has_own_start():
             if words.get("start_round", 1) > 1:
@@ -101,11 +103,11 @@ class DareTransport(DareStrategy):
                     type(self.strategy).__name__,
                 )
             return super().start(grid, initial_arrays, *args, **words)
-        self.broadcasting.adopt(initial_arrays)
+        arrays = self.begin(initial_arrays)
         for name in _STEPS:
             setattr(self.strategy, name, getattr(self, name))
         try:
-            return self.strategy.start(grid, self.broadcasting.arrays, *args, **words)
+            return self.strategy.start(grid, arrays, *args, **words)
         finally:
             for name in _STEPS:
                 delattr(self.strategy, name)

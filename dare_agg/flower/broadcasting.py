@@ -3,13 +3,18 @@
 from __future__ import annotations
 
 import logging
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
+from typing import cast
 
-from flwr.app import ArrayRecord, ConfigRecord, Message, RecordDict
+import numpy as np
+from flwr.app import Array, ArrayRecord, ConfigRecord, Message, RecordDict
 
 from dare_agg.downlink.protocol import Downlink
 from dare_agg.errors import LayoutError
 from dare_agg.flower.clients import Client
+from dare_agg.flower.decoded import GivenDelta
+from dare_agg.flower.lazy import is_untouched, lazy_record, on_disk, record_of
 from dare_agg.flower.records import (
     ASK_HELLO,
     DOWN_PREFIX,
@@ -20,8 +25,10 @@ from dare_agg.flower.records import (
 )
 from dare_agg.flower.transport import pack, to_numpy, to_record
 from dare_agg.rounds.plan import RoundPlan
+from dare_agg.vectors.layout import FloatVector
 from dare_agg.vectors.model import GlobalModel, Groups, global_model
 from dare_agg.vectors.tied import came_apart, sets_of
+from dare_agg.vectors.tiled import TiledVector
 
 LOG = logging.getLogger("flwr")
 
@@ -32,7 +39,8 @@ class Broadcasting:
 
     ``dense`` and ``exclude`` are the patterns of its groups, ``by_form`` and ``apart`` are as in
     `dare_agg.vectors.model.split_tensors`; ``arrays_key`` and ``config_key`` the app's own
-    records. ``have`` maps a node to the version it holds.
+    records. ``have`` maps a node to the version it holds. ``base`` opens the base of a run that
+    lies on disk, with these tied tensors apart; ``base_facts`` are what orders say of it.
     """
 
     downlink: Downlink
@@ -43,10 +51,12 @@ class Broadcasting:
     by_form: bool = True
     apart: tuple[str, ...] = ()
     have: dict[int, str] = field(default_factory=dict)
+    base: Callable[[tuple[str, ...]], GlobalModel] | None = None
+    base_facts: Mapping[str, str] = field(default_factory=dict)
     _model: GlobalModel | None = None
     _arrays: ArrayRecord | None = None
     _moved_apart: set[str] = field(default_factory=set)
-    _as_made: list[tuple[str, bytes]] = field(default_factory=list)
+    _as_made: list[tuple[str, Array | bytes]] = field(default_factory=list)
     _packed: dict[str, tuple[bytes, ArrayRecord]] = field(default_factory=dict)
 
     @property
@@ -59,13 +69,26 @@ class Broadcasting:
     def arrays(self) -> ArrayRecord:
         """The newest version as Flower's arrays, made once."""
         if self._arrays is None:
-            self._keep(to_record(self.model.arrays()))
+            self._keep(record_of(self.model))
             assert self._arrays is not None
         return self._arrays
 
+    def begin(self) -> None:
+        """Begin with the base that lies on disk; where a version of it is held, go on from that."""
+        assert self.base is not None
+        if self._model is None:
+            self.move(self.downlink.start(self.base(self.apart)))
+
     def adopt(self, arrays: ArrayRecord) -> None:
-        """Take over arrays that are not the ones made here, or no longer as they were made."""
-        if self._model is not None and self._is_newest(arrays):
+        """Take over arrays that are not the ones made here, or no longer as they were made.
+
+        Where the run's base lies on disk they are brought as a step of its newest version.
+        """
+        if self.is_newest(arrays):
+            return
+        if self.base is not None:
+            self.begin()
+            self.follow(arrays)
             return
         given = self._model_of(arrays)
         self._model = self.downlink.start(given)
@@ -78,10 +101,12 @@ class Broadcasting:
         Returns whether they are. A downlink that keeps versions brings them as a step of its own,
         as close to them as its form comes.
         """
-        if self._is_newest(arrays):
+        if self.is_newest(arrays):
             return False
         model = self.model
         arrays = _in_dtypes(arrays, model)
+        if on_disk(model):
+            return self._follow_on_disk(model, arrays)
         if apart := _apart_in(arrays, model):
             if self.downlink.facts():
                 raise LayoutError(
@@ -108,11 +133,43 @@ class Broadcasting:
             )
         return True
 
+    def _follow_on_disk(self, model: GlobalModel, arrays: ArrayRecord) -> bool:
+        """As `follow`: what an app's own code changed is read tensor by tensor, and no other."""
+        groups, known = model.groups, self.arrays
+        if set(arrays) != set(groups.names):
+            raise LayoutError(
+                f"{len(arrays)} tensors were returned, the global model has {len(groups.names)}; a "
+                "base on disk stays the run's: return all of its tensors, by their names"
+            )
+        changed = {
+            name: array
+            for name, array in arrays.items()
+            if array is not known[name] or not is_untouched(array)
+        }
+        shared = {n: array for n, array in changed.items() if n not in groups.local}
+        if not shared:
+            return False
+        if apart := _apart_in(arrays, model, set(shared)):
+            raise LayoutError(
+                f"aggregate_train moved {apart[0]!r} away from its copy in the global model; "
+                f"name one of them in 'dense', or change both alike"
+            )
+        given = {groups.copies.get(name, name): array for name, array in shared.items()}
+        delta = GivenDelta(groups.layout, model.delta, given, groups)
+        dense = GivenDelta(groups.dense_layout, model.dense, given, groups)
+        for group in (delta, dense):
+            group.check("returned by aggregate_train")
+        step = np.empty(dense.size, np.float32)
+        dense.read(0, dense.size, step)
+        # A store of versions on disk reads it in slices.
+        self.move(self.downlink.advance(model, cast(FloatVector, TiledVector(delta)), step, ()))
+        return True
+
     def _keep(self, arrays: ArrayRecord | None) -> None:
         self._arrays = arrays
         self._as_made = _parts(arrays) if arrays is not None else []
 
-    def _is_newest(self, arrays: ArrayRecord) -> bool:
+    def is_newest(self, arrays: ArrayRecord) -> bool:
         """Whether this is the newest version's record, and the app has put nothing else into it."""
         return arrays is self._arrays and (
             len(arrays) == len(self._as_made)
@@ -158,7 +215,11 @@ class Broadcasting:
             len(names),
         )
         self.apart = tuple(sorted({*self.apart, *names}))
-        self._model = self.downlink.start(self._model_of(to_record(model.arrays())))
+        if self.base is not None:
+            parted = self.base(self.apart)
+        else:
+            parted = self._model_of(to_record(model.arrays()))
+        self._model = self.downlink.start(parted)
         self._keep(None)
         return model.groups
 
@@ -178,7 +239,7 @@ class Broadcasting:
             exclude=self.exclude,
             by_form=self.by_form,
             apart=self.apart,
-            facts=self.downlink.facts(),
+            facts={**self.downlink.facts(), **self.base_facts},
             plan=plan,
         )
 
@@ -221,8 +282,9 @@ class Broadcasting:
         return True
 
 
-def _parts(arrays: ArrayRecord) -> list[tuple[str, bytes]]:
-    return [(name, array.data) for name, array in arrays.items()]
+def _parts(arrays: ArrayRecord) -> list[tuple[str, Array | bytes]]:
+    """Names, and what changes when somebody gives an array other data; nothing is read."""
+    return [(n, array if is_untouched(array) else array.data) for n, array in arrays.items()]
 
 
 def _in_dtypes(arrays: ArrayRecord, model: GlobalModel) -> ArrayRecord:
@@ -233,13 +295,16 @@ def _in_dtypes(arrays: ArrayRecord, model: GlobalModel) -> ArrayRecord:
         for name, array in arrays.items()
         if name in model.groups.integers and array.numpy().dtype != dtypes[name]
     }
-    return ArrayRecord({**arrays, **to_record(cut)}) if cut else arrays
+    return lazy_record({**arrays, **to_record(cut)}) if cut else arrays
 
 
-def _apart_in(arrays: ArrayRecord, model: GlobalModel) -> list[str]:
-    """The copies of tied tensors that differ from them here."""
+def _apart_in(
+    arrays: ArrayRecord, model: GlobalModel, changed: set[str] | None = None
+) -> list[str]:
+    """The copies of tied tensors that differ from them here; those of which any was changed."""
     return [
         name
         for names in sets_of(model.groups.copies).values()
+        if changed is None or not changed.isdisjoint(names)
         for name in came_apart(names, {n: arrays[n].numpy() for n in names if n in arrays})
     ]

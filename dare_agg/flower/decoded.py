@@ -7,8 +7,9 @@ what was not changed is merged from the update itself, and what was changed as i
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
-from dataclasses import replace
+from collections.abc import Mapping
+from dataclasses import dataclass, field, replace
+from threading import local
 from typing import Any
 
 import numpy as np
@@ -16,58 +17,15 @@ from flwr.app import Array, ArrayRecord
 from numpy.typing import NDArray
 
 from dare_agg.errors import LayoutError
+from dare_agg.flower.lazy import LazyArray, is_untouched
 from dare_agg.rounds.server import Accepted
-from dare_agg.vectors.layout import Entry, Layout, check_finite
+from dare_agg.vectors.layout import Entry, FloatVector, Layout, check_finite
 from dare_agg.vectors.model import GlobalModel, Groups
-from dare_agg.vectors.sources import DeltaSource, array_source
+from dare_agg.vectors.sources import DeltaSource
 from dare_agg.vectors.tied import came_apart, sets_of
 from dare_agg.vectors.tiled import AnyVector
 
-# How Flower calls arrays that NumPy can read.
-_STYPE = Array(np.empty(0, np.float32)).stype
-_Read = Callable[[], NDArray[np.generic]]
-
-
-class DecodedArray(Array):
-    """An array that is decoded anew each time it is read; given other data, a plain one."""
-
-    def __init__(self, dtype: np.dtype, shape: tuple[int, ...], read: _Read) -> None:
-        self.__dict__.update(dtype=str(dtype), shape=shape, stype=_STYPE, _read=read, _own=b"")
-
-    @property
-    def untouched(self) -> bool:
-        """Whether it still is what the client sent."""
-        return self.__dict__["_read"] is not None
-
-    @property
-    def data(self) -> bytes:  # type: ignore[override]
-        """The bytes as Flower serialises them."""
-        read = self.__dict__["_read"]
-        return Array(read()).data if read else self.__dict__["_own"]
-
-    @data.setter
-    def data(self, value: bytes) -> None:
-        self.__dict__.update(_read=None, _own=value)
-
-    def numpy(self) -> NDArray[np.generic]:
-        """The tensor, the caller's own to change."""
-        read = self.__dict__["_read"]
-        return read() if read else super().numpy()
-
-    def __eq__(self, other: object) -> bool:
-        if not isinstance(other, Array):
-            return NotImplemented
-        ours, theirs = ((a.dtype, a.shape, a.stype, a.data) for a in (self, other))
-        return ours == theirs
-
-    __hash__ = None  # type: ignore[assignment]
-
-    def __reduce__(self) -> tuple[Any, ...]:
-        """Copies and pickles are plain arrays, without the model and the update behind it."""
-        return Array, (self.dtype, self.shape, self.stype, self.data)
-
-
-Decoded = Mapping[str, DecodedArray]
+Decoded = Mapping[str, LazyArray]
 
 
 def decoded_arrays(model: GlobalModel, accepted: Accepted) -> Decoded:
@@ -80,19 +38,19 @@ def decoded_arrays(model: GlobalModel, accepted: Accepted) -> Decoded:
     for layout, base, source in _groups(model, accepted):
         found.update({entry.name: (entry, base, source) for entry in layout.entries})
 
-    def array(name: str) -> DecodedArray:
+    def array(name: str) -> LazyArray:
         dtype = groups.dtypes[name]
         own = groups.copies.get(name, name)
         if own not in found:
-            local = model.local[name]
-            return DecodedArray(dtype, local.shape, lambda: np.array(local))
+            shape = model.local[name].shape
+            return LazyArray(dtype, shape, lambda: np.array(model.local[name]))
         entry, base, source = found[own]
-        return DecodedArray(dtype, entry.shape, lambda: _read(entry, base, source, groups))
+        return LazyArray(dtype, entry.shape, lambda: _read(entry, base, source, groups))
 
     return {name: array(name) for name in groups.names}
 
 
-def is_untouched(record: ArrayRecord, decoded: Decoded) -> bool:
+def is_as_decoded(record: ArrayRecord, decoded: Decoded) -> bool:
     """Whether a record still holds what was decoded, all of it and nothing else."""
     return len(record) == len(decoded) and all(
         record.get(name) is array and array.untouched for name, array in decoded.items()
@@ -118,20 +76,64 @@ def with_arrays(
     alike = _tied_alike(model, record, decoded)
     deltas = []
     for layout, base, source in _groups(model, accepted):
-        delta = np.zeros(layout.size, np.float32)
-        for entry in layout.entries:
-            array = alike.get(entry.name, record.get(entry.name))
-            piece = delta[entry.offset : entry.stop]
-            if array is None or not entry.size:
-                continue
-            if array is decoded[entry.name] and decoded[entry.name].untouched:
-                source.read(entry.offset, entry.stop, piece)
-            else:
-                values = model.groups.into_vector(entry.name, _values(entry, array))
-                piece[:] = values - base[entry.offset : entry.stop]
-        check_finite(layout, delta, "given to aggregate_train")
-        deltas.append(array_source(delta))
+        given = {name: alike.get(name, record.get(name)) for name in layout.names}
+        kept = {n for n, array in given.items() if array is decoded[n] and is_untouched(array)}
+        changed = {n: array for n, array in given.items() if array is not None and n not in kept}
+        delta = GivenDelta(layout, base, changed, model.groups, source, frozenset(kept))
+        delta.check("given to aggregate_train")
+        deltas.append(delta)
     return replace(accepted, update=deltas[0], dense=deltas[1] if deltas[1:] else None)
+
+
+@dataclass(frozen=True)
+class GivenDelta:
+    """The delta of a group of which an app's own code has put arrays in place of some tensors.
+
+    Of ``given`` it is what they differ from ``base`` by, of those that are ``kept`` what
+    ``source`` says, of all others zero. A tensor is read when a part of it is wanted, and each
+    thread keeps its last one.
+    """
+
+    layout: Layout
+    base: AnyVector
+    given: Mapping[str, Array]
+    groups: Groups
+    source: DeltaSource | None = None
+    kept: frozenset[str] = frozenset()
+    _last: local = field(default_factory=local, init=False, repr=False, compare=False)
+
+    @property
+    def size(self) -> int:
+        """Number of elements."""
+        return self.layout.size
+
+    def read(self, lo: int, hi: int, out: FloatVector) -> None:
+        """Overwrite ``out`` with the elements ``lo`` to ``hi``."""
+        for entry, first, last in self.layout.pieces(lo, hi):
+            at = entry.offset - lo
+            part = out[at + first : at + last]
+            if entry.name in self.given:
+                part[:] = self._of(entry)[first:last]
+            elif self.source is not None and entry.name in self.kept:
+                self.source.read(entry.offset + first, entry.offset + last, part)
+            else:
+                part[:] = 0
+
+    def check(self, what: str) -> None:
+        """Raise `LayoutError` or `NonFiniteError` for given arrays that are no tensors of these."""
+        for entry in self.layout.entries:
+            if entry.name in self.given and entry.size:
+                one = Layout((replace(entry, offset=0),))
+                check_finite(one, self._of(entry), what)
+
+    def _of(self, entry: Entry) -> FloatVector:
+        name, delta = getattr(self._last, "tensor", ("", np.empty(0, np.float32)))
+        if name != entry.name:
+            values = self.groups.into_vector(entry.name, _values(entry, self.given[entry.name]))
+            delta = np.empty(entry.size, np.float32)
+            delta[:] = values - self.base[entry.offset : entry.stop]
+            self._last.tensor = (entry.name, delta)
+        return delta
 
 
 def _tied_alike(model: GlobalModel, record: ArrayRecord, decoded: Decoded) -> dict[str, Array]:

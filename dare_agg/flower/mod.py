@@ -31,6 +31,7 @@ from dare_agg.flower.app_records import (
     without_model,
 )
 from dare_agg.flower.internals import ClientAppCallable
+from dare_agg.flower.lazy import is_untouched
 from dare_agg.flower.reception import client_name, look_for_base, open_receiver, receive_base
 from dare_agg.flower.records import (
     ASK_HELLO,
@@ -76,7 +77,7 @@ def dare_mod(msg: Message, ctxt: Context, call_next: ClientAppCallable) -> Messa
     came_whole = False
     try:
         order = Order.read(record)
-        receiver = open_receiver(order, ctxt)
+        receiver = open_receiver(order, ctxt, msg)
         if order.ask == ASK_HELLO:
             look_for_base(msg, receiver, ctxt)
             return _answer(msg, _hello(receiver, ctxt), MetricRecord())
@@ -169,7 +170,9 @@ def _with_update(
     exclude = plan.terms.exclude
     followed = receiver.followed()
     names: Mapping[str, object] = base if followed is None else followed.arrays()
-    returned = returned_tensors(names, to_numpy(trained), exclude)
+    found = returned_tensors(names, trained, exclude)
+    # What was only handed through is the version's own, and is not read.
+    returned = {name: array.numpy() for name, array in found.items() if not is_untouched(array)}
     collected = content.get(STATISTICS_KEY)
     if plan.terms.statistics and not isinstance(collected, ArrayRecord):
         raise missing_statistics(plan)

@@ -19,9 +19,10 @@ from dare_agg.errors import ConfigError, DareError, LayoutError, UpdateError
 from dare_agg.flower.app_records import own_records, with_content
 from dare_agg.flower.broadcasting import Broadcasting
 from dare_agg.flower.clients import Client
-from dare_agg.flower.decoded import Decoded, decoded_arrays, is_untouched, with_arrays
+from dare_agg.flower.decoded import Decoded, decoded_arrays, is_as_decoded, with_arrays
 from dare_agg.flower.exchange import LOG, exchange
 from dare_agg.flower.internals import set_lifetime
+from dare_agg.flower.lazy import lazy_record
 from dare_agg.flower.limits import OWN_BYTES, ReplyLimit
 from dare_agg.flower.records import ASK_TRAIN, ORDER_KEY, REPLY_KEY, is_order, one_line, unread
 from dare_agg.flower.replies import Inbox, TrainReply, metrics_and_weight
@@ -166,9 +167,7 @@ class OpenRound:
 
     def _content(self, judged: TrainReply) -> RecordDict:
         decoded = self._decoded[judged.node] = decoded_arrays(self.model, judged.accepted)
-        arrays = ArrayRecord()
-        arrays.update(decoded)  # made of a dictionary, it would read them
-        return RecordDict({self._key_of(judged): arrays, **judged.content})
+        return RecordDict({self._key_of(judged): lazy_record(decoded), **judged.content})
 
     def _key_of(self, judged: TrainReply) -> str:
         """What the arrays of a reply stand under: what its app returned them under."""
@@ -231,7 +230,7 @@ class OpenRound:
             accepted = replace(judged.accepted, weight=check_weight(weight, plan.terms.max_weight))
             record = self._arrays_of(content, self._key_of(judged))
             decoded = self._decoded[judged.node]
-            if not is_untouched(record, decoded):
+            if not is_as_decoded(record, decoded):
                 accepted = with_arrays(self.model, accepted, record, decoded)
         except DareError as error:
             self.inbox.reject(judged.node, Rejection(plan.client, error.reason, one_line(error)))

@@ -20,9 +20,12 @@ from typing import Any
 
 from flwr.app import ArrayRecord
 
+from dare_agg.downlink.base import BASE_NAME, BASE_VERSION
+from dare_agg.errors import StateError
+from dare_agg.flower.lazy import record_of
 from dare_agg.flower.round_outcome import RoundOutcome
 from dare_agg.flower.round_strategy import RoundStrategy
-from dare_agg.flower.transport import to_numpy, to_record
+from dare_agg.flower.transport import to_numpy
 from dare_agg.rounds.state import StateFolder, pack_round, unpack_model, unpack_step
 from dare_agg.rounds.step import StepState
 from dare_agg.vectors.model import global_model
@@ -31,6 +34,7 @@ LOG = logging.getLogger("flwr")
 # How tensors were grouped: states of before say nothing (`split_tensors`).
 _BY_FORM = "grouped-by-form"
 _APART = "tensors-apart"
+_PLACE = "base-place"
 
 
 @dataclass(frozen=True)
@@ -44,9 +48,25 @@ class Resumed:
     facts: Mapping[str, Any]
 
 
-def keep_base(folder: StateFolder, arrays: ArrayRecord) -> None:
-    """Keep what the run starts from; call it before the first round."""
-    folder.save_base(to_numpy(arrays))
+def keep_base(folder: StateFolder, base: ArrayRecord | RoundStrategy) -> None:
+    """Keep what the run starts from; call it before the first round.
+
+    Of a strategy whose base lies on disk, given itself, nothing is copied: the state says which
+    base it is, and where it was. Raises `StateError` where rounds of an earlier run are,
+    `ConfigError` for a strategy without such a base.
+    """
+    if isinstance(base, RoundStrategy):
+        base.begin()
+        folder.save_base({}, _base_facts(base))
+    else:
+        folder.save_base(to_numpy(base))
+
+
+def _base_facts(strategy: RoundStrategy) -> dict[str, str]:
+    named = strategy.named_base
+    assert named is not None
+    version = strategy.downlink.facts()[BASE_VERSION]
+    return {BASE_VERSION: version, BASE_NAME: named.name, _PLACE: str(named.place)}
 
 
 def save(
@@ -77,7 +97,7 @@ def resume(strategy: RoundStrategy, folder: StateFolder) -> Resumed | None:
     """Bring a new strategy to the last finished round; None where there is none.
 
     Raises `StateError` where rounds were kept and none is whole, where the strategy is set
-    to another downlink, or where another run is at work in the folder.
+    to another downlink or has another base, or where another run is at work in the folder.
     """
     folder.claim()
     state, problems = folder.load()
@@ -89,16 +109,39 @@ def resume(strategy: RoundStrategy, folder: StateFolder) -> Resumed | None:
     by_form = bool(state.facts.get(_BY_FORM, False))
     apart = tuple(map(str, state.facts.get(_APART, ())))
     strategy.broadcasting.by_form, strategy.broadcasting.apart = by_form, apart
-    base = global_model(
-        folder.load_base(),
-        dense=terms.dense,
-        exclude=terms.exclude,
-        by_form=by_form,
-        apart=apart,
-    )
+    if strategy.named_base is None:
+        base = global_model(
+            folder.load_base(),
+            dense=terms.dense,
+            exclude=terms.exclude,
+            by_form=by_form,
+            apart=apart,
+        )
+    else:
+        base = strategy.named_base.model(terms.dense, terms.exclude, apart)
+        _check_base(folder, base.ref.version, str(strategy.named_base.place))
     model = unpack_model(state, base, strategy.downlink)
+    if strategy.named_base is not None:
+        strategy.broadcasting.move(model)
     strategy.secret = state.raw("secret")
     LOG.info("resuming after round %d, version %s", state.round, model.ref.version[:12])
-    return Resumed(
-        state.round, to_record(model.arrays()), unpack_step(state), model.ref.version, state.facts
-    )
+    named = strategy.named_base is not None
+    arrays = strategy.broadcasting.arrays if named else record_of(model)
+    return Resumed(state.round, arrays, unpack_step(state), model.ref.version, state.facts)
+
+
+def _check_base(folder: StateFolder, version: str, place: str) -> None:
+    """Raise `StateError` where a strategy's base on disk is not the one that the run began with."""
+    kept = folder.base_facts()
+    found = kept.get(BASE_VERSION)
+    if found != version:
+        begun = (
+            f"base {str(kept.get(BASE_NAME, ''))!r}, fingerprint {str(found)[:12]}, which lay in "
+            f"{kept.get(_PLACE)}"
+            if found
+            else "arrays of its own"
+        )
+        raise StateError(
+            f"the run in {folder.path} was begun with {begun}; {place} has {version[:12]}: give "
+            "the base it was begun with, or name another state folder"
+        )

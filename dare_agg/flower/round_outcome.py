@@ -10,9 +10,9 @@ from typing import Any
 
 from flwr.app import ArrayRecord, MetricRecord
 
+from dare_agg.flower.lazy import record_of
 from dare_agg.flower.open_round import OpenRound
 from dare_agg.flower.replies import TrainReply
-from dare_agg.flower.transport import to_record
 from dare_agg.rounds.plan import RoundPlan
 from dare_agg.rounds.server import Rejection
 from dare_agg.rounds.step import StepState
@@ -36,7 +36,7 @@ class RoundOutcome:
     @cached_property
     def arrays(self) -> ArrayRecord:
         """The global model after the round."""
-        return to_record(self.model.arrays())
+        return record_of(self.model)
 
 
 def round_measurements(

@@ -7,31 +7,35 @@ the model, how they evaluate and when a run ends is the same.
 from __future__ import annotations
 
 import logging
+import os
 import time
 from abc import abstractmethod
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field, replace
+from pathlib import Path
 
 from flwr.app import ArrayRecord, ConfigRecord, Message, MetricRecord, RecordDict
 from flwr.serverapp import Grid
 from flwr.serverapp.strategy import Result, Strategy
 
+from dare_agg.checkpoint.like_base import write_like_base
 from dare_agg.deploy.identities import check_identities
 from dare_agg.downlink.protocol import Downlink
 from dare_agg.downlink.ways import make_downlink
-from dare_agg.errors import RunError
+from dare_agg.errors import ConfigError, RunError
 from dare_agg.flower import arguments, run_log
 from dare_agg.flower.broadcasting import Broadcasting
 from dare_agg.flower.clients import Client, Clients, Draw
 from dare_agg.flower.evaluation import Evaluation, evaluation_metrics
 from dare_agg.flower.limits import OWN_BYTES, ReplyLimit
 from dare_agg.flower.metrics import MetricsFn, mean_metrics
+from dare_agg.flower.named_base import open_base, store_for
 from dare_agg.flower.receiving import Lent, give_back, lend
 from dare_agg.flower.records import ASK_EVALUATE, ASK_TRAIN
 from dare_agg.flower.round_outcome import RoundOutcome
 from dare_agg.rounds.settings import FederatedSettings
 from dare_agg.rounds.step import StepState
-from dare_agg.vectors.model import Groups
+from dare_agg.vectors.model import GlobalModel, Groups
 
 LOG = logging.getLogger("flwr")
 # What is wrong with an app or its settings rather than with a round: FedAvg too ends a run there.
@@ -89,6 +93,9 @@ class RoundStrategy(Strategy):
         max_empty_rounds: int | None = None,
         identities: Mapping[str, str] | None = None,
         downlink: Downlink | None = None,
+        base: str | os.PathLike[str] | None = None,
+        state: str | os.PathLike[str] | None = None,
+        verify_every: int = 0,
         reply_room: int = OWN_BYTES,
         round_hook: Callable[[RoundOutcome], bool | None] | None = None,
     ) -> None:
@@ -114,7 +121,9 @@ class RoundStrategy(Strategy):
         self.round_hook = round_hook
         self.secret = arguments.run_secret(seed)
         self.identities = check_identities(identities) if identities is not None else {}
-        self.downlink = downlink if downlink is not None else make_downlink()
+        self.named_base = None if base is None else open_base(base)
+        self.store = store_for(self.named_base, state, downlink, verify_every)
+        self.downlink: Downlink = self.store or downlink or make_downlink()
         self.clients = Clients(identities=self.identities)
         self.broadcasting = Broadcasting(
             self.downlink,
@@ -122,6 +131,7 @@ class RoundStrategy(Strategy):
             settings.terms.exclude,
             arrayrecord_key,
             configrecord_key,
+            base=None if self.named_base is None else self._open_base,
         )
         self.evaluation = Evaluation(self.broadcasting, ReplyLimit(own=self.reply_room))
         self.train_config = ConfigRecord()
@@ -150,7 +160,7 @@ class RoundStrategy(Strategy):
     def start(
         self,
         grid: Grid,
-        initial_arrays: ArrayRecord,
+        initial_arrays: ArrayRecord | None = None,
         num_rounds: int = 3,
         timeout: float = 3600,
         train_config: ConfigRecord | None = None,
@@ -164,21 +174,25 @@ class RoundStrategy(Strategy):
 
         To resume, pass the arrays and step state of the last finished round and the round
         after it. A round that gets too few updates leaves the model as it is, as in FedAvg.
+        A strategy that has its base on disk is given no arrays; those that it shows are read
+        when they are looked at, as long as no later round has moved the model.
 
-        Raises `RunError` when too few clients come online, when more rounds than
+        Raises `ConfigError` without arrays or with them where the base says what to begin with,
+        `RunError` when too few clients come online, when more rounds than
         ``max_empty_rounds`` in a row get too few updates, and when all of them did.
         """
         train_config = ConfigRecord() if train_config is None else train_config
         evaluate_config = ConfigRecord() if evaluate_config is None else evaluate_config
-        result = Result()
+        result = run_log.RunResult()
+        self._check_start(initial_arrays)
         run_log.starting(self, num_rounds, initial_arrays, train_config, evaluate_config)
         self.summary()
-        self.broadcasting.adopt(initial_arrays)
+        arrays = self.begin(initial_arrays)
         self.train_config = train_config
-        self.step_state = step_state or StepState()
+        # A store goes on where it is, and so do the moments in it.
+        self.step_state = step_state or (StepState() if self.store is None else self.step_state)
         self.empty_rounds, self._tally = 0, Tally()
         self._in_own_loop = True
-        arrays = self.broadcasting.arrays
         limit = min(timeout, self.deadline) if self.deadline else timeout
         started = time.monotonic()
         if evaluate_fn and start_round == 1:
@@ -213,10 +227,73 @@ class RoundStrategy(Strategy):
                 break
         result.arrays = arrays
         self.give_back()
+        if self.named_base is not None:
+            version = self.broadcasting.model.ref.version[:12]
+            LOG.info("version %s has fingerprint %s", version, self.fingerprint())
         self._in_own_loop = False
         run_log.finished(time.monotonic() - started, result)
         self._tally.check()
         return result
+
+    def begin(self, arrays: ArrayRecord | None = None) -> ArrayRecord:
+        """Take what a run begins with, ``arrays`` or the base on disk; returns the newest version.
+
+        `start` does so by itself; a loop of an app's own begins with it. Raises `ConfigError` as
+        that.
+        """
+        self._check_start(arrays)
+        if arrays is not None:
+            self.broadcasting.adopt(arrays)
+        else:
+            self.broadcasting.begin()
+        return self.broadcasting.arrays
+
+    def _check_start(self, arrays: ArrayRecord | None) -> None:
+        if arrays is None and self.named_base is None:
+            raise ConfigError(
+                "nothing to begin with: give start the model's arrays (initial_arrays), or the "
+                "strategy a base on disk (base, state)"
+            )
+        newest = arrays is not None and self.broadcasting.is_newest(arrays)
+        if self.named_base is not None and not (arrays is None or newest):
+            raise ConfigError(
+                f"the run begins with base {self.named_base.name!r}, and start was given arrays "
+                "too; leave them out: start(grid, num_rounds=…)"
+            )
+
+    def _open_base(self, apart: tuple[str, ...]) -> GlobalModel:
+        assert self.named_base is not None
+        terms = self.settings.terms
+        return self.named_base.model(terms.dense, terms.exclude, apart)
+
+    def fingerprint(self) -> str:
+        """The newest version's fingerprint, made of all its values, which are read for it."""
+        return self.broadcasting.model.fingerprints.version
+
+    def save_model(
+        self,
+        folder: str | os.PathLike[str],
+        *,
+        dtype: str | None = None,
+        overwrite: bool = False,
+    ) -> Path:
+        """Write the newest version as the checkpoint that the run's base is, and its other files.
+
+        Tile by tile: what libraries load the base with loads it. Each tensor has the dtype that
+        it has in the base, to which values are rounded, or ``dtype``: "float32" holds what
+        clients hold. Returns the folder (or ``.safetensors`` file).
+
+        Raises `ConfigError` for a strategy without a base on disk, as `write_like_base` else.
+        """
+        if self.named_base is None:
+            raise ConfigError(
+                "save_model writes a model as the checkpoint that its base is, and this strategy "
+                "has none on disk (base, state); write result.arrays with your framework"
+            )
+        out = Path(folder)
+        checkpoint, model = self.named_base.checkpoint, self.broadcasting.model
+        write_like_base(checkpoint, model, out, dtype=dtype, overwrite=overwrite)
+        return out
 
     def _follow(self, arrays: ArrayRecord) -> ArrayRecord:
         """Go on with what `aggregate_train` returned; returns what the clients will hold.

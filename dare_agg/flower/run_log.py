@@ -4,25 +4,39 @@ from __future__ import annotations
 
 import io
 import logging
+from dataclasses import replace
 
 from flwr.app import ArrayRecord, ConfigRecord, MetricRecord
 from flwr.serverapp.strategy import Result
 
+from dare_agg.flower.lazy import nbytes_of
+
 LOG = logging.getLogger("flwr")
+
+
+class RunResult(Result):
+    """Flower's result, shown without reading arrays that lie on disk."""
+
+    def __repr__(self) -> str:
+        none = "ArrayRecord (0.000 MB)"
+        size = f"ArrayRecord ({nbytes_of(self.arrays) / 2**20:.3f} MB)"
+        return (
+            super(RunResult, replace(self, arrays=ArrayRecord())).__repr__().replace(none, size, 1)
+        )
 
 
 def starting(
     strategy: object,
     rounds: int,
-    arrays: ArrayRecord,
+    arrays: ArrayRecord | None,
     train_config: ConfigRecord,
     evaluate_config: ConfigRecord,
 ) -> None:
     """What is about to run."""
-    nbytes = sum(len(array.data) for array in arrays.values())
     LOG.info("Starting %s strategy:", type(strategy).__name__)
     LOG.info("\t├── Number of rounds: %d", rounds)
-    LOG.info("\t├── ArrayRecord (%.2f MB)", nbytes / 2**20)
+    if arrays is not None:
+        LOG.info("\t├── ArrayRecord (%.2f MB)", nbytes_of(arrays) / 2**20)
     LOG.info("\t├── ConfigRecord (train): %s", _shown(train_config))
     LOG.info("\t├── ConfigRecord (evaluate): %s", _shown(evaluate_config))
 

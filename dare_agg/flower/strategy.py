@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import os
 from collections import Counter
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any
@@ -29,11 +30,19 @@ from dare_agg.flower.replies import Inbox, TrainReply
 from dare_agg.flower.round_outcome import RoundOutcome, round_measurements
 from dare_agg.flower.round_strategy import ROUND_WORD, RoundStrategy
 from dare_agg.rounds.chain import Passed, StepContext, UpdateStep, chain
-from dare_agg.rounds.noise import NoiseWatch, round_noise
+from dare_agg.rounds.noise import NoiseWatch, norm_of, round_noise
 from dare_agg.rounds.plan import RoundPlan, make_plans
-from dare_agg.rounds.server import Accepted, Rejection, advance, merge_round, round_weights
+from dare_agg.rounds.server import (
+    Accepted,
+    MergedRound,
+    Rejection,
+    advance,
+    merge_round,
+    round_weights,
+)
 from dare_agg.rounds.settings import FederatedSettings
 from dare_agg.rounds.step import ServerStep
+from dare_agg.rounds.streamed import StreamedRound, advance_streamed
 from dare_agg.rounds.terms import UpdateTerms
 from dare_agg.rounds.weight_bound import bound_step, bound_weights
 from dare_agg.vectors.model import GlobalModel
@@ -87,6 +96,13 @@ class DareStrategy(RoundStrategy):
         public keys (hex) of the clients by name; their replies must be signed.
     downlink
         how the model reaches the clients; the full arrays unless given.
+    base, state
+        a checkpoint (folder, file, or name on the hub) that the run begins with where it
+        lies, and the folder in which its versions are kept: for models of any size, of which
+        no whole one is in memory or travels. ``start`` is then given no arrays.
+    verify_every
+        every so many rounds clients compare all values of the version with the server's by
+        its fingerprint (0: never; versions are named by their chain of steps).
     reply_room
         most bytes of the app's own records in a reply, metrics and others (1 MiB).
     steps
@@ -135,6 +151,9 @@ class DareStrategy(RoundStrategy):
         upload_budget: UploadBudget | None = None,
         identities: Mapping[str, str] | None = None,
         downlink: Downlink | None = None,
+        base: str | os.PathLike[str] | None = None,
+        state: str | os.PathLike[str] | None = None,
+        verify_every: int = 0,
         steps: Sequence[UpdateStep] = (),
         reply_room: int = OWN_BYTES,
         round_hook: Callable[[RoundOutcome], bool | None] | None = None,
@@ -175,6 +194,9 @@ class DareStrategy(RoundStrategy):
             max_empty_rounds=max_empty_rounds,
             identities=identities,
             downlink=downlink,
+            base=base,
+            state=state,
+            verify_every=verify_every,
             reply_room=reply_room,
             round_hook=round_hook,
         )
@@ -344,16 +366,17 @@ class DareStrategy(RoundStrategy):
             self._count_empty_round(opened, taken, rejections)
             return None, None
         model = self.broadcasting.model
-        merged = merge_round(model, passed.accepted, self.settings)
         plans = [reply.accepted.plan for reply in taken]
-        moved, step_state = advance(
-            model,
-            self.step_state,
-            merged,
-            self.settings,
-            self.downlink,
-            plans,
-        )
+        merged: MergedRound | StreamedRound
+        if self.store is None:
+            merged = merge_round(model, passed.accepted, self.settings)
+            moved, step_state = advance(
+                model, self.step_state, merged, self.settings, self.downlink, plans
+            )
+        else:
+            moved, step_state, merged = advance_streamed(
+                model, self.step_state, passed.accepted, self.settings, self.store, plans
+            )
         self.broadcasting.have.update(opened.held)
         measured = dict(merged.measurements)
         if passed.measurements:
@@ -431,7 +454,11 @@ class DareStrategy(RoundStrategy):
         moved: GlobalModel,
     ) -> float | None:
         """Measure the noise of a round's drop; once, warn of what would ruin the model."""
-        noise = round_noise(plans, measured["delta_norms"], weights, self.settings, model, moved)
+        norms = measured["delta_norms"]
+        # On disk the version before is no more, and fine-tuning leaves the base's norm as it is.
+        size = norm_of(model.delta) if self.store is None else self.store.base_norm
+        size = size or norm_of(moved.delta)
+        noise = round_noise(plans, norms, weights, self.settings, model.groups, size)
         remedy = self.noise_watch.look(noise, plans)
         if remedy is not None:
             nbytes = remedy.nbytes(moved.delta.size) + max(measured["dense_bytes"])

@@ -22,7 +22,7 @@ from dare_agg.codec.payload import payload_bytes
 from dare_agg.codec.update import HEADER_BYTES
 from dare_agg.rounds.plan import RoundPlan
 from dare_agg.rounds.settings import FederatedSettings
-from dare_agg.vectors.model import GlobalModel
+from dare_agg.vectors.model import Groups
 from dare_agg.vectors.tiled import AnyVector
 
 # Measured on Flower's examples (docs/FLOWER_APP.md), as the geometric mean of two rounds in a row,
@@ -46,16 +46,16 @@ def round_noise(
     delta_norms: Sequence[float],
     weights: Sequence[float],
     settings: FederatedSettings,
-    before: GlobalModel,
-    after: GlobalModel,
+    groups: Groups,
+    size: float,
 ) -> float | None:
-    """Norm of a round's noise relative to ‖W‖, from each client's own ‖δ‖ and weight.
+    """Norm of a round's noise relative to ``size``, from each client's own ‖δ‖ and weight.
 
-    W is the model the round began with, or ended with where that was zero. None where it cannot
-    be judged, also since a client told a norm that is no number.
+    ``size`` is ‖W‖ of the model the round began with, or ended with where that was zero. None
+    where the noise cannot be judged, also since a client told a norm that is no number.
     """
     step = settings.server_step
-    adapters = any("lora_" in name for name in before.groups.layout.names)
+    adapters = any("lora_" in name for name in groups.layout.names)
     if adapters or step.name not in ("plain", "momentum"):
         return None
     squares = [
@@ -63,7 +63,6 @@ def round_noise(
         for plan, norm, weight in zip(plans, delta_norms, weights, strict=True)
     ]
     noise = abs(settings.scaling) * step.numbers["lr"] * math.sqrt(math.fsum(squares))
-    size = norm_of(before.delta) or norm_of(after.delta)
     return noise / size if math.isfinite(noise) and size > 0 else None
 
 

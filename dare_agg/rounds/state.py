@@ -99,17 +99,23 @@ class StateFolder:
             os.close(self._lock)
             self._lock = None
 
-    def save_base(self, arrays: NamedArrays) -> None:
+    def save_base(self, arrays: NamedArrays, facts: Mapping[str, str] | None = None) -> None:
         """Keep the arrays a run starts from, with their order, before its first round.
 
-        Raises `StateError` where rounds of an earlier run are: they are not thrown away.
+        ``facts`` say which base it is where its arrays are not kept. Raises `StateError` where
+        rounds of an earlier run are: they are not thrown away.
         """
         if rounds := self.rounds():
             raise StateError(
                 f"{self.path} holds {rounds[-1]} rounds of an earlier run; go on with it "
                 "(dare-agg run --resume), or name another output folder"
             )
-        write_state(self.path / _BASE, arrays, {"order": list(arrays)}, remedy=_REMEDY)
+        kept = {**(facts or {}), "order": list(arrays)}
+        write_state(self.path / _BASE, arrays, kept, remedy=_REMEDY)
+
+    def base_facts(self) -> dict[str, Any]:
+        """What `save_base` was told of the base; raises `StateError`."""
+        return read_state(self.path / _BASE)[1]
 
     def load_base(self) -> dict[str, NDArray[Any]]:
         """Return the arrays a run started from; raises `StateError`."""

@@ -132,11 +132,12 @@ class _Stepped:
 def _stepped(
     store: VersionStore, state: StepState, step: ServerStep, merged: _Merged | _Read
 ) -> _Stepped:
-    # A run that took up its arrays elsewhere would go on with other moments.
-    if step.vectors and state.count != store.count:
+    # An app's own code may have moved the store in between; nobody else takes a step of a run.
+    if state.count > store.count:
         raise StateError(
             f"the server step was taken {state.count} times, the store moved {store.count} times; "
             "resume both from the same round"
         )
-    size, moments = store.model.delta.size, store.moments(step.vectors)
+    size = store.model.delta.size
+    moments = store.moments(step.vectors, fresh=state.count == 0)
     return _Stepped(merged, step, size, state.count + 1, moments)

@@ -55,7 +55,7 @@ def step(base: GlobalModel) -> Step:
 def ask(base: GlobalModel, step: Step, toys, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
     """Asks the toy app, whose node has the base, for something of the version after ``step``."""
 
-    def receiver(order: Order, context: Context) -> ChainReceiver:
+    def receiver(order: Order, context: Context, msg: Message) -> ChainReceiver:
         return ChainReceiver(tmp_path / "cache", "1", base, order.facts[BASE_VERSION])
 
     monkeypatch.setattr("dare_agg.flower.mod.open_receiver", receiver)

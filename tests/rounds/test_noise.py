@@ -37,8 +37,8 @@ def played(clients, moved, name="w", zero=False, **settings):
         mean += delta.ravel() / clients
     merged = merge_round(model, accepted, settings)
     after = global_model({name: (model.delta + merged.delta).reshape(100, 300)})
-    told = round_noise(plans, norms, merged.weights, settings, model, after)
-    size = np.linalg.norm(after.delta if zero else model.delta)
+    size = float(np.linalg.norm(after.delta if zero else model.delta))
+    told = round_noise(plans, norms, merged.weights, settings, model.groups, size)
     return told, float(np.linalg.norm(merged.delta - mean) / size)
 
 
@@ -63,7 +63,7 @@ def test_what_cannot_be_judged_is_not():
     )
     model = global_model({"w": np.ones(3, np.float32)})
     for told in (math.nan, math.inf, -math.inf):
-        assert round_noise(plans, [told], [1.0], FederatedSettings(), model, model) is None
+        assert round_noise(plans, [told], [1.0], FederatedSettings(), model.groups, 1.0) is None
 
 
 @pytest.mark.parametrize("noise", [0.26, 0.5, 1.1, 5.0])

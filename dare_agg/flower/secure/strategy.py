@@ -85,6 +85,12 @@ class SecureStrategy(RoundStrategy):
         for name in ("method", "drop_rate", "values", "mask", "weighting", "client_terms"):
             if name in words:
                 raise ConfigError(f"{name} has no place in a SecureStrategy; set it in 'secure'")
+        if words.get("base") is not None:
+            raise ConfigError(
+                "parties of a secure sum train on arrays whose bytes its terms bind, so a base on "
+                "disk has no place here: give start the model's arrays, or sum without secrets "
+                "(DareStrategy)"
+            )
         options = words.pop("options", {})
         if options:
             SecureSettings(options=options)

@@ -45,6 +45,27 @@ def test_written_files_are_read_by_the_safetensors_library(tmp_path: Path) -> No
         np.testing.assert_array_equal(loaded[name], array)
 
 
+def test_a_header_of_odd_length_costs_no_copies(tmp_path: Path) -> None:
+    arrays = {name: array for name, array in model().items() if array.dtype.kind == "f"}
+    save_file(arrays, tmp_path / "m.safetensors")
+    data = (tmp_path / "m.safetensors").read_bytes()
+    length = int.from_bytes(data[:8], "little")
+    # As safetensors wrote before it padded: tensors begin wherever the header ends.
+    odd = data[8 : 8 + length].rstrip()
+    odd += b" " * (1 - len(odd) % 2)
+    path = tmp_path / "odd.safetensors"
+    path.write_bytes(len(odd).to_bytes(8, "little") + odd + data[8 + length :])
+    checkpoint = open_checkpoint(path)
+    layout = checkpoint.layout()
+    whole, reader = layout.flatten(arrays), checkpoint.reader(layout)
+    np.testing.assert_array_equal(checkpoint.vector(layout), whole)
+    np.testing.assert_array_equal(reader.take(np.arange(1, layout.size, 2)), whole[1::2])
+    assert checkpoint.fingerprint() == fingerprint(layout, whole)
+    checkpoint.check_finite(layout)
+    assert not any(checkpoint.raw(name).flags.aligned for name in ("a.weight", "h"))
+    assert not any(checkpoint.raw(name).flags.owndata for name in arrays)
+
+
 def test_library_files_are_read_in_any_tiles(tmp_path: Path) -> None:
     arrays = model()
     save_file(arrays, tmp_path / "m.safetensors")

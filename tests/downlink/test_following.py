@@ -1,5 +1,6 @@
 """The client on the chain way: every path gives the server's bits, and nothing is trusted."""
 
+import errno
 import json
 import os
 import signal
@@ -197,6 +198,21 @@ def test_a_step_that_goes_beyond_the_grid_is_refused(server: Server, folder: Pat
     with pytest.raises(StateError, match="grid steps from the base"):
         receiver(folder, server.base).follow("ef" * 32, payloads(one, two))
     assert receiver(folder, server.base).have() == server.versions[0]
+
+
+def test_a_full_disk_is_said_and_nothing_is_lost(
+    server: Server, folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def full(*_: object) -> None:
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    sent = payloads(server.from_base())
+    with monkeypatch.context() as patch:
+        patch.setattr("os.posix_fallocate", full)
+        with pytest.raises(StateError, match=r"No space left on device; free space"):
+            receiver(folder, server.base).follow(server.versions[4], sent)
+    assert receiver(folder, server.base).have() == server.versions[0]
+    same(receiver(folder, server.base).follow(server.versions[4], sent), server)
 
 
 def _head(folder: Path, suffix: str) -> Path:

@@ -31,6 +31,7 @@ from dare_agg.flower.processes.launch import (
     toml_scalars,
     write_connection,
 )
+from simulations.runs.process_groups import command_of, descendants
 
 APP = Path(__file__).parents[2] / "tests" / "apps" / "edge"
 
@@ -146,7 +147,7 @@ class Federation:
 
     def kill_9_server_apps(self) -> int:
         """kill -9 of every ServerApp of this federation; returns how many there were."""
-        apps = [pid for pid in self._tasks() if "serverapp" in _command(pid)]
+        apps = [pid for pid in self._tasks() if "serverapp" in command_of(pid)]
         _kill_9(apps)
         return len(apps)
 
@@ -258,27 +259,6 @@ class Federation:
 
     def any_run_under_way(self) -> bool:
         return any(not status.startswith("finished") for status in self.runs().values())
-
-
-def descendants(pids: Sequence[int]) -> list[int]:
-    """All processes that descend from these; Flower's tasks lead sessions of their own."""
-    children: dict[int, list[int]] = {}
-    for entry in Path("/proc").glob("[0-9]*"):
-        with contextlib.suppress(OSError):
-            parent = int((entry / "stat").read_text().rpartition(")")[2].split()[1])
-            children.setdefault(parent, []).append(int(entry.name))
-    found: list[int] = []
-    new = list(pids)
-    while new:
-        new = [child for pid in new for child in children.get(pid, [])]
-        found += new
-    return found
-
-
-def _command(pid: int) -> str:
-    with contextlib.suppress(OSError):
-        return Path(f"/proc/{pid}/cmdline").read_bytes().decode(errors="replace")
-    return ""
 
 
 def _kill_9(pids: Sequence[int]) -> None:

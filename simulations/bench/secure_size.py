@@ -24,7 +24,8 @@ from safetensors.numpy import load_file, save_file
 from dare_agg.flower.processes.launch import run_app
 from dare_agg.secure.identity import new_identity, write_identity, write_public
 from dare_agg.secure.roster import make_roster, sign_roster, write_roster
-from simulations.bench.federation import Federation, descendants
+from simulations.bench.federation import Federation
+from simulations.runs.process_groups import descendants
 
 APP = Path(__file__).parents[2] / "tests" / "apps" / "secure"
 PASSPHRASE = "of the whole benchmark"

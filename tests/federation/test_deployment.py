@@ -15,7 +15,8 @@ import yaml
 from dare_agg.cli.run import execute
 from dare_agg.errors import ConfigError
 from dare_agg.flower.processes.launch import flower_environment, free_port
-from simulations.bench.federation import APP, calm_report, descendants, finished_rounds, read_report
+from simulations.bench.federation import APP, calm_report, finished_rounds, read_report
+from simulations.runs.process_groups import descendants
 
 DOCS = Path(__file__).parents[2] / "docs"
 SITES = ("north", "south")

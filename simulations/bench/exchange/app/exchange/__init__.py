@@ -1,0 +1,1 @@
+"""Sends a model of given shapes down and up, without training."""

@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import Any
 
 from dare_agg.downlink.base import DENSE_STEPS, STEPS
-from dare_agg.downlink.counts_file import CountsFile, create_counts, forget_counts, open_counts
+from dare_agg.downlink.disk.counts_file import CountsFile, create_counts, forget_counts, open_counts
 from dare_agg.downlink.grid import VersionGrid, grid_of
 from dare_agg.downlink.grid_file import kept_grid
 from dare_agg.downlink.kept_files import KEEP_BYTES, REMEDY, check_version, owner_of, trim

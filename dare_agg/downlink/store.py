@@ -2,7 +2,7 @@
 
 As `dare_agg.downlink.server`, for a base that lies on disk and stays there: a version is the base
 and whole grid steps, and all that has the model's size lies in files of the store's folder
-(`dare_agg.downlink.disk_state`). A round is one pass over tiles: the server's step comes tile by
+(`dare_agg.downlink.disk.state`). A round is one pass over tiles: the server's step comes tile by
 tile, what was left of earlier ones is added where the form has places, groups of values are
 coded, decoded as every client will, rounded to the grid and added. A process's own memory holds
 a tile, a group and the payload.
@@ -27,12 +27,13 @@ import numpy as np
 from dare_agg.codec.formats import find_values
 from dare_agg.codec.mask import parse_drop_rate
 from dare_agg.downlink.base import BASE_NAME, BASE_VERSION, CHAIN_NAME, VERIFY
-from dare_agg.downlink.change import OffTheMasksError, StepStream, VectorStream, move_streamed
-from dare_agg.downlink.disk_state import DiskState, Moments, create_state, open_state
+from dare_agg.downlink.disk.change import OffTheMasksError, StepStream, VectorStream, move_streamed
+from dare_agg.downlink.disk.header import StoreHead, head_in, read_head, write_head
+from dare_agg.downlink.disk.kept_steps import KeptSteps, summed_tiles, write_sum
+from dare_agg.downlink.disk.state import DiskState, Moments, create_state, open_state
 from dare_agg.downlink.forms import Form, find_form
 from dare_agg.downlink.grid import TILE, Counts, VersionGrid, grid_from, grid_of
 from dare_agg.downlink.held import HeldGroup, held_group
-from dare_agg.downlink.kept_steps import KeptSteps, summed_tiles, write_sum
 from dare_agg.downlink.lossless import LOSSLESS, encode_counts
 from dare_agg.downlink.paths import (
     cheapest_broadcast,
@@ -44,7 +45,6 @@ from dare_agg.downlink.paths import (
 from dare_agg.downlink.protocol import Broadcast, DrawnMask
 from dare_agg.downlink.step_form import Families, StepHead
 from dare_agg.downlink.steps import Step, apply_dense, chained_step, dense_head, families_of
-from dare_agg.downlink.store_header import StoreHead, head_in, read_head, write_head
 from dare_agg.downlink.version_source import VersionSource
 from dare_agg.errors import ConfigError, StateError
 from dare_agg.files.atomic import replace_file

@@ -14,7 +14,7 @@ from typing import Any
 
 import numpy as np
 
-from dare_agg.downlink.disk_state import Moments
+from dare_agg.downlink.disk.state import Moments
 from dare_agg.downlink.protocol import DrawnMask
 from dare_agg.downlink.store import VersionStore
 from dare_agg.errors import StateError

@@ -11,7 +11,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from dare_agg.downlink.counts_file import create_counts, forget_counts, open_counts
+from dare_agg.downlink.disk.counts_file import create_counts, forget_counts, open_counts
 from dare_agg.errors import StateError
 
 BASE, NEXT = "ab" * 32, "cd" * 32
@@ -100,7 +100,7 @@ def test_counts_of_another_model_are_refused(tmp_path: Path, size: int, base: st
 def test_a_full_disk_is_met_when_the_file_is_made(tmp_path: Path) -> None:
     code = (
         "import resource, sys; from pathlib import Path\n"
-        "from dare_agg.downlink.counts_file import create_counts\n"
+        "from dare_agg.downlink.disk.counts_file import create_counts\n"
         "resource.setrlimit(resource.RLIMIT_FSIZE, (1 << 20, 1 << 20))\n"
         f"create_counts(Path({str(tmp_path / 'counts')!r}), 1 << 20, {BASE!r})"
     )

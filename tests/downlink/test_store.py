@@ -7,8 +7,8 @@ import numpy as np
 import pytest
 
 from dare_agg.codec.mask import parse_drop_rate
-from dare_agg.downlink import disk_state
 from dare_agg.downlink.base import STEPS
+from dare_agg.downlink.disk import state as disk_state
 from dare_agg.downlink.forms import FORMS
 from dare_agg.downlink.server import VersionDownlink
 from dare_agg.downlink.steps import apply_step, check_chain, read_steps

@@ -18,9 +18,10 @@ import numpy as np
 import pytest
 
 from dare_agg.codec.mask import parse_drop_rate
-from dare_agg.downlink import disk_state, undo
-from dare_agg.downlink.counts_file import CountsFile
-from dare_agg.downlink.mapped import MappedVector
+from dare_agg.downlink.disk import state as disk_state
+from dare_agg.downlink.disk import undo
+from dare_agg.downlink.disk.counts_file import CountsFile
+from dare_agg.downlink.disk.mapped import MappedVector
 from dare_agg.downlink.store import VersionStore
 from dare_agg.errors import StateError
 from dare_agg.rounds.plan import make_plans

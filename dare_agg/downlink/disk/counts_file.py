@@ -15,9 +15,9 @@ from types import TracebackType
 import numpy as np
 from numpy.typing import NDArray
 
+from dare_agg.downlink.disk.mapped import MappedVector, create_mapped, open_mapped
+from dare_agg.downlink.disk.sparse_bytes import PART, SparseBytes, create_sparse
 from dare_agg.downlink.grid import Counts, Positions
-from dare_agg.downlink.mapped import MappedVector, create_mapped, open_mapped
-from dare_agg.downlink.sparse_bytes import PART, SparseBytes, create_sparse
 
 _KIND = "counts"
 

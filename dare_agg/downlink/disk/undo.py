@@ -21,9 +21,9 @@ from pathlib import Path
 import numpy as np
 from numpy.typing import NDArray
 
+from dare_agg.downlink.disk.mapped import refusals, write_all
+from dare_agg.downlink.disk.rest import Codes
 from dare_agg.downlink.grid import Positions
-from dare_agg.downlink.mapped import refusals, write_all
-from dare_agg.downlink.rest import Codes
 from dare_agg.errors import StateError
 from dare_agg.files.atomic import replace_file
 

@@ -12,11 +12,10 @@ from pathlib import Path
 
 import numpy as np
 
-from dare_agg.downlink.counts_file import CountsFile, create_counts, halves_of, open_counts
-from dare_agg.downlink.grid import LIMIT, Positions
-from dare_agg.downlink.mapped import MappedVector, create_mapped, open_mapped
-from dare_agg.downlink.rest import Codes
-from dare_agg.downlink.undo import (
+from dare_agg.downlink.disk.counts_file import CountsFile, create_counts, halves_of, open_counts
+from dare_agg.downlink.disk.mapped import MappedVector, create_mapped, open_mapped
+from dare_agg.downlink.disk.rest import Codes
+from dare_agg.downlink.disk.undo import (
     OldValues,
     UndoWriter,
     begin_undo,
@@ -24,6 +23,7 @@ from dare_agg.downlink.undo import (
     header_before,
     old_values,
 )
+from dare_agg.downlink.grid import LIMIT, Positions
 from dare_agg.errors import StateError
 from dare_agg.vectors.layout import FloatVector
 

@@ -8,10 +8,10 @@ from typing import Protocol
 
 import numpy as np
 
-from dare_agg.downlink.disk_state import Changes, DiskState
+from dare_agg.downlink.disk.rest import rest_codes, rest_values
+from dare_agg.downlink.disk.state import Changes, DiskState
 from dare_agg.downlink.forms import Form
 from dare_agg.downlink.grid import TILE, Positions, VersionGrid
-from dare_agg.downlink.rest import rest_codes, rest_values
 from dare_agg.downlink.step_form import Settled, StepHead
 from dare_agg.errors import DareError
 from dare_agg.vectors.layout import FloatVector, check_finite

@@ -15,8 +15,8 @@ from pathlib import Path
 import numpy as np
 from numpy.typing import NDArray
 
+from dare_agg.downlink.disk.mapped import refusals
 from dare_agg.downlink.grid import Positions
-from dare_agg.downlink.mapped import refusals
 from dare_agg.errors import StateError
 from dare_agg.files.pages import Pages
 

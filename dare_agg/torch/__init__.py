@@ -5,5 +5,6 @@ training changed from them, on whatever device they are.
 """
 
 from dare_agg.torch.federated import FederatedTurn, federated_model
+from dare_agg.torch.planned import PlannedUpdate, plan_update
 
-__all__ = ["FederatedTurn", "federated_model"]
+__all__ = ["FederatedTurn", "PlannedUpdate", "federated_model", "plan_update"]

@@ -19,7 +19,9 @@ from torch import Tensor
 from dare_agg.errors import LayoutError, NonFiniteError
 from dare_agg.torch.places import Held, on, over_tiles, picked
 from dare_agg.vectors.layout import Entry, FloatVector, Layout
+from dare_agg.vectors.rounded import RoundedSource
 from dare_agg.vectors.sources import SAFE_DELTA, DeltaSource, Positions, take
+from dare_agg.vectors.tiled import TiledVector
 
 # As it is compared with in float32.
 _SAFE = float(np.float32(SAFE_DELTA))
@@ -93,19 +95,31 @@ class TrainedDelta:
         sums = [torch.zeros(3, dtype=torch.float64)]
         wrong: NonFiniteError | None = None
         speaking = {name: part for name, part in self.parts.items() if part.speaks}
-        for name, part, places, elements, values in over_tiles(self.layout, speaking, self.start):
+        source, dtypes = unrounded(self.start)
+        for name, part, places, elements, values in over_tiles(self.layout, speaking, source):
             tuned = picked(part.local, places).float()
-            if wrong is None and not bool(tuned.isfinite().all()):
+            begun = on(values, tuned.device)
+            if name in dtypes:
+                begun = begun.to(getattr(torch, dtypes[name])).float()
+            change = (tuned - begun).abs_()
+            largest = change.amax().double()
+            if wrong is None and not bool(largest.isfinite()):
                 wrong = _not_finite(self.layout[name], elements, tuned)
-            change = (tuned - on(values, tuned.device)).abs_()
-            squares = (change * change).sum(dtype=torch.float64)
+            squares = change.square().sum(dtype=torch.float64)
             above = (change > _SAFE).sum(dtype=torch.float64)
-            sums.append(torch.stack((squares, change.amax().double(), above)).cpu())
+            sums.append(torch.stack((squares, largest, above)).cpu())
         # Not before the end: of a sharded model, all processes read the version together.
         if wrong is not None:
             raise wrong
         squares, largest, above = torch.stack(sums).unbind(1)
         return Measured(float(squares.sum()), float(largest.amax()), int(above.sum()))
+
+
+def unrounded(start: DeltaSource) -> tuple[DeltaSource, Mapping[str, str]]:
+    """What a rounded source is made of, and the dtypes by tensor: a device rounds faster."""
+    while isinstance(start, TiledVector):
+        start = start.source
+    return (start.source, start.dtypes) if isinstance(start, RoundedSource) else (start, {})
 
 
 _Piece = tuple[Entry, Held | None, Positions, int]
@@ -152,8 +166,12 @@ def _found(entry: Entry, part: Held | None, index: Positions) -> Positions:
     return where
 
 
-def _not_finite(entry: Entry, elements: slice | Positions, tuned: Tensor) -> NonFiniteError:
-    at = int(tuned.isfinite().logical_not().nonzero()[0])
+def _not_finite(entry: Entry, elements: slice | Positions, tuned: Tensor) -> NonFiniteError | None:
+    """The error of the first value that is no number; None where only the change is too large."""
+    found = tuned.isfinite().logical_not().nonzero()
+    if not len(found):
+        return None
+    at = int(found[0])
     element = elements.start + at if isinstance(elements, slice) else elements[at]
     index = tuple(int(i) for i in np.unravel_index(element, entry.shape or (1,)))
     return NonFiniteError(

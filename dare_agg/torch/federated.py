@@ -111,5 +111,8 @@ class _DareTurn:
 
 def _loaded(model: nn.Module, turn: Turn) -> HeldModel:
     if is_sharded(named_tensors(model).values()):
-        raise ConfigError("not yet")
+        raise ConfigError(
+            "the model is sharded (DTensor), and federated_model takes one process's; encode it "
+            "with dare_agg.torch.sharded.encode_shared"
+        )
     return hold(model, turn.version(), turn.own_tensors(), turn.order.exclude)

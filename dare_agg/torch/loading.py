@@ -25,7 +25,10 @@ def load_into(version: GlobalModel, parts: Mapping[str, Held]) -> GlobalModel:
     value that is too large for float16.
     """
     held_version = as_held(version, parts)
-    layout, vector = version.groups.layout, as_source(held_version.delta)
+    # Tensors round what is put into them; only float16 has to be looked at before.
+    coarse = any(part.local.dtype == torch.float16 for part in parts.values())
+    layout = version.groups.layout
+    vector = as_source((held_version if coarse else version).delta)
     with torch.no_grad():
         for _, part, places, _, values in over_tiles(layout, parts, vector):
             put(part.local, places, values)

@@ -17,8 +17,8 @@ from dare_agg.vectors.layout import Entry, FloatVector, Layout
 from dare_agg.vectors.rounded import PARAMETER_DTYPES
 from dare_agg.vectors.sources import DeltaSource, Positions
 
-# Elements gone over at a time: 8 MiB of values.
-TILE = 1 << 21
+# Elements gone over at a time: 2 MiB of values.
+TILE = 1 << 19
 
 
 @dataclass(frozen=True)
@@ -72,15 +72,14 @@ def over_tiles(
     parts: Mapping[str, Held],
     values: DeltaSource,
     within: Entry | None = None,
-    tile: int = TILE,
 ) -> Iterator[Piece]:
     """Go over a vector (one tensor of it) and the parts of its tensors that lie here, by tiles.
 
     Every process of a sharded model reads the same tiles in the same order.
     """
     start, stop = (0, layout.size) if within is None else (within.offset, within.stop)
-    for lo in range(start, stop, tile):
-        hi = min(stop, lo + tile)
+    for lo in range(start, stop, TILE):
+        hi = min(stop, lo + TILE)
         found = np.empty(hi - lo, np.float32)
         values.read(lo, hi, found)
         for entry, first, last in layout.pieces(lo, hi):

@@ -20,6 +20,16 @@ from dare_agg.torch.loading import as_source, load_into  # noqa: E402
 from dare_agg.torch.named import matched_tensors, named_tensors  # noqa: E402
 from dare_agg.torch.places import held  # noqa: E402
 
+DEVICES = [
+    "cpu",
+    pytest.param(
+        "cuda",
+        marks=[
+            pytest.mark.gpu,
+            pytest.mark.skipif(not torch.cuda.is_available(), reason="torch sees no GPU here"),
+        ],
+    ),
+]
 SHAPES = {"embed": (301, 40), "layer.weight": (64, 33), "layer.bias": (64,), "scale": ()}
 
 
@@ -55,12 +65,13 @@ def trained(version, dtype, device="cpu", contiguous=True):
     return TrainedDelta(version.groups.layout, parts, as_source(start.delta)), begun, after
 
 
+@pytest.mark.parametrize("device", DEVICES)
 @pytest.mark.parametrize("contiguous", [True, False])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16, torch.float64])
 @pytest.mark.parametrize(("mask", "values"), [("stratified", "b1"), ("bernoulli", "f32")])
-def test_an_update_has_the_bits_that_numpy_gives_it(dtype, mask, values, contiguous):
+def test_an_update_has_the_bits_that_numpy_gives_it(dtype, mask, values, contiguous, device):
     version = a_version()
-    delta, begun, after = trained(version, dtype, contiguous=contiguous)
+    delta, begun, after = trained(version, dtype, device, contiguous)
     spec = spec_of(version, values=values, mask=mask)
     assert encode_update(spec, delta) == encode_update(spec, (begun, after))
 
@@ -82,9 +93,10 @@ def test_a_loaded_tensor_holds_the_version_rounded_to_nearest_even():
         assert torch.equal(tensors[name], right)
 
 
-def test_measures_are_those_of_the_arrays():
+@pytest.mark.parametrize("device", DEVICES)
+def test_measures_are_those_of_the_arrays(device):
     version = a_version()
-    delta, begun, after = trained(version, torch.float32)
+    delta, begun, after = trained(version, torch.float32, device)
     change = np.abs(after - begun)
     found = delta.measure()
     assert found.norm == pytest.approx(float(np.linalg.norm(change.astype(np.float64))), rel=1e-7)
@@ -92,9 +104,39 @@ def test_measures_are_those_of_the_arrays():
     assert found.above == np.count_nonzero(change > np.float32(0.005))
 
 
-def test_a_nan_is_named_by_its_place():
+@pytest.mark.parametrize("device", DEVICES)
+def test_a_model_on_several_devices_is_one_vector(device):
     version = a_version()
-    delta, _, _ = trained(version, torch.float32)
+    delta, begun, after = trained(version, torch.bfloat16)
+    parts = {n: held(p.local.to(device if n == "embed" else "cpu")) for n, p in delta.parts.items()}
+    spec = spec_of(version, "0.5")
+    spread = TrainedDelta(delta.layout, parts, delta.start)
+    assert encode_update(spec, spread) == encode_update(spec, (begun, after))
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="torch sees no GPU here")
+def test_the_host_gets_survivors_and_nothing_else():
+    from torch.profiler import ProfilerActivity, profile
+
+    size = 4_000_000
+    arrays = {"w": np.zeros((size // 1000, 1000), np.float32)}
+    version = global_model(arrays, by_form=True)
+    part = held(torch.ones(arrays["w"].shape, device="cuda"))
+    delta = TrainedDelta(version.groups.layout, {"w": part}, as_source(version.delta))
+    spec = spec_of(version, "0.99")
+    with profile(activities=[ProfilerActivity.CUDA, ProfilerActivity.CPU]) as watched:
+        encode_update(spec, delta)
+        torch.cuda.synchronize()
+    down = [e for e in watched.events() if "DtoH" in e.name]
+    # 40,000 survivors are one group: one copy down, and what measuring would take is not there.
+    assert 1 <= len(down) <= 2
+
+
+@pytest.mark.parametrize("device", DEVICES)
+def test_a_nan_is_named_by_its_place(device):
+    version = a_version()
+    delta, _, _ = trained(version, torch.float32, device)
     delta.parts["layer.weight"].local[3, 5] = float("nan")
     with pytest.raises(NonFiniteError, match=r"nan in tensor 'layer.weight' at index \(3, 5\)"):
         delta.measure()

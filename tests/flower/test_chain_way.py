@@ -52,14 +52,11 @@ def step(base: GlobalModel) -> Step:
 
 
 @pytest.fixture
-def ask(base: GlobalModel, step: Step, toys, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+def ask(base: GlobalModel, step: Step, toys, tmp_path: Path):
     """Asks the toy app, whose node has the base, for something of the version after ``step``."""
 
-    def receiver(order: Order, context: Context, msg: Message) -> ChainReceiver:
-        return ChainReceiver(tmp_path / "cache", "1", base, order.facts[BASE_VERSION])
-
-    monkeypatch.setattr("dare_agg.flower.mod.open_receiver", receiver)
-    context = Context(1, 7, {"partition-id": 1}, RecordDict(), {})
+    node = {"partition-id": 1, "base": str(tmp_path / "base.safetensors")}
+    context = Context(1, 7, node, RecordDict(), {})
 
     def ask(what: str, sent: Step | None, version: str = step.head.child, edit=None) -> RecordDict:
         ref = base.ref

@@ -64,8 +64,12 @@ def _decode(
             )
         at += length
         planes = np.frombuffer(raw, np.uint8).reshape(4, hi - lo)
-        zigzag = np.ascontiguousarray(planes.T).view("<u4").reshape(-1).astype(np.int64)
-        yield np.arange(lo, hi, dtype=np.int64), (zigzag >> 1) ^ -(zigzag & 1)
+        zigzag = np.ascontiguousarray(planes.T).view("<u4").reshape(-1)
+        # Most parameters did not move: nothing is made of them.
+        moved = np.flatnonzero(zigzag)
+        steps = zigzag[moved].astype(np.int64)
+        moved += lo
+        yield moved, (steps >> 1) ^ -(steps & 1)
     if at != len(payload):
         raise UpdateError(f"lossless step: {len(payload) - at} bytes too many", reason="trailing")
 

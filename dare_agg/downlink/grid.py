@@ -12,6 +12,7 @@ vector, a step is one.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
@@ -132,13 +133,15 @@ def grid_of(
 
     Raises `NonFiniteError` when the base holds a NaN or an infinity.
     """
-    check_finite(layout, base, "in the base")
     exponents: list[int] = []
     for entry in layout.entries:
         largest = 0.0
         for lo in range(entry.offset, entry.stop, TILE):
             piece = base[lo : min(entry.stop, lo + TILE)]
-            largest = max(largest, float(piece.max()), -float(piece.min()))
+            found = max(float(piece.max()), -float(piece.min()))
+            if not math.isfinite(found):
+                check_finite(layout, piece, "in the base", lo)
+            largest = max(largest, found)
         above = int(np.frexp(largest)[1]) if largest else SMALLEST_EXPONENT
         exponents.append(24 - max(above, SMALLEST_EXPONENT))
     return grid_from(layout, exponents, dtypes)

@@ -1,6 +1,7 @@
 """The store on disk: the same bits as in memory where the rest is exact, whole after any end."""
 
 import dataclasses
+import os
 from pathlib import Path
 
 import numpy as np
@@ -13,7 +14,7 @@ from dare_agg.downlink.forms import FORMS
 from dare_agg.downlink.server import VersionDownlink
 from dare_agg.downlink.steps import apply_step, check_chain, read_steps
 from dare_agg.downlink.store import VersionStore
-from dare_agg.errors import NonFiniteError, StateError
+from dare_agg.errors import ConfigError, NonFiniteError, StateError
 from dare_agg.rounds.plan import make_plans
 from dare_agg.rounds.terms import UpdateTerms
 from dare_agg.vectors.model import GlobalModel, global_model
@@ -328,6 +329,80 @@ def test_a_damaged_step_or_undo_file_is_told(tmp_path):
     step.write_bytes(whole[:-1])
     with pytest.raises(StateError, match="cannot be read"):
         VersionStore(tmp_path).restore(base, store.state_arrays() if store.version else kept)
+
+
+def test_a_base_that_is_no_number_somewhere_is_refused(tmp_path):
+    for bad in (np.nan, np.inf, -np.inf):
+        base = base_model()
+        base.delta[4000] = bad
+        with pytest.raises(NonFiniteError, match="in the base"):
+            VersionStore(tmp_path).start(base)
+    assert not (tmp_path / "store.state").exists()
+
+
+def test_old_steps_go_and_who_stayed_away_gets_one_sum(tmp_path):
+    base = base_model()
+    store = VersionStore(tmp_path, keep_bytes=2500)
+    model = grow(store, store.start(base), range(1, 13))
+    kept = sorted(path.name for path in (tmp_path / "steps").iterdir())
+    # Those of the round before stay until the next begins.
+    assert 2 <= len(store.steps) <= 5 and len(kept) <= len(store.steps) + 2
+    for have in ("", base.ref.version, "ab" * 32):
+        (step,) = read_steps(
+            store.broadcast(model, have).payloads[STEPS],
+            store.broadcast(model, have).payloads["dense-steps"],
+        )
+        assert step.head.form == "lossless" and step.head.parent == base.ref.version
+        counts, dense = np.zeros(base.delta.size, np.int32), np.zeros(base.dense.size, np.int32)
+        apply_step(step, store._settled_grid(), counts, store._dense_group().grid, dense)
+        np.testing.assert_array_equal(counts, store._files().counts[:])
+    assert len(list(tmp_path.glob("sum-*.step"))) == 1
+    grow(store, model, range(13, 14))
+    assert not list(tmp_path.glob("sum-*.step"))
+
+
+def test_facts_name_the_base_and_now_and_then_all_values(tmp_path):
+    base = base_model()
+    store = VersionStore(tmp_path, base_name="owner/name", verify_every=2)
+    model = store.start(base)
+    named = {"base-version": base.ref.version, "base-name": "owner/name"}
+    assert store.facts() == named
+    model = grow(store, model, range(1, 2))
+    assert store.facts() == named
+    model = grow(store, model, range(2, 3))
+    whole = base.placed(model.delta[:], model.dense)
+    assert store.facts() == {**named, "verify": whole.ref.version}
+    assert abs(store.base_norm - np.linalg.norm(base.delta.astype(np.float64))) < 1e-6
+
+
+def test_two_processes_do_not_write_one_store(tmp_path):
+    store = VersionStore(tmp_path)
+    store.start(base_model())
+    child = os.fork()
+    if not child:
+        try:
+            VersionStore(tmp_path).start(base_model())
+        except StateError as error:
+            os._exit(7 if "another run is at work" in str(error) else 1)
+        os._exit(0)
+    assert os.WEXITSTATUS(os.waitpid(child, 0)[1]) == 7
+    grow(store, store.model, range(1, 2))
+
+
+@pytest.mark.parametrize(
+    "words",
+    [
+        {"form": "unin-b1"},
+        {"dense_values": "b9"},
+        {"drop_rate": "2"},
+        {"keep_bytes": -1},
+        {"verify_every": True},
+        {"base_name": "x" * 300},
+    ],
+)
+def test_settings_out_of_bounds_are_refused(tmp_path, words):
+    with pytest.raises(ConfigError):
+        VersionStore(tmp_path, **words)
 
 
 def test_pieces_must_be_the_whole_vector():

@@ -15,13 +15,13 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
-from typing import TYPE_CHECKING, Protocol
+from typing import TYPE_CHECKING, Protocol, cast
 
 from torch import nn
 
 from dare_agg.errors import ConfigError, DareError
 from dare_agg.rounds.statistics import Statistics
-from dare_agg.torch.holding import HeldModel, hold
+from dare_agg.torch.holding import hold
 from dare_agg.torch.named import named_tensors
 from dare_agg.torch.places import is_sharded
 from dare_agg.torch.whole import whole_turn
@@ -53,12 +53,17 @@ class FederatedTurn(Protocol):
 
 
 @contextmanager
-def federated_model(model: nn.Module, msg: Message, context: Context) -> Iterator[FederatedTurn]:
+def federated_model(
+    model: nn.Module, msg: Message | None = None, context: Context | None = None
+) -> Iterator[FederatedTurn]:
     """Load the version that a message is about into ``model``, in place; yield the turn.
 
     The model may be on any device, in float32, bfloat16 or float16, wrapped, a PEFT model (its
     adapter is federated), with tied weights. Under another strategy (FedAvg) and in secure sums
     the message's whole arrays are loaded, and the reply holds whole arrays.
+
+    Of a model that `fully_shard` put in pieces, every process enters and replies; the first one
+    has the message, the others give none and get no reply.
 
     Raises `LayoutError` where the model does not fit, which `dare_mod` answers with a refusal, and
     `ConfigError` without that mod.
@@ -66,13 +71,23 @@ def federated_model(model: nn.Module, msg: Message, context: Context) -> Iterato
     from dare_agg.flower.records import is_order
     from dare_agg.flower.turns import open_turn
 
+    del context  # the mod's turn has it
     turn = open_turn()
-    if turn is None and is_order(msg):
+    if is_sharded(named_tensors(model).values()):
+        from dare_agg.torch.ranks import all_ranks
+        from dare_agg.torch.shared_turn import SharedTurn
+
+        yield cast(FederatedTurn, SharedTurn(model, turn, all_ranks()))
+        return
+    if turn is None and (msg is None or is_order(msg)):
         raise ConfigError(
-            "federated_model is called without dare_mod around it; write "
+            "federated_model is called without a message, or without dare_mod around it; write "
             "ClientApp(mods=[dare_mod]), or @app.train(mods=[dare_mod])"
         )
-    yield whole_turn(model, msg) if turn is None else _DareTurn(model, turn)
+    if turn is not None:
+        yield _DareTurn(model, turn)
+    elif msg is not None:
+        yield whole_turn(model, msg)
 
 
 class _DareTurn:
@@ -81,7 +96,7 @@ class _DareTurn:
     def __init__(self, model: nn.Module, turn: Turn) -> None:
         self._turn = turn
         try:
-            self._held = _loaded(model, turn)
+            self._held = hold(model, turn.version(), turn.own_tensors(), turn.order.exclude)
         except DareError as error:
             turn.failed = error
             raise
@@ -107,12 +122,3 @@ class _DareTurn:
             self._turn.keep_own(self._held.own_tensors(), self._held.start)
         said = {"num-examples": num_examples, **(metrics or {})}
         return self._turn.answer(update, said, records)
-
-
-def _loaded(model: nn.Module, turn: Turn) -> HeldModel:
-    if is_sharded(named_tensors(model).values()):
-        raise ConfigError(
-            "the model is sharded (DTensor), and federated_model takes one process's; encode it "
-            "with dare_agg.torch.sharded.encode_shared"
-        )
-    return hold(model, turn.version(), turn.own_tensors(), turn.order.exclude)

@@ -18,7 +18,7 @@ from dare_agg.rounds.plan import RoundPlan
 from dare_agg.rounds.same_code import check_same_code
 from dare_agg.rounds.statistics import Statistics
 from dare_agg.torch.delta import TrainedDelta
-from dare_agg.torch.loading import as_source, load_into
+from dare_agg.torch.loading import as_source, load_into, place
 from dare_agg.torch.named import matched_tensors, named_tensors
 from dare_agg.torch.places import TILE, Held, held, picked, same_memory
 from dare_agg.vectors.layout import FloatVector
@@ -77,11 +77,11 @@ def hold(
     Raises `LayoutError` for another model, or one that cannot hold the version (`load_into`).
     """
     tensors = matched_tensors(version.groups, named_tensors(model), exclude)
-    start = load_into(version, {name: held(tensor) for name, tensor in tensors.items()})
-    with torch.no_grad():
-        for name, array in own.items():
-            if name in tensors and tuple(tensors[name].shape) == array.shape:
-                tensors[name].copy_(torch.from_numpy(np.array(array)))
+    parts = {name: held(tensor) for name, tensor in tensors.items()}
+    start = load_into(version, parts)
+    for name, array in own.items():
+        if name in parts and parts[name].whole == array.shape:
+            place(parts[name], array)
     return HeldModel(model, start, exclude)
 
 

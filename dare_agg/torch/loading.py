@@ -38,7 +38,7 @@ def load_into(version: GlobalModel, parts: Mapping[str, Held]) -> GlobalModel:
         for name, part in parts.items():
             array = _small_array(held_version, name)
             if array is not None:
-                _place(part, array)
+                place(part, array)
     return held_version
 
 
@@ -78,9 +78,11 @@ def _small_array(version: GlobalModel, name: str) -> NDArray[np.generic] | None:
     return version.local.get(own)
 
 
-def _place(part: Held, array: NDArray[np.generic]) -> None:
-    """Overwrite a part with its box of a whole array."""
+def place(part: Held, array: NDArray[np.generic]) -> None:
+    """Overwrite a part with its box of a whole array, which has as many elements as the tensor."""
     whole = np.array(array).reshape(part.whole)
     box = zip(part.start, part.local.shape, strict=True)
     here = whole[tuple(slice(start, start + size) for start, size in box)]
-    part.local.copy_(torch.from_numpy(np.ascontiguousarray(here).reshape(tuple(part.local.shape))))
+    values = torch.from_numpy(np.ascontiguousarray(here).reshape(tuple(part.local.shape)))
+    with torch.no_grad():
+        part.local.copy_(values)

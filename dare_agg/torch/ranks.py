@@ -38,7 +38,9 @@ class Ranks:
 
     def share(self, data: bytes = b"") -> bytes:
         """The leader's bytes, at every process."""
-        size = self._broadcast(np.array([len(data)], np.int64))[0]
+        size = int(self._broadcast(np.array([len(data)], np.int64))[0])
+        if not size:
+            return b""
         room = np.frombuffer(data, np.uint8).copy() if self.leads else np.empty(size, np.uint8)
         return self._broadcast(room).tobytes()
 
@@ -73,8 +75,15 @@ class Ranks:
             if error is not None:
                 raise error
             if said:
-                reason, _, text = said.decode().partition("\0")
-                raise UpdateError(text, reason=reason)
+                raise _other(said)
+
+    def told(self, error: DareError | None) -> None:
+        """Raise the leader's error, where it has one, at all processes."""
+        said = self.share(b"" if error is None else f"{error.reason}\0{error}".encode())
+        if error is not None:
+            raise error
+        if said:
+            raise _other(said)
 
     def _broadcast(self, values: NDArray) -> NDArray:
         there = self._there(values)
@@ -101,15 +110,31 @@ class SharedSource:
     own: DeltaSource | None = None
 
     def read(self, lo: int, hi: int, out: FloatVector) -> None:
-        """Overwrite ``out`` with the elements ``lo`` to ``hi``."""
+        """Overwrite ``out`` with the elements ``lo`` to ``hi``; raises as the leader's source."""
+        wrong: DareError | None = None
         if self.own is not None:
-            self.own.read(lo, hi, out)
+            try:
+                self.own.read(lo, hi, out)
+            except DareError as error:
+                wrong = error
+        self.ranks.told(wrong)
         self.ranks.fill(out)
 
     def take(self, positions: Positions) -> FloatVector:
-        """Return the elements at ascending positions."""
+        """Return the elements at ascending positions; raises as the leader's source."""
         found = np.empty(positions.size, np.float32)
+        wrong: DareError | None = None
         if self.own is not None:
-            found[:] = take(self.own, positions)
+            try:
+                found[:] = take(self.own, positions)
+            except DareError as error:
+                wrong = error
+        self.ranks.told(wrong)
         self.ranks.fill(found)
         return found
+
+
+def _other(said: bytes) -> DareError:
+    """Another process's error, as this one raises it."""
+    reason, _, text = said.decode().partition("\0")
+    return UpdateError(text, reason=reason)

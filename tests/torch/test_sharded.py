@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib.util
+import os
 import subprocess
 import sys
 from pathlib import Path
@@ -18,10 +19,11 @@ from dare_agg.torch.named import named_tensors
 from dare_agg.vectors.model import global_model
 
 RANKS = Path(__file__).with_name("sharded_ranks.py")
+FEDERATED = Path(__file__).with_name("federated_ranks.py")
 
 
-def the_script():
-    spec = importlib.util.spec_from_file_location("sharded_ranks", RANKS)
+def the_script(path=RANKS):
+    spec = importlib.util.spec_from_file_location(path.stem, path)
     module = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(module)
     return module
@@ -62,3 +64,25 @@ def test_the_payload_is_the_whole_models(tmp_path, count, dtype, without):
     assert (largest, above) == (change.max(), np.count_nonzero(change > np.float32(0.005)))
     for rank in range(count):
         assert "nan in tensor 'model.norm.weight'" in (tmp_path / f"refused-{rank}").read_text()
+
+
+def test_a_client_of_two_processes_ends_where_one_of_one_does(tmp_path):
+    script = the_script(FEDERATED)
+    command = [sys.executable, str(FEDERATED)]
+    ranks = [
+        subprocess.Popen(
+            [*command, str(rank), "2", str(tmp_path)],
+            stderr=subprocess.PIPE,
+            env={**os.environ, "DARE_AGG_CACHE": str(tmp_path / "cache of two")},
+        )
+        for rank in range(2)
+    ]
+    ends = [(rank.communicate(timeout=500)[1].decode()[-3000:], rank.returncode) for rank in ranks]
+    assert all(code == 0 for _, code in ends), ends
+    alone = script.run(script.app_of(script.the_model))
+    shared = dict(np.load(tmp_path / "final.npz"))
+    assert alone.keys() == shared.keys()
+    for name, array in alone.items():
+        assert np.array_equal(array, shared[name]), name
+    for rank in range(2):
+        assert "holds whole arrays" in (tmp_path / f"refused-{rank}").read_text()

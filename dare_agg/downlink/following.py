@@ -107,6 +107,7 @@ class ChainReceiver:
             self._followed = base
             return base
         with self._locked(), contextlib.ExitStack() as held:
+            steps = self._ahead(steps)
             counts = self._at(steps[0].head.parent if steps else version, held)
             if steps:
                 self._move(steps, version, *counts)
@@ -122,7 +123,7 @@ class ChainReceiver:
     # --- steps -----------------------------------------------------------------------------
 
     def _checked(self, version: str, payloads: Mapping[str, bytes]) -> list[Step]:
-        """The steps from what is held on, found to follow each other up to ``version``."""
+        """The steps that came, found to follow each other up to ``version``."""
         try:
             # Slices of a view are no copies.
             sent = (memoryview(payloads.get(name, b"")) for name in (STEPS, DENSE_STEPS))
@@ -137,9 +138,15 @@ class ChainReceiver:
                 f"the steps that came do not lead one after another to version {version[:12]}; it "
                 "is asked for again"
             )
+        return steps
+
+    def _ahead(self, steps: list[Step]) -> list[Step]:
+        """Of steps that came, those after the version that is held.
+
+        Where a reply was lost, the server does not know how far this client has come.
+        """
         held = self.have()
         for place, step in enumerate(steps):
-            # A reply that was lost: the server does not know how far this client has come.
             if step.head.child == held:
                 return steps[place + 1 :]
         return steps

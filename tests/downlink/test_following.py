@@ -297,6 +297,39 @@ def test_the_base_is_not_read_for_its_grid_again(
     )
 
 
+_FOLLOWS = """
+import sys
+from pathlib import Path
+from dare_agg.checkpoint import open_checkpoint
+from dare_agg.checkpoint.model import model_in
+from dare_agg.downlink.base import DENSE_STEPS, STEPS
+from dare_agg.downlink.following import ChainReceiver
+
+base, folder, sent, dense, version = sys.argv[1:]
+model = model_in(open_checkpoint(base))
+payloads = {STEPS: Path(sent).read_bytes(), DENSE_STEPS: Path(dense).read_bytes()}
+for _ in range(20):
+    receiver = ChainReceiver(Path(folder), "3", model, model.ref.version)
+    print(receiver.follow(version, payloads).fingerprints.version)
+"""
+
+
+def test_two_processes_of_one_client_do_not_disturb_each_other(
+    server: Server, folder: Path, tmp_path: Path
+) -> None:
+    receiver(folder, server.base).follow(server.versions[2], payloads(*server.steps[:2]))
+    paths = [tmp_path / "steps", tmp_path / "dense"]
+    for path, payload in zip(paths, payloads(*server.steps[2:]).values(), strict=True):
+        path.write_bytes(payload)
+    words = [str(w) for w in (tmp_path / "base.safetensors", folder, *paths, server.versions[4])]
+    command = [sys.executable, "-c", _FOLLOWS, *words]
+    both = [subprocess.Popen(command, stdout=subprocess.PIPE, text=True) for _ in range(2)]
+    said = [process.communicate()[0] for process in both]
+    assert all(process.returncode == 0 for process in both)
+    assert {*"".join(said).split()} == {server.model.fingerprints.version}
+    assert receiver(folder, server.base).have() == server.versions[4]
+
+
 _KILLED = """
 import os, signal, sys
 from pathlib import Path

@@ -175,10 +175,9 @@ class VersionStore:
         """Round the change to the grid, keep it as a step and return the new version.
 
         ``moments`` are the vectors that the stream writes (`moments`); without, those that there
-        are stay as they are. Whatever goes wrong, the
-        store is at the version before. Raises `StateError` for a model
-        that is not at the store's version and for a full disk, `NonFiniteError` for a step that
-        is no number somewhere.
+        are stay as they are. Whatever goes wrong, the store is at the version before. Raises
+        `StateError` for a model that is not at the store's version and for a full disk,
+        `NonFiniteError` for a step that is no number somewhere.
         """
         before = self._opened()
         if model.ref.version != before.version:

@@ -26,6 +26,7 @@ from dare_agg.files.pages import Pages
 _MAGIC = b"DAREVEC1"
 _PAGE = struct.Struct("<8s16sQBB32s32s8s")
 _PAGE_BYTES = 4096
+_PIECE = 1 << 20
 NO_NAME = "00" * 32
 
 
@@ -59,7 +60,7 @@ class MappedVector:
         page = _page(self.kind, self.size, self._dtype.itemsize, dirty, self.base, version)
         with refusals(self.path):
             write_all(self._handle, page, 0)
-            os.fdatasync(self._handle)
+            sync_data(self._handle)
         self.version, self.dirty = version, dirty
 
     def flush(self) -> None:
@@ -91,7 +92,7 @@ def create_mapped(
         try:
             handle = os.open(path, os.O_RDWR | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o600)
             try:
-                os.posix_fallocate(handle, 0, _PAGE_BYTES + size * np.dtype(dtype).itemsize)
+                take_room(handle, 0, _PAGE_BYTES + size * np.dtype(dtype).itemsize)
                 vector = MappedVector(path, handle, kind, dtype, size, base)
             except BaseException:
                 os.close(handle)
@@ -135,6 +136,20 @@ def open_mapped(path: Path, kind: str, dtype: DTypeLike, size: int, base: str) -
         raise
     vector.version, vector.dirty = version.hex(), bool(state)
     return vector
+
+
+def take_room(handle: int, start: int, nbytes: int) -> None:
+    """Take room on the disk for zeros at the end or in a hole of a file; raises `OSError`."""
+    if hasattr(os, "posix_fallocate"):
+        os.posix_fallocate(handle, start, nbytes)
+        return
+    for at in range(start, start + nbytes, _PIECE):
+        write_all(handle, bytes(min(_PIECE, start + nbytes - at)), at)
+
+
+def sync_data(handle: int) -> None:
+    """Have a file's bytes on the disk; raises `OSError`."""
+    getattr(os, "fdatasync", os.fsync)(handle)
 
 
 def write_all(handle: int, data: bytes | memoryview, at: int) -> None:

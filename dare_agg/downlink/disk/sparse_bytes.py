@@ -15,7 +15,7 @@ from pathlib import Path
 import numpy as np
 from numpy.typing import NDArray
 
-from dare_agg.downlink.disk.mapped import refusals
+from dare_agg.downlink.disk.mapped import refusals, take_room
 from dare_agg.downlink.grid import Positions
 from dare_agg.errors import StateError
 from dare_agg.files.pages import Pages
@@ -78,7 +78,7 @@ class SparseBytes:
         if not self._wide[part]:
             start = part * PART
             with refusals(self.path):
-                os.posix_fallocate(self._handle, start, min(PART, self.size - start))
+                take_room(self._handle, start, min(PART, self.size - start))
             self._wide[part] = True
 
     def flush(self) -> None:
@@ -123,6 +123,9 @@ def _places(where: slice | Positions) -> Positions:
 def _parts_with_data(handle: int, size: int) -> NDArray[np.bool_]:
     """Which parts were ever written: where the file has no hole."""
     parts = np.zeros(-(-size // PART), np.bool_)
+    if not hasattr(os, "SEEK_DATA"):
+        parts[:] = True
+        return parts
     at = 0
     while at < size:
         try:

@@ -21,7 +21,7 @@ from pathlib import Path
 import numpy as np
 from numpy.typing import NDArray
 
-from dare_agg.downlink.disk.mapped import refusals, write_all
+from dare_agg.downlink.disk.mapped import refusals, sync_data, write_all
 from dare_agg.downlink.disk.rest import Codes
 from dare_agg.downlink.grid import Positions
 from dare_agg.errors import StateError
@@ -74,7 +74,7 @@ class UndoWriter:
             for part in (_RECORD.pack(_MARK, first, count, width, high, check), *parts):
                 write_all(self._handle, part, self._at)
                 self._at += len(part)
-            os.fdatasync(self._handle)
+            sync_data(self._handle)
 
     def close(self) -> None:
         """Let go of the file; it stays."""

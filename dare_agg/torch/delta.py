@@ -92,7 +92,8 @@ class TrainedDelta:
 
         Raises `NonFiniteError` naming the first element that training left without a number.
         """
-        sums = [torch.zeros(3, dtype=torch.float64)]
+        # Numbers, not tensors: small ones left between tiles would keep the heap from shrinking.
+        sums = [[0.0, 0.0, 0.0]]
         wrong: NonFiniteError | None = None
         speaking = {name: part for name, part in self.parts.items() if part.speaks}
         source, dtypes = unrounded(self.start)
@@ -106,12 +107,12 @@ class TrainedDelta:
             if wrong is None and not bool(largest.isfinite()):
                 wrong = _not_finite(self.layout[name], elements, tuned)
             squares = change.square().sum(dtype=torch.float64)
-            above = (change > _SAFE).sum(dtype=torch.float64)
-            sums.append(torch.stack((squares, largest, above)).cpu())
+            above = torch.count_nonzero(change > _SAFE).double()
+            sums.append(torch.stack((squares, largest, above)).tolist())
         # Not before the end: of a sharded model, all processes read the version together.
         if wrong is not None:
             raise wrong
-        squares, largest, above = torch.stack(sums).unbind(1)
+        squares, largest, above = torch.tensor(sums, dtype=torch.float64).unbind(1)
         return Measured(float(squares.sum()), float(largest.amax()), int(above.sum()))
 
 

@@ -48,6 +48,29 @@ class TensorPlan:
         return math.prod(self.shape)
 
 
+def head_of(
+    plans: Mapping[str, TensorPlan], metadata: Mapping[str, str]
+) -> tuple[bytes, dict[str, int], int]:
+    """What a safetensors file of these tensors begins with, where each begins, and its size.
+
+    Wide dtypes come first, which keeps every tensor aligned to its element.
+    """
+    header: dict[str, object] = {"__metadata__": dict(sorted(metadata.items()))}
+    starts: dict[str, int] = {}
+    at = 0
+    for name in sorted(plans, key=lambda name: (-DTYPE_BYTES[plans[name].dtype], name.encode())):
+        plan = plans[name]
+        starts[name], at = at, at + plan.size * DTYPE_BYTES[plan.dtype]
+        header[name] = {
+            "dtype": plan.dtype, "shape": list(plan.shape), "data_offsets": [starts[name], at],
+        }  # fmt: skip
+    text = json.dumps(header, separators=(",", ":")).encode()
+    text += b" " * (-len(text) % 8)
+    begin = 8 + len(text)
+    placed = {name: begin + start for name, start in starts.items()}
+    return len(text).to_bytes(8, "little") + text, placed, begin + at
+
+
 @dataclass
 class CheckpointWriter:
     """Writes tensors in any order, in parts, into a draft beside ``out``.
@@ -142,30 +165,14 @@ class CheckpointWriter:
             view, at = view[written:], at + written
 
     def _create(self, shard: str) -> None:
-        # Wide dtypes first keep every tensor aligned to its element.
-        names = sorted(
-            (name for name, plan in self.plans.items() if plan.shard == shard),
-            key=lambda name: (-DTYPE_BYTES[self.plans[name].dtype], name.encode()),
-        )
-        header: dict[str, object] = {"__metadata__": dict(sorted(self.metadata.items()))}
-        at = 0
-        for name in names:
-            plan = self.plans[name]
-            stop = at + math.prod(plan.shape) * DTYPE_BYTES[plan.dtype]
-            header[name] = {
-                "dtype": plan.dtype, "shape": list(plan.shape), "data_offsets": [at, stop],
-            }  # fmt: skip
-            self._starts[name] = at
-            at = stop
-        text = json.dumps(header, separators=(",", ":")).encode()
-        text += b" " * (-len(text) % 8)
+        plans = {name: plan for name, plan in self.plans.items() if plan.shard == shard}
+        head, starts, size = head_of(plans, self.metadata)
+        self._starts.update(starts)
         path = self._draft if self.single else self._draft / shard
         file = os.open(path, os.O_RDWR | os.O_CREAT | os.O_EXCL, 0o644)
         self._files[shard] = file
-        os.pwrite(file, len(text).to_bytes(8, "little") + text, 0)
-        for name in names:
-            self._starts[name] += 8 + len(text)
-        os.truncate(file, 8 + len(text) + at)
+        os.pwrite(file, head, 0)
+        os.truncate(file, size)
 
     def _write_index(self) -> None:
         total = sum(p.size * DTYPE_BYTES[p.dtype] for p in self.plans.values())

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Iterable, Mapping
+from collections.abc import Container, Iterable, Mapping
 
 import numpy as np
 from flwr.app import (
@@ -22,6 +22,7 @@ from dare_agg.flower.records import OURS, STATISTICS_KEY
 from dare_agg.flower.transport import to_record
 from dare_agg.vectors.model import Arrays
 from dare_agg.vectors.patterns import compile_patterns, matches
+from dare_agg.vectors.wrappers import unwrapped
 
 Record = ArrayRecord | ConfigRecord | MetricRecord
 
@@ -68,6 +69,21 @@ def trained_record(content: RecordDict, key: str) -> tuple[str, ArrayRecord]:
             f"the trained arrays as RecordDict({{{key!r}: ArrayRecord(...)}})"
         )
     return key, found[key]
+
+
+def without_copies(record: ArrayRecord, names: Container[str]) -> dict[str, Array]:
+    """The returned tensors but those that the model lacks and that are copies of one it has.
+
+    A loaded model's state_dict holds a tied tensor under each of its names, its file under one.
+    """
+
+    known = {n: array for n, array in record.items() if n in names or unwrapped(n) in names}
+
+    def is_copy(array: Array) -> bool:
+        alike = (a for a in known.values() if a.shape == array.shape)
+        return any(other.data == array.data for other in alike)
+
+    return {n: array for n, array in record.items() if n in known or not is_copy(array)}
 
 
 def without_model(content: RecordDict, key: str, form: Mapping[str, tuple[int, ...]]) -> RecordDict:

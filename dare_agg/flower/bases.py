@@ -100,7 +100,7 @@ def _places(
     for offered in offers():
         if isinstance(offered, str | os.PathLike):
             yield "offer_base", partial(located, offered)
-        else:
+        elif offered:
             yield "offer_base", partial(_keep, offered, order, kept)
 
 

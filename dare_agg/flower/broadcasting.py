@@ -10,6 +10,7 @@ from typing import cast
 import numpy as np
 from flwr.app import Array, ArrayRecord, ConfigRecord, Message, RecordDict
 
+from dare_agg.downlink.base import BASE_VERSION
 from dare_agg.downlink.protocol import Downlink
 from dare_agg.errors import LayoutError
 from dare_agg.flower.clients import Client
@@ -227,6 +228,11 @@ class Broadcasting:
         """Go on to the model after a round."""
         self._model = model
         self._keep(None)
+
+    @property
+    def base_version(self) -> str:
+        """The name of the base that clients keep versions of, "" where they keep none."""
+        return self.downlink.facts().get(BASE_VERSION, "")
 
     def order(self, ask: str, plan: RoundPlan | None = None) -> Order:
         """What is asked of a client, with the newest version."""

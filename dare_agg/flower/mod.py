@@ -28,12 +28,21 @@ from dare_agg.flower.app_records import (
     keep_local,
     kept_local,
     trained_record,
+    without_copies,
     without_model,
 )
+from dare_agg.flower.base_pieces import Taken, take_piece
 from dare_agg.flower.internals import ClientAppCallable
 from dare_agg.flower.lazy import is_untouched
-from dare_agg.flower.reception import client_name, look_for_base, open_receiver, receive_base
+from dare_agg.flower.reception import (
+    client_name,
+    folder_of,
+    look_for_base,
+    open_receiver,
+    receive_base,
+)
 from dare_agg.flower.records import (
+    ASK_BASE,
     ASK_HELLO,
     ORDER_KEY,
     REPLY_KEY,
@@ -81,6 +90,8 @@ def dare_mod(msg: Message, ctxt: Context, call_next: ClientAppCallable) -> Messa
         if order.ask == ASK_HELLO:
             look_for_base(msg, receiver, ctxt)
             return _answer(msg, _hello(receiver, ctxt), MetricRecord())
+        if order.ask == ASK_BASE:
+            return _answer(msg, take_piece(msg.content, order, folder_of(ctxt)))
         base = receive_base(msg.content, order, receiver)
         arrays = {**base, **kept_local(ctxt)}
         came_whole = order.arrays_key in msg.content
@@ -137,7 +148,9 @@ def answer_hello(msg: Message, ctxt: Context) -> Message:
         return _answer(msg, _refusal(error, None))
 
 
-def _answer(msg: Message, answer: Hello | Refusal, metrics: MetricRecord | None = None) -> Message:
+def _answer(
+    msg: Message, answer: Hello | Taken | Refusal, metrics: MetricRecord | None = None
+) -> Message:
     """Our own answer; mods in front of ours may look for ``metrics``."""
     content = RecordDict({REPLY_KEY: answer.to_record()})
     if metrics is not None:
@@ -170,7 +183,8 @@ def _with_update(
     exclude = plan.terms.exclude
     followed = receiver.followed()
     names: Mapping[str, object] = base if followed is None else followed.arrays()
-    found = returned_tensors(names, trained, exclude)
+    whole = trained if followed is None else without_copies(trained, names)
+    found = returned_tensors(names, whole, exclude)
     # What was only handed through is the version's own, and is not read.
     returned = {name: array.numpy() for name, array in found.items() if not is_untouched(array)}
     collected = content.get(STATISTICS_KEY)

@@ -62,7 +62,11 @@ def open_base(given: Place) -> NamedBase:
 
 
 def store_for(
-    base: NamedBase | None, state: Place | None, downlink: Downlink | None, verify_every: int
+    base: NamedBase | None,
+    state: Place | None,
+    downlink: Downlink | None,
+    verify_every: int = 0,
+    send_base: bool = False,
 ) -> VersionStore | None:
     """The store of a run's versions beside its base on disk; None for a run without one.
 
@@ -70,7 +74,8 @@ def store_for(
     for its versions, and for a downlink that such a run cannot have.
     """
     if base is None:
-        for word, value in (("state", state), ("verify_every", verify_every)):
+        words = {"state": state, "verify_every": verify_every, "send_base": send_base}
+        for word, value in words.items():
             if value:
                 raise ConfigError(
                     f"{word} = {str(value)!r} is of a run whose base lies on disk; give base too: "

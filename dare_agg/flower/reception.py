@@ -53,7 +53,7 @@ def open_receiver(order: Order, context: Context, msg: Message | None = None) ->
     Of a run whose base lies on disk, the client's own is looked for; with ``msg`` its app is
     asked for it too. Raises `BaseMissingError` where it has none, and is not sent it.
     """
-    folder = _folder(context)
+    folder = folder_of(context)
     base = None
     if order.downlink == CHAIN_NAME:
         base = find_base(
@@ -71,7 +71,7 @@ def open_receiver(order: Order, context: Context, msg: Message | None = None) ->
     return WAYS[order.downlink].receive(place, order.facts)
 
 
-def _folder(context: Context) -> Path:
+def folder_of(context: Context) -> Path:
     """Where versions are kept: for parties of secure sums, apart for each roster.
 
     One consortium's server shall not learn what another's had this party keep, nor change it.

@@ -56,7 +56,9 @@ DOWN_PREFIX = OURS + "down."
 ASK_HELLO = "hello"
 ASK_TRAIN = "train"
 ASK_EVALUATE = "evaluate"
-ASKS = (ASK_HELLO, ASK_TRAIN, ASK_EVALUATE)
+# To take a piece of the run's base (`dare_agg.flower.base_pieces`).
+ASK_BASE = "base"
+ASKS = (ASK_HELLO, ASK_TRAIN, ASK_EVALUATE, ASK_BASE)
 
 MAX_DOWN_BYTES = 1 << 40
 VERSION = "[0-9a-f]{1,64}"

@@ -10,7 +10,7 @@ import logging
 import os
 import time
 from abc import abstractmethod
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 
@@ -19,11 +19,14 @@ from flwr.serverapp import Grid
 from flwr.serverapp.strategy import Result, Strategy
 
 from dare_agg.checkpoint.like_base import write_like_base
+from dare_agg.checkpoint.one_file import OneFile
 from dare_agg.deploy.identities import check_identities
+from dare_agg.downlink.base import BASE_BYTES
 from dare_agg.downlink.protocol import Downlink
 from dare_agg.downlink.ways import make_downlink
 from dare_agg.errors import ConfigError, RunError
 from dare_agg.flower import arguments, run_log
+from dare_agg.flower.base_pieces import send_base as bring
 from dare_agg.flower.broadcasting import Broadcasting
 from dare_agg.flower.clients import Client, Clients, Draw
 from dare_agg.flower.evaluation import Evaluation, evaluation_metrics
@@ -96,6 +99,7 @@ class RoundStrategy(Strategy):
         base: str | os.PathLike[str] | None = None,
         state: str | os.PathLike[str] | None = None,
         verify_every: int = 0,
+        send_base: bool = False,
         reply_room: int = OWN_BYTES,
         round_hook: Callable[[RoundOutcome], bool | None] | None = None,
     ) -> None:
@@ -122,7 +126,7 @@ class RoundStrategy(Strategy):
         self.secret = arguments.run_secret(seed)
         self.identities = check_identities(identities) if identities is not None else {}
         self.named_base = None if base is None else open_base(base)
-        self.store = store_for(self.named_base, state, downlink, verify_every)
+        self.store = store_for(self.named_base, state, downlink, verify_every, send_base)
         self.downlink: Downlink = self.store or downlink or make_downlink()
         self.clients = Clients(identities=self.identities)
         self.broadcasting = Broadcasting(
@@ -133,6 +137,10 @@ class RoundStrategy(Strategy):
             configrecord_key,
             base=None if self.named_base is None else self._open_base,
         )
+        self._sent: OneFile | None = None
+        if send_base and self.named_base is not None:
+            self._sent = OneFile(self.named_base.checkpoint)
+            self.broadcasting.base_facts = {BASE_BYTES: str(self._sent.size)}
         self.evaluation = Evaluation(self.broadcasting, ReplyLimit(own=self.reply_room))
         self.train_config = ConfigRecord()
         self.step_state = StepState()
@@ -144,7 +152,12 @@ class RoundStrategy(Strategy):
         self._told: RoundOutcome | None = None
 
     def summary(self) -> None:
-        """Log who takes part."""
+        """Log who takes part, and what a run on disk begins with."""
+        if self.store is not None and self.named_base is not None:
+            base = self.named_base
+            LOG.info(
+                "\t├── Base: %s in %s; versions in %s", base.name, base.place, self.store.folder
+            )
         LOG.info(
             "\t├── Sampling: fraction %.2f train, %.2f evaluate; at least %d to train, %d to "
             "evaluate, %d online",
@@ -329,17 +342,28 @@ class RoundStrategy(Strategy):
             if what == ASK_TRAIN
             else (self.fraction_evaluate, self.min_evaluate_nodes)
         )
-        return self.clients.choose(
+        chosen = self.clients.choose(
             grid,
             self._hello(number),
             Draw(what, number, self.secret, fraction, least),
             least=self.min_available_nodes,
             timeout=self.node_timeout,
         )
+        self._bring_base(grid, chosen)
+        return chosen
 
     def meet(self, grid: Grid, number: int, least: int) -> list[Client]:
         """All clients that are online, once there are so many; raises as `Clients.wait`."""
-        return self.clients.wait(grid, self._hello(number), least, self.node_timeout)
+        found = self.clients.wait(grid, self._hello(number), least, self.node_timeout)
+        self._bring_base(grid, found)
+        return found
+
+    def _bring_base(self, grid: Grid, clients: Sequence[Client]) -> None:
+        """Send the base to those of the clients that have none, where the strategy does."""
+        have = self.broadcasting.have
+        lacking = [c for c in clients if not have.get(c.node, c.hello.have)]
+        if self._sent is not None and lacking:
+            bring(grid, lacking, self.broadcasting, self._sent, self.node_timeout)
 
     def _hello(self, number: int) -> RecordDict:
         return self.broadcasting.hello(ConfigRecord({**self.train_config, ROUND_WORD: number}))

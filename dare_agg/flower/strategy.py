@@ -103,6 +103,8 @@ class DareStrategy(RoundStrategy):
     verify_every
         every so many rounds clients compare all values of the version with the server's by
         its fingerprint (0: never; versions are named by their chain of steps).
+    send_base
+        send the base, in pieces, to clients that have it nowhere.
     reply_room
         most bytes of the app's own records in a reply, metrics and others (1 MiB).
     steps
@@ -154,6 +156,7 @@ class DareStrategy(RoundStrategy):
         base: str | os.PathLike[str] | None = None,
         state: str | os.PathLike[str] | None = None,
         verify_every: int = 0,
+        send_base: bool = False,
         steps: Sequence[UpdateStep] = (),
         reply_room: int = OWN_BYTES,
         round_hook: Callable[[RoundOutcome], bool | None] | None = None,
@@ -197,6 +200,7 @@ class DareStrategy(RoundStrategy):
             base=base,
             state=state,
             verify_every=verify_every,
+            send_base=send_base,
             reply_room=reply_room,
             round_hook=round_hook,
         )

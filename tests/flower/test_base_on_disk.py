@@ -316,3 +316,14 @@ def test_a_secure_strategy_says_why_it_has_no_base_on_disk(base, tmp_path, keys)
     roster = read_roster(keys(3) / "roster.json")
     with pytest.raises(ConfigError, match="parties of a secure sum train on arrays"):
         SecureStrategy(secure=SecureSettings(), roster=roster, base=base, state=tmp_path)
+
+
+def test_a_tied_tensor_that_the_file_lacks_is_known_for_a_copy(memory_grid, toys, base, tmp_path):
+    def tie(partition, tuned, metrics):
+        tuned["tied.weight"] = tuned["encoder.weight"] + np.float32(partition == 2)
+
+    strategy = strategy_on(base, tmp_path / "state")
+    strategy.start(memory_grid(toys.app(edit=tie), 3, node_config=nodes(base)), num_rounds=1)
+    assert strategy.outcome.measurements["accepted"] == 2
+    (told,) = strategy.outcome.measurements["rejected"]
+    assert told["reason"] == "layout" and "tied.weight" in told["detail"]

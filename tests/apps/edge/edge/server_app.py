@@ -1,4 +1,7 @@
-"""The server: DARE with the version downlink, or plain FedAvg; keeps its state, can resume."""
+"""The server: DARE with the version downlink, or plain FedAvg; keeps its state, can resume.
+
+With ``base`` the model lies there on disk, and no arrays are made of it.
+"""
 
 import json
 import time
@@ -25,7 +28,8 @@ app = ServerApp()
 def main(grid: Grid, context: Context) -> None:
     config = context.run_config
     output = Path(str(config["output"]))
-    initial = to_record(base_arrays(int(config["size"])))
+    base = str(config["base"])
+    initial = None if base else to_record(base_arrays(int(config["size"])))
     if config["method"] == "fedavg":
         run_fedavg(grid, initial, config, output)
         return
@@ -42,6 +46,7 @@ def main(grid: Grid, context: Context) -> None:
                 "round": outcome.round,
                 "accepted": measured["accepted"],
                 "rejected": [r["reason"] for r in measured["rejected"]],
+                "refused": [r["detail"] for r in measured["refused"]],
                 "upload_bytes": measured["upload_bytes"],
                 "drop_rates": measured["drop_rates"],
                 "download_bytes": measured["download_bytes"],
@@ -62,12 +67,15 @@ def main(grid: Grid, context: Context) -> None:
         deadline=float(config["deadline"]),
         identities=read_identities(config["identities"]) if config["identities"] else None,
         downlink=make_downlink(str(config["downlink"])),
+        base=base or None,
+        state=output / "state" if base else None,
+        verify_every=1 if base else 0,
         upload_budget=UploadBudget(seconds=seconds) if seconds else None,
         round_hook=after,
     )
     resumed = resume(strategy, kept)
     if resumed is None:
-        keep_base(kept, initial)
+        keep_base(kept, initial or strategy)
     strategy.start(
         grid,
         resumed.arrays if resumed else initial,
@@ -75,7 +83,10 @@ def main(grid: Grid, context: Context) -> None:
         start_round=resumed.round + 1 if resumed else 1,
         step_state=resumed.step_state if resumed else None,
     )
+    if base:
+        strategy.save_model(output / "model", overwrite=True)
     report = {
+        "fingerprint": strategy.fingerprint(),
         "version": strategy.outcome.model.ref.version,
         "resumed_after": resumed.round if resumed else 0,
         "seconds": time.monotonic() - began,

@@ -14,6 +14,7 @@ from flwr.app import ArrayRecord, ConfigRecord, Context
 from flwr.serverapp import Grid, ServerApp
 
 from dare_agg.deploy.identities import read_identities
+from dare_agg.downlink.protocol import FullDownlink
 from dare_agg.downlink.ways import make_downlink
 from dare_agg.errors import DareError, RunError, StateError
 from dare_agg.flower import DareStrategy, RoundOutcome
@@ -28,7 +29,7 @@ from dare_agg.runs.prometheus import exporter
 from dare_agg.runs.rows import RunRow
 from server.asking import agree_on_labels, ask, wait_for_nodes
 from server.config import METHODS, RunConfig, check_resumed, read_config
-from server.export import export_model
+from server.export import describe_model, export_model
 from server.recorder import Recorder
 from server.secure import merge_models, secure_strategy
 from server.start import read_initial, secure_start
@@ -75,7 +76,7 @@ def run_methods(grid: Grid, context: Context, config: RunConfig, folder: Path) -
             for name in config.methods:
 
                 def plainly(record: Record, name: str = name) -> RoundStrategy:
-                    return make_strategy(config, name, record)
+                    return make_strategy(config, name, record, state_folder(folder, name))
 
                 prints[name] = run_method(grid, config, name, labels, recorder, plainly)
     except BaseException as error:
@@ -109,7 +110,7 @@ def run_method(
         orders["labels"] = list(labels)
     began = time.monotonic()
     totals = {"upload_bytes": 0, "download_bytes": 0}
-    kept = StateFolder(recorder.folder / "state" / name)
+    kept = StateFolder(state_folder(recorder.folder, name))
     moved: list[RoundOutcome] = []  # the last round that moved the model
 
     def record(outcome: RoundOutcome) -> None:
@@ -129,11 +130,11 @@ def run_method(
     recorder.rewind(name, resumed.round if resumed else 0)
     if resumed is not None:
         totals.update(resumed.facts["totals"])
-        initial = to_record(kept.load_base())
+        initial = None if config.base else to_record(kept.load_base())
     else:
-        initial = initial_state(grid, config, orders) if start is None else start
+        initial = None if config.base else start or initial_state(grid, config, orders)
         if config.keep_state:
-            keep_base(kept, initial)
+            keep_base(kept, initial or strategy)
     base = strategy_base(strategy, initial)
     if resumed is not None and resumed.round >= config.num_rounds:
         arrays, fingerprint, facts = resumed.arrays, resumed.version, resumed.facts
@@ -150,25 +151,38 @@ def run_method(
         if not moved:
             raise RunError(f"method {name}: no round was finished")
         arrays, fingerprint, facts = result.arrays, moved[0].model.ref.version, _facts(moved[0])
+    if config.base:
+        fingerprint = strategy.fingerprint()
     if config.save_model:
-        export_model(
-            recorder.folder / f"model-{name}",
-            to_numpy(arrays),
-            model=config.model,
-            labels=labels,
-            provenance={
-                "base_fingerprint": base,
-                "final_fingerprint": fingerprint,
-                "method": name,
-                "rounds": facts["rounds"],
-                "clients": facts["clients"],
-                **totals,
-                "seed": config.seed,
-                "metrics": facts["metrics"],
-                "config": config.model_dump(by_alias=True),
-            },
-        )
+        provenance = {
+            "base_fingerprint": base,
+            "final_fingerprint": fingerprint,
+            "method": name,
+            "rounds": facts["rounds"],
+            "clients": facts["clients"],
+            **totals,
+            "seed": config.seed,
+            "metrics": facts["metrics"],
+            "config": config.model_dump(by_alias=True),
+        }
+        out = recorder.folder / f"model-{name}"
+        if config.base:
+            strategy.save_model(out, overwrite=True)
+            describe_model(out, model=config.model, provenance=provenance)
+        else:
+            export_model(
+                out,
+                to_numpy(arrays),
+                model=config.model,
+                labels=labels,
+                provenance=provenance,
+            )
     return fingerprint
+
+
+def state_folder(folder: Path, method: str) -> Path:
+    """Where a method of the run in ``folder`` keeps its state."""
+    return folder / "state" / method
 
 
 def initial_state(grid: Grid, config: RunConfig, orders: ConfigRecord) -> ArrayRecord:
@@ -195,10 +209,13 @@ def _facts(outcome: RoundOutcome) -> dict[str, Any]:
     }
 
 
-def strategy_base(strategy: RoundStrategy, initial: ArrayRecord) -> str:
-    """Fingerprint of the state a run starts from."""
+def strategy_base(strategy: RoundStrategy, initial: ArrayRecord | None) -> str:
+    """Fingerprint of the state a run starts from; None is the strategy's base on disk."""
     from dare_agg.vectors.model import global_model
 
+    if initial is None:
+        strategy.begin()
+        return strategy.broadcasting.base_version
     terms = strategy.settings.terms
     model = global_model(
         to_numpy(initial),
@@ -209,8 +226,12 @@ def strategy_base(strategy: RoundStrategy, initial: ArrayRecord) -> str:
     return model.ref.version
 
 
-def make_strategy(config: RunConfig, name: str, record: Any) -> RoundStrategy:
-    """Build the strategy of one plain method from the run config."""
+def make_strategy(config: RunConfig, name: str, record: Any, state: Path) -> RoundStrategy:
+    """Build the strategy of one plain method from the run config; ``state`` is its folder."""
+    full = config.downlink == FullDownlink.name
+    on_disk: dict[str, Any] = {}
+    if config.base:
+        on_disk = {"base": config.base, "state": state, "verify_every": config.verify_every}
     words: dict[str, Any] = {
         "scaling": config.scaling,
         "drop_rate": config.drop_rate,
@@ -243,7 +264,9 @@ def make_strategy(config: RunConfig, name: str, record: Any) -> RoundStrategy:
         # FedAvg and the head alone are there to compare with: they send what they send.
         upload_budget=config.budget() if "drop_rate" not in METHODS[name].words else None,
         identities=read_identities(config.identities) if config.identities else None,
-        downlink=make_downlink(config.downlink),
+        # Of a base on disk only steps travel, in the form "auto" unless another is named.
+        downlink=None if config.base and full else make_downlink(config.downlink),
+        **on_disk,
         **words,
     )
 

@@ -9,6 +9,7 @@ from typing import Annotated, Any, Literal
 
 from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Field, ValidationError
 
+from dare_agg.checkpoint.hub_names import hub_name, missing_path
 from dare_agg.codec.budget import UploadBudget, parse_bytes
 from dare_agg.codec.formats import find_values
 from dare_agg.codec.mask import MASK_KINDS, parse_drop_rate
@@ -124,6 +125,8 @@ class RunConfig(BaseModel):
     resume: bool
     identities: str
     initial: str
+    base: str
+    verify_every: int = Field(ge=0)
     prometheus_port: int = Field(ge=0, lt=1 << 16)
     prometheus_host: str
 
@@ -217,6 +220,7 @@ def read_config(raw: Mapping[str, Any]) -> RunConfig:
     if config.resume and not (config.output and config.keep_state):
         raise ConfigError("resume needs output, the folder of the run, and keep-state = true")
     _check_secure(config)
+    _check_base(config)
     parse_drop_rate(config.drop_rate)
     config.step()
     config.budget()
@@ -235,7 +239,7 @@ _MAY_CHANGE = frozenset(
     {
         "num-rounds", "min-clients", "min-replies", "max-empty-rounds", "deadline", "node-timeout",
         "identities", "secure-stage-seconds", "secure-roster", "save-model", "output", "resume",
-        "prometheus-port", "prometheus-host",
+        "prometheus-port", "prometheus-host", "verify-every",
     }
 )  # fmt: skip
 _MOST_SHOWN = 60
@@ -306,6 +310,30 @@ def check_here(raw: Mapping[str, Any]) -> None:
         word = str(raw.get(key, DEFAULTS[key]))
         if word and not Path(word).is_file():
             raise ConfigError(f"{key}: the file {word!r} does not exist; check the path")
+    base = str(raw.get("base", DEFAULTS["base"]))
+    if base and hub_name(base) is None and not Path(base).exists():
+        raise missing_path(base)
+
+
+def _check_base(config: RunConfig) -> None:
+    """Refuse what a run whose base lies on disk cannot do, and words that are of it alone."""
+    if not config.base:
+        if config.verify_every:
+            raise ConfigError(
+                f"verify-every = {config.verify_every} without base: versions are named by their "
+                "values then, and compared each time; leave it out"
+            )
+        return
+    refusals = (
+        (config.initial, "base and initial both say what the run begins with; give one of them"),
+        (config.secure, "base with secure: parties of a secure sum train on arrays; leave it out"),
+        (any(config.train_by(name) != "full" for name in config.methods),
+         "base is a whole model, and train = lora or head (or head-only) trains a part: leave it "
+         "out, or set train = full"),
+    )  # fmt: skip
+    for bad, why in refusals:
+        if bad:
+            raise ConfigError(why)
 
 
 def _check_secure(config: RunConfig) -> None:

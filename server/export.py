@@ -23,7 +23,7 @@ from dare_agg import __version__
 from dare_agg.checkpoint import carry_files, open_tensors, state_dtype
 from dare_agg.checkpoint.carried import CARD, HEAD_NAME
 from dare_agg.errors import CheckpointError
-from dare_agg.files.atomic import folder_draft
+from dare_agg.files.atomic import folder_draft, replace_file
 from dare_agg.files.cache import cache_folder
 from dare_agg.offline.merging import merge_offline
 from dare_agg.offline.recipe import make_recipe
@@ -107,6 +107,14 @@ def export_model(
         card = _card(model, labels, provenance, language=language, lora=bool(lora))
         (draft / "README.md").write_text(card, encoding="utf-8")
     return folder
+
+
+def describe_model(folder: Path, *, model: str, provenance: Mapping[str, Any]) -> None:
+    """Write card and provenance beside a language model that was written as its base is."""
+    card = _card(model, (), provenance, language=True, lora=False)
+    text = json.dumps(provenance, indent=1) + "\n"
+    for name, content in (("provenance.json", text), (CARD, card)):
+        replace_file(folder / name, (content.encode(),))
 
 
 def _copy_base(base: Path, draft: Path, *, weights: bool) -> None:

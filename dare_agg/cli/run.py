@@ -252,7 +252,7 @@ def refuse_quantised_models(settings: Mapping[str, Scalar]) -> None:
     from dare_agg.checkpoint import refuse_quantised
     from dare_agg.checkpoint.hub import in_cache
 
-    for key in ("model", "initial"):
+    for key in ("model", "initial", "base"):
         word = str(settings.get(key, ""))
         path = in_cache(word) or Path(word)
         if word and (path.is_dir() or path.suffix == ".safetensors"):

@@ -16,7 +16,7 @@ from server.config import DEFAULTS, METHODS, RunConfig, read_config
 # own models have a head, and its "steps" are the optimizer's.
 OWN_DEFAULTS = {
     "dense", "exclude", "seed", "deadline", "upload_budget", "identities", "downlink", "steps",
-    "max_empty_rounds",
+    "max_empty_rounds", "base",
 }  # fmt: skip
 
 
@@ -73,6 +73,10 @@ def test_every_number_of_a_server_step_can_be_set():
         ({"server-step": "plain(lr=1)", "server-learning-rate": 0.5}, "lr is given again"),
         ({"weight-bound": 0.5}, "weight_bound = 0.5; at least 1 is needed"),
         ({"learning-rate": "fast"}, "learning-rate = 'fast'"),
+        ({"verify-every": 2}, "verify-every = 2 without base"),
+        ({"base": "org/model", "initial": "a.safetensors"}, "base and initial both say"),
+        ({"base": "org/model", "train": "lora"}, "set train = full"),
+        ({"base": "org/model", "methods": "fedavg,head-only"}, "set train = full"),
     ],
 )
 def test_a_bad_key_fails_before_anyone_trains(bad, message):

@@ -150,6 +150,27 @@ def _logits(model):
         return model(input_ids=torch.arange(2, 12)[None]).logits.numpy()
 
 
+@pytest.mark.slow
+def test_a_language_model_may_begin_with_a_base_on_disk(run, tiny_language_model, tmp_path):
+    from transformers import AutoModelForCausalLM
+
+    words = {
+        "task": "causal-lm", "model": str(tiny_language_model), "base": str(tiny_language_model),
+        "verify_every": 1, "num_rounds": 2,
+    }  # fmt: skip
+    folder, rows, status = run(**words)
+    assert [row["accepted"] for row in rows] == [3, 3] and not rows[-1]["rejected"]
+    assert rows[-1]["loss"] < rows[0]["loss"]
+    saved = folder / "model-dare-task-arithmetic"
+    AutoModelForCausalLM.from_pretrained(saved)
+    told = json.loads((saved / "provenance.json").read_text())
+    (fingerprint,) = status["fingerprints"].values()
+    assert told["final_fingerprint"] == fingerprint != told["base_fingerprint"]
+    _, rows, status = run(**{**words, "num_rounds": 3}, resume=True)
+    assert [row["round"] for row in rows] == [1, 2, 3]
+
+
+@pytest.mark.slow
 @pytest.mark.parametrize("train", ["full", "lora"])
 def test_a_language_model_is_trained_and_exported(run, tiny_language_model, train):
     from peft import PeftModel

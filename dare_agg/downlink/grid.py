@@ -27,6 +27,7 @@ from dare_agg.vectors.tiled import AnyVector
 
 Counts = NDArray[np.int32]
 Positions = NDArray[np.int64]
+Factors = NDArray[np.float64] | np.float64
 
 TILE = 1 << 20
 SMALLEST_EXPONENT = -5  # of max|W_0| < 2^x
@@ -115,12 +116,14 @@ class VersionGrid:
     def _steps(self) -> NDArray[np.float64]:
         return np.array([2.0**e for e in self.exponents], np.float64)
 
-    def factors(self, positions: Positions) -> NDArray[np.float64]:
-        """Steps in 1, 2^e_t, at ascending positions."""
+    def factors(self, positions: Positions) -> Factors:
+        """Steps in 1, 2^e_t, at ascending positions: one for all where they are of one tensor."""
         if not positions.size:
             return np.empty(0, np.float64)
         ends = positions[[0, -1]]
         first, last = np.searchsorted(self._stops, ends, side="right")
+        if first == last:
+            return self._steps[first]
         edges = np.searchsorted(positions, self._stops[first:last])
         counts = np.diff(edges, prepend=0, append=positions.size)
         return np.repeat(self._steps[first : last + 1], counts)

@@ -192,13 +192,13 @@ class VersionStore:
         number = max((plan.round for plan in plans), default=before.round + 1)
         self._begin()
         try:
-            try:
-                after, step = self._pass(row, number, families, stream, dense_step)
-            except OffTheMasksError:
+            found = self._tried(row, number, families, stream, dense_step)
+            if found is None:
                 self._undo()
                 self._begin()
-                row = find_form(row.otherwise)
-                after, step = self._pass(row, number, families, stream, dense_step)
+                other = find_form(row.otherwise)
+                found = self._pass(other, number, families, stream, dense_step)
+            after, step = found
             if moments is None:
                 after = replace(after, place=before.place)
             else:
@@ -335,6 +335,20 @@ class VersionStore:
         self._sums.clear()
         disk.begin(self._header_path.read_bytes())
         self._kept.keep_only(head.steps)
+
+    def _tried(
+        self,
+        row: Form,
+        number: int,
+        families: Families,
+        stream: StepStream,
+        dense_step: FloatVector | None,
+    ) -> tuple[StoreHead, Step] | None:
+        """As `_pass`; None where the form does not bear the step."""
+        try:
+            return self._pass(row, number, families, stream, dense_step)
+        except OffTheMasksError:
+            return None
 
     def _pass(
         self,

@@ -10,6 +10,7 @@ from __future__ import annotations
 import numpy as np
 from numpy.typing import NDArray
 
+from dare_agg.downlink.grid import Factors
 from dare_agg.vectors.layout import FloatVector
 
 Codes = NDArray[np.uint8]
@@ -23,12 +24,12 @@ _STEPS = np.where(np.isfinite(_HALVES), _HALVES, 0.0) * _UNIT
 _HALF = np.uint16(0x7F)
 
 
-def rest_values(codes: Codes, factors: NDArray[np.float64]) -> FloatVector:
+def rest_values(codes: Codes, factors: Factors) -> FloatVector:
     """What codes stand for, float32, where 1 is ``factors`` grid steps."""
     return (_STEPS.take(codes) / factors).astype(np.float32)
 
 
-def rest_codes(rest: FloatVector, factors: NDArray[np.float64]) -> Codes:
+def rest_codes(rest: FloatVector, factors: Factors) -> Codes:
     """The codes of a rest; beyond what they hold, the largest."""
     units = rest * (factors / _UNIT)
     np.clip(units, -_LARGEST, _LARGEST, out=units)

@@ -8,11 +8,14 @@ import numpy as np
 import pytest
 
 from dare_agg.codec.mask import parse_drop_rate
+from dare_agg.downlink import coded_forms, lossless
 from dare_agg.downlink.base import STEPS
 from dare_agg.downlink.disk import state as disk_state
-from dare_agg.downlink.forms import FORMS
+from dare_agg.downlink.forms import FORMS, STEP_FORMS
+from dare_agg.downlink.grid import grid_of
 from dare_agg.downlink.server import VersionDownlink
-from dare_agg.downlink.steps import apply_step, check_chain, read_steps
+from dare_agg.downlink.step_form import StepHead
+from dare_agg.downlink.steps import apply_step, check_chain, families_of, read_steps
 from dare_agg.downlink.store import VersionStore
 from dare_agg.errors import ConfigError, NonFiniteError, StateError
 from dare_agg.rounds.plan import make_plans
@@ -117,6 +120,31 @@ def test_every_path_gives_the_same_bits(tmp_path, form, off):
     sent = store.broadcast(model, "")
     assert not sent.full and read_steps(sent.payloads[STEPS], sent.payloads["dense-steps"])
     assert store.broadcast(model, model.ref.version).payloads == {}
+
+
+@pytest.mark.parametrize("values", ["b1", "b2", "i8", "f16", "f32"])
+@pytest.mark.parametrize("name", STEP_FORMS)
+def test_a_change_in_tiles_gives_the_bytes_and_steps_of_the_whole(name, values, monkeypatch):
+    for module in (coded_forms, lossless):
+        monkeypatch.setattr(module, "TILE", 20_000)
+    model = base_model(150_000)
+    step, _, plans = round_of(model, 1)
+    grid, form = grid_of(model.groups.layout, model.delta), STEP_FORMS[name]
+    masks = form.masks(families_of(plans), parse_drop_rate("0.7"), bytes(16))
+    head = StepHead(name, values, "i8", 1, "00" * 32, "00" * 32, bytes(16), masks)
+    payload, count = form.encode(head, step, grid)
+    writer, found = form.write(head, grid), []
+    for _ in range(0, grid.size, 20_000):
+        found += writer.add(step[writer.places()])
+    found += writer.finish()
+    assert (writer.payload(), writer.count) == (payload, count)
+    moved = np.zeros(grid.size, np.int64)
+    for positions, change, steps in found:
+        np.testing.assert_array_equal(change, step[positions])
+        moved[positions] += steps
+    for positions, steps in form.decode(dataclasses.replace(head, survivors=count), payload, grid):
+        moved[positions] -= steps
+    assert not moved.any()
 
 
 def test_a_model_of_an_older_version_is_no_more(tmp_path):

@@ -14,9 +14,11 @@ app = ClientApp(mods=[warm_trainer("edge.client_app:app"), dare_mod])
 
 
 @offer_base
-def own_base(msg: Message, context: Context) -> dict[str, np.ndarray]:
+def own_base(msg: Message, context: Context) -> dict[str, np.ndarray] | str:
     run = context.run_config
-    return base_arrays(int(run["size"])) if run["public-base"] else {}
+    if not run["public-base"]:
+        return {}
+    return str(run["base"]) or base_arrays(int(run["size"]))
 
 
 @app.train()

@@ -92,8 +92,7 @@ class TrainedDelta:
 
         Raises `NonFiniteError` naming the first element that training left without a number.
         """
-        # Numbers, not tensors: small ones left between tiles would keep the heap from shrinking.
-        sums = [[0.0, 0.0, 0.0]]
+        squares, largest, above = 0.0, 0.0, 0
         wrong: NonFiniteError | None = None
         speaking = {name: part for name, part in self.parts.items() if part.speaks}
         source, dtypes = unrounded(self.start)
@@ -103,17 +102,23 @@ class TrainedDelta:
             if name in dtypes:
                 begun = begun.to(getattr(torch, dtypes[name])).float()
             change = (tuned - begun).abs_()
-            largest = change.amax().double()
-            if wrong is None and not bool(largest.isfinite()):
+            # Numbers, not tensors: small ones kept between tiles would break up the memory.
+            found = torch.stack(
+                (
+                    change.amax().double(),
+                    change.square().sum(dtype=torch.float64),
+                    (change > _SAFE).sum(dtype=torch.float64),
+                )
+            ).tolist()
+            if wrong is None and not math.isfinite(found[0]):
                 wrong = _not_finite(self.layout[name], elements, tuned)
-            squares = change.square().sum(dtype=torch.float64)
-            above = torch.count_nonzero(change > _SAFE).double()
-            sums.append(torch.stack((squares, largest, above)).tolist())
+            largest = max(largest, found[0])
+            squares += found[1]
+            above += int(found[2])
         # Not before the end: of a sharded model, all processes read the version together.
         if wrong is not None:
             raise wrong
-        squares, largest, above = torch.tensor(sums, dtype=torch.float64).unbind(1)
-        return Measured(float(squares.sum()), float(largest.amax()), int(above.sum()))
+        return Measured(squares, largest, above)
 
 
 def unrounded(start: DeltaSource) -> tuple[DeltaSource, Mapping[str, str]]:

@@ -112,7 +112,8 @@ def app_of_arrays(make, loop, tmp_path):
             for name, array in msg.content["arrays"].items():
                 tensors[name].copy_(torch.from_numpy(array.numpy()))
         loop(model, tokens_of(context), tmp_path)
-        trained = {n: t.detach().numpy().copy() for n, t in named_tensors(model).items()}
+        tensors, names = named_tensors(model), list(msg.content["arrays"])
+        trained = {name: tensors[name].detach().numpy().copy() for name in names}
         metrics = MetricRecord({"num-examples": 8, "loss": 0.5})
         content = {"arrays": ArrayRecord(numpy_record(trained)), "metrics": metrics}
         return FlowerMessage(RecordDict(content), reply_to=msg)
@@ -272,3 +273,72 @@ def test_without_the_mod_the_error_says_what_to_write(memory_grid, tmp_path):
     app = app_of_models(a_model, plain_loop, tmp_path, mods=())
     with pytest.raises(Exception, match=r"ClientApp\(mods=\[dare_mod\]\)"):
         play(memory_grid, app, a_model)
+
+
+# --- a base on disk -------------------------------------------------------------------------
+
+
+def on_disk(memory_grid, app, folder, state, rounds=2):
+    """Play a run whose base is a folder; returns the arrays of the newest version."""
+    strategy = DareStrategy(
+        seed=3, drop_rate=0.5, fraction_evaluate=0.0, base=folder, state=state, verify_every=1
+    )
+    node_config = lambda number: {"partition-id": number, "base": str(folder)}  # noqa: E731
+    grid = memory_grid(app, CLIENTS, node_config=node_config)
+    result = strategy.start(grid, num_rounds=rounds)
+    strategy.save_model(state / "saved")
+    return {name: array.numpy() for name, array in result.arrays.items()}
+
+
+def test_over_a_base_on_disk_models_and_arrays_end_at_the_same_bits(memory_grid, tmp_path):
+    folder, make = tmp_path / "base", a_model
+    begun = make()
+    begun.save_pretrained(folder)
+    ours = on_disk(
+        memory_grid, app_of_models(make, plain_loop, tmp_path), folder, tmp_path / "ours"
+    )
+    theirs = on_disk(
+        memory_grid, app_of_arrays(make, plain_loop, tmp_path), folder, tmp_path / "theirs"
+    )
+    assert ours.keys() == theirs.keys()
+    assert all(np.array_equal(ours[name], theirs[name]) for name in ours)
+    tensors = named_tensors(begun)
+    assert any(not np.array_equal(ours[n], tensors[n].detach().numpy()) for n in ours)
+
+
+def test_a_bfloat16_base_is_trained_in_bfloat16(memory_grid, tmp_path):
+    folder = tmp_path / "base"
+    a_model().bfloat16().save_pretrained(folder)
+    app = app_of_models(lambda: a_model().bfloat16(), plain_loop, tmp_path)
+    begun = named_tensors(a_model().bfloat16())
+    moved = on_disk(memory_grid, app, folder, tmp_path / "state")
+    assert any(not np.array_equal(moved[n], begun[n].detach().float().numpy()) for n in moved)
+    saved = transformers.LlamaForCausalLM.from_pretrained(tmp_path / "state" / "saved")
+    assert saved.lm_head.weight is saved.model.embed_tokens.weight
+
+
+# --- Flower's own simulation ----------------------------------------------------------------
+
+
+@pytest.mark.slow
+def test_flowers_simulation_runs_the_same_round(memory_grid, tmp_path):
+    pytest.importorskip("ray")
+    from flwr.serverapp import ServerApp
+    from flwr.simulation import run_simulation
+
+    found = tmp_path / "found.npz"
+    server = ServerApp()
+
+    @server.main()
+    def main(grid, context):
+        strategy = DareStrategy(seed=3, drop_rate=0.5, fraction_evaluate=0.0)
+        result = strategy.start(grid, record_of(a_model()), num_rounds=2)
+        np.savez(found, **{name: array.numpy() for name, array in result.arrays.items()})
+
+    resources = {"client_resources": {"num_cpus": 1, "num_gpus": 0.0}}
+    app = app_of_models(a_model, hf_trainer, tmp_path)
+    run_simulation(server, app, num_supernodes=CLIENTS, backend_config=resources)
+    here, _ = play(memory_grid, app_of_models(a_model, hf_trainer, tmp_path), a_model)
+    there = np.load(found)
+    for name, array in here.items():
+        assert np.array_equal(array, there[name]), name

@@ -8,6 +8,9 @@ A point runs in two processes of its own: the server (`DareStrategy` over a base
 clients (`dare_agg.torch`), one after another in one process. Base and trained parameters lie in
 mapped files, and training adds a made-up change to the parameters in place, so that neither
 process holds a model: peaks are of own memory (``RssAnon``, every 20 ms), mapped files apart.
+Of Llama 3 8B's shapes both sides at once would need 72 GB of disk: there the server's clients are
+made up (a delta that exists tile by tile only), its files are removed, and then a real client
+answers the messages that the first of them got.
 ``client_extra_mib`` is what the clients' process took beyond what it had once torch was loaded
 and the model made. CPU seconds are those of the costliest round and of the costliest answer
 without its training; ``download_bytes`` are the most that a client was sent after the first
@@ -50,9 +53,9 @@ class Point:
     clients: int = 4
     rounds: int = 2
     drop_rate: str = "0.99"
-    # The disk of one machine does not hold the files of all clients: each one's go when it has
-    # answered.
-    forget: bool = False
+    # The disk of one machine does not hold the server's files and the clients': clients are made
+    # up, then the server's files go, and a real one answers what the first was asked.
+    apart: bool = False
 
     @property
     def parameters(self) -> int:
@@ -61,9 +64,10 @@ class Point:
 
 POINTS = {
     "tiny": Point(_rows(2, 100_000), rounds=3),
+    "tiny-apart": Point(_rows(2, 100_000), "bfloat16", rounds=3, apart=True),
     "gpt2": Point(gpt2_shapes(12, 768), rounds=3),
     "gpt2-large": Point(gpt2_shapes(36, 1280), clients=6),
-    "llama-3-8b": Point(llama_3_8b_shapes(), "bfloat16", forget=True),
+    "llama-3-8b": Point(llama_3_8b_shapes(), "bfloat16", apart=True),
     "22m-64-clients": Point(_rows(22), clients=64),
     **{f"{n}-clients": Point(_rows(4), clients=n) for n in (4, 16, 64)},
     **{f"{n}-rounds": Point(_rows(4), rounds=n) for n in (10, 50)},
@@ -74,7 +78,7 @@ def measure(name: str, folder: Path) -> dict[str, Any]:
     """Run a point's server in this process, its clients in another; returns the row."""
     from dare_agg.flower import DareStrategy
     from dare_agg.flower.round_outcome import RoundOutcome
-    from simulations.runs.far_grid import FarGrid
+    from simulations.runs.far_grid import FarGrid, answer_kept
     from simulations.runs.memory_grid import pretend_task
 
     pretend_task()
@@ -106,14 +110,20 @@ def measure(name: str, folder: Path) -> dict[str, Any]:
         state=str(folder / "state"),
         round_hook=after,
     )
-    command = [sys.executable, "-m", "simulations.bench.llm", "--clients-of", name]
+    kept = folder / "asked" if point.apart else None
     began = time.monotonic()
-    with Peak() as own, FarGrid([*command, "--folder", str(folder)], point.clients) as grid:
+    with Peak() as own, FarGrid(_clients(name, folder, point.apart), point.clients, kept) as grid:
         strategy.start(grid, num_rounds=point.rounds)
-        seconds = time.monotonic() - began
     assert [row["accepted"] for row in rounds] == [point.clients] * point.rounds, rounds
-    answers = [answer for answer in grid.answers if answer["trained"]]
-    before = grid.before["own_bytes"]
+    state = [file.stat() for file in (folder / "state").rglob("*") if file.is_file()]
+    found = grid.answers, grid.before["own_bytes"], grid.peak
+    if kept is not None:
+        strategy.store.close()
+        shutil.rmtree(folder / "state")
+        found = answer_kept(_clients(name, folder), kept)
+    answers, before, peak = found
+    answers = [answer for answer in answers if answer["trained"]]
+    assert len(answers) == point.rounds * (1 if point.apart else point.clients), answers
     return {
         "point": name,
         "parameters": point.parameters,
@@ -121,20 +131,40 @@ def measure(name: str, folder: Path) -> dict[str, Any]:
         "clients": point.clients,
         "drop_rate": point.drop_rate,
         "server_anonymous_mib": own.own >> 20,
-        "client_extra_mib": (grid.peak.own - before) >> 20,
+        "client_extra_mib": (peak.own - before) >> 20,
         "upload_bytes": max(row["upload_bytes"] for row in rounds),
         "download_bytes": max(row["download_bytes"] for row in rounds[1:]),
         "server_cpu_seconds": round(max(row["cpu_seconds"] for row in rounds), 2),
         "client_cpu_seconds": round(max(answer["cpu_seconds"] for answer in answers), 2),
         "rounds": point.rounds,
-        "client_anonymous_mib": grid.peak.own >> 20,
+        "client_anonymous_mib": peak.own >> 20,
         "server_mapped_mib": own.mapped >> 20,
         "server_start_cpu_seconds": round(grid.began or 0.0, 2),
-        "state_bytes": sum(
-            file.stat().st_blocks * 512 for file in (folder / "state").rglob("*") if file.is_file()
-        ),
-        "seconds": round(seconds, 1),
+        "state_bytes": sum(512 * file.st_blocks for file in state),
+        "seconds": round(time.monotonic() - began, 1),
     }
+
+
+def _clients(name: str, folder: Path, made_up: bool = False) -> list[str]:
+    way = "--made-up-of" if made_up else "--clients-of"
+    words = [sys.executable, "-m", "simulations.bench.llm", way, name]
+    return [*words, "--folder", str(folder)]
+
+
+def serve_made_up() -> None:
+    """The clients' side of a point, made up."""
+    from flwr.app import Context, Message
+
+    from simulations.runs.far_grid import serve
+    from simulations.runs.made_up import made_up_answer
+
+    class Answer:
+        trained_seconds = 0.0
+
+        def __call__(self, message: Message, context: Context) -> Message:
+            return made_up_answer(message, int(context.node_config["partition-id"]))
+
+    serve(Answer(), lambda number: {"partition-id": number})
 
 
 def serve_clients(name: str, folder: Path) -> None:
@@ -165,10 +195,7 @@ def serve_clients(name: str, folder: Path) -> None:
         trained_seconds = 0.0
 
         def __call__(self, message: Message, context: Context) -> Message:
-            reply = clients(message, context)
-            if point.forget and self.trained_seconds:
-                shutil.rmtree(str(context.node_config["cache"]), ignore_errors=True)
-            return reply
+            return clients(message, context)
 
     answer = Answer()
     base = str(folder / "base")
@@ -223,15 +250,19 @@ def main() -> None:
         description=__doc__,
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
-    parser.add_argument("--points", nargs="+", choices=POINTS, default=[*POINTS][1:])
+    parser.add_argument("--points", nargs="+", choices=POINTS, default=[*POINTS][2:])
     parser.add_argument("--folder", type=Path, help="for the files of a point; emptied afterwards")
     parser.add_argument("--out", type=Path, default=RESULTS / "llm.jsonl")
     parser.add_argument("--json", action="store_true", help="print all rows asked for")
     parser.add_argument("--point", choices=POINTS, help=argparse.SUPPRESS)
     parser.add_argument("--clients-of", choices=POINTS, help=argparse.SUPPRESS)
+    parser.add_argument("--made-up-of", choices=POINTS, help=argparse.SUPPRESS)
     options = parser.parse_args()
     if options.clients_of:
         serve_clients(options.clients_of, options.folder)
+        return
+    if options.made_up_of:
+        serve_made_up()
         return
     if options.point:
         print(json.dumps(measure(options.point, options.folder)))

@@ -20,21 +20,12 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from flwr.app import Array, ArrayRecord, Message, MetricRecord, RecordDict
+from flwr.app import Array, ArrayRecord, Message
 from flwr.clientapp import ClientApp
 
-from dare_agg.codec.update import encode_update
 from dare_agg.downlink.ways import make_downlink
 from dare_agg.flower import DareStrategy
-from dare_agg.flower.records import (
-    ORDER_KEY,
-    REPLY_KEY,
-    UPDATE_KEY,
-    Hello,
-    Order,
-    Receipt,
-)
-from dare_agg.flower.transport import pack
+from simulations.runs.made_up import made_up_answer
 from simulations.runs.memory_grid import MemoryGrid, over_the_wire, pretend_task, stamp
 from simulations.runs.rows import RESULTS, append_row, versions
 
@@ -42,38 +33,12 @@ PARAMETERS = 22_000_000
 CLIENTS = (4, 8, 16, 32, 64)
 
 
-class Ripple:
-    """A delta of ±1e-3, made tile by tile."""
-
-    def __init__(self, size: int) -> None:
-        self.size = size
-
-    def read(self, lo: int, hi: int, out: np.ndarray) -> None:
-        out[:] = np.float32(1e-3)
-        out[(lo & 1) :: 2] = np.float32(-5e-4)
-
-
 class MadeUpClients(MemoryGrid):
     """Nodes that hold the base and answer each plan with an update of a `Ripple`."""
 
     def _answer(self, message: Message) -> Message:
-        order = Order.read(message.content.config_records[ORDER_KEY])
         number = self.partitions[message.metadata.dst_node_id]
-        plan = order.plan
-        if plan is None:
-            hello = Hello(name=str(number), have=order.version)
-            content = RecordDict({REPLY_KEY: hello.to_record()})
-        else:
-            receipt = Receipt.of(plan, have=order.version)
-            blob = encode_update(plan.spec(), Ripple(plan.spec().size))
-            content = RecordDict(
-                {
-                    UPDATE_KEY: pack(blob),
-                    REPLY_KEY: receipt.to_record(),
-                    "metrics": MetricRecord({"num-examples": 1 + number}),
-                }
-            )
-        return over_the_wire(Message(content, reply_to=message))
+        return over_the_wire(made_up_answer(message, number))
 
     def push_messages(self, messages: Iterable[Message]) -> list[str]:
         # A SuperLink takes messages over; here they wait as they are, sharing their payloads.

@@ -12,6 +12,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable, Iterable, Sequence
+from pathlib import Path
 from typing import IO, Any, Protocol
 
 from flwr.app import Context, Message, RecordDict
@@ -34,11 +35,13 @@ class FarGrid(MemoryGrid):
     A message waits here until its reply is pulled, sharing its payload with the others, as it
     would in a SuperLink. ``answers`` says of each reply whether it was trained and what CPU it
     took beside training, ``peak`` what the clients' process took of memory, ``before`` what it had
-    when it was ready.
+    when it was ready. What the first client was asked is written to the file ``kept``, from which
+    another process that calls `serve` can read it (`answer_kept`).
     """
 
-    def __init__(self, command: Sequence[str], clients: int) -> None:
+    def __init__(self, command: Sequence[str], clients: int, kept: Path | None = None) -> None:
         super().__init__(ClientApp(), clients)
+        self._kept = kept
         self.answers: list[dict[str, Any]] = []
         self.began: float | None = None
         self._child = subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE)
@@ -81,10 +84,33 @@ class FarGrid(MemoryGrid):
         node = message.metadata.dst_node_id
         head = {"partition": self.partitions[node], "node": node}
         _write(self._child.stdin, head, message)
+        if self._kept is not None and head["partition"] == 0:
+            with self._kept.open("ab") as file:
+                _write(file, head, message)
         said, reply = _read(self._child.stdout)
         self.answers.append(said)
         assert reply is not None
         return reply
+
+
+def answer_kept(command: Sequence[str], kept: Path) -> tuple[list[dict[str, Any]], int, Peak]:
+    """Have a clients' process answer the messages that a `FarGrid` kept.
+
+    Returns what it says of its answers, its memory when it was ready, and its peaks.
+    """
+    with kept.open("rb") as asked:
+        child = subprocess.Popen(command, stdin=asked, stdout=subprocess.PIPE)
+    assert child.stdout is not None
+    answers: list[dict[str, Any]] = []
+    before = int(_read(child.stdout)[0]["own_bytes"])
+    with Peak(child.pid) as peak:
+        while True:
+            try:
+                answers.append(_read(child.stdout)[0])
+            except EOFError:
+                break
+        child.wait()
+    return answers, before, peak
 
 
 class Clients(Protocol):

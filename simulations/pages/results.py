@@ -13,7 +13,7 @@ import sys
 from collections.abc import Callable, Mapping
 from pathlib import Path
 
-from simulations.pages import language, plots, tables
+from simulations.pages import language, large, plots, tables
 from simulations.runs.rows import RESULTS, read_rows
 from simulations.runs.scenario import SCENARIOS, read_scenario
 
@@ -204,6 +204,15 @@ def scale() -> str:
     return tables.markdown(columns, lines)
 
 
+def large_models() -> str:
+    """Rounds on models of up to billions of parameters, beside other tools."""
+    return large.large_table(_rows("llm"), read_rows(RESULTS / "exchange.jsonl"))
+
+
+def fine_tuning() -> str:
+    return large.fine_tuning_table(_rows("fine_tuning"))
+
+
 def cost() -> str:
     """CPU hours and versions of everything above; a run that two tables share counts once."""
     lines = []
@@ -247,6 +256,8 @@ SECTIONS: Mapping[str, Callable[[], str]] = {
         rate,
         links,
         scale,
+        large_models,
+        fine_tuning,
         cost,
     )
 }

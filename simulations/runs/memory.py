@@ -31,10 +31,14 @@ def memory_of(pid: int | str = "self") -> tuple[int, int]:
 
 
 class Peak:
-    """The largest own memory (and mapped memory) of a process while it lasts, seen every 20 ms."""
+    """The largest own memory (and mapped memory) of a process while it lasts, seen every 20 ms.
+
+    ``cpu_seconds`` is what looking has cost so far.
+    """
 
     own = 0
     mapped = 0
+    cpu_seconds = 0.0
 
     def __init__(self, pid: int | str = "self") -> None:
         self._pid = pid
@@ -61,6 +65,7 @@ class Peak:
             except OSError:
                 return
             self.own, self.mapped = max(self.own, own), max(self.mapped, mapped)
+            self.cpu_seconds = time.thread_time()
             if self._stop.wait(_PERIOD):
                 return
 

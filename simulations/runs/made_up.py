@@ -11,17 +11,17 @@ from dare_agg.flower.transport import pack
 
 
 class Ripple:
-    """A delta of 1e-3 and -5e-4 in turns, made where it is read."""
+    """A delta of 2e-4 and -1e-4 in turns, made where it is read."""
 
     def __init__(self, size: int) -> None:
         self.size = size
 
     def read(self, lo: int, hi: int, out: np.ndarray) -> None:
-        out[:] = np.float32(1e-3)
-        out[(lo & 1) :: 2] = np.float32(-5e-4)
+        out[:] = np.float32(2e-4)
+        out[(lo & 1) :: 2] = np.float32(-1e-4)
 
     def take(self, positions: np.ndarray) -> np.ndarray:
-        return np.where(positions & 1, np.float32(1e-3), np.float32(-5e-4))
+        return np.where(positions & 1, np.float32(2e-4), np.float32(-1e-4))
 
 
 def made_up_answer(message: Message, number: int) -> Message:

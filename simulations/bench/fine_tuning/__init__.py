@@ -1,0 +1,1 @@
+"""Full fine-tuning of the largest real model here, through SuperLink and SuperNodes."""

@@ -16,6 +16,9 @@ from flwr.clientapp import ClientApp
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import fully_shard
 
+sys.path.insert(0, str(Path(__file__).parent))
+from small_model import Small
+
 from dare_agg.downlink.ways import make_downlink
 from dare_agg.errors import DareError
 from dare_agg.flower import DareStrategy, dare_mod
@@ -27,15 +30,9 @@ CLIENTS, ROUNDS = 2, 2
 
 
 def the_model() -> torch.nn.Module:
-    """A small tied Llama with a head that stays with each client."""
-    from transformers import LlamaConfig, LlamaForSequenceClassification
-
+    """A small model with a head that stays with each client."""
     torch.manual_seed(0)
-    config = LlamaConfig(
-        vocab_size=101, hidden_size=24, intermediate_size=31, num_hidden_layers=2,
-        num_attention_heads=4, num_key_value_heads=2, num_labels=3,
-    )  # fmt: skip
-    return LlamaForSequenceClassification(config)
+    return Small(101, 24, 2, head=3)
 
 
 def train(model: torch.nn.Module) -> None:
@@ -84,7 +81,7 @@ def main(rank: int, count: int, folder: Path) -> None:
         "gloo", init_method=f"file://{folder}/meeting", rank=rank, world_size=count
     )
     model, mesh = the_model(), init_device_mesh("cpu", (count,))
-    for layer in model.model.layers:
+    for layer in model.layers:
         fully_shard(layer, mesh=mesh)
     fully_shard(model, mesh=mesh)
     if rank == 0:

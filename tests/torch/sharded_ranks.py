@@ -14,6 +14,9 @@ import torch.distributed as dist
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
 
+sys.path.insert(0, str(Path(__file__).parent))
+from small_model import Small
+
 from dare_agg.codec.mask import parse_drop_rate
 from dare_agg.codec.update import UpdateSpec
 from dare_agg.errors import DareError
@@ -29,15 +32,9 @@ from dare_agg.vectors.tiled import TiledVector
 
 
 def the_model() -> torch.nn.Module:
-    """A small tied Llama whose tensors do not divide by two everywhere."""
-    from transformers import LlamaConfig, LlamaForCausalLM
-
+    """A small model with tied weights."""
     torch.manual_seed(0)
-    config = LlamaConfig(
-        vocab_size=1001, hidden_size=72, intermediate_size=129, num_hidden_layers=3,
-        num_attention_heads=4, num_key_value_heads=2, tie_word_embeddings=True,
-    )  # fmt: skip
-    return LlamaForCausalLM(config)
+    return Small(1001, 72, 3)
 
 
 def spec_of(model: GlobalModel, values: str, mask: str, drop_rate: str) -> UpdateSpec:
@@ -65,7 +62,7 @@ def main(rank: int, count: int, folder: Path, dtype: torch.dtype) -> None:
         for parameter in model.parameters():
             parameter.zero_()
     mesh = init_device_mesh("cpu", (count,))
-    for layer in model.model.layers:
+    for layer in model.layers:
         fully_shard(layer, mesh=mesh)
     fully_shard(model, mesh=mesh, mp_policy=MixedPrecisionPolicy())
     tensors = matched_tensors(version.groups, named_tensors(model))
@@ -75,11 +72,11 @@ def main(rank: int, count: int, folder: Path, dtype: torch.dtype) -> None:
     optimizer = torch.optim.AdamW(model.parameters(), lr=1e-2)
     tokens = torch.arange(64).reshape(4, 16) * 13 % 1001
     for _ in range(2):
-        model(input_ids=tokens, labels=tokens).loss.backward()
+        model(tokens).backward()
         optimizer.step()
         optimizer.zero_grad()
-    if "embed_tokens" in sys.argv[5:]:
-        del parts["model.embed_tokens.weight"], parts["lm_head.weight"]
+    if "embed" in sys.argv[5:]:
+        del parts["embed.weight"], parts["score.weight"]
     delta = TrainedDelta(version.groups.layout, parts, begun, ranks.leads)
     measured = measure_shared(delta, ranks)
     updates = [encode_shared(spec_of(version, *spec), delta, ranks) for spec in SPECS]
@@ -91,7 +88,7 @@ def main(rank: int, count: int, folder: Path, dtype: torch.dtype) -> None:
         figures = [measured.norm, measured.largest, measured.above]
         (folder / "measured").write_text(" ".join(str(float(figure)) for figure in figures))
     if rank == count - 1:
-        named_tensors(model)["model.norm.weight"].detach().to_local()[-1] = float("nan")
+        named_tensors(model)["norm.weight"].detach().to_local()[-1] = float("nan")
     try:
         measure_shared(delta, ranks)
     except DareError as error:

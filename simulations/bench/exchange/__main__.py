@@ -5,7 +5,8 @@
     sudo python -m simulations.bench.exchange flower
 
 The shapes are GPT-2's (124 million float32), for four clients and three rounds; every client
-returns what it received. ``server_anonymous_mib`` is the peak of the own memory of the server's
+returns what it received (under Flower, which sends equal contents once, each times a number of its
+own). ``server_anonymous_mib`` is the peak of the own memory of the server's
 processes together, ``client_anonymous_mib`` that of one client's (the largest). Bytes are those
 of TCP, a client and round: sockets of the client's process for NVFlare, whose simulator gives
 each a process and runs in a network namespace; the line to the clients' namespace for Flower

@@ -1,9 +1,13 @@
-"""The client: sends back what it received, and notes when."""
+"""The client: sends back what it received, a little larger, and notes when it came.
+
+Flower does not send again what a server has, so unchanged arrays would not travel.
+"""
 
 import json
 import time
 
-from flwr.app import Context, Message, MetricRecord, RecordDict
+import numpy as np
+from flwr.app import Array, Context, Message, MetricRecord, RecordDict
 from flwr.clientapp import ClientApp
 
 app = ClientApp()
@@ -18,5 +22,9 @@ def train(msg: Message, context: Context) -> Message:
     }
     with open(str(context.run_config["log"]), "a", encoding="utf-8") as log:
         log.write(json.dumps(line) + "\n")
-    content = {"arrays": msg.content["arrays"], "metrics": MetricRecord({"num-examples": 1})}
+    factor = np.float32(1 + 1e-3 * (1 + int(line["client"].rpartition("-")[2])))
+    arrays = msg.content["arrays"]
+    for name in list(arrays):
+        arrays[name] = Array(arrays[name].numpy() * factor)
+    content = {"arrays": arrays, "metrics": MetricRecord({"num-examples": 1})}
     return Message(RecordDict(content), reply_to=msg)

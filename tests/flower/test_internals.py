@@ -368,6 +368,7 @@ PUBLIC = (
 ELSEWHERE = {
     "flwr.common.config:unflatten_dict": "a run config is nested as an app's own code nests it",
     "flwr.supercore.inflatable": "a grid in memory writes and reads messages as the transport does",
+    "flwr.simulation:run_simulation": "an app is run as in Flower's own documents",
     "flwr.superlink.grid": "Flower's real client is under test",
     "flwr.proto": "a made-up SuperLink answers Flower's real client",
     "flwr.supercore.run": "a run for Flower's real client and SuperNode",

@@ -14,10 +14,8 @@ the next round begins, since the run's own state may be a round behind.
 
 from __future__ import annotations
 
-import fcntl
 import logging
 import math
-import os
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -48,13 +46,14 @@ from dare_agg.downlink.steps import Step, apply_dense, chained_step, dense_head,
 from dare_agg.downlink.version_source import VersionSource
 from dare_agg.errors import ConfigError, StateError
 from dare_agg.files.atomic import replace_file
+from dare_agg.files.folder_lock import FolderLock
 from dare_agg.vectors.layout import FloatVector
 from dare_agg.vectors.model import GlobalModel, ModelRef
 from dare_agg.vectors.sources import array_source
 from dare_agg.vectors.tiled import TiledVector, tiles
 
 LOG = logging.getLogger(__name__)
-_HEADER, _LOCK = "store.state", "lock"
+_HEADER = "store.state"
 _NAME_BYTES = 256
 
 
@@ -83,7 +82,6 @@ class VersionStore:
     _dense: HeldGroup | None = None
     _disk: DiskState | None = None
     _head: StoreHead | None = None
-    _lock: int | None = None
     _sums: dict[tuple[str, str], Step] = field(default_factory=dict)
     _fingerprints: dict[str, str] = field(default_factory=dict)
 
@@ -100,6 +98,7 @@ class VersionStore:
             raise ConfigError(
                 f"base_name of {len(self.base_name.encode())} bytes; at most {_NAME_BYTES}"
             )
+        self._lock = FolderLock(self.folder)
         self._kept = KeptSteps(self.folder / "steps")
 
     # --- the protocol ----------------------------------------------------------------------
@@ -141,7 +140,7 @@ class VersionStore:
         if self._model is not None and version == self.version:
             return self._model
         self.close()
-        self._claim()
+        self._lock.claim()
         if self._header_path.exists():
             self._open(model)
             self._return_to(version)
@@ -295,7 +294,7 @@ class VersionStore:
         if found is None or found.shape != (32,) or found.dtype != np.uint8:
             raise StateError("the round was kept without its version; resume from an older round")
         self.close()
-        self._claim()
+        self._lock.claim()
         self._open(base)
         self._return_to(found.tobytes().hex())
         return self.model
@@ -304,9 +303,8 @@ class VersionStore:
         """Let go of all files; the store can be started again."""
         if self._disk is not None:
             self._disk.close()
-        if self._lock is not None:
-            os.close(self._lock)
-        self._disk = self._lock = self._head = self._model = self._base = None
+        self._lock.release()
+        self._disk = self._head = self._model = self._base = None
         self.steps = []
         self._sums.clear()
 
@@ -439,24 +437,6 @@ class VersionStore:
     @property
     def _header_path(self) -> Path:
         return self.folder / _HEADER
-
-    def _claim(self) -> None:
-        try:
-            self.folder.mkdir(parents=True, exist_ok=True)
-            handle = os.open(self.folder / _LOCK, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
-        except OSError as error:
-            raise StateError(
-                f"{self.folder} cannot be written: {error.strerror or error}; fix the permissions "
-                "or free space"
-            ) from error
-        try:
-            fcntl.lockf(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except OSError as error:
-            os.close(handle)
-            raise StateError(
-                f"another run is at work in {self.folder}; stop it, or name another folder"
-            ) from error
-        self._lock = handle
 
     def _create(self, model: GlobalModel) -> None:
         groups = model.groups

@@ -10,7 +10,6 @@ metadata), SHA-256 of everything before.
 
 from __future__ import annotations
 
-import fcntl
 import os
 import re
 from collections.abc import Mapping
@@ -22,6 +21,7 @@ from numpy.typing import NDArray
 
 from dare_agg.downlink.protocol import Downlink
 from dare_agg.errors import StateError
+from dare_agg.files.folder_lock import FolderLock
 from dare_agg.files.state_file import NamedArrays, read_state, write_state
 from dare_agg.rounds.step import StepState, state_from_arrays, state_to_arrays
 from dare_agg.vectors.model import GlobalModel
@@ -29,7 +29,6 @@ from dare_agg.vectors.model import GlobalModel
 KEEP = 2
 _NAME = re.compile(r"round-(\d{8})\.state")
 _BASE = "base.state"
-_LOCK = "lock"
 # Prefixes of a round's arrays: the server step, the downlink's state, else the model.
 _STEP, _DOWN, _MODEL = "step", "down", "model"
 _REMEDY = (
@@ -65,7 +64,7 @@ class StateFolder:
 
     def __init__(self, path: Path | str) -> None:
         self.path = Path(path)
-        self._lock: int | None = None
+        self._lock = FolderLock(self.path)
 
     def claim(self) -> None:
         """Make this process the only one that writes here; its end, however, frees the folder.
@@ -73,31 +72,11 @@ class StateFolder:
         Raises `StateError` where another process is at work: after a crash of the SuperLink
         its run may still be going on.
         """
-        if self._lock is not None:
-            return
-        try:
-            self.path.mkdir(parents=True, exist_ok=True)
-            handle = os.open(self.path / _LOCK, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
-        except OSError as error:
-            raise StateError(
-                f"{self.path} cannot be written: {error.strerror or error}; fix the permissions "
-                "or free space"
-            ) from error
-        try:
-            fcntl.lockf(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except OSError as error:
-            os.close(handle)
-            raise StateError(
-                f"another run is at work in {self.path}; stop it (flwr ls, flwr stop), or name "
-                "another output folder"
-            ) from error
-        self._lock = handle
+        self._lock.claim()
 
     def release(self) -> None:
         """Let others write here again."""
-        if self._lock is not None:
-            os.close(self._lock)
-            self._lock = None
+        self._lock.release()
 
     def save_base(self, arrays: NamedArrays, facts: Mapping[str, str] | None = None) -> None:
         """Keep the arrays a run starts from, with their order, before its first round.

@@ -25,6 +25,7 @@ from dare_agg.flower.processes.launch import run_app
 from dare_agg.secure.identity import new_identity, write_identity, write_public
 from dare_agg.secure.roster import make_roster, sign_roster, write_roster
 from simulations.bench.federation import Federation
+from simulations.runs.memory import memory_of
 from simulations.runs.process_groups import descendants
 
 APP = Path(__file__).parents[2] / "tests" / "apps" / "secure"
@@ -181,9 +182,7 @@ def _what(pid: int) -> str:
 
 def _anonymous(pid: int) -> int:
     with contextlib.suppress(OSError):
-        for line in Path(f"/proc/{pid}/status").read_text().splitlines():
-            if line.startswith("RssAnon:"):
-                return int(line.split()[1]) * 1024
+        return memory_of(pid)[0]
     return 0
 
 

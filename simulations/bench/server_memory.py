@@ -15,7 +15,6 @@ import os
 import resource
 import subprocess
 import sys
-from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
@@ -26,34 +25,19 @@ from flwr.clientapp import ClientApp
 from dare_agg.downlink.ways import make_downlink
 from dare_agg.flower import DareStrategy
 from simulations.runs.made_up import made_up_answer
-from simulations.runs.memory_grid import MemoryGrid, over_the_wire, pretend_task, stamp
+from simulations.runs.memory_grid import WaitingGrid, over_the_wire, pretend_task
 from simulations.runs.rows import RESULTS, append_row, versions
 
 PARAMETERS = 22_000_000
 CLIENTS = (4, 8, 16, 32, 64)
 
 
-class MadeUpClients(MemoryGrid):
+class MadeUpClients(WaitingGrid):
     """Nodes that hold the base and answer each plan with an update of a `Ripple`."""
 
     def _answer(self, message: Message) -> Message:
         number = self.partitions[message.metadata.dst_node_id]
         return over_the_wire(made_up_answer(message, number))
-
-    def push_messages(self, messages: Iterable[Message]) -> list[str]:
-        # A SuperLink takes messages over; here they wait as they are, sharing their payloads.
-        ids = []
-        for message in messages:
-            self._count += 1
-            ids.append(f"message-{self._count}")
-            stamp(message, message_id=ids[-1])
-            self._waiting[ids[-1]] = message
-        return ids
-
-    def pull_messages(self, message_ids: Iterable[str]) -> list[Message]:
-        replies = super().pull_messages(message_ids)
-        self.received.clear()
-        return replies
 
 
 def measure(clients: int, parameters: int, drop_rate: str) -> dict[str, Any]:

@@ -24,12 +24,12 @@ from flwr.supercore.inflatable.inflatable_object import (
 from flwr.supercore.inflatable.inflatable_utils import inflate_object_from_contents
 
 from simulations.runs.memory import Peak, memory_of
-from simulations.runs.memory_grid import MemoryGrid, pretend_task, stamp
+from simulations.runs.memory_grid import WaitingGrid, pretend_task, stamp
 
 _LENGTH = struct.Struct("<Q")
 
 
-class FarGrid(MemoryGrid):
+class FarGrid(WaitingGrid):
     """``clients`` nodes in the process that ``command`` starts; use it as a context.
 
     A message waits here until its reply is pulled, sharing its payload with the others, as it
@@ -66,18 +66,7 @@ class FarGrid(MemoryGrid):
     def push_messages(self, messages: Iterable[Message]) -> list[str]:
         if self.began is None:
             self.began = time.process_time()
-        ids = []
-        for message in messages:
-            self._count += 1
-            ids.append(f"message-{self._count}")
-            stamp(message, message_id=ids[-1])
-            self._waiting[ids[-1]] = message
-        return ids
-
-    def pull_messages(self, message_ids: Iterable[str]) -> list[Message]:
-        replies = super().pull_messages(message_ids)
-        self.received.clear()
-        return replies
+        return super().push_messages(messages)
 
     def _answer(self, message: Message) -> Message:
         assert self._child.stdin is not None and self._child.stdout is not None

@@ -31,7 +31,7 @@ def memory_of(pid: int | str = "self") -> tuple[int, int]:
 
 
 class Peak:
-    """The largest own memory (and mapped memory) of a process while it lasts, seen every 20 ms.
+    """The largest own memory (and mapped memory) of a process, seen every ``period`` seconds.
 
     ``cpu_seconds`` is what looking has cost so far.
     """
@@ -40,8 +40,8 @@ class Peak:
     mapped = 0
     cpu_seconds = 0.0
 
-    def __init__(self, pid: int | str = "self") -> None:
-        self._pid = pid
+    def __init__(self, pid: int | str = "self", period: float = _PERIOD) -> None:
+        self._pid, self._period = pid, period
         self._stop = threading.Event()
         self._thread = threading.Thread(target=self._watch, daemon=True)
 
@@ -66,7 +66,7 @@ class Peak:
                 return
             self.own, self.mapped = max(self.own, own), max(self.mapped, mapped)
             self.cpu_seconds = time.thread_time()
-            if self._stop.wait(_PERIOD):
+            if self._stop.wait(self._period):
                 return
 
 

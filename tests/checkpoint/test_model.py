@@ -102,27 +102,16 @@ def test_a_model_opened_again_is_not_read_again(tmp_path, monkeypatch) -> None:
 
 
 _PROBE = """
-import sys, threading
+import sys
 from dare_agg.checkpoint import open_checkpoint
 from dare_agg.checkpoint.model import model_in
+from simulations.runs.memory import Peak, memory_of
 
-def anonymous():
-    status = open("/proc/self/status").read().split()
-    return int(status[status.index("RssAnon:") + 1]) >> 10
-
-seen, done = [anonymous()], threading.Event()
-
-def watch():
-    while not done.wait(0.005):
-        seen.append(anonymous())
-
-watcher = threading.Thread(target=watch)
-watcher.start()
-model = model_in(open_checkpoint(sys.argv[1]))
-assert model.groups.copies == {"b": "a"}, model.groups.copies
-done.set()
-watcher.join()
-print(max(seen) - seen[0])
+before = memory_of()[0]
+with Peak(period=0.005) as peak:
+    model = model_in(open_checkpoint(sys.argv[1]))
+    assert model.groups.copies == {"b": "a"}, model.groups.copies
+print((peak.own - before) >> 20)
 """
 
 

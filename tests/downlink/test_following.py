@@ -373,7 +373,7 @@ def test_killed_in_the_middle_of_following_one_sum_is_enough(
 
 
 _PROBE = """
-import sys, threading
+import sys
 from pathlib import Path
 from dare_agg.checkpoint import open_checkpoint
 from dare_agg.checkpoint.model import model_in
@@ -384,32 +384,21 @@ from dare_agg.downlink.lossless import encode_counts
 from dare_agg.downlink.step_form import StepHead
 from dare_agg.downlink.steps import write_step
 import numpy as np
+from simulations.runs.memory import Peak, memory_of
 
-def anonymous():
-    status = open("/proc/self/status").read().split()
-    return int(status[status.index("RssAnon:") + 1]) >> 10
-
-seen, done = [anonymous()], threading.Event()
-
-def watch():
-    while not done.wait(0.005):
-        seen.append(anonymous())
-
-watcher = threading.Thread(target=watch)
-watcher.start()
-base = model_in(open_checkpoint(sys.argv[1]))
-some = np.zeros(1 << 20, np.int32)
-some[::100] = 40_000
-tile = encode_counts(some)
-head = StepHead("lossless", "f32", "f32", 1, base.ref.version, "ab" * 32, bytes(16))
-step = write_step(head, tile * (base.delta.size >> 20), b"")
-model = ChainReceiver(Path(sys.argv[2]), "0", base, base.ref.version).follow(
-    "ab" * 32, {STEPS: step.body}
-)
-assert model.fingerprints.version != base.ref.version
-done.set()
-watcher.join()
-print(max(seen) - seen[0])
+before = memory_of()[0]
+with Peak(period=0.005) as peak:
+    base = model_in(open_checkpoint(sys.argv[1]))
+    some = np.zeros(1 << 20, np.int32)
+    some[::100] = 40_000
+    tile = encode_counts(some)
+    head = StepHead("lossless", "f32", "f32", 1, base.ref.version, "ab" * 32, bytes(16))
+    step = write_step(head, tile * (base.delta.size >> 20), b"")
+    model = ChainReceiver(Path(sys.argv[2]), "0", base, base.ref.version).follow(
+        "ab" * 32, {STEPS: step.body}
+    )
+    assert model.fingerprints.version != base.ref.version
+print((peak.own - before) >> 20)
 """
 
 

@@ -99,34 +99,23 @@ def test_bad_input_is_refused_by_name(start: GlobalModel) -> None:
 
 
 _PROBE = """
-import sys, threading
+import sys
 from dare_agg.checkpoint import open_checkpoint
 from dare_agg.checkpoint.model import model_in
 from dare_agg.codec.mask import parse_drop_rate
 from dare_agg.rounds.client import client_update
 from dare_agg.rounds.plan import make_plans
 from dare_agg.rounds.terms import UpdateTerms
+from simulations.runs.memory import Peak, memory_of
 
-def anonymous():
-    status = open("/proc/self/status").read().split()
-    return int(status[status.index("RssAnon:") + 1]) >> 10
-
-seen, done = [anonymous()], threading.Event()
-
-def watch():
-    while not done.wait(0.005):
-        seen.append(anonymous())
-
-watcher = threading.Thread(target=watch)
-watcher.start()
-start = model_in(open_checkpoint(sys.argv[1]))
-(plan,) = make_plans(b"s" * 32, 1, [None], UpdateTerms(parse_drop_rate("0.99")), start.ref)
-tuned = open_checkpoint(sys.argv[2]).reader(start.groups.layout)
-update = client_update(plan, start, tuned, start.dense)
-assert update.delta_max == 1.0
-done.set()
-watcher.join()
-print(max(seen) - seen[0])
+before = memory_of()[0]
+with Peak(period=0.005) as peak:
+    start = model_in(open_checkpoint(sys.argv[1]))
+    (plan,) = make_plans(b"s" * 32, 1, [None], UpdateTerms(parse_drop_rate("0.99")), start.ref)
+    tuned = open_checkpoint(sys.argv[2]).reader(start.groups.layout)
+    update = client_update(plan, start, tuned, start.dense)
+    assert update.delta_max == 1.0
+print((peak.own - before) >> 20)
 """
 
 

@@ -1,0 +1,1 @@
+"""Instruction data: conversations, templates, packing, generation."""

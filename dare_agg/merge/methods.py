@@ -9,15 +9,18 @@ from typing import Any
 
 import numpy as np
 
-from dare_agg.errors import ConfigError, did_you_mean
+from dare_agg.errors import ConfigError, LayoutError, did_you_mean
 from dare_agg.merge.fisher import fisher
 from dare_agg.merge.linear import average, linear, task_arithmetic
+from dare_agg.merge.linears import AVERAGED, LINEARS
 from dare_agg.merge.nuslerp import nuslerp
 from dare_agg.merge.regmean import regmean
 from dare_agg.merge.selective import breadcrumbs, della, sce
 from dare_agg.merge.spherical import karcher, model_stock, multislerp, slerp
 from dare_agg.merge.task import Kernel, MergeTask
 from dare_agg.merge.ties import ties
+from dare_agg.merge.wudi import wudi
+from dare_agg.vectors.patterns import compile_patterns
 
 
 @dataclass(frozen=True)
@@ -26,8 +29,8 @@ class Option:
 
     ``per_model`` options also take a list, one number for each model, and ``by_tensor`` ones an
     array over the layout's tensors: (models, tensors) where they are per model too, else
-    (tensors,). A ``None`` default means "not given": what then happens is ``usual``. ``also`` maps
-    other words, in lower case, to choices.
+    (tensors,). ``pattern`` options are regular expressions. A ``None`` default means "not given":
+    what then happens is ``usual``. ``also`` maps other words, in lower case, to choices.
     """
 
     default: Any
@@ -37,6 +40,7 @@ class Option:
     high: float = math.inf
     per_model: bool = False
     by_tensor: bool = False
+    pattern: bool = False
     also: Mapping[str, str] = field(default_factory=dict)
     usual: Any = None
 
@@ -49,6 +53,8 @@ class Option:
                 if value.size:
                     self.check(name, float(bound))
             return value
+        if self.pattern:
+            return _checked_pattern(name, value)
         if self.per_model and isinstance(value, list | tuple):
             return tuple(self.check(name, one) for one in value)
         if self.choices:
@@ -73,6 +79,18 @@ class Option:
         return int(number) if isinstance(self.default, int) else number
 
 
+def _checked_pattern(name: str, value: Any) -> str:
+    # A command line cuts values at commas, which a pattern may have.
+    text = ",".join(map(str, value)) if isinstance(value, list | tuple) else value
+    if not isinstance(text, str):
+        raise ConfigError(f"{name} = {value!r}; a regular expression is needed")
+    try:
+        compile_patterns([text])
+    except LayoutError as error:
+        raise ConfigError(f"{name}: {error}") from error
+    return text
+
+
 @dataclass(frozen=True)
 class Method:
     """One row: what it computes, what it needs, and the function that prepares it.
@@ -80,8 +98,10 @@ class Method:
     ``mean`` tells whether weights default to 1/n (else 1 each); ``statistics`` names the
     kind of statistics it needs, if any, and ``shared_mask`` whether those of dropped deltas
     must be of the same elements. ``whole`` rows merge whole models: the base they are over changes
-    nothing. ``federated`` are the options that a federated round sets, None where rounds do not
-    merge by it. Kernels of rows with ``writes_models`` write models, not deltas, where asked to.
+    nothing. ``own_grams`` rows make Gram matrices of the deltas, and take what else they may be
+    made of: whole deltas beside dropped ones. ``federated`` are the options that a federated round
+    sets, None where rounds do not merge by it. Kernels of rows with ``writes_models`` write models,
+    not deltas, where asked to.
     """
 
     name: str
@@ -93,6 +113,7 @@ class Method:
     statistics: str | None = None
     shared_mask: bool = False
     whole: bool = False
+    own_grams: bool = False
     federated: Mapping[str, Any] | None = None
     writes_models: bool = False
 
@@ -135,6 +156,13 @@ _NORMALIZE = Option(
     also=_AGREEING_OR_NOT,
 )
 _OF = Option("deltas", "interpolate the deltas or whole models", ("deltas", "models"))
+_LINEARS = {
+    "linears": Option(LINEARS, "names of the Linears, of two dimensions", pattern=True),
+    "averaged": Option(AVERAGED, "names that are averaged nevertheless", pattern=True),
+    "transposed": Option(
+        "", "names of Linears that lie (in, out); else found by their biases", pattern=True
+    ),
+}
 _OFTEN_PLUS = Option("positive", _SIGN_TIE.help, _SIGN_TIE.choices)
 
 METHODS: dict[str, Method] = {
@@ -222,6 +250,27 @@ METHODS: dict[str, Method] = {
             mean=True,
             statistics="gram",
             federated={},
+        ),
+        Method(
+            "wudi",
+            "each Linear: (Σ w·δ·G)·(Σ w·G)⁻¹, G = δᵀδ/‖δ‖², w = 1/n; the rest averaged",
+            "https://arxiv.org/abs/2503.08099",
+            wudi,
+            {
+                "ridge": Option(
+                    0.1,
+                    "share of the Gram matrices' mean diagonal that pulls towards the mean",
+                    low=1e-9,
+                ),
+                **_LINEARS,
+                "gram": Option(
+                    "whole",
+                    "with a drop rate: Gram matrices of the whole deltas, or of the dropped ones",
+                    ("whole", "dropped"),
+                ),
+            },
+            mean=True,
+            own_grams=True,
         ),
         Method(
             "linear",

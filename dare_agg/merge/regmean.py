@@ -12,11 +12,10 @@ import numpy as np
 from numpy.typing import NDArray
 
 from dare_agg.errors import MergeError
+from dare_agg.merge.by_tensor import Matrix, by_tensor, span_of
 from dare_agg.merge.linear import normalized, weighted_sum
-from dare_agg.merge.task import Kernel, MergeTask, Scratch
-from dare_agg.vectors.layout import Entry, FloatVector
-
-_ROWS = 1 << 20
+from dare_agg.merge.task import Kernel, MergeTask
+from dare_agg.vectors.layout import Entry
 
 
 def regmean(task: MergeTask) -> Kernel:
@@ -44,27 +43,7 @@ def regmean(task: MergeTask) -> Kernel:
     for entry in solved:
         for number, values in enumerate(grams):
             _check_gram(entry, number, values)
-    cache: dict[str, FloatVector] = {}
-
-    def weight_of(entry: Entry) -> FloatVector:
-        # Tiles of one tensor follow each other: one solution is kept.
-        found = cache.get(entry.name)
-        if found is None:
-            found = _solve(task, entry)
-            cache.clear()
-            cache[entry.name] = found
-        return found
-
-    names = {entry.name for entry in solved}
-
-    def kernel(lo: int, hi: int, out: FloatVector, scratch: Scratch) -> None:
-        mean(lo, hi, out, scratch)
-        for entry, first, last in task.layout.pieces(lo, hi):
-            if entry.name in names:
-                at = entry.offset - lo
-                out[at + first : at + last] = weight_of(entry)[first:last]
-
-    return kernel
+    return by_tensor(task, mean, solved, lambda entry: _solve(task, entry))
 
 
 def gram_matrices(task: MergeTask) -> list[Mapping[str, NDArray]]:
@@ -91,10 +70,9 @@ def _check_gram(entry: Entry, number: int, values: Mapping[str, NDArray]) -> Non
         raise MergeError(f"statistics {number}: Gram matrix of {entry.name!r} is not finite")
 
 
-def _solve(task: MergeTask, entry: Entry) -> FloatVector:
+def _solve(task: MergeTask, entry: Entry) -> Matrix:
     rows, inputs = entry.shape
-    index = task.values_at(np.arange(len(task.spans), dtype=np.float64), [(entry.offset, 0)])
-    span = int(index[0])
+    span = span_of(task, entry)
     weights = task.weights[:, span] / task.weights[:, span].sum()
     off_diagonal = task.options["off-diagonal"]
     total = np.zeros((inputs, inputs))
@@ -122,4 +100,4 @@ def _solve(task: MergeTask, entry: Entry) -> FloatVector:
             f"the Gram matrices of {entry.name!r} sum to a singular matrix; give a ridge above 0, "
             "for example --option ridge=1e-6"
         ) from error
-    return (solution.T * task.scaling[span]).astype(np.float32).reshape(-1)
+    return solution.T

@@ -29,7 +29,7 @@ from dare_agg.checkpoint.names import under_names
 from dare_agg.checkpoint.tied import names_of
 from dare_agg.errors import ConfigError, MergeError
 from dare_agg.merge.engine import prepare_merge, run_tiles
-from dare_agg.merge.task import Scratch, is_sparse
+from dare_agg.merge.task import Scratch, Statistics, is_sparse
 from dare_agg.offline.base import OpenedBase, open_base
 from dare_agg.offline.beside_the_body import left_beside
 from dare_agg.offline.card import model_card
@@ -147,6 +147,7 @@ def _merged(
             warnings += tokenizer_warnings(
                 base.folder, where, tokens=target is None, templates=recipe.chat_template is None
             )
+        wholes = {model.number: model.source for model in opened}
         ordered = sparsified(opened, recipe, layout)
         names = [sketch(m.source) for m in ordered]
         order = list(range(len(ordered)))
@@ -169,11 +170,7 @@ def _merged(
             tile=used,
             base=cached,
             writes_model=True,
-            statistics=[
-                _statistics(m.given.statistics, recipe.row.statistics, layout)
-                for m in ordered
-                if m.given.statistics
-            ],
+            statistics=_statistics_of(recipe, ordered, wholes, layout),
         )
 
         written = names_of(layout, ground.followers)
@@ -308,6 +305,22 @@ def _arrays(
         return by_tensor(value, where, f"option {name}")
     each = [value] * len(ordered) if alone else value
     return np.stack([by_tensor(v, where, f"option {name}") for v in each])
+
+
+def _statistics_of(
+    recipe: Recipe,
+    ordered: list[OpenedModel],
+    wholes: Mapping[int, DeltaSource],
+    layout: Layout,
+) -> list[Statistics]:
+    """What the method knows of each model beside its delta, in the models' order."""
+    if recipe.row.own_grams and recipe.drops and recipe.options.get("gram") != "dropped":
+        return [wholes[model.number] for model in ordered]
+    return [
+        _statistics(model.given.statistics, recipe.row.statistics, layout)
+        for model in ordered
+        if model.given.statistics
+    ]
 
 
 def _statistics(path: Path, kind: str | None, layout: Layout) -> Mapping[str, NDArray[Any]]:

@@ -36,14 +36,14 @@ def compile_patterns(patterns: Iterable[str]) -> tuple[Pattern, ...]:
     for pattern in patterns:
         if len(pattern) > MAX_PATTERN:
             raise LayoutError(
-                f"exclusion pattern {pattern[:40]!r}… of {len(pattern)} characters; at most "
+                f"pattern {pattern[:40]!r}… of {len(pattern)} characters; at most "
                 f"{MAX_PATTERN} are allowed: write several shorter ones"
             )
         try:
             compiled.append(re2.compile(pattern, options))
         except (re2.error, UnicodeError) as error:
             raise LayoutError(
-                f"exclusion pattern {pattern!r} is not a regular expression: {_words(error)} (RE2 "
+                f"pattern {pattern!r} is not a regular expression: {_words(error)} (RE2 "
                 "syntax: no back-references, no look-around)"
             ) from error
     return tuple(compiled)

@@ -138,6 +138,45 @@ def test_masks_travel_with_the_models(
     assert (tmp_path / "1.safetensors").read_bytes() != (tmp_path / "3.safetensors").read_bytes()
 
 
+def test_gram_matrices_are_of_the_whole_deltas_unless_asked_otherwise(
+    models: list[Path], tmp_path: Path
+) -> None:
+    from dare_agg.codec.mask import Mask, parse_drop_rate
+    from dare_agg.merge.wrapped import MaskedSource
+    from dare_agg.offline.opening import OpenedModel
+    from dare_agg.offline.sparsify import mask_keys
+    from dare_agg.vectors.sources import array_source
+
+    words = ["--method", "wudi", "--drop-rate", "0.5", "--seed", 3]
+    for gram in ("whole", "dropped"):
+        out = tmp_path / f"{gram}.safetensors"
+        run(*models, "-o", out, *words, "--option", f"gram={gram}")
+        run(models[0], *reversed(models[1:]), "-o", out, *words, "--option", f"gram={gram}",
+            "--force", "--threads", 2, "--tile", 99)  # fmt: skip
+    layout = open_checkpoint(models[0]).layout()
+    base, *tuned = (
+        layout.flatten(load_file(m if m.is_file() else m / "model.safetensors")) for m in models
+    )
+    wholes = [array_source(t - base) for t in tuned]
+    recipe = make_recipe({"base": models[0], "models": models[1:], "method": "wudi"})
+    given = [
+        OpenedModel(m, w, "checkpoint", None, i)
+        for i, (m, w) in enumerate(zip(recipe.models, wholes, strict=True))
+    ]
+    masks = [
+        Mask("stratified", layout.size, parse_drop_rate("0.5"), k) for k in mask_keys(given, 3)
+    ]
+    dropped = [MaskedSource(w, m) for w, m in zip(wholes, masks, strict=True)]
+    expected = {
+        "whole": merge_deltas(layout, dropped, "wudi", statistics=wholes)[0],
+        "dropped": merge_deltas(layout, dropped, "wudi")[0],
+    }
+    assert not np.allclose(expected["whole"], expected["dropped"], rtol=1e-3, atol=0)
+    for gram, delta in expected.items():
+        found = layout.flatten(load_file(tmp_path / f"{gram}.safetensors"))
+        np.testing.assert_allclose(found - base, delta, atol=2e-7)
+
+
 def test_sparse_and_dense_consensus_agree(models: list[Path], tmp_path: Path) -> None:
     from dare_agg.codec.mask import Mask, parse_drop_rate
     from dare_agg.merge.wrapped import MaskedSource

@@ -40,11 +40,11 @@ def load_blocks(config: TaskConfig) -> Data:
         label_optional=True,  # labels only serve to divide rows: clients need not share them
         seed=config.seed,
     )
-    tokenizer = _tokenizer(config.model)
+    tokenizer = load_tokenizer(config.model)
     return Data(
         data.name,
-        _blocks(data.train, tokenizer, config, 1),
-        _blocks(data.test, tokenizer, config, 2),
+        pack_blocks(data.train, tokenizer, config, 1),
+        pack_blocks(data.test, tokenizer, config, 2),
         data.label_names,
         data.notes,
     )
@@ -59,7 +59,7 @@ def _check(config: TaskConfig) -> None:
         )
 
 
-def _tokenizer(model: str) -> Any:
+def load_tokenizer(model: str) -> Any:
     from transformers import AutoTokenizer
 
     try:
@@ -68,7 +68,7 @@ def _tokenizer(model: str) -> Any:
         raise _not_loaded(model, error) from error
 
 
-def _blocks(rows: Rows, tokenizer: Any, config: TaskConfig, stream: int) -> Rows:
+def pack_blocks(rows: Rows, tokenizer: Any, config: TaskConfig, stream: int) -> Rows:
     """Pack texts into blocks, label by label and group by group, then shuffle the blocks."""
     prefix = tokenizer("")["input_ids"]  # what the model expects before a text, such as <bos>
     end = [] if tokenizer.eos_token_id is None else [tokenizer.eos_token_id]

@@ -13,6 +13,7 @@ import sys
 from collections.abc import Callable, Mapping
 from pathlib import Path
 
+from simulations.pages import abilities as ability_pages
 from simulations.pages import language, large, plots, tables
 from simulations.runs.rows import RESULTS, read_rows
 from simulations.runs.scenario import SCENARIOS, read_scenario
@@ -104,6 +105,17 @@ def single() -> str:
 
 def merging() -> str:
     return tables.merging_table(_rows("merging"))
+
+
+def abilities() -> str:
+    """Three abilities of a decoder in one model, by what was sent and merge method."""
+    rows = _of_scenario("abilities")
+    path = ability_pages.abilities_plot(rows, PLOTS / "abilities.svg")
+    return ability_pages.abilities_table(rows) + "\n\n" + _image(path, "share of the gain kept")
+
+
+def ability_pairs() -> str:
+    return ability_pages.pairs_table(_of_scenario("abilities"))
 
 
 def lm_single() -> str:
@@ -249,6 +261,8 @@ SECTIONS: Mapping[str, Callable[[], str]] = {
         engine,
         single,
         merging,
+        abilities,
+        ability_pairs,
         lm_single,
         lm,
         adapters,

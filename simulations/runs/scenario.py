@@ -12,36 +12,39 @@ from typing import Any
 
 from dare_agg.errors import ConfigError, did_you_mean
 
+_FEDERATED: Mapping[str, Any] = {
+    "method": "fedavg",
+    "drop_rate": "0.9",
+    "values": "b1",
+    "mask": "stratified",
+    "masks": "rotated",
+    "merge": "task-arithmetic",
+    "merge_options": {},
+    "scaling": 1.0,
+    "weighting": "examples",
+    "server_step": "plain",
+    "server_step_numbers": {},
+    "dense_values": "f32",
+    "feedback": False,
+    "downlink": "full",
+    "downlink_options": {},
+    "rounds": 12,
+    "evaluate_every": 2,
+    "task": {},
+}
 # The kinds of experiment: module of this package that has ``run_row(row) -> dict``, and the
 # settings a cell may carry with their defaults.
 KINDS: Mapping[str, tuple[str, Mapping[str, Any]]] = {
     "federated": (
         "simulations.runs.federated",
         {
-            "method": "fedavg",
-            "drop_rate": "0.9",
-            "values": "b1",
-            "mask": "stratified",
-            "masks": "rotated",
-            "merge": "task-arithmetic",
-            "merge_options": {},
-            "scaling": 1.0,
-            "weighting": "examples",
-            "server_step": "plain",
-            "server_step_numbers": {},
-            "dense_values": "f32",
-            "feedback": False,
-            "downlink": "full",
-            "downlink_options": {},
-            "rounds": 12,
+            **_FEDERATED,
             "clients": 10,
             "sample": 0,
             "partition": "dirichlet",
             "alpha": 0.5,
-            "evaluate_every": 2,
             "evaluate_rows": 600,
             "milestones": [],
-            "task": {},
         },
     ),
     "single": (
@@ -70,6 +73,21 @@ KINDS: Mapping[str, tuple[str, Mapping[str, Any]]] = {
             "test_rows": 200,
             "statistics_examples": 24,
         },
+    ),
+    "abilities": (
+        "simulations.runs.abilities",
+        {
+            "abilities": {},
+            "task": {},
+            "sets": [],
+            "update": {},
+            "methods": [],
+            "split": "test",
+        },
+    ),
+    "federated-abilities": (
+        "simulations.runs.federated_abilities",
+        {**_FEDERATED, "abilities": {}, "each": 1},
     ),
 }
 SCENARIOS = Path(__file__).parents[1] / "scenarios"

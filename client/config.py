@@ -7,7 +7,7 @@ from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Any
 
-from dare_agg.errors import ConfigError
+from client.words import check_words
 from dare_agg.files.app_config import config_defaults
 
 ConfigValue = bool | int | float | str | bytes
@@ -35,9 +35,11 @@ class TaskConfig:
     image_size: pixels an image is scaled to, each way (0: the model's own).
     steps: optimizer steps a round; epochs, where above 0, wins over it.
     train_rows, test_rows: use at most so many (0 for all).
-    precision: "float32", or "bfloat16" for the matrix products of the forward and backward
-        pass (weights, optimizer and deltas stay float32): twice as fast where the processor
-        has such instructions.
+    precision: "float32", or "bfloat16" or "float16" for the matrix products of the forward and
+        backward pass (weights, optimizer and deltas stay float32): twice as fast where the
+        processor has such instructions. "auto": what suits the device.
+    device: what it trains on, a word of `dare_agg.deploy.devices`.
+    threads: threads of the CPU that it takes.
     """
 
     task: str
@@ -65,25 +67,16 @@ class TaskConfig:
     train_rows: int
     test_rows: int
     precision: str
+    device: str
+    threads: int
     seed: int
     warm_up: float = 0.0
-
-
-# Beyond these one message would take all memory of whoever trains on it.
-_MOST = {
-    "batch": 1 << 14,
-    "steps": 1 << 20,
-    "epochs": 1 << 12,
-    "length": 1 << 15,
-    "image_size": 1 << 12,
-    "lora_rank": 1 << 12,
-}
 
 
 def configure(**words: Any) -> TaskConfig:
     """Make a configuration: the run config's defaults but for ``words``, named as its fields.
 
-    Raises `ConfigError` for a number beyond its bound.
+    Raises `ConfigError` for a number beyond its bound and for an unknown name.
     """
     known = {field.name for field in fields(TaskConfig)}
     usual = {key.replace("-", "_"): value for key, value in DEFAULTS.items()}
@@ -91,17 +84,15 @@ def configure(**words: Any) -> TaskConfig:
     for name in ("labels", "lora_targets"):
         if isinstance(settled[name], str):
             settled[name] = split_list(settled[name])
-    for name, most in _MOST.items():
-        if not 0 <= settled[name] <= most:
-            raise ConfigError(
-                f"{name.replace('_', '-')} = {settled[name]}; 0 to {most} are possible"
-            )
+    check_words(settled)
     return TaskConfig(**settled)
 
 
 # What a node's own config may set. Each of these may also be a list in the run config: one
 # entry for each of several data sources.
 _OWN = ("data", "text-column", "label-column", "delimiter", "encoding", "partition-by")
+# What it trains on is a machine's own affair, too.
+_MACHINE = ("device", "threads", "precision")
 
 
 def task_config(
@@ -125,7 +116,7 @@ def task_config(
             words = sources if key == "data" else split_list(str(run.get(key, "")))
             if len(words) == len(sources):
                 given[key] = words[place]
-    given.update({key: node[key] for key in _OWN if key in node})
+    given.update({key: node[key] for key in (*_OWN, *_MACHINE) if key in node})
     if node.get("labels"):
         given["labels"] = node["labels"]
     if "data-path" in node:

@@ -2,41 +2,37 @@
 
 The state is a dict of named float32 arrays, which federated code ships and merges.
 Training starts from a state and a seed and gives the same bits every time on one machine:
-one thread, no dropout, batches drawn from the seed.
+at the usual settings on one thread of the CPU, without dropout, batches drawn from the seed.
 """
 
 from __future__ import annotations
 
-import ctypes
 import logging
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
-from functools import cache
+from functools import cached_property
 from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
+from client.batches import draw_batches
 from client.config import TaskConfig
+from client.devices import Compute, compute_of
+from client.learning import Lesson, learn
 from client.rows import Data, Indices, Rows
 from client.tasks.table import find_task
 from client.tasks.task import Batch, Metrics, Reader, Task
+from dare_agg.deploy.devices import check_device
 from dare_agg.errors import ConfigError
 
-# Rows that one round trains on: more would not fit as a list of batches.
-MOST_ROWS = 1 << 24
 State = dict[str, NDArray[np.float32]]
 LOG = logging.getLogger("flwr")
 
 
 def build_task(config: TaskConfig, data: Data | None = None) -> FineTuning:
     """Build a task; ``data`` overrides what the configuration names."""
-    if config.train not in ("full", "lora", "head"):
-        raise ConfigError(f"train {config.train!r} is unknown; known: full, lora, head")
-    if config.precision not in ("float32", "bfloat16"):
-        raise ConfigError(f"precision {config.precision!r} is unknown; known: float32, bfloat16")
-    if config.pooling not in ("mean", "cls"):
-        raise ConfigError(f"pooling {config.pooling!r} is unknown; known: mean, cls")
+    check_device(config.device)
     kind = find_task(config)
     kind.check((config.train,))
     data = data or kind.load(config)
@@ -74,9 +70,16 @@ class FineTuning:
 
     # --- model -----------------------------------------------------------------------------
 
+    @cached_property
+    def compute(self) -> Compute:
+        """Where this trains; raises `ConfigError` for a device that is missing."""
+        return compute_of(self.config)
+
     def _load(self) -> Any:
+        self.compute.begin()
         if self._model is None:
-            self._model = self.kind.network(self.config, len(self.data.label_names))
+            model = self.kind.network(self.config, len(self.data.label_names))
+            self._model = model.to(self.compute.device)
         return self._model
 
     def _names(self) -> dict[str, Any]:
@@ -94,12 +97,8 @@ class FineTuning:
     @property
     def initial(self) -> Mapping[str, NDArray]:
         """The initial state itself, not to be changed."""
-        import torch
-
-        torch.set_num_threads(1)
-        _keep_freed_memory()
         if not hasattr(self, "_initial"):
-            self._initial = {n: p.detach().numpy().copy() for n, p in self._names().items()}
+            self._initial = _on_host(self._names())
         return self._initial
 
     def _place(self, state: Mapping[str, NDArray]) -> dict[str, Any]:
@@ -126,20 +125,16 @@ class FineTuning:
         model.eval()
         return model, lambda at: self._batch(split, at)[0]
 
-    def _precision(self) -> Any:
-        import torch
-
-        return torch.autocast("cpu", torch.bfloat16, enabled=self.config.precision == "bfloat16")
-
     # --- data ------------------------------------------------------------------------------
 
     def _batch(self, split: str, at: Indices) -> tuple[Batch, Any]:
-        """The model's inputs and the targets (flat) of some rows, as tensors."""
+        """The model's inputs and the targets (flat) of some rows, on the device."""
         import torch
 
         rows = self.train_rows if split == "train" else self.test_rows
         batch = self._reader(split)(at)
-        return batch, self.kind.targets(batch, torch.from_numpy(rows.labels[at])).flatten()
+        targets = self.kind.targets(batch, torch.from_numpy(rows.labels[at])).flatten()
+        return self.compute.move(batch), targets.to(self.compute.device)
 
     def _reader(self, split: str) -> Reader:
         if split not in self._readers:
@@ -163,17 +158,22 @@ class FineTuning:
         scores = self.kind.scores(self._load(), batch)
         return scores.float().flatten(0, -2)
 
+    def _loss(self, at: Indices) -> Any:
+        """The mean loss of some training rows, to be differentiated."""
+        batch, targets = self._batch("train", at)
+        # Entered anew each time: autocast keeps its copies of the weights while it lasts.
+        with self.compute.autocast():
+            scores = self._scores(batch)
+        return self.kind.loss(scores, targets)
+
     # --- learning --------------------------------------------------------------------------
 
     def train(
         self, state: Mapping[str, NDArray], rows: Indices, *, seed: Sequence[int]
     ) -> tuple[State, int, Metrics]:
         """Train on these rows; return (state, rows seen for weighting, measurements)."""
-        import torch
-
         if not len(rows):
             raise ConfigError("a client has no rows to train on; use fewer clients or more data")
-        torch.set_num_threads(1)
         named = self._place(state)
         model = self._load()
         model.eval()  # no dropout: the same seed gives the same bits
@@ -187,37 +187,10 @@ class FineTuning:
         batches = [kept for at in drawn if len(kept := at[np.isin(at, good)])]
         # Of rows that were not drawn, nothing is known.
         examples = len(rows) - (len(seen) - len(good))
-        head = [p for n, p in named.items() if n.startswith("head.")]
-        body = [p for n, p in named.items() if not n.startswith("head.")]
-        optimizer = torch.optim.AdamW(
-            [
-                {"params": body, "lr": self.config.learning_rate},
-                {"params": head, "lr": self.config.head_learning_rate},
-            ],
-            weight_decay=self.config.weight_decay,
-            fused=True,
-        )
-        warm = max(1, round(self.config.warm_up * len(batches)))
-        schedule = torch.optim.lr_scheduler.LambdaLR(
-            optimizer, lambda step: min(1.0, (step + 1) / warm)
-        )
-        losses = []
-        for at in batches:
-            batch, targets = self._batch("train", at)
-            # Entered anew each step: autocast keeps its copies of the weights while it lasts.
-            with self._precision():
-                scores = self._scores(batch)
-            loss = self.kind.loss(scores, targets)
-            optimizer.zero_grad(set_to_none=True)
-            loss.backward()
-            optimizer.step()
-            schedule.step()
-            losses.append(float(loss.detach()))
-        # Gradients and moments are three more models: they go before copies are made.
-        del optimizer, schedule, loss, scores
+        losses = learn(Lesson(self.config, self.compute, named, self._loss), batches)
+        # Gradients are one more model: they go before copies are made.
         model.zero_grad(set_to_none=True)
-        trained = {name: p.detach().numpy().copy() for name, p in named.items()}
-        return trained, examples, {"train-loss": float(np.mean(losses))}
+        return _on_host(named), examples, {"train-loss": float(np.mean(losses))}
 
     def statistics(
         self, kind: str, state: Mapping[str, NDArray], rows: Indices, *, examples: int
@@ -227,12 +200,10 @@ class FineTuning:
         They are those of the first ``examples`` of these training rows, which are partitioned
         at random. Tensors the state does not train have none.
         """
-        import torch
 
         from dare_agg.merge.collect import collect_fisher, collect_grams
 
         self.kind.check((kind,))
-        torch.set_num_threads(1)
         named = self._place(state)
         model = self._load()
         model.eval()
@@ -254,7 +225,6 @@ class FineTuning:
         """Return the task's metrics on the test rows (or those given), "loss" among them."""
         import torch
 
-        torch.set_num_threads(1)
         self._place(state)
         model = self._load()
         model.eval()
@@ -265,7 +235,7 @@ class FineTuning:
             raise ConfigError(f"none of the {len(chosen)} test rows can be read")
         chosen = readable
         total, sums, size = 0, dict[str, float](), self.kind.evaluate_rows
-        with torch.inference_mode(), self._precision():
+        with torch.inference_mode(), self.compute.autocast():
             for lo in range(0, len(chosen), size):
                 batch, targets = self._batch("test", chosen[lo : lo + size])
                 count, found = self.kind.sums(self._scores(batch), targets)
@@ -275,32 +245,10 @@ class FineTuning:
         return {**means, **self.kind.derived(means)}
 
 
-def draw_batches(rows: Indices, config: TaskConfig, seed: Sequence[int]) -> list[Indices]:
-    """Cut seeded permutations of a client's rows into batches for one round.
-
-    Raises `ConfigError` for more than `MOST_ROWS` rows.
-    """
-    rng = np.random.default_rng(np.random.SeedSequence([int(s) for s in seed]))
-    wanted = config.steps * config.batch if config.epochs == 0 else config.epochs * len(rows)
-    if wanted > MOST_ROWS:
-        raise ConfigError(
-            f"{wanted} rows to train on in a round, at most {MOST_ROWS}; lower steps or batch"
-        )
-    order = [rng.permutation(rows) for _ in range(-(-wanted // len(rows)) if len(rows) else 0)]
-    drawn = np.concatenate(order)[:wanted] if order else np.empty(0, np.int64)
-    return [drawn[lo : lo + config.batch] for lo in range(0, len(drawn), config.batch)]
-
-
-@cache
-def _keep_freed_memory() -> None:
-    """Let glibc reuse large blocks instead of returning them after each step.
-
-    Each step frees and takes the gradients of the whole model; without this the kernel
-    clears those pages again every time, a fifth of the step. Does nothing elsewhere.
-    """
-    try:
-        libc = ctypes.CDLL("libc.so.6")
-        for option, value in ((-3, 1 << 30), (-1, (1 << 31) - 1)):  # mmap and trim thresholds
-            libc.mallopt(option, value)
-    except (OSError, AttributeError):
-        pass
+def _on_host(named: Mapping[str, Any]) -> State:
+    """Copies of parameters as float32 arrays; from a GPU each moves once."""
+    found = {}
+    for name, parameter in named.items():
+        tensor = parameter.detach()
+        found[name] = tensor.numpy().copy() if tensor.device.type == "cpu" else tensor.cpu().numpy()
+    return found

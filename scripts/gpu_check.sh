@@ -14,5 +14,5 @@ if ! python -c 'import sys, torch; sys.exit(not torch.cuda.is_available())'; the
     exit 1
 fi
 export DARE_AGG_CACHE=${DARE_AGG_CACHE:-$(mktemp -d)}
-python -m pytest -q -m gpu tests/torch
+python -m pytest -q -m gpu tests/torch tests/client
 exec python -m simulations.bench.gpu "${arguments[@]+"${arguments[@]}"}"

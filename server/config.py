@@ -13,6 +13,7 @@ from dare_agg.checkpoint.hub_names import hub_name, missing_path
 from dare_agg.codec.budget import UploadBudget, parse_bytes
 from dare_agg.codec.formats import find_values
 from dare_agg.codec.mask import MASK_KINDS, parse_drop_rate
+from dare_agg.deploy.devices import PRECISIONS, parse_device
 from dare_agg.downlink.ways import DOWNLINKS
 from dare_agg.errors import ConfigError, did_you_mean
 from dare_agg.files.app_config import absent_words, config_defaults
@@ -79,6 +80,11 @@ def one_of(what: str, known: Iterable[str]) -> AfterValidator:
         return value
 
     return AfterValidator(check)
+
+
+def _known_device(word: str) -> str:
+    parse_device(word)
+    return word
 
 
 def _kebab(name: str) -> str:
@@ -166,7 +172,9 @@ class RunConfig(BaseModel):
     weight_decay: float = Field(ge=0)
     train_rows: int = Field(ge=0)
     test_rows: int = Field(ge=0)
-    precision: Literal["float32", "bfloat16"]
+    precision: Annotated[str, one_of("precision", PRECISIONS)]
+    device: Annotated[str, AfterValidator(_known_device)]
+    threads: int = Field(ge=1, le=1024)
 
     def train_by(self, method: str) -> str:
         """What a method of `METHODS` trains; a secure run what the config says."""
@@ -233,13 +241,13 @@ def read_config(raw: Mapping[str, Any]) -> RunConfig:
     return config
 
 
-# What a resumed run may be told anew: how long and how patiently it goes on, who takes part and
-# what is shown. All else decides what it computes.
+# What a resumed run may be told anew: how long, how patiently and on what it goes on, who takes
+# part and what is shown. All else decides what it computes.
 _MAY_CHANGE = frozenset(
     {
         "num-rounds", "min-clients", "min-replies", "max-empty-rounds", "deadline", "node-timeout",
         "identities", "secure-stage-seconds", "secure-roster", "save-model", "output", "resume",
-        "prometheus-port", "prometheus-host", "verify-every",
+        "prometheus-port", "prometheus-host", "verify-every", "device", "threads",
     }
 )  # fmt: skip
 _MOST_SHOWN = 60

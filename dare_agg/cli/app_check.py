@@ -8,7 +8,7 @@ first on the path::
     check = ["server.config:check"]         # before every run
     check-here = ["client.check:check"]     # where this machine is also the clients'
     [tool.dare-agg.absent]
-    device = "clients of this app train on the CPU"
+    gpus = "an option of the command: dare-agg run --gpus 0.5"
 """
 
 from __future__ import annotations

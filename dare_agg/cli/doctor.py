@@ -24,7 +24,7 @@ def doctor(
 
     checks = [
         result
-        for check in (_python, _versions, _environment, _directory, _port, _disk)
+        for check in (_python, _versions, _devices, _environment, _directory, _port, _disk)
         for result in check()
     ]
     checks += _bundle(app)
@@ -76,6 +76,22 @@ def _versions() -> list[Check]:
             ok, remedy = is_supported(name, found), pip_install(name)
         checks.append((name, ok, found, remedy))
     return checks
+
+
+def _devices() -> list[Check]:
+    """What clients can train on; a build of torch with CUDA that sees no GPU is wrong."""
+    from dare_agg.deploy.devices import devices_here, torch_build
+
+    build = torch_build()
+    if build is None:
+        return [("devices", False, "torch is not installed", "see above")]
+    made_for = [f"CUDA {build.cuda}"] if build.cuda else []
+    made_for += [f"ROCm {build.hip}"] if build.hip else []
+    made_for += [f"XPU {build.xpu}"] if build.xpu else []
+    here = devices_here()
+    found = f"{', '.join(here)}; torch is built for {', '.join(made_for) or 'the CPU alone'}"
+    remedy = "look at the driver (nvidia-smi) and at CUDA_VISIBLE_DEVICES"
+    return [("devices", bool(len(here) > 1 or not made_for), found, remedy)]
 
 
 def _environment() -> list[Check]:

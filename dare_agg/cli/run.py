@@ -14,6 +14,7 @@ import typer
 
 from dare_agg.cli.app_check import ask_app, check_kinds, check_words
 from dare_agg.cli.ending import ended_whole
+from dare_agg.cli.gpus import check_gpus
 from dare_agg.cli.run_config import absolute_paths, run_settings
 from dare_agg.errors import ConfigError
 from dare_agg.files.app_config import Scalar, absent_words, app_defaults, find_app
@@ -56,6 +57,10 @@ def run(
     cpus: Annotated[
         int, typer.Option(help="CPUs a simulated client takes; fewer run side by side.", min=1)
     ] = 1,
+    gpus: Annotated[
+        float,
+        typer.Option(help="GPUs a simulated client takes, such as 0.5: two clients share one."),
+    ] = 0.0,
     federation: Annotated[
         str, typer.Option(help="Address of a running SuperLink (host:port); none: simulate here.")
     ] = "",
@@ -94,6 +99,7 @@ def run(
             app=app,
             clients=clients,
             cpus=cpus,
+            gpus=gpus,
             federation=federation,
             root_certificates=root_certificates,
             watch=follow(folder, stderr_console()),
@@ -131,6 +137,7 @@ def execute(
     app: Path | None = None,
     clients: int | None = None,
     cpus: int = 1,
+    gpus: float = 0.0,
     federation: str = "",
     root_certificates: Path | None = None,
     watch: Callable[[str], None] | None = None,
@@ -153,7 +160,13 @@ def execute(
     simulated = 0
     if federation:
         connection = _connection(federation, root_certificates)
+        if gpus:
+            raise ConfigError(
+                f"--gpus {gpus:g} beside --federation: it is of simulated clients; a SuperNode "
+                "sees its machine's GPUs, and takes device in its --node-config"
+            )
     else:
+        check_gpus(gpus, str({**usual, **settings}.get("device", "auto")))
         simulated = _simulated_clients(folder, clients, resume)
         absolute_paths(settings)
         own["min-clients"] = simulated
@@ -187,7 +200,11 @@ def execute(
         write_simulation(folder, simulated)
         if settings.get("secure"):
             os.environ.update(practice_consortium(folder / "keys", simulated, _models(settings)))
-        federation_config = {"num-supernodes": simulated, "client-resources-num-cpus": cpus}
+        federation_config: dict[str, Scalar] = {
+            "num-supernodes": simulated,
+            "client-resources-num-cpus": cpus,
+            "client-resources-num-gpus": gpus,
+        }
         return _simulated(source, home, settings, federation_config, on_line)
 
 

@@ -84,7 +84,12 @@ def finished(tmp_path: Path) -> Path:
 
 REFUSED = [
     (["num-round=3"], "run config key 'num-round' is unknown; did you mean 'num-rounds'?"),
-    (["device=cuda"], "run config key 'device': clients of this app train on the CPU"),
+    (["device=meta"], "device 'meta' is unknown; known: auto, cpu"),
+    (["device=cuda:1"], "device 'cuda:1' in a simulation, where Ray chooses"),
+    (["device=gpu"], "did you mean 'cuda'?"),
+    (["gpus=1"], "run config key 'gpus': it is no word of the run config"),
+    (["threads=0"], "threads = 0: Input should be greater"),
+    (["precision=bf16"], "precision 'bf16' is unknown; did you mean 'bfloat16'?"),
     (["trim=0.2"], "run config key 'trim': there is no magnitude trim"),
     (["num-rounds=0"], "num-rounds = 0"),
     (["num-rounds=three"], "num-rounds = 'three': Input should be a valid integer"),

@@ -1,9 +1,13 @@
 """A tiny random BERT and small files, so that real tasks train in a second."""
 
 import json
+import sys
+from pathlib import Path
 
 import numpy as np
 import pytest
+
+sys.path.insert(0, str(Path(__file__).parent))
 
 WORDS = ["good", "fine", "great", "happy", "bad", "poor", "awful", "sad", "film", "book", "the"]
 

@@ -5,8 +5,8 @@ import time
 import numpy as np
 import pytest
 
+from client.batches import draw_batches
 from client.config import configure
-from client.training import draw_batches
 from dare_agg.errors import ConfigError
 
 

@@ -1,0 +1,49 @@
+"""What the words of a configuration may be: the choices of names, the bounds of numbers.
+
+The run config is checked by the server too; a node's own words, and those of code, only here.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+from dare_agg.deploy.devices import PRECISIONS, parse_device
+from dare_agg.errors import ConfigError, did_you_mean
+
+CHOICES: Mapping[str, tuple[str, ...]] = {
+    "train": ("full", "lora", "head"),
+    "precision": PRECISIONS,
+    "pooling": ("mean", "cls"),
+}
+# Beyond these one message would take all memory of whoever trains on it.
+BOUNDS: Mapping[str, tuple[int, int]] = {
+    "batch": (0, 1 << 14),
+    "steps": (0, 1 << 20),
+    "epochs": (0, 1 << 12),
+    "length": (0, 1 << 15),
+    "image_size": (0, 1 << 12),
+    "lora_rank": (0, 1 << 12),
+    "threads": (1, 1 << 10),
+}
+
+
+def check_words(settled: Mapping[str, Any]) -> None:
+    """Raise `ConfigError` for the first value (by its field's name) that cannot be."""
+    for name, (least, most) in BOUNDS.items():
+        value = settled[name]
+        if isinstance(value, bool) or not isinstance(value, int):
+            raise ConfigError(f"{_kebab(name)} = {value!r}; a whole number is needed")
+        if not least <= value <= most:
+            raise ConfigError(f"{_kebab(name)} = {value}; {least} to {most} are possible")
+    for name, known in CHOICES.items():
+        value = settled[name]
+        if value not in known:
+            raise ConfigError(
+                f"{_kebab(name)} {value!r} is unknown{did_you_mean(str(value), known)}"
+            )
+    parse_device(str(settled["device"]))
+
+
+def _kebab(name: str) -> str:
+    return name.replace("_", "-")

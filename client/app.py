@@ -20,6 +20,7 @@ from client.models import model_path
 from client.own import own_words
 from client.partition import partition
 from client.rows import Indices
+from client.schedule import Progress
 from client.training import FineTuning, build_task
 from dare_agg.flower import STATISTICS_KEY, dare_mod, offer_base
 from dare_agg.flower.secure.gate import is_guarded
@@ -107,7 +108,8 @@ def train(msg: Message, context: Context) -> Message:
     # Secure rounds want other draws after each start of the server; plain ones have none.
     start = [config["start-seed"]] if "start-seed" in config else []
     seed: Sequence[int] = (task.config.seed, int(config["server-round"]), number, *start)  # type: ignore[arg-type]
-    state, examples, metrics = task.train(_state(msg, task), rows, seed=seed)
+    progress = Progress(int(config["server-round"]), int(run["num-rounds"]))  # type: ignore[arg-type]
+    state, examples, metrics = task.train(_state(msg, task), rows, seed=seed, progress=progress)
     measured = MetricRecord({"num-examples": examples, **metrics})
     reply = RecordDict({"arrays": to_record(state), "metrics": measured})
     if "statistics" in config:

@@ -34,6 +34,11 @@ class TaskConfig:
     length: tokens a text is cut to; for language models, tokens of a block of joined texts.
     image_size: pixels an image is scaled to, each way (0: the model's own).
     steps: optimizer steps a round; epochs, where above 0, wins over it.
+    warm_up: steps in which the learning rate rises to its own; below 1 a share of all.
+    schedule: a row of `client.schedule.SCHEDULES`, how the rate goes on from there.
+    schedule_over: "round": anew each round; "run": once, over all rounds.
+    clip_norm: most that the norm of the gradient may be; 0 for any.
+    weight_decay_on: "all" parameters, or "matrices": no biases, norms or embeddings.
     train_rows, test_rows: use at most so many (0 for all).
     precision: "float32", or "bfloat16" or "float16" for the matrix products of the forward and
         backward pass (weights, optimizer and deltas stay float32): twice as fast where the
@@ -69,8 +74,12 @@ class TaskConfig:
     precision: str
     device: str
     threads: int
+    warm_up: float
+    schedule: str
+    schedule_over: str
+    clip_norm: float
+    weight_decay_on: str
     seed: int
-    warm_up: float = 0.0
 
 
 def configure(**words: Any) -> TaskConfig:

@@ -1,4 +1,4 @@
-"""The optimizer of a round: torch's AdamW, the head at a rate of its own."""
+"""The optimizer of a round: torch's AdamW, its groups of parameters."""
 
 from __future__ import annotations
 
@@ -8,14 +8,34 @@ from typing import Any
 from client.config import TaskConfig
 
 
-def make_optimizer(config: TaskConfig, named: Mapping[str, Any]) -> Any:
-    """AdamW over the trained parameters, by name."""
+def make_optimizer(config: TaskConfig, named: Mapping[str, Any], network: Any) -> Any:
+    """AdamW over the trained parameters (by name) of a network.
+
+    The head has a rate of its own. With ``weight_decay_on`` "matrices" biases, norms and
+    embeddings do not decay, nor what is tied to an embedding.
+    """
     import torch
 
-    head = [p for n, p in named.items() if n.startswith("head.")]
-    body = [p for n, p in named.items() if not n.startswith("head.")]
-    groups = [
-        {"params": body, "lr": config.learning_rate},
-        {"params": head, "lr": config.head_learning_rate},
-    ]
-    return torch.optim.AdamW(groups, weight_decay=config.weight_decay, fused=True)
+    spared = _spared(named, network) if config.weight_decay_on == "matrices" else set()
+    groups = []
+    for decays in (True, False) if spared else (True,):
+        chosen = {n: p for n, p in named.items() if (n in spared) is not decays}
+        decay = config.weight_decay if decays else 0.0
+        head = [p for n, p in chosen.items() if n.startswith("head.")]
+        body = [p for n, p in chosen.items() if not n.startswith("head.")]
+        groups += [
+            {"params": body, "lr": config.learning_rate, "weight_decay": decay},
+            {"params": head, "lr": config.head_learning_rate, "weight_decay": decay},
+        ]
+    # Fused on every kind of device that torch has.
+    return torch.optim.AdamW(groups, fused=True)
+
+
+def _spared(named: Mapping[str, Any], network: Any) -> set[str]:
+    """The names of biases, norms' scales and embeddings."""
+    import torch
+
+    embeddings = {
+        id(module.weight) for module in network.modules() if isinstance(module, torch.nn.Embedding)
+    }
+    return {n for n, p in named.items() if p.dim() < 2 or id(p) in embeddings}

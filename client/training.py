@@ -21,6 +21,7 @@ from client.config import TaskConfig
 from client.devices import Compute, compute_of
 from client.learning import Lesson, learn
 from client.rows import Data, Indices, Rows
+from client.schedule import ONLY_ROUND, Progress
 from client.tasks.table import find_task
 from client.tasks.task import Batch, Metrics, Reader, Task
 from dare_agg.deploy.devices import check_device
@@ -169,9 +170,17 @@ class FineTuning:
     # --- learning --------------------------------------------------------------------------
 
     def train(
-        self, state: Mapping[str, NDArray], rows: Indices, *, seed: Sequence[int]
+        self,
+        state: Mapping[str, NDArray],
+        rows: Indices,
+        *,
+        seed: Sequence[int],
+        progress: Progress = ONLY_ROUND,
     ) -> tuple[State, int, Metrics]:
-        """Train on these rows; return (state, rows seen for weighting, measurements)."""
+        """Train on these rows; return (state, rows seen for weighting, measurements).
+
+        ``progress`` says which round of how many this is, for schedules over a whole run.
+        """
         if not len(rows):
             raise ConfigError("a client has no rows to train on; use fewer clients or more data")
         named = self._place(state)
@@ -187,7 +196,8 @@ class FineTuning:
         batches = [kept for at in drawn if len(kept := at[np.isin(at, good)])]
         # Of rows that were not drawn, nothing is known.
         examples = len(rows) - (len(seen) - len(good))
-        losses = learn(Lesson(self.config, self.compute, named, self._loss), batches)
+        lesson = Lesson(self.config, self.compute, model, named, self._loss, progress)
+        losses = learn(lesson, batches)
         # Gradients are one more model: they go before copies are made.
         model.zero_grad(set_to_none=True)
         return _on_host(named), examples, {"train-loss": float(np.mean(losses))}

@@ -15,6 +15,9 @@ CHOICES: Mapping[str, tuple[str, ...]] = {
     "train": ("full", "lora", "head"),
     "precision": PRECISIONS,
     "pooling": ("mean", "cls"),
+    "schedule": ("constant", "linear", "cosine"),
+    "schedule_over": ("round", "run"),
+    "weight_decay_on": ("all", "matrices"),
 }
 # Beyond these one message would take all memory of whoever trains on it.
 BOUNDS: Mapping[str, tuple[int, int]] = {
@@ -26,6 +29,13 @@ BOUNDS: Mapping[str, tuple[int, int]] = {
     "lora_rank": (0, 1 << 12),
     "threads": (1, 1 << 10),
 }
+RANGES: Mapping[str, tuple[float, float]] = {
+    "learning_rate": (0, 1e3),
+    "head_learning_rate": (0, 1e3),
+    "weight_decay": (0, 1e3),
+    "warm_up": (0, 1 << 20),
+    "clip_norm": (0, 1e9),
+}
 
 
 def check_words(settled: Mapping[str, Any]) -> None:
@@ -36,6 +46,12 @@ def check_words(settled: Mapping[str, Any]) -> None:
             raise ConfigError(f"{_kebab(name)} = {value!r}; a whole number is needed")
         if not least <= value <= most:
             raise ConfigError(f"{_kebab(name)} = {value}; {least} to {most} are possible")
+    for name, (low, high) in RANGES.items():
+        value = settled[name]
+        if isinstance(value, bool) or not isinstance(value, int | float):
+            raise ConfigError(f"{_kebab(name)} = {value!r}; a number is needed")
+        if not low <= value <= high:  # nor is NaN
+            raise ConfigError(f"{_kebab(name)} = {value}; {low:g} to {high:g} are possible")
     for name, known in CHOICES.items():
         value = settled[name]
         if value not in known:

@@ -167,9 +167,14 @@ class RunConfig(BaseModel):
     batch: int = Field(ge=1)
     steps: int = Field(ge=1)
     epochs: int = Field(ge=0)
-    learning_rate: float = Field(gt=0)
-    head_learning_rate: float = Field(gt=0)
-    weight_decay: float = Field(ge=0)
+    learning_rate: float = Field(gt=0, le=1e3)
+    head_learning_rate: float = Field(gt=0, le=1e3)
+    weight_decay: float = Field(ge=0, le=1e3)
+    weight_decay_on: Annotated[str, one_of("weight-decay-on", ("all", "matrices"))]
+    warm_up: float = Field(ge=0, le=1 << 20)
+    schedule: Annotated[str, one_of("schedule", ("constant", "linear", "cosine"))]
+    schedule_over: Annotated[str, one_of("schedule-over", ("round", "run"))]
+    clip_norm: float = Field(ge=0, le=1e9)
     train_rows: int = Field(ge=0)
     test_rows: int = Field(ge=0)
     precision: Annotated[str, one_of("precision", PRECISIONS)]

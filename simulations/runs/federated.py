@@ -47,6 +47,8 @@ def divide(task: Any, settings: Any, seed: int) -> list[NDArray[np.int64]]:
 
 def run_row(row: Any) -> dict[str, Any]:
     """Run one (cell, seed); returns accuracy, its curve and the bytes of both directions."""
+    from client.schedule import Progress
+
     settings = row.settings
     task_settings = dict(settings["task"])
     if settings["method"] == "head-only":
@@ -87,7 +89,10 @@ def run_row(row: Any) -> dict[str, Any]:
         down_head += received.dense
         for client in chosen:
             tuned, weight, measured = task.train(
-                channel.state(), parts[client], seed=(row.seed, number, client)
+                channel.state(),
+                parts[client],
+                seed=(row.seed, number, client),
+                progress=Progress(number, rounds),
             )
             losses.append(measured["train-loss"])
             sent = channel.send(client, tuned, float(weight))

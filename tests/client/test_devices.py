@@ -145,7 +145,7 @@ def test_no_step_is_lost_to_the_scale_of_float16():
         return (weight.half() * 1000).float().sum()
 
     lesson = Lesson(
-        configure(learning_rate=rate), Compute("cpu", 1, "float16"), {"w": weight}, loss
+        configure(learning_rate=rate), Compute("cpu", 1, "float16"), None, {"w": weight}, loss
     )
     assert len(learn(lesson, [np.arange(2)] * 3)) == 3
     assert torch.allclose(weight, torch.full((3,), 1 - 3 * rate), atol=1e-5)

@@ -18,6 +18,7 @@ CHOICES: Mapping[str, tuple[str, ...]] = {
     "schedule": ("constant", "linear", "cosine"),
     "schedule_over": ("round", "run"),
     "weight_decay_on": ("all", "matrices"),
+    "lora_bias": ("none", "all", "lora_only"),
 }
 # Beyond these one message would take all memory of whoever trains on it.
 BOUNDS: Mapping[str, tuple[int, int]] = {
@@ -59,6 +60,12 @@ def check_words(settled: Mapping[str, Any]) -> None:
                 f"{_kebab(name)} {value!r} is unknown{did_you_mean(str(value), known)}"
             )
     parse_device(str(settled["device"]))
+    own, rank = settled.get("lora_own_rank", 0), settled["lora_rank"]
+    if own > rank:
+        raise ConfigError(
+            f"lora-rank = {own} of a node is above the run's {rank}, the rank of the adapters that "
+            "all share; raise lora-rank in the run config, or lower the node's"
+        )
 
 
 def _kebab(name: str) -> str:

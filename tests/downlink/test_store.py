@@ -10,6 +10,7 @@ import pytest
 from dare_agg.codec.mask import parse_drop_rate
 from dare_agg.downlink import coded_forms, lossless
 from dare_agg.downlink.base import STEPS
+from dare_agg.downlink.disk import header
 from dare_agg.downlink.disk import state as disk_state
 from dare_agg.downlink.forms import FORMS, STEP_FORMS
 from dare_agg.downlink.grid import grid_of
@@ -329,8 +330,6 @@ def test_a_file_that_is_not_whole_is_told_and_left(tmp_path, name, what):
         path.unlink()
     else:
         path.write_bytes(data[:-9] if what == "cut" else b"foreign " + data[8:])
-    if (name, what) == ("counts.high", "foreign"):
-        return  # no header of its own: two bytes a count, nothing else
     before = files_of(tmp_path)
     for open_it in (lambda s: s.restore(base, kept), lambda s: s.start(base)):
         with pytest.raises(StateError):
@@ -441,3 +440,20 @@ def test_pieces_must_be_the_whole_vector():
     for wrong in ([(0, ones)], [(0, ones), (11, ones)], [(0, ones), (10, ones), (20, ones)]):
         with pytest.raises(Exception, match=r"elements|begins"):
             list(retiled(iter(wrong), 20, 8))
+
+
+def test_a_store_of_another_form_is_refused_and_left(tmp_path, monkeypatch):
+    base = base_model()
+    store = VersionStore(tmp_path)
+    with monkeypatch.context() as patch:
+        patch.setattr(header, "_FORMAT", 1)
+        grow(store, store.start(base), range(1, 3))
+        kept = store.state_arrays()
+        store.close()
+    before = files_of(tmp_path)
+    for open_it in (lambda s: s.restore(base, kept), lambda s: s.start(base)):
+        with pytest.raises(
+            StateError, match="store of format 1, 2 is known: run the dare-agg that"
+        ):
+            open_it(VersionStore(tmp_path))
+    assert files_of(tmp_path) == before

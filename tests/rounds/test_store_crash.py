@@ -126,15 +126,15 @@ def die_at(moment: int) -> Callable[[], int]:
     def half(real, handle, data, at):
         real(handle, bytes(data)[: len(data) // 2], at)
 
-    def some(real, counts, where, low, high):
+    def some(real, counts, where, was, low, high):
         if not isinstance(where, slice):
-            middle = where.size // 2
-            real(counts, where[:middle], low[:middle], None if high is None else high[:middle])
+            half = [None if part is None else part[: where.size // 2] for part in (was, low, high)]
+            real(counts, where[: where.size // 2], *half)
 
     watched(os, "pwrite", half)
     for name in ("fdatasync", "fsync", "replace", "posix_fallocate", "unlink", "ftruncate"):
         watched(os, name)
-    watched(CountsFile, "put_halves", some)
+    watched(CountsFile, "replace_halves", some)
     watched(MappedVector, "flush")
     return lambda: met
 

@@ -1,9 +1,9 @@
-"""Counts of grid steps in a file: two bytes a parameter, changed in place.
+"""Counts of grid steps in a file: two bytes a parameter and the bits they need beyond, in place.
 
-The low 16 bits of every count, signed, lie in a mapped file. What is above stands in a second
-file, ``<name>.high``, as two rows of signed bytes (of 2¹⁶ and of 2²⁴) that take room on the disk
-only where a count has left what is below: count = low + 2¹⁶·high + 2²⁴·top. All are read and
-written where they lie; a process's own memory holds the part that is looked at.
+The low 16 bits of every count, signed, lie in a mapped file. What is above, count = low + 2¹⁶·high,
+stands in a second file, ``<name>.high``, in as many bits as the counts around need
+(`dare_agg.downlink.disk.sparse_bits`; -1, 1, -2 … are 1, 2, 3 … there). All are read and written
+where they lie; a process's own memory holds the part that is looked at.
 """
 
 from __future__ import annotations
@@ -16,10 +16,11 @@ import numpy as np
 from numpy.typing import NDArray
 
 from dare_agg.downlink.disk.mapped import MappedVector, create_mapped, open_mapped
-from dare_agg.downlink.disk.sparse_bytes import PART, SparseBytes, create_sparse
+from dare_agg.downlink.disk.sparse_bits import Bits, SparseBits, create_sparse
 from dare_agg.downlink.grid import Counts, Positions
 
-_KIND = "counts"
+_KIND, _ABOVE = "counts", "counts.high"
+Highs = NDArray[np.int16]
 
 
 class CountsFile:
@@ -34,7 +35,7 @@ class CountsFile:
     def __init__(self, low: MappedVector) -> None:
         self.path, self.size, self.base = low.path, low.size, low.base
         self._low = low
-        self._high = SparseBytes(_high(self.path), 2 * _row(self.size))
+        self._high = SparseBits(_high(self.path), _ABOVE, self.size, self.base)
 
     @property
     def version(self) -> str:
@@ -68,49 +69,33 @@ class CountsFile:
         low, high = halves_of(counts)
         self.put_halves(where, low, high)
 
-    def halves(
-        self, where: slice | Positions
-    ) -> tuple[NDArray[np.int16], NDArray[np.int16] | None]:
+    def halves(self, where: slice | Positions) -> tuple[NDArray[np.int16], Highs | None]:
         """The low 16 bits, signed, and what is above, None where that is 0 for certain (copies)."""
         where, passed = self._reach(where)
         low = np.array(self._low.values[where])
         self._low.passed(passed)
-        high, top = self._high.read(where), self._high.read(self._above(where))
-        if high is None and top is None:
-            return low, None
-        joined = np.zeros(low.size, np.int16)
-        if high is not None:
-            joined += high
-        if top is not None:
-            joined += top.astype(np.int16) << 8
-        return low, joined
+        return low, _signed(self._high.read(where))
 
     def put_halves(
-        self,
-        where: slice | Positions,
-        low: NDArray[np.int16],
-        high: NDArray[np.int16] | None,
+        self, where: slice | Positions, low: NDArray[np.int16], high: Highs | None
     ) -> None:
         """Write what `halves` gives; raises `StateError` where the disk is full."""
+        where, _ = self._reach(where)
+        self.replace_halves(where, _signed(self._high.read(where)), low, high)
+
+    def replace_halves(
+        self,
+        where: slice | Positions,
+        was: Highs | None,
+        low: NDArray[np.int16],
+        high: Highs | None,
+    ) -> None:
+        """As `put_halves`, where what is above is known: what `halves` has just given."""
         where, passed = self._reach(where)
         # First what may find no room.
-        if high is None:
-            self._high.write(where, None)
-            self._high.write(self._above(where), None)
-        else:
-            middle = high.astype(np.int8)
-            top = high - middle
-            top >>= 8
-            self._high.write(where, middle)
-            self._high.write(self._above(where), top.astype(np.int8))
+        self._high.write(where, _unsigned(was), _unsigned(high))
         self._low.values[where] = low
         self._low.passed(passed)
-
-    def _above(self, where: slice | Positions) -> slice | Positions:
-        row = _row(self.size)
-        if isinstance(where, slice):
-            return slice(where.start + row, where.stop + row)
-        return where + row
 
     def mark(self, version: str, *, dirty: bool = False) -> None:
         """Have the counts on the disk, then say which version they are, or are being moved from.
@@ -159,7 +144,7 @@ def create_counts(path: Path, size: int, base: str, version: str = "") -> Counts
     """
     low = create_mapped(path, _KIND, "<i2", size, base, version)
     try:
-        create_sparse(_high(path), 2 * _row(size))
+        create_sparse(_high(path), _ABOVE, size, base)
         return CountsFile(low)
     except BaseException:
         low.close()
@@ -187,9 +172,7 @@ def forget_counts(path: Path) -> None:
             name.unlink(missing_ok=True)
 
 
-def halves_of(
-    counts: NDArray[np.signedinteger],
-) -> tuple[NDArray[np.int16], NDArray[np.int16] | None]:
+def halves_of(counts: NDArray[np.signedinteger]) -> tuple[NDArray[np.int16], Highs | None]:
     """The low 16 bits of int32 counts, signed, and what is above, None where that is 0."""
     low = counts.astype(np.int16)
     above = counts - low
@@ -203,6 +186,16 @@ def _high(path: Path) -> Path:
     return path.with_name(path.name + ".high")
 
 
-def _row(size: int) -> int:
-    """Bytes of a row of the second file: whole parts."""
-    return -(-size // PART) * PART
+def _unsigned(high: Highs | None) -> Bits | None:
+    """0, -1, 1, -2 … as 0, 1, 2, 3 …: small numbers of either sign have few bits."""
+    if high is None:
+        return None
+    return ((high << 1) ^ (high >> 15)).view(np.uint16)
+
+
+def _signed(bits: Bits | None) -> Highs | None:
+    if bits is None:
+        return None
+    high = (bits >> 1).view(np.int16)
+    high ^= -(bits & 1).view(np.int16)
+    return high

@@ -12,7 +12,7 @@ import numpy as np
 from dare_agg.errors import StateError
 from dare_agg.files.state_file import parse_state, write_state
 
-_FORMAT = 1
+_FORMAT = 2
 
 
 @dataclass(frozen=True)

@@ -25,7 +25,7 @@ from dare_agg.files.pages import Pages
 
 _MAGIC = b"DAREVEC1"
 _PAGE = struct.Struct("<8s16sQBB32s32s8s")
-_PAGE_BYTES = 4096
+PAGE_BYTES = 4096
 _PIECE = 1 << 20
 NO_NAME = "00" * 32
 
@@ -43,8 +43,8 @@ class MappedVector:
         self.path, self.kind, self.size, self.base = path, kind, size, base
         self.version, self.dirty = NO_NAME, False
         self._handle, self._dtype = handle, np.dtype(dtype)
-        self._map = mmap.mmap(handle, _PAGE_BYTES + size * self._dtype.itemsize)
-        self.values: NDArray[Any] = np.frombuffer(self._map, self._dtype, size, _PAGE_BYTES)
+        self._map = mmap.mmap(handle, PAGE_BYTES + size * self._dtype.itemsize)
+        self.values: NDArray[Any] = np.frombuffer(self._map, self._dtype, size, PAGE_BYTES)
         self._pages = Pages(self._map)
 
     def passed(self, count: int) -> None:
@@ -57,7 +57,7 @@ class MappedVector:
         Raises `StateError` where the disk refuses.
         """
         self.flush()
-        page = _page(self.kind, self.size, self._dtype.itemsize, dirty, self.base, version)
+        page = first_page(self.kind, self.size, self._dtype.itemsize, dirty, self.base, version)
         with refusals(self.path):
             write_all(self._handle, page, 0)
             sync_data(self._handle)
@@ -92,7 +92,7 @@ def create_mapped(
         try:
             handle = os.open(path, os.O_RDWR | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o600)
             try:
-                take_room(handle, 0, _PAGE_BYTES + size * np.dtype(dtype).itemsize)
+                take_room(handle, 0, PAGE_BYTES + size * np.dtype(dtype).itemsize)
                 vector = MappedVector(path, handle, kind, dtype, size, base)
             except BaseException:
                 os.close(handle)
@@ -115,27 +115,40 @@ def open_mapped(path: Path, kind: str, dtype: DTypeLike, size: int, base: str) -
     except OSError as error:
         raise StateError(f"{kind} {path} cannot be read: {error.strerror or error}") from error
     try:
-        page, found = os.pread(handle, _PAGE.size, 0), os.fstat(handle).st_size
-        if len(page) < _PAGE.size:
-            raise StateError(f"{kind} {path} are cut off: {len(page)} bytes are there")
-        magic, held_kind, held, held_width, state, of_base, version, check = _PAGE.unpack(page)
-        if magic != _MAGIC or _check(page) != check or state > 1:
-            raise StateError(f"{path} is no file of {kind}, or a damaged one")
-        if (held_kind.rstrip(b"\0"), held_width) != (kind.encode(), width):
-            raise StateError(f"{path} holds {held_kind.rstrip(bytes(1))!r}, not {kind}")
-        if of_base.hex() != base or held != size:
-            raise StateError(
-                f"{kind} {path} are of {held} parameters over base {of_base.hex()[:12]}, not "
-                f"{size} over {base[:12]}"
-            )
-        if found != (due := _PAGE_BYTES + width * size):
-            raise StateError(f"{kind} {path} have {found} bytes, {due} are due")
+        version, dirty = check_page(
+            handle, path, kind, width, size, base, PAGE_BYTES + width * size
+        )
         vector = MappedVector(path, handle, kind, dtype, size, base)
     except BaseException:
         os.close(handle)
         raise
-    vector.version, vector.dirty = version.hex(), bool(state)
+    vector.version, vector.dirty = version, dirty
     return vector
+
+
+def check_page(
+    handle: int, path: Path, kind: str, width: int, size: int, base: str, nbytes: int
+) -> tuple[str, bool]:
+    """Return the version that a file's first page says, and whether it was being moved.
+
+    Raises `StateError` for a file that is cut off, damaged, of another kind, size or base.
+    """
+    page, found = os.pread(handle, _PAGE.size, 0), os.fstat(handle).st_size
+    if len(page) < _PAGE.size:
+        raise StateError(f"{kind} {path} are cut off: {len(page)} bytes are there")
+    magic, held_kind, held, held_width, state, of_base, version, check = _PAGE.unpack(page)
+    if magic != _MAGIC or _check(page) != check or state > 1:
+        raise StateError(f"{path} is no file of {kind}, or a damaged one")
+    if (held_kind.rstrip(b"\0"), held_width) != (kind.encode(), width):
+        raise StateError(f"{path} holds {held_kind.rstrip(bytes(1))!r}, not {kind}")
+    if of_base.hex() != base or held != size:
+        raise StateError(
+            f"{kind} {path} are of {held} parameters over base {of_base.hex()[:12]}, not "
+            f"{size} over {base[:12]}"
+        )
+    if found != nbytes:
+        raise StateError(f"{kind} {path} have {found} bytes, {nbytes} are due")
+    return version.hex(), bool(state)
 
 
 def take_room(handle: int, start: int, nbytes: int) -> None:
@@ -171,7 +184,8 @@ def refusals(path: Path) -> Iterator[None]:
         ) from error
 
 
-def _page(kind: str, size: int, width: int, dirty: bool, base: str, version: str) -> bytes:
+def first_page(kind: str, size: int, width: int, dirty: bool, base: str, version: str) -> bytes:
+    """The page a file begins with, but for the zeros that fill it."""
     names = bytes.fromhex(base), bytes.fromhex(version)
     parts = (_MAGIC, kind.encode(), size, width, int(dirty), *names)
     return _PAGE.pack(*parts, _check(_PAGE.pack(*parts, bytes(8))))

@@ -16,13 +16,13 @@ from dare_agg.downlink.disk.counts_file import CountsFile, create_counts, halves
 from dare_agg.downlink.disk.mapped import MappedVector, create_mapped, open_mapped
 from dare_agg.downlink.disk.rest import Codes
 from dare_agg.downlink.disk.undo import (
-    OldValues,
     UndoWriter,
     begin_undo,
     forget_records,
     header_before,
     old_values,
 )
+from dare_agg.downlink.disk.undo_record import OldValues
 from dare_agg.downlink.grid import LIMIT, Positions
 from dare_agg.errors import StateError
 from dare_agg.vectors.layout import FloatVector
@@ -185,7 +185,7 @@ class Changes:
                 f"{LIMIT} fit; start a new run from the last checkpoint, or lower the learning rate"
             )
         self.moved += int(np.count_nonzero(new)) - int(np.count_nonzero(old))
-        counts.put_halves(positions, *halves_of(new))
+        counts.replace_halves(positions, high, *halves_of(new))
         if rests:
             rest.values[positions] = _joined(rests)
         rest.passed(int(positions[-1] - positions[0]))

@@ -4,9 +4,8 @@ A file is the header of the round before (so many bytes, as they stood in its ow
 records. Each is on the disk before what it is about is changed, so one that is cut off, or
 damaged at the very end, was not needed yet.
 
-Record: magic ``b"UNDO"`` · first position u64 · positions u32 · bytes a gap u8 · whether high
-halves follow u8 · crc32 of the rest u32; then gaps between positions, low halves int16, rest u8,
-high halves int16.
+Record: magic ``b"UNDO"`` · bytes u32 · crc32 of what follows u32 · so many bytes, as
+`dare_agg.downlink.disk.undo_record` has them.
 """
 
 from __future__ import annotations
@@ -14,37 +13,18 @@ from __future__ import annotations
 import os
 import struct
 import zlib
-from collections.abc import Iterator, Mapping
-from dataclasses import dataclass
+from collections.abc import Iterator
 from pathlib import Path
 
-import numpy as np
-from numpy.typing import NDArray
-
 from dare_agg.downlink.disk.mapped import refusals, sync_data, write_all
-from dare_agg.downlink.disk.rest import Codes
-from dare_agg.downlink.grid import Positions
+from dare_agg.downlink.disk.undo_record import OldValues, decode_old, encode_old
 from dare_agg.errors import StateError
 from dare_agg.files.atomic import replace_file
 
-_MAGIC = b"DAREUND1"
+_MAGIC = b"DAREUND2"
 _HEAD = struct.Struct("<8sQI")
-_RECORD = struct.Struct("<4sQIBBI")
+_RECORD = struct.Struct("<4sII")
 _MARK = b"UNDO"
-# No gap where positions are neighbours.
-_GAPS: Mapping[int, np.dtype[np.unsignedinteger]] = {
-    width: np.dtype(f"<u{max(1, width)}") for width in (0, 1, 2, 4, 8)
-}
-
-
-@dataclass(frozen=True)
-class OldValues:
-    """What stood at ascending positions; ``high`` is None where all high halves were 0."""
-
-    positions: Positions
-    low: NDArray[np.int16]
-    rest: Codes
-    high: NDArray[np.int16] | None
 
 
 class UndoWriter:
@@ -58,23 +38,12 @@ class UndoWriter:
 
     def record(self, old: OldValues) -> None:
         """Have old values on the disk; raises `StateError` where it is full."""
-        count, positions = old.positions.size, old.positions
-        gaps = np.diff(positions)
-        widest = int(gaps.max()) if gaps.size else 1
-        width = next(w for w in _GAPS if widest < 1 << 8 * w or widest == 1)
-        parts = [gaps.astype(_GAPS[width]).tobytes()] if width else []
-        parts += [old.low.astype("<i2").tobytes(), old.rest.tobytes()]
-        if old.high is not None:
-            parts.append(old.high.astype("<i2").tobytes())
-        check = 0
-        for part in parts:
-            check = zlib.crc32(part, check)
-        first, high = int(positions[0]), old.high is not None
+        data = encode_old(old)
         with refusals(self.path):
-            for part in (_RECORD.pack(_MARK, first, count, width, high, check), *parts):
-                write_all(self._handle, part, self._at)
-                self._at += len(part)
+            write_all(self._handle, _RECORD.pack(_MARK, len(data), zlib.crc32(data)), self._at)
+            write_all(self._handle, data, self._at + _RECORD.size)
             sync_data(self._handle)
+        self._at += _RECORD.size + len(data)
 
     def close(self) -> None:
         """Let go of the file; it stays."""
@@ -137,23 +106,17 @@ def forget_records(path: Path) -> None:
             os.close(handle)
 
 
-def _payload_bytes(count: int, width: int, high: int) -> int:
-    return (count - 1) * width + (5 if high else 3) * count
-
-
 def _end_of(handle: int, at: int, end: int, path: Path) -> int | None:
     """Where the whole record at ``at`` ends; None where no whole one begins there."""
     head = os.pread(handle, _RECORD.size, at)
     if len(head) < _RECORD.size:
         return None
-    mark, _, count, width, high, check = _RECORD.unpack(head)
-    stop = at + _RECORD.size + _payload_bytes(count, width, high)
-    if mark == _MARK and width in _GAPS and count and stop > end:
-        return None
-    whole = mark == _MARK and width in _GAPS and bool(count)
-    if whole:
-        data = os.pread(handle, stop - at - _RECORD.size, at + _RECORD.size)
-        if zlib.crc32(data) == check:
+    mark, size, check = _RECORD.unpack(head)
+    stop = at + _RECORD.size + size
+    if mark == _MARK and size:
+        if stop > end:
+            return None
+        if zlib.crc32(os.pread(handle, size, at + _RECORD.size)) == check:
             return stop
         if stop == end:  # the very last: it was being written
             return None
@@ -161,15 +124,5 @@ def _end_of(handle: int, at: int, end: int, path: Path) -> int | None:
 
 
 def _read(handle: int, start: int) -> OldValues:
-    _, first, count, width, high, _ = _RECORD.unpack(os.pread(handle, _RECORD.size, start))
-    size = _payload_bytes(count, width, high)
-    data = os.pread(handle, size, start + _RECORD.size)
-    gaps = np.ones(count - 1, np.int64)
-    if width:
-        gaps = np.frombuffer(data, _GAPS[width], count - 1).astype(np.int64)
-    positions = np.cumsum(np.concatenate(([first], gaps)))
-    at = (count - 1) * width
-    low = np.frombuffer(data, "<i2", count, at)
-    rest = np.frombuffer(data, np.uint8, count, at + 2 * count)
-    halves = np.frombuffer(data, "<i2", count, at + 3 * count) if high else None
-    return OldValues(positions, low, rest, halves)
+    _, size, _ = _RECORD.unpack(os.pread(handle, _RECORD.size, start))
+    return decode_old(os.pread(handle, size, start + _RECORD.size))

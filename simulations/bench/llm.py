@@ -14,7 +14,8 @@ answers the messages that the first of them got.
 ``client_extra_mib`` is what the clients' process took beyond what it had once torch was loaded
 and the model made. CPU seconds are those of the costliest round and of the costliest answer
 without its training; ``download_bytes`` are the most that a client was sent after the first
-round. Rows are kept in ``--out`` and a point that is there is not run again.
+round, ``disk_bytes`` the most that the server's state folder took of the disk, for each parameter.
+Rows are kept in ``--out`` and a point that is there is not run again.
 """
 
 from __future__ import annotations
@@ -34,7 +35,7 @@ from typing import Any
 import numpy as np
 
 from simulations.runs.checkpoints import gpt2_shapes, llama_3_8b_shapes, make_checkpoints
-from simulations.runs.memory import Peak
+from simulations.runs.memory import Peak, PeakRoom
 from simulations.runs.rows import RESULTS, append_row, read_rows, versions
 
 _TILE = 1 << 20
@@ -88,10 +89,12 @@ def measure(name: str, folder: Path) -> dict[str, Any]:
     spent = [0.0]
 
     def cpu_seconds() -> float:
-        return time.process_time() - own.cpu_seconds - grid.peak.cpu_seconds
+        watching = own.cpu_seconds + grid.peak.cpu_seconds + disk.cpu_seconds
+        return time.process_time() - watching
 
     def after(outcome: RoundOutcome) -> None:
         measured, now = outcome.measurements, cpu_seconds()
+        disk.look()
         rounds.append(
             {
                 "accepted": measured["accepted"],
@@ -115,10 +118,11 @@ def measure(name: str, folder: Path) -> dict[str, Any]:
     )
     kept = folder / "asked" if point.apart else None
     began = time.monotonic()
-    with Peak() as own, FarGrid(_clients(name, folder, point.apart), point.clients, kept) as grid:
+    disk = PeakRoom(folder / "state")
+    clients = FarGrid(_clients(name, folder, point.apart), point.clients, kept)
+    with Peak() as own, disk, clients as grid:
         strategy.start(grid, num_rounds=point.rounds)
     assert [row["accepted"] for row in rounds] == [point.clients] * point.rounds, rounds
-    state = [file.stat() for file in (folder / "state").rglob("*") if file.is_file()]
     found = grid.answers, grid.before["own_bytes"], grid.peak
     if kept is not None:
         strategy.store.close()
@@ -143,7 +147,7 @@ def measure(name: str, folder: Path) -> dict[str, Any]:
         "client_anonymous_mib": peak.own >> 20,
         "server_mapped_mib": own.mapped >> 20,
         "server_start_cpu_seconds": round(grid.began or 0.0, 2),
-        "state_bytes": sum(512 * file.st_blocks for file in state),
+        "disk_bytes": round(disk.most / point.parameters, 3),
         "seconds": round(time.monotonic() - began, 1),
     }
 

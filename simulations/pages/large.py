@@ -26,6 +26,7 @@ def large_table(rows: list[dict], exchanged: list[dict]) -> str:
             human_bytes(row["download_bytes"]),
             f"{row['server_cpu_seconds']:.1f}",
             f"{row['client_cpu_seconds']:.1f}",
+            f"{row['disk_bytes']:.2f}" if "disk_bytes" in row else "",
             "",
         )
         for row in rows
@@ -43,6 +44,7 @@ def large_table(rows: list[dict], exchanged: list[dict]) -> str:
             human_bytes(row["download_bytes"]),
             "",
             "",
+            "",
             f"{row['seconds']:,.0f}",
         )
         for row in exchanged
@@ -58,6 +60,7 @@ def large_table(rows: list[dict], exchanged: list[dict]) -> str:
         "Down",
         "Server, CPU s a round",
         "A client, CPU s a round",
+        "Server's disk, bytes a parameter",
         "Seconds a round",
     )
     return markdown(columns, lines)

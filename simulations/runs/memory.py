@@ -1,7 +1,8 @@
-"""Memory of processes as Linux counts it: their own pages apart from mapped files."""
+"""Memory of processes as Linux counts it, own pages apart from mapped files, and room on disks."""
 
 from __future__ import annotations
 
+import contextlib
 import os
 import subprocess
 import tempfile
@@ -68,6 +69,52 @@ class Peak:
             self.cpu_seconds = time.thread_time()
             if self._stop.wait(self._period):
                 return
+
+
+def room_of(folder: Path) -> int:
+    """Bytes that the files of a folder take on the disk, whatever their lengths."""
+    taken = 0
+    for file in folder.rglob("*"):
+        with contextlib.suppress(FileNotFoundError):  # replaced meanwhile
+            taken += 512 * file.lstat().st_blocks
+    return taken
+
+
+class PeakRoom:
+    """The most that a folder's files took on the disk, seen every ``period`` seconds, or `look`.
+
+    ``cpu_seconds`` is what looking has cost its own thread so far.
+    """
+
+    most = 0
+    cpu_seconds = 0.0
+
+    def __init__(self, folder: Path, period: float = 0.2) -> None:
+        self._folder, self._period = folder, period
+        self._stop = threading.Event()
+        self._thread = threading.Thread(target=self._watch, daemon=True)
+
+    def __enter__(self) -> PeakRoom:
+        self._thread.start()
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        trace: TracebackType | None,
+    ) -> None:
+        self._stop.set()
+        self._thread.join()
+
+    def look(self) -> None:
+        """Look now."""
+        self.most = max(self.most, room_of(self._folder))
+
+    def _watch(self) -> None:
+        while not self._stop.wait(self._period):
+            self.look()
+            self.cpu_seconds = time.thread_time()
 
 
 @dataclass(frozen=True)

@@ -53,4 +53,5 @@ def test_a_point_is_run_once_and_its_row_says_what_was_asked_for(tmp_path, capsy
     # A hundredth of the elements, a bit each, and all of the round's down.
     assert row["upload_bytes"] < 1000 and row["download_bytes"] < 3000
     assert row["server_cpu_seconds"] > 0 and row["client_cpu_seconds"] > 0
+    assert 3 <= row["disk_bytes"] < 7  # room is taken in pieces of 256 KiB
     assert not list(tmp_path.glob("dare-llm-*"))

@@ -1,8 +1,9 @@
 """Own pages and mapped files are told apart, of a process and of a command."""
 
 import sys
+import time
 
-from simulations.runs.memory import run_watched
+from simulations.runs.memory import PeakRoom, run_watched
 
 _TAKE = """
 import sys, time
@@ -27,3 +28,16 @@ def test_a_command_is_watched_and_mapped_pages_are_not_its_own(tmp_path):
 def test_a_command_that_fails_says_what_it_said(tmp_path):
     ran = run_watched([sys.executable, "-c", "raise SystemExit('no')"], folder=tmp_path)
     assert (ran.status, ran.err) == (1, "no\n")
+
+
+def test_room_on_the_disk_is_what_was_taken_at_most(tmp_path):
+    (tmp_path / "within").mkdir()
+    with (tmp_path / "within" / "holes").open("wb") as file:
+        file.truncate(1 << 30)
+    with PeakRoom(tmp_path, 0.01) as room:
+        (tmp_path / "file").write_bytes(bytes(8 << 20))
+        time.sleep(0.3)
+        (tmp_path / "file").unlink()
+        time.sleep(0.1)
+        room.look()
+    assert 8 << 20 <= room.most < 9 << 20

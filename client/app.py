@@ -18,7 +18,7 @@ from flwr.clientapp import ClientApp
 from client.config import ConfigValue, TaskConfig, place, task_config
 from client.models import model_path
 from client.own import own_words
-from client.partition import partition
+from client.partition import hold_out, partition
 from client.rows import Indices
 from client.schedule import Progress
 from client.training import FineTuning, build_task
@@ -67,6 +67,14 @@ def _train_rows(config: TaskConfig, rule: str, alpha: float, count: int) -> Sequ
     return partition(rule, rows.labels, rows.groups, count, alpha=alpha, seed=config.seed)
 
 
+def _own_rows(task: FineTuning, context: Context) -> tuple[Indices, Indices]:
+    """The training rows that are this node's: those it trains on, and those it holds out."""
+    run = context.run_config
+    number, count = place(run, context.node_config)
+    rows = _train_rows(task.config, str(run["partition"]), float(run["alpha"]), count)[number]
+    return hold_out(rows, task.config.held_out, (task.config.seed, number))
+
+
 @app.query("describe")
 def describe(msg: Message, context: Context) -> Message:
     """Say which labels this node's data has, before anything trains.
@@ -77,6 +85,8 @@ def describe(msg: Message, context: Context) -> Message:
     needs = msg.content.config_records["config"].get("needs", [])
     assert isinstance(needs, list)
     task.kind.check(str(need) for need in needs)
+    if task.config.held_out:
+        _own_rows(task, context)  # raises where none would be left to train on
     labels = list(task.data.label_names) if task.kind.agreed_labels else []
     described = ConfigRecord(
         {"labels": labels, "rows": len(task.train_rows), "notes": list(task.data.notes)}
@@ -101,9 +111,9 @@ def own_base(msg: Message, context: Context) -> Mapping[str, np.ndarray]:
 def train(msg: Message, context: Context) -> Message:
     """Train on this node's rows for one round."""
     task = _own_task(msg, context)
-    number, count = place(context.run_config, context.node_config)
     run = context.run_config
-    rows = _train_rows(task.config, str(run["partition"]), float(run["alpha"]), count)[number]
+    number, _ = place(run, context.node_config)
+    rows, _ = _own_rows(task, context)
     config = msg.content.config_records["config"]
     # Secure rounds want other draws after each start of the server; plain ones have none.
     start = [config["start-seed"]] if "start-seed" in config else []
@@ -122,16 +132,18 @@ def train(msg: Message, context: Context) -> Message:
 
 @app.evaluate()
 def evaluate(msg: Message, context: Context) -> Message:
-    """Evaluate on this node's share of the test rows.
+    """Evaluate on this node's share of the test rows, or on the rows that it holds out.
 
     In a simulation the shares are disjoint and cover the whole common test set, so their
     weighted mean is the accuracy on it.
     """
     task = _own_task(msg, context)
     number, count = place(context.run_config, context.node_config)
-    rows = np.arange(number, len(task.test_rows), count)
-    metrics = task.evaluate(_state(msg, task), rows)
-    examples = len(task.readable("test", rows))
+    split, rows = "test", np.arange(number, len(task.test_rows), count)
+    if task.config.held_out:
+        split, (_, rows) = "train", _own_rows(task, context)
+    metrics = task.evaluate(_state(msg, task), rows, split=split)
+    examples = len(task.readable(split, rows))
     measured = MetricRecord({"num-examples": examples, **metrics})
     return Message(RecordDict({"metrics": measured}), reply_to=msg)
 

@@ -14,6 +14,7 @@ from pathlib import Path
 from client.config import DEFAULTS, ConfigValue, TaskConfig, data_sources, task_config
 from client.data import FILE_READERS
 from client.images import BUILT_IN_IMAGES
+from client.instructions.sources import BUILT_IN_CONVERSATIONS
 from client.models import MODELS, package_path
 from client.tasks.table import find_task
 from client.text_files import kind_of
@@ -47,8 +48,8 @@ def _check_data(config: TaskConfig) -> None:
         row = BUILT_IN_IMAGES[word]
         if not Path(row.folder).is_dir():
             raise ConfigError(f"data {word!r} is not installed; get it with: {row.remedy}")
-    elif not Path(word).exists():
-        known = (*BUILT_IN, *BUILT_IN_IMAGES)
+    elif word not in BUILT_IN_CONVERSATIONS and not Path(word).exists():
+        known = (*BUILT_IN, *BUILT_IN_IMAGES, *BUILT_IN_CONVERSATIONS)
         if _is_path(word, FILE_READERS):
             raise ConfigError(f"data {word!r} does not exist; check the path")
         _refuse_near("data", word, known)

@@ -12,16 +12,20 @@ from collections.abc import Mapping
 from client.config import DEFAULTS, ConfigValue, split_list
 from client.data import BUILT_IN
 from client.images import BUILT_IN_IMAGES
+from client.instructions.sources import BUILT_IN_CONVERSATIONS
 from client.models import MODELS
 from dare_agg.errors import ConfigError
 
 # Run config key → the node config's key for it, and the public names that a run may say.
 PLACES = {
-    "data": ("data-path", (*BUILT_IN, *BUILT_IN_IMAGES)),
+    "data": ("data-path", (*BUILT_IN, *BUILT_IN_IMAGES, *BUILT_IN_CONVERSATIONS)),
     "model": ("base-path", tuple(MODELS)),
 }
 # Columns are the node's, else the app's own defaults.
-COLUMNS = ("text-column", "label-column", "delimiter", "encoding", "partition-by")
+COLUMNS = (
+    "text-column", "label-column", "delimiter", "encoding", "partition-by", "prompt-column",
+    "answer-column",
+)  # fmt: skip
 
 
 def own_words(

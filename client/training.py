@@ -8,7 +8,7 @@ at the usual settings on one thread of the CPU, without dropout, batches drawn f
 from __future__ import annotations
 
 import logging
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
 from typing import Any
@@ -16,8 +16,6 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from client.adapters.components import own_components
-from client.adapters.settings import is_adapted
 from client.batches import draw_batches
 from client.config import TaskConfig
 from client.devices import Compute, compute_of
@@ -25,7 +23,7 @@ from client.learning import Lesson, learn
 from client.rows import Data, Indices, Rows
 from client.schedule import ONLY_ROUND, Progress
 from client.tasks.table import find_task
-from client.tasks.task import Batch, Metrics, Reader, Task
+from client.tasks.task import Batch, Metrics, Reader, Task, told_labels
 from dare_agg.deploy.devices import check_device
 from dare_agg.errors import ConfigError
 
@@ -91,8 +89,7 @@ class FineTuning:
         if self.config.train == "full":
             return named
         if self.config.train == "lora":
-            bias = self.config.lora_bias
-            return {n: p for n, p in named.items() if n.startswith("head.") or is_adapted(n, bias)}
+            return {n: p for n, p in named.items() if "lora_" in n or n.startswith("head.")}
         return {n: p for n, p in named.items() if n.startswith("head.")}
 
     def initial_state(self) -> State:
@@ -199,9 +196,8 @@ class FineTuning:
         batches = [kept for at in drawn if len(kept := at[np.isin(at, good)])]
         # Of rows that were not drawn, nothing is known.
         examples = len(rows) - (len(seen) - len(good))
-        with own_components(model, named, self.config) as learned:
-            lesson = Lesson(self.config, self.compute, model, learned, self._loss, progress)
-            losses = learn(lesson, batches)
+        lesson = Lesson(self.config, self.compute, model, named, self._loss, progress)
+        losses = learn(lesson, batches)
         # Gradients are one more model: they go before copies are made.
         model.zero_grad(set_to_none=True)
         return _on_host(named), examples, {"train-loss": float(np.mean(losses))}
@@ -235,26 +231,53 @@ class FineTuning:
         found = collect(model, batches, forward=forward)
         return {name: array for name, array in found.items() if name in named}
 
-    def evaluate(self, state: Mapping[str, NDArray], rows: Indices | None = None) -> Metrics:
-        """Return the task's metrics on the test rows (or those given), "loss" among them."""
+    def evaluate(
+        self, state: Mapping[str, NDArray], rows: Indices | None = None, *, split: str = "test"
+    ) -> Metrics:
+        """Return the task's metrics on a split's rows (all, or those given), "loss" among them.
+
+        Where the task tells labels apart, ``metric:label`` of each label too, with its rows.
+        """
         import torch
 
         self._place(state)
         model = self._load()
         model.eval()
-        chosen = np.arange(len(self.test_rows)) if rows is None else rows
+        every = self.train_rows if split == "train" else self.test_rows
+        chosen = np.arange(len(every)) if rows is None else rows
         if not len(chosen):
             raise ConfigError("no test rows to evaluate on; use fewer clients or more data")
-        if not len(readable := self.readable("test", chosen)):
+        if not len(readable := self.readable(split, chosen)):
             raise ConfigError(f"none of the {len(chosen)} test rows can be read")
-        chosen = readable
+        labels = told_labels(self.data, every, readable) if self.kind.by_label else {}
+        parts = labels or {"": readable}
+        with torch.inference_mode():
+            found = {label: self._summed(split, at) for label, at in parts.items()}
+            answered = self.kind.answered(model, self.config, self.data, every, readable)
+        metrics = self._means(found.values())
+        for label in labels:
+            means = self._means([found[label]])
+            metrics |= {f"{name}:{label}": value for name, value in means.items()}
+            metrics[f"rows:{label}"] = len(parts[label])
+        return {**metrics, **answered}
+
+    def _summed(self, split: str, at: Indices) -> tuple[int, Metrics]:
+        """How many targets of some rows count, and each metric's sum over those."""
         total, sums, size = 0, dict[str, float](), self.kind.evaluate_rows
-        with torch.inference_mode(), self.compute.autocast():
-            for lo in range(0, len(chosen), size):
-                batch, targets = self._batch("test", chosen[lo : lo + size])
+        with self.compute.autocast():
+            for lo in range(0, len(at), size):
+                batch, targets = self._batch(split, at[lo : lo + size])
                 count, found = self.kind.sums(self._scores(batch), targets)
                 total += count
                 sums = {name: sums.get(name, 0) + value for name, value in found.items()}
+        return total, sums
+
+    def _means(self, summed: Iterable[tuple[int, Metrics]]) -> Metrics:
+        """Each metric over all targets of these sums, and what follows from the means."""
+        total, sums = 0, dict[str, float]()
+        for count, found in summed:
+            total += count
+            sums = {name: sums.get(name, 0) + value for name, value in found.items()}
         means = {name: value / total for name, value in sums.items()}
         return {**means, **self.kind.derived(means)}
 

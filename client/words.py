@@ -11,6 +11,7 @@ from typing import Any
 from dare_agg.deploy.devices import PRECISIONS, parse_device
 from dare_agg.errors import ConfigError, did_you_mean
 
+ANSWER_FORMS = ("text", "number")
 CHOICES: Mapping[str, tuple[str, ...]] = {
     "train": ("full", "lora", "head"),
     "precision": PRECISIONS,
@@ -18,7 +19,7 @@ CHOICES: Mapping[str, tuple[str, ...]] = {
     "schedule": ("constant", "linear", "cosine"),
     "schedule_over": ("round", "run"),
     "weight_decay_on": ("all", "matrices"),
-    "lora_bias": ("none", "all", "lora_only"),
+    "answer_form": ANSWER_FORMS,
 }
 # Beyond these one message would take all memory of whoever trains on it.
 BOUNDS: Mapping[str, tuple[int, int]] = {
@@ -29,6 +30,8 @@ BOUNDS: Mapping[str, tuple[int, int]] = {
     "image_size": (0, 1 << 12),
     "lora_rank": (0, 1 << 12),
     "threads": (1, 1 << 10),
+    "generate_rows": (0, 1 << 16),
+    "generate_tokens": (1, 1 << 14),
 }
 RANGES: Mapping[str, tuple[float, float]] = {
     "learning_rate": (0, 1e3),
@@ -36,6 +39,7 @@ RANGES: Mapping[str, tuple[float, float]] = {
     "weight_decay": (0, 1e3),
     "warm_up": (0, 1 << 20),
     "clip_norm": (0, 1e9),
+    "held_out": (0, 1 << 24),
 }
 
 
@@ -60,11 +64,10 @@ def check_words(settled: Mapping[str, Any]) -> None:
                 f"{_kebab(name)} {value!r} is unknown{did_you_mean(str(value), known)}"
             )
     parse_device(str(settled["device"]))
-    own, rank = settled.get("lora_own_rank", 0), settled["lora_rank"]
-    if own > rank:
+    held = settled["held_out"]
+    if held >= 1 and held != int(held):
         raise ConfigError(
-            f"lora-rank = {own} of a node is above the run's {rank}, the rank of the adapters that "
-            "all share; raise lora-rank in the run config, or lower the node's"
+            f"held-out = {held}; a share of a client's rows below 1, or a whole number of rows"
         )
 
 

@@ -239,7 +239,8 @@ def make_strategy(config: RunConfig, name: str, record: Any, state: Path) -> Rou
         "mask": config.mask,
         "dense_values": config.dense_values,
         "server_step": config.step(),
-        "dense": config.dense_by(name),
+        # With the head alone there is no delta group besides it.
+        "dense": () if config.train_by(name) == "head" else config.dense,
         **METHODS[name].words,
     }
     return DareStrategy(

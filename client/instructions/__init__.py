@@ -1,1 +1,1 @@
-"""Instruction data: conversations, templates, packing, generation."""
+"""Instruction data: conversations, the model's chat template over them, and answers generated."""

@@ -23,13 +23,13 @@ from client.models import (
 )
 from client.rows import Data, Indices, Rows
 from client.tasks.cross_entropy import IGNORED
-from client.tasks.task import Batch, Reader, Task
+from client.tasks.task import Batch, Metrics, Reader, Task, test_share
 from dare_agg.errors import ConfigError
 
 
 def load_blocks(config: TaskConfig) -> Data:
     """Load the configuration's texts as blocks of token ids (int32, at most ``length`` each)."""
-    _check(config)
+    check_model(config)
     data = load_text(
         config.data,
         text_column=config.text_column,
@@ -38,6 +38,7 @@ def load_blocks(config: TaskConfig) -> Data:
         delimiter=config.delimiter,
         encoding=config.encoding,
         label_optional=True,  # labels only serve to divide rows: clients need not share them
+        test_share=test_share(config),
         seed=config.seed,
     )
     tokenizer = load_tokenizer(config.model)
@@ -50,7 +51,8 @@ def load_blocks(config: TaskConfig) -> Data:
     )
 
 
-def _check(config: TaskConfig) -> None:
+def check_model(config: TaskConfig) -> None:
+    """Refuse a built-in model that is no causal language model."""
     if built_in_kind(config.model) not in ("", LANGUAGE_MODEL):
         known = ", ".join(built_in(LANGUAGE_MODEL))
         raise ConfigError(
@@ -131,13 +133,18 @@ def next_tokens(batch: Batch, labels: Any) -> Any:
     return batch["input_ids"][:, 1:].masked_fill(~batch["attention_mask"][:, 1:], IGNORED)
 
 
+def perplexity(metrics: Metrics) -> Metrics:
+    """exp of the mean loss a token."""
+    return {"perplexity": float(np.exp(metrics["loss"]))}
+
+
 def language_model(config: TaskConfig, labels: int) -> Any:
     """Load a causal language model; its tensors keep their Hugging Face names."""
     import torch
     from transformers import AutoModelForCausalLM
     from transformers.utils import logging
 
-    _check(config)
+    check_model(config)
     logging.disable_progress_bar()
     folder = model_path(config.model)
     refuse_quantised_model(folder)
@@ -165,7 +172,7 @@ TASK = Task(
     reader=block_reader,
     scores=token_scores,
     targets=next_tokens,
-    derived=lambda metrics: {"perplexity": float(np.exp(metrics["loss"]))},
+    derived=perplexity,
     agreed_labels=False,  # they only serve to divide rows
     refusals={
         "head": "a causal language model has no head of its own to train; leave out head-only, "

@@ -21,7 +21,7 @@ from client.models import (
 )
 from client.pixels import read_image
 from client.rows import Data, Indices, Rows
-from client.tasks.task import Batch, Task
+from client.tasks.task import Batch, Task, test_share
 from dare_agg.errors import ConfigError
 from dare_agg.files.json_text import read_json
 
@@ -40,6 +40,7 @@ def _load(config: TaskConfig) -> Data:
         label_column=config.label_column,
         partition_by=config.partition_by,
         label_names=config.labels,
+        test_share=test_share(config),
         seed=config.seed,
     )
 

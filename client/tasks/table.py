@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 
 from client.config import TaskConfig
-from client.tasks import causal_lm, image_classification, text_classification
+from client.tasks import causal_lm, image_classification, instructions, text_classification
 from client.tasks.task import Task
 from dare_agg.errors import ConfigError, did_you_mean
 
@@ -13,6 +13,7 @@ from dare_agg.errors import ConfigError, did_you_mean
 TASKS: Mapping[str, Task] = {
     row.name: row
     for row in (
+        instructions.TASK,
         causal_lm.TASK,
         image_classification.TASK,
         text_classification.TASK,

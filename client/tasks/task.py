@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field
 from typing import Any
+
+import numpy as np
 
 from client.config import TaskConfig
 from client.rows import Data, Indices, Rows
@@ -31,6 +34,34 @@ def _nothing(metrics: Metrics) -> Metrics:
     return {}
 
 
+# Of network, configuration, all rows and which of them.
+Answered = Callable[[Any, TaskConfig, Data, Rows, Indices], Metrics]
+
+
+MOST_LABELS = 32  # of which metrics are told one by one
+_UNFIT = re.compile(r"[^\w .,@/+-]")
+
+
+def told_labels(data: Data, rows: Rows, at: Indices) -> Mapping[str, Indices]:
+    """Some rows by the words that metrics tell their labels by; nothing for one label of many."""
+    if not 1 <= len(data.label_names) <= MOST_LABELS:
+        return {}
+    labels = rows.labels[at]
+    return {
+        _UNFIT.sub("_", data.label_names[label])[:60]: at[labels == label]
+        for label in np.unique(labels)
+    }
+
+
+def test_share(config: TaskConfig) -> float:
+    """The share of a source's rows that are test rows; none where clients hold out their own."""
+    return 0.0 if config.held_out else 0.2
+
+
+def _no_answers(network: Any, config: TaskConfig, data: Data, rows: Rows, at: Indices) -> Metrics:
+    return {}
+
+
 @dataclass(frozen=True)
 class Task:
     """A row of the table of tasks.
@@ -54,6 +85,10 @@ class Task:
     refusals: ways to train ("full", "lora", "head") and statistics ("fisher", "gram") that it
         has none of, and why.
     evaluate_rows: rows that are scored at once.
+    by_label: whether metrics are told label by label too, as ``metric:label``, ``rows:label``
+        among them.
+    answered: further metrics of a network on some rows that need more than scores, told label
+        by label in the same way.
     """
 
     name: str
@@ -69,6 +104,8 @@ class Task:
     agreed_labels: bool = True
     refusals: Mapping[str, str] = field(default_factory=dict)
     evaluate_rows: int = 100
+    by_label: bool = False
+    answered: Answered = _no_answers
 
     def check(self, needs: Iterable[str]) -> None:
         """Raise `ConfigError` for the first of these that the task refuses."""

@@ -9,7 +9,7 @@ from client.data import load_text
 from client.head import linear_head, with_adapters
 from client.models import IMAGE_ENCODER, built_in_kind, model_path, refuse_quantised_model
 from client.rows import Data, Indices, Rows
-from client.tasks.task import Batch, Reader, Task
+from client.tasks.task import Batch, Reader, Task, test_share
 from dare_agg.errors import ConfigError
 
 
@@ -23,6 +23,7 @@ def load_labelled_text(config: TaskConfig) -> Data:
         label_names=config.labels,
         delimiter=config.delimiter,
         encoding=config.encoding,
+        test_share=test_share(config),
         seed=config.seed,
     )
 

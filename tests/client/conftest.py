@@ -7,6 +7,8 @@ from pathlib import Path
 import numpy as np
 import pytest
 
+from tests.chat import as_messages, make_model, talk
+
 sys.path.insert(0, str(Path(__file__).parent))
 
 WORDS = ["good", "fine", "great", "happy", "bad", "poor", "awful", "sad", "film", "book", "the"]
@@ -107,3 +109,21 @@ def review_files(tmp_path_factory):
     pq.write_table(pa.Table.from_pylist(rows), folder / "r.parquet")
     datasets.Dataset.from_list(rows).save_to_disk(str(folder / "r.dataset"))
     return {name: folder / f"r.{name}" for name in ("csv", "jsonl", "parquet", "dataset")}
+
+
+@pytest.fixture(scope="session")
+def chat_model(tmp_path_factory):
+    """A Hugging Face folder with a random two-layer Llama, a tokenizer and a chat template."""
+    return make_model(tmp_path_factory.mktemp("chat-llama"))
+
+
+@pytest.fixture(scope="session")
+def talk_file(tmp_path_factory):
+    """Forty conversations as JSON Lines, of two kinds by four authors."""
+    path = tmp_path_factory.mktemp("talks") / "talks.jsonl"
+    rows = [
+        {"messages": as_messages(talk(n)), "kind": ("short", "long")[n % 3 == 0], "by": f"a{n % 4}"}
+        for n in range(40)
+    ]
+    path.write_text("\n".join(map(json.dumps, rows)))
+    return path

@@ -1,8 +1,9 @@
 import numpy as np
 import pytest
 
+from client.config import configure
 from client.data import BUILT_IN, load_text
-from client.partition import by_column, dirichlet, iid, partition
+from client.partition import by_column, dirichlet, hold_out, iid, partition
 from dare_agg.errors import ConfigError
 
 COLUMNS = {"text_column": "review", "label_column": "tone", "partition_by": "author"}
@@ -94,3 +95,24 @@ def test_impossible_partitions_are_refused(rule, clients, message):
 
 def test_the_table_of_built_in_sets_is_complete():
     assert {"reuters-r8", "election", "sms", "tweets", "imdb"} <= set(BUILT_IN)
+
+
+@pytest.mark.parametrize(
+    ("held", "count"), [(0.0, 0), (0.001, 1), (0.25, 10), (7.0, 7), (39.0, 39)]
+)
+def test_rows_held_out_are_a_clients_own_and_never_trained_on(held, count):
+    rows = np.arange(100, 140)
+    kept, out = hold_out(rows, held, (3, 1))
+    assert len(out) == count and np.array_equal(np.sort([*kept, *out]), rows)
+    again, other = hold_out(rows, held, (3, 1)), hold_out(rows, held, (3, 2))
+    assert np.array_equal(out, again[1])
+    assert count in (0, 39) or not np.array_equal(out, other[1])
+
+
+def test_a_client_cannot_hold_out_all_its_rows():
+    with pytest.raises(ConfigError, match="held-out = 40 takes all 40 rows of a client; lower it"):
+        hold_out(np.arange(40), 40.0, (0,))
+    with pytest.raises(
+        ConfigError, match=r"held-out = 1\.5; a share of a client's rows below 1, or"
+    ):
+        configure(held_out=1.5)

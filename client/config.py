@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from client.words import check_words
+from dare_agg.errors import ConfigError
 from dare_agg.files.app_config import config_defaults
 
 ConfigValue = bool | int | float | str | bytes
@@ -37,7 +38,15 @@ class TaskConfig:
     generate_tokens: the most tokens of an answer.
     answer_form: how answers are compared, "text" or "number" (the last one in them).
     train: "full" fine-tuning, "lora" adapters, or "head" only.
-    lora_targets: names of the modules that get adapters (none: PEFT's choice for the model).
+    lora_rank, lora_alpha: rank r of the run's adapters, and α; their product counts α/r, or α/√r
+        with ``lora_rslora`` (arXiv 2312.03732).
+    lora_targets: modules that get adapters: ends of names, regular expressions of whole names,
+        "all-linear" (none: PEFT's choice for the model).
+    lora_bias: which biases learn too: "none", "all", or "lora_only" (of adapted modules).
+    lora_whole: ends of the names of modules that are trained whole beside the adapters.
+    lora_dora: DoRA (arXiv 2402.09353): a length for each output beside the factors.
+    lora_own_rank: how many of the rank's components this node learns (0: all); the others
+        take part as they are.
     pooling: "mean" over tokens, or "cls".
     length: tokens a text is cut to; for language models, tokens of a block of joined texts.
     image_size: pixels an image is scaled to, each way (0: the model's own).
@@ -76,6 +85,10 @@ class TaskConfig:
     lora_rank: int
     lora_alpha: int
     lora_targets: tuple[str, ...]
+    lora_bias: str
+    lora_whole: tuple[str, ...]
+    lora_rslora: bool
+    lora_dora: bool
     pooling: str
     length: int
     image_size: int
@@ -96,6 +109,7 @@ class TaskConfig:
     clip_norm: float
     weight_decay_on: str
     seed: int
+    lora_own_rank: int = 0
 
 
 def configure(**words: Any) -> TaskConfig:
@@ -106,7 +120,7 @@ def configure(**words: Any) -> TaskConfig:
     known = {field.name for field in fields(TaskConfig)}
     usual = {key.replace("-", "_"): value for key, value in DEFAULTS.items()}
     settled = {**{name: usual[name] for name in known & usual.keys()}, **words}
-    for name in ("labels", "lora_targets"):
+    for name in ("labels", "lora_targets", "lora_whole"):
         if isinstance(settled[name], str):
             settled[name] = split_list(settled[name])
     check_words(settled)
@@ -146,11 +160,32 @@ def task_config(
         given["labels"] = node["labels"]
     if "data-path" in node:
         given["data"] = node["data-path"]
+    if own := _own_rank(run, node):
+        given["lora-own-rank"] = own
     if train:
         given["train"] = train
     if labels:
         given["labels"] = tuple(labels)
     return configure(**{key.replace("-", "_"): value for key, value in given.items()})
+
+
+def _own_rank(run: Mapping[str, ConfigValue], node: Mapping[str, ConfigValue]) -> int:
+    """The rank that a node learns: its own word, else its turn in the run's list; 0 for neither.
+
+    Raises `ConfigError` for what is no whole number above 0.
+    """
+    ranks = split_list(str(run.get("lora-ranks", "")))
+    word: Any = node.get("lora-rank", "")
+    if word == "" and ranks and "partition-id" in node:
+        word = ranks[int(node["partition-id"]) % len(ranks)]
+    if word == "":
+        return 0
+    if isinstance(word, bool) or not str(word).isdecimal() or int(word) < 1:
+        raise ConfigError(
+            f"lora-rank = {word!r} of a node; a whole number of at least 1 is needed, at most the "
+            "run's lora-rank"
+        )
+    return int(word)
 
 
 def place(run: Mapping[str, ConfigValue], node: Mapping[str, ConfigValue]) -> tuple[int, int]:

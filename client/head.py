@@ -6,6 +6,7 @@ from typing import Any
 
 import numpy as np
 
+from client.adapters.settings import check_rank, lora_settings
 from client.config import TaskConfig
 from dare_agg.errors import ConfigError
 
@@ -27,23 +28,22 @@ def with_adapters(encoder: Any, config: TaskConfig) -> Any:
     """Return the encoder, with LoRA adapters on ``lora_targets`` where "lora" is trained.
 
     Without names, PEFT's table says which modules of the architecture get them. Raises
-    `ConfigError` where no module has such a name, or the table does not know the model.
+    `ConfigError` where no module has such a name, the table does not know the model, or a
+    setting does not fit it.
     """
     if config.train != "lora":
         return encoder
     import torch
-    from peft import LoraConfig, get_peft_model
+    from peft import get_peft_model
 
-    settings = LoraConfig(
-        r=config.lora_rank,
-        lora_alpha=config.lora_alpha,
-        target_modules=list(config.lora_targets) or None,
-    )
+    settings = lora_settings(encoder, config)
     torch.manual_seed(config.seed)
     try:
-        return get_peft_model(encoder, settings)
+        network = get_peft_model(encoder, settings)
     except ValueError as error:
         raise ConfigError(
             f"lora-targets {', '.join(config.lora_targets) or '(none named)'} do not fit model "
             f"{config.model!r}: {' '.join(str(error).split())[:200]}"
         ) from error
+    check_rank(network, config)
+    return network

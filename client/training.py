@@ -16,6 +16,8 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from client.adapters.components import own_components
+from client.adapters.settings import is_adapted
 from client.batches import draw_batches
 from client.config import TaskConfig
 from client.devices import Compute, compute_of
@@ -89,7 +91,8 @@ class FineTuning:
         if self.config.train == "full":
             return named
         if self.config.train == "lora":
-            return {n: p for n, p in named.items() if "lora_" in n or n.startswith("head.")}
+            bias = self.config.lora_bias
+            return {n: p for n, p in named.items() if n.startswith("head.") or is_adapted(n, bias)}
         return {n: p for n, p in named.items() if n.startswith("head.")}
 
     def initial_state(self) -> State:
@@ -196,8 +199,9 @@ class FineTuning:
         batches = [kept for at in drawn if len(kept := at[np.isin(at, good)])]
         # Of rows that were not drawn, nothing is known.
         examples = len(rows) - (len(seen) - len(good))
-        lesson = Lesson(self.config, self.compute, model, named, self._loss, progress)
-        losses = learn(lesson, batches)
+        with own_components(model, named, self.config) as learned:
+            lesson = Lesson(self.config, self.compute, model, learned, self._loss, progress)
+            losses = learn(lesson, batches)
         # Gradients are one more model: they go before copies are made.
         model.zero_grad(set_to_none=True)
         return _on_host(named), examples, {"train-loss": float(np.mean(losses))}

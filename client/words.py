@@ -19,6 +19,7 @@ CHOICES: Mapping[str, tuple[str, ...]] = {
     "schedule": ("constant", "linear", "cosine"),
     "schedule_over": ("round", "run"),
     "weight_decay_on": ("all", "matrices"),
+    "lora_bias": ("none", "all", "lora_only"),
     "answer_form": ANSWER_FORMS,
 }
 # Beyond these one message would take all memory of whoever trains on it.
@@ -64,6 +65,12 @@ def check_words(settled: Mapping[str, Any]) -> None:
                 f"{_kebab(name)} {value!r} is unknown{did_you_mean(str(value), known)}"
             )
     parse_device(str(settled["device"]))
+    own, rank = settled.get("lora_own_rank", 0), settled["lora_rank"]
+    if own > rank:
+        raise ConfigError(
+            f"lora-rank = {own} of a node is above the run's {rank}, the rank of the adapters that "
+            "all share; raise lora-rank in the run config, or lower the node's"
+        )
     held = settled["held_out"]
     if held >= 1 and held != int(held):
         raise ConfigError(

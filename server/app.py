@@ -239,8 +239,7 @@ def make_strategy(config: RunConfig, name: str, record: Any, state: Path) -> Rou
         "mask": config.mask,
         "dense_values": config.dense_values,
         "server_step": config.step(),
-        # With the head alone there is no delta group besides it.
-        "dense": () if config.train_by(name) == "head" else config.dense,
+        "dense": config.dense_by(name),
         **METHODS[name].words,
     }
     return DareStrategy(

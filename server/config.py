@@ -49,6 +49,9 @@ METHODS: Mapping[str, Compared] = {
     "head-only": Compared({"method": "task-arithmetic", **_WHOLE}, train="head"),
 }
 
+# Of a state with DoRA adapters.
+DORA_LENGTHS = r"\.lora_magnitude_vector\."
+
 # The run config's defaults stand in the app's pyproject.toml alone.
 DEFAULTS = config_defaults(Path(__file__))
 
@@ -169,6 +172,11 @@ class RunConfig(BaseModel):
     lora_rank: int = Field(ge=1)
     lora_alpha: int = Field(ge=1)
     lora_targets: Words
+    lora_bias: Literal["none", "all", "lora_only"]
+    lora_whole: Words
+    lora_rslora: bool
+    lora_dora: bool
+    lora_ranks: Words
     pooling: Literal["mean", "cls"]
     length: int = Field(ge=2, le=8192)
     image_size: int = Field(ge=0, le=4096)
@@ -192,6 +200,16 @@ class RunConfig(BaseModel):
     def train_by(self, method: str) -> str:
         """What a method of `METHODS` trains; a secure run what the config says."""
         return (METHODS[method].train if method in METHODS else "") or self.train
+
+    def dense_by(self, method: str) -> tuple[str, ...]:
+        """Patterns of what travels whole, by what a method of `METHODS` trains.
+
+        With the head alone there is no delta group besides it. DoRA's lengths are few, and a drop
+        of theirs would stretch whole outputs.
+        """
+        train = self.train_by(method)
+        lengths = (DORA_LENGTHS,) if train == "lora" and self.lora_dora else ()
+        return () if train == "head" else (*self.dense, *lengths)
 
     def step(self) -> ServerStep:
         """The server step with its numbers; a learning rate of 0 is the step's own."""

@@ -25,8 +25,10 @@ from dare_agg.checkpoint.carried import CARD, HEAD_NAME
 from dare_agg.errors import CheckpointError
 from dare_agg.files.atomic import folder_draft, replace_file
 from dare_agg.files.cache import cache_folder
+from dare_agg.offline.adapters.serving import DEFAULT_RANK, RANKS, vllm_word
 from dare_agg.offline.merging import merge_offline
 from dare_agg.offline.recipe import make_recipe
+from server.adapters import write_adapter
 
 ENCODER, HEAD = "encoder.", "head."
 
@@ -80,7 +82,8 @@ def export_model(
         for n, a in arrays.items()
         if not n.startswith(HEAD)
     }
-    lora = {n: a for n, a in body.items() if ".lora_" in n}
+    # Beside factors an adapter has what was trained whole: biases, modules of their own.
+    lora = body if any(".lora_" in name for name in body) else {}
     whole = {n: a for n, a in body.items() if n not in lora}
     language = any(not n.startswith((HEAD, ENCODER)) for n in arrays)
     metadata = {"format": "pt", "made_by": f"dare-agg {__version__}"}
@@ -89,9 +92,11 @@ def export_model(
         folder_draft(folder) as draft,
         tempfile.TemporaryDirectory(prefix=f".{folder.name}.", dir=folder.parent) as aside,
     ):
-        adapter = Path(aside, "adapter")
+        adapter, served = Path(aside, "adapter"), ""
         if lora:
-            _write_adapter(adapter, lora, provenance.get("config", {}), model, language)
+            config = provenance.get("config", {})
+            write_adapter(adapter, lora, config, model=model, base=base, language=language)
+            served = vllm_word(adapter, _served_rank(config)) if language else ""
         if not (lora and base and _merged(base, adapter, draft)):
             draft.mkdir(exist_ok=True)
             if base is not None:
@@ -104,7 +109,8 @@ def export_model(
         if head:
             save_file(head, draft / "head.safetensors", metadata)
         (draft / "provenance.json").write_text(json.dumps(provenance, indent=1) + "\n")
-        card = _card(model, labels, provenance, language=language, lora=bool(lora))
+        served = served.replace(str(adapter), "adapter")
+        card = _card(model, labels, provenance, language=language, lora=bool(lora), served=served)
         (draft / "README.md").write_text(card, encoding="utf-8")
     return folder
 
@@ -125,31 +131,10 @@ def _copy_base(base: Path, draft: Path, *, weights: bool) -> None:
                 shutil.copy(path, draft / path.name)
 
 
-def _write_adapter(
-    folder: Path,
-    lora: Mapping[str, NDArray[Any]],
-    config: Mapping[str, Any],
-    model: str,
-    language: bool,
-) -> None:
-    """Write the adapter as PEFT saves it."""
-    folder.mkdir(parents=True)
-    # The names in a running model carry the adapter's name, those in a file do not.
-    tensors = {name.replace(".default.weight", ".weight"): a for name, a in lora.items()}
-    modules = {name.rpartition(".lora_")[0].rpartition(".")[2] for name in lora}
-    settings = {
-        "peft_type": "LORA",
-        "task_type": "CAUSAL_LM" if language else "FEATURE_EXTRACTION",
-        "base_model_name_or_path": model,
-        "r": config.get("lora-rank"),
-        "lora_alpha": config.get("lora-alpha"),
-        "target_modules": sorted(modules),
-        "lora_dropout": 0.0,
-        "bias": "none",
-        "inference_mode": True,
-    }
-    save_file(tensors, folder / "adapter_model.safetensors", {"format": "pt"})
-    (folder / "adapter_config.json").write_text(json.dumps(settings, indent=1) + "\n")
+def _served_rank(config: Mapping[str, Any]) -> int:
+    """The least of vLLM's ranks that a run's adapters fit into; its largest for larger ones."""
+    rank = config.get("lora-rank") or DEFAULT_RANK
+    return next((r for r in RANKS if r >= max(rank, DEFAULT_RANK)), RANKS[-1])
 
 
 def _merged(base: Path, adapter: Path, out: Path) -> bool:
@@ -170,6 +155,7 @@ def _card(
     *,
     language: bool,
     lora: bool,
+    served: str = "",
 ) -> str:
     rows = "\n".join(
         f"| {key} | `{json.dumps(value)}` |" for key, value in provenance.items() if key != "config"
@@ -185,6 +171,8 @@ def _card(
         )
     if lora:
         usage += " `adapter/` is the LoRA adapter alone, for PEFT."
+    if served:
+        usage += f" {served}."
     return (
         "---\nlibrary_name: transformers\ntags: [federated-learning, dare-agg]\n---\n"
         f"# {model}, fine-tuned by federated learning\n\n"

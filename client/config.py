@@ -56,6 +56,9 @@ class TaskConfig:
     schedule_over: "round": anew each round; "run": once, over all rounds.
     clip_norm: most that the norm of the gradient may be; 0 for any.
     weight_decay_on: "all" parameters, or "matrices": no biases, norms or embeddings.
+    accumulate: pieces that a batch goes through in, one after another, for less memory.
+    checkpointing: whether activations are made again in the backward pass, for less memory.
+    dropout: share of the activations that each dropout of the model leaves out.
     train_rows, test_rows: use at most so many (0 for all).
     precision: "float32", or "bfloat16" or "float16" for the matrix products of the forward and
         backward pass (weights, optimizer and deltas stay float32): twice as fast where the
@@ -108,6 +111,9 @@ class TaskConfig:
     schedule_over: str
     clip_norm: float
     weight_decay_on: str
+    accumulate: int
+    checkpointing: bool
+    dropout: float
     seed: int
     lora_own_rank: int = 0
 
@@ -130,8 +136,8 @@ def configure(**words: Any) -> TaskConfig:
 # What a node's own config may set. Each of these may also be a list in the run config: one
 # entry for each of several data sources.
 _OWN = ("data", "text-column", "label-column", "delimiter", "encoding", "partition-by")
-# What it trains on is a machine's own affair, too.
-_MACHINE = ("device", "threads", "precision")
+# What it trains on, and in how much memory, is a machine's own affair, too.
+_MACHINE = ("device", "threads", "precision", "accumulate", "checkpointing")
 
 
 def task_config(

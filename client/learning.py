@@ -4,56 +4,83 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
+
+import numpy as np
 
 from client.config import TaskConfig
 from client.devices import Compute
 from client.optimizer import make_optimizer
 from client.rows import Indices
 from client.schedule import ONLY_ROUND, Progress, rate_factor
+from client.tasks.task import Batch
+from dare_agg.errors import ConfigError
 
 # Halvings of float16's scale before a step is given up: from 2^16 to below 1.
 _TRIES = 20
 
 
+class Reading(NamedTuple):
+    """Some rows as the network takes them, their flat targets, and how many of those count."""
+
+    batch: Batch
+    targets: Any
+    counted: int
+
+
 @dataclass(frozen=True)
 class Lesson:
-    """What is learnt: the trained parameters of a network, by name, and the loss of some rows.
+    """What is learnt: the trained parameters of a network, by name, and how rows are scored.
 
-    The loss is a tensor to be differentiated.
+    ``read`` reads some rows and counts their targets, ``loss`` is the mean over those, a tensor to
+    be differentiated.
     """
 
     config: TaskConfig
     compute: Compute
     network: Any
     named: Mapping[str, Any]
-    loss: Callable[[Indices], Any]
+    read: Callable[[Indices], Reading]
+    loss: Callable[[Reading], Any]
     progress: Progress = ONLY_ROUND
 
 
 def learn(lesson: Lesson, batches: Sequence[Indices]) -> list[float]:
-    """Train on the batches in their order; returns each one's loss."""
-    import torch
+    """Train on the batches in their order; returns each one's loss.
 
+    A batch of which no target counts is passed over. Raises `ConfigError` where all are.
+    """
     optimizer = make_optimizer(lesson.config, lesson.named, lesson.network)
     factor = rate_factor(lesson.config, len(batches), lesson.progress)
-    schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, factor)
+    rates = [group["lr"] for group in optimizer.param_groups]
     scaler = lesson.compute.scaler()
     losses = []
-    for at in batches:
-        losses.append(_step(lesson, optimizer, scaler, at))
-        schedule.step()
+    for step, at in enumerate(batches):
+        for group, rate in zip(optimizer.param_groups, rates, strict=True):
+            group["lr"] = rate * factor(step)
+        if pieces := _pieces(lesson, at):
+            losses.append(_step(lesson, optimizer, scaler, pieces))
+    if not losses:
+        raise ConfigError(
+            f"no target counts in any of the {sum(map(len, batches))} rows of this round: labels "
+            "are masked entirely, or texts too short; look at the data and at length"
+        )
     return losses
 
 
-def _step(lesson: Lesson, optimizer: Any, scaler: Any, at: Indices) -> float:
+def _pieces(lesson: Lesson, at: Indices) -> list[Reading]:
+    """A batch in ``accumulate`` pieces; those of which no target counts are left out."""
+    parts = np.array_split(at, min(lesson.config.accumulate, len(at)))
+    return [read for part in parts if (read := lesson.read(part)).counted]
+
+
+def _step(lesson: Lesson, optimizer: Any, scaler: Any, pieces: Sequence[Reading]) -> float:
     """One step; where float16 overflows it is taken again at half the scale, not lost."""
     import torch
 
     for _ in range(_TRIES):
         optimizer.zero_grad(set_to_none=True)
-        loss = lesson.loss(at)
-        scaler.scale(loss).backward()
+        loss = _backward(lesson, scaler, pieces)
         scaler.unscale_(optimizer)
         if lesson.config.clip_norm:
             torch.nn.utils.clip_grad_norm_(lesson.named.values(), lesson.config.clip_norm)
@@ -62,4 +89,17 @@ def _step(lesson: Lesson, optimizer: Any, scaler: Any, at: Indices) -> float:
         scaler.update()
         if scaler.get_scale() >= before:
             break
-    return float(loss.detach())
+    return loss
+
+
+def _backward(lesson: Lesson, scaler: Any, pieces: Sequence[Reading]) -> float:
+    """Add up the gradient of the mean loss over all targets of the pieces; returns that loss."""
+    total = sum(piece.counted for piece in pieces)
+    found = 0.0
+    for piece in pieces:
+        loss = lesson.loss(piece)
+        if len(pieces) > 1:
+            loss = loss * (piece.counted / total)
+        scaler.scale(loss).backward()
+        found += float(loss.detach())
+    return found

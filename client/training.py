@@ -21,7 +21,8 @@ from client.adapters.settings import is_adapted
 from client.batches import draw_batches
 from client.config import TaskConfig
 from client.devices import Compute, compute_of
-from client.learning import Lesson, learn
+from client.learning import Lesson, Reading, learn
+from client.modes import prepare, seeded
 from client.rows import Data, Indices, Rows
 from client.schedule import ONLY_ROUND, Progress
 from client.tasks.table import find_task
@@ -127,18 +128,19 @@ class FineTuning:
         self._place(state)
         model = self._load()
         model.eval()
-        return model, lambda at: self._batch(split, at)[0]
+        return model, lambda at: self._read(split, at).batch
 
     # --- data ------------------------------------------------------------------------------
 
-    def _batch(self, split: str, at: Indices) -> tuple[Batch, Any]:
+    def _read(self, split: str, at: Indices) -> Reading:
         """The model's inputs and the targets (flat) of some rows, on the device."""
         import torch
 
         rows = self.train_rows if split == "train" else self.test_rows
         batch = self._reader(split)(at)
         targets = self.kind.targets(batch, torch.from_numpy(rows.labels[at])).flatten()
-        return self.compute.move(batch), targets.to(self.compute.device)
+        counted = self.kind.counted(targets)
+        return Reading(self.compute.move(batch), targets.to(self.compute.device), counted)
 
     def _reader(self, split: str) -> Reader:
         if split not in self._readers:
@@ -162,13 +164,12 @@ class FineTuning:
         scores = self.kind.scores(self._load(), batch)
         return scores.float().flatten(0, -2)
 
-    def _loss(self, at: Indices) -> Any:
-        """The mean loss of some training rows, to be differentiated."""
-        batch, targets = self._batch("train", at)
+    def _loss(self, read: Reading) -> Any:
+        """The mean loss of what was read, to be differentiated."""
         # Entered anew each time: autocast keeps its copies of the weights while it lasts.
         with self.compute.autocast():
-            scores = self._scores(batch)
-        return self.kind.loss(scores, targets)
+            scores = self._scores(read.batch)
+        return self.kind.loss(scores, read.targets)
 
     # --- learning --------------------------------------------------------------------------
 
@@ -188,7 +189,7 @@ class FineTuning:
             raise ConfigError("a client has no rows to train on; use fewer clients or more data")
         named = self._place(state)
         model = self._load()
-        model.eval()  # no dropout: the same seed gives the same bits
+        prepare(model, self.config)
         for name, parameter in model.named_parameters():
             parameter.requires_grad_(name in named)
         drawn = draw_batches(rows, self.config, seed)
@@ -199,8 +200,19 @@ class FineTuning:
         batches = [kept for at in drawn if len(kept := at[np.isin(at, good)])]
         # Of rows that were not drawn, nothing is known.
         examples = len(rows) - (len(seen) - len(good))
-        with own_components(model, named, self.config) as learned:
-            lesson = Lesson(self.config, self.compute, model, learned, self._loss, progress)
+        with (
+            own_components(model, named, self.config) as learned,
+            seeded(seed, self.config, self.compute),
+        ):
+            lesson = Lesson(
+                self.config,
+                self.compute,
+                model,
+                learned,
+                read=lambda at: self._read("train", at),
+                loss=self._loss,
+                progress=progress,
+            )
             losses = learn(lesson, batches)
         # Gradients are one more model: they go before copies are made.
         model.zero_grad(set_to_none=True)
@@ -225,7 +237,7 @@ class FineTuning:
             parameter.requires_grad_(name in named)
         chosen = self.readable("train", rows[:examples])
         batches = (
-            self._batch("train", chosen[lo : lo + 16])[0] for lo in range(0, len(chosen), 16)
+            self._read("train", chosen[lo : lo + 16]).batch for lo in range(0, len(chosen), 16)
         )
 
         def forward(network: Any, batch: Batch) -> Any:
@@ -270,8 +282,8 @@ class FineTuning:
         total, sums, size = 0, dict[str, float](), self.kind.evaluate_rows
         with self.compute.autocast():
             for lo in range(0, len(at), size):
-                batch, targets = self._batch(split, at[lo : lo + size])
-                count, found = self.kind.sums(self._scores(batch), targets)
+                read = self._read(split, at[lo : lo + size])
+                count, found = self.kind.sums(self._scores(read.batch), read.targets)
                 total += count
                 sums = {name: sums.get(name, 0) + value for name, value in found.items()}
         return total, sums

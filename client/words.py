@@ -33,6 +33,7 @@ BOUNDS: Mapping[str, tuple[int, int]] = {
     "threads": (1, 1 << 10),
     "generate_rows": (0, 1 << 16),
     "generate_tokens": (1, 1 << 14),
+    "accumulate": (1, 1 << 14),
 }
 RANGES: Mapping[str, tuple[float, float]] = {
     "learning_rate": (0, 1e3),
@@ -41,7 +42,11 @@ RANGES: Mapping[str, tuple[float, float]] = {
     "warm_up": (0, 1 << 20),
     "clip_norm": (0, 1e9),
     "held_out": (0, 1 << 24),
+    "dropout": (0, 0.9),
 }
+
+
+SWITCHES = ("checkpointing",)
 
 
 def check_words(settled: Mapping[str, Any]) -> None:
@@ -58,6 +63,9 @@ def check_words(settled: Mapping[str, Any]) -> None:
             raise ConfigError(f"{_kebab(name)} = {value!r}; a number is needed")
         if not low <= value <= high:  # nor is NaN
             raise ConfigError(f"{_kebab(name)} = {value}; {low:g} to {high:g} are possible")
+    for name in SWITCHES:
+        if not isinstance(settled[name], bool):
+            raise ConfigError(f"{_kebab(name)} = {settled[name]!r}; true or false is needed")
     for name, known in CHOICES.items():
         value = settled[name]
         if value not in known:

@@ -191,6 +191,9 @@ class RunConfig(BaseModel):
     schedule: Annotated[str, one_of("schedule", ("constant", "linear", "cosine"))]
     schedule_over: Annotated[str, one_of("schedule-over", ("round", "run"))]
     clip_norm: float = Field(ge=0, le=1e9)
+    accumulate: int = Field(ge=1, le=1 << 14)
+    checkpointing: bool
+    dropout: float = Field(ge=0, le=0.9)
     train_rows: int = Field(ge=0)
     test_rows: int = Field(ge=0)
     precision: Annotated[str, one_of("precision", PRECISIONS)]

@@ -34,6 +34,7 @@ def lora_settings(network: Any, config: TaskConfig) -> Any:
     _check_tied(owners, names or (), config.model)
     _check_whole(network, owners, whole, names or (), config.model)
     return LoraConfig(
+        lora_dropout=config.dropout,
         r=config.lora_rank,
         lora_alpha=config.lora_alpha,
         target_modules=names,

@@ -14,10 +14,15 @@ def class_loss(scores: Any, targets: Any) -> Any:
     return torch.nn.functional.cross_entropy(scores, targets, ignore_index=IGNORED)
 
 
+def counted_targets(targets: Any) -> int:
+    """How many targets count."""
+    return int((targets != IGNORED).sum())
+
+
 def class_sums(scores: Any, targets: Any) -> tuple[int, dict[str, float]]:
     """How many targets count; their summed cross entropy, and how many are scored highest."""
     import torch
 
     loss = torch.nn.functional.cross_entropy(scores, targets, ignore_index=IGNORED, reduction="sum")
     right = int((scores.argmax(dim=1) == targets).sum())
-    return int((targets != IGNORED).sum()), {"loss": float(loss), "accuracy": right}
+    return counted_targets(targets), {"loss": float(loss), "accuracy": right}

@@ -11,7 +11,7 @@ import numpy as np
 
 from client.config import TaskConfig
 from client.rows import Data, Indices, Rows
-from client.tasks.cross_entropy import class_loss, class_sums
+from client.tasks.cross_entropy import class_loss, class_sums, counted_targets
 from dare_agg.errors import ConfigError
 
 # A network's inputs by the names it has for them: tensors, a row of each a row of the data.
@@ -79,6 +79,7 @@ class Task:
     scores: a network's scores (…, outputs) for a batch.
     targets: what they are held against (…), from the batch and the labels (n,) of its rows.
     loss: mean loss of float32 scores (n, outputs) and flat targets (n,), to be differentiated.
+    counted: how many of the flat targets count, which the mean loss is over.
     sums: how many of these targets count, and each metric's sum over those, "loss" among them.
     derived: further metrics that follow from the means.
     agreed_labels: whether all clients must number the same labels alike.
@@ -99,6 +100,7 @@ class Task:
     scores: Callable[[Any, Batch], Any] = whole_output
     targets: Callable[[Batch, Any], Any] = row_labels
     loss: Callable[[Any, Any], Any] = class_loss
+    counted: Callable[[Any], int] = counted_targets
     sums: Callable[[Any, Any], tuple[int, Metrics]] = class_sums
     derived: Callable[[Metrics], Metrics] = _nothing
     agreed_labels: bool = True

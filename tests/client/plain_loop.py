@@ -51,3 +51,14 @@ def plain_training(task, state, rows, *, seed):
         schedule.step()
         losses.append(float(loss.detach()))
     return {n: p.detach().numpy().copy() for n, p in named.items()}, float(np.mean(losses))
+
+
+def lesson(named, loss, config, compute=None, **more):
+    """Parameters that learn by a loss of our own, without a model and data."""
+    from client.devices import Compute
+    from client.learning import Lesson, Reading
+
+    def read(at):
+        return Reading({"at": at}, None, len(at))
+
+    return Lesson(config, compute or Compute("cpu"), None, named, read, loss, **more)

@@ -6,16 +6,18 @@ import time
 
 import numpy as np
 import pytest
+from plain_loop import lesson
 
 from client.config import DEFAULTS, configure, task_config
 from client.devices import Compute, compute_of
-from client.learning import Lesson, learn
+from client.learning import learn
 from client.training import build_task
 from dare_agg.cli.gpus import check_gpus
 from dare_agg.deploy import devices
 from dare_agg.errors import ConfigError
 
 torch = pytest.importorskip("torch")
+ROWS = [np.arange(2)] * 3
 HAS_GPU = torch.cuda.is_available()
 on_gpu = [
     pytest.mark.gpu,
@@ -141,13 +143,11 @@ def test_no_step_is_lost_to_the_scale_of_float16():
     weight = torch.nn.Parameter(torch.ones(3))
     rate = 0.01
 
-    def loss(at):  # its gradient, 1000 times the scale in float16, overflows from a scale of 65 on
+    def loss(read):  # its gradient, 1000 times the scale in float16, overflows beyond a scale of 65
         return (weight.half() * 1000).float().sum()
 
-    lesson = Lesson(
-        configure(learning_rate=rate), Compute("cpu", 1, "float16"), None, {"w": weight}, loss
-    )
-    assert len(learn(lesson, [np.arange(2)] * 3)) == 3
+    config = configure(learning_rate=rate)
+    assert len(learn(lesson({"w": weight}, loss, config, Compute("cpu", 1, "float16")), ROWS)) == 3
     assert torch.allclose(weight, torch.full((3,), 1 - 3 * rate), atol=1e-5)
 
 

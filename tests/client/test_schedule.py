@@ -2,10 +2,10 @@
 
 import numpy as np
 import pytest
+from plain_loop import lesson
 
 from client.config import configure
-from client.devices import Compute
-from client.learning import Lesson, learn
+from client.learning import learn
 from client.optimizer import make_optimizer
 from client.schedule import SCHEDULES, Progress, rate_factor
 from client.training import build_task
@@ -89,7 +89,7 @@ def test_the_optimizer_takes_the_rates_of_the_schedule():
         seen.append(float(weight.detach()))
         return weight.sum()
 
-    learn(Lesson(config, Compute("cpu"), None, {"w": weight}, loss), [np.arange(1)] * 6)
+    learn(lesson({"w": weight}, loss, config), [np.arange(1)] * 6)
     moved = -np.diff([*seen, float(weight.detach())])
     assert moved == pytest.approx([0.05, 0.1, 0.1, 0.075, 0.05, 0.025], rel=1e-4)
 
@@ -109,8 +109,7 @@ def test_the_gradient_is_clipped_to_its_norm():
     hook = register_optimizer_step_pre_hook(watch)
     try:
         for clip in (0.0, 0.5):
-            lesson = Lesson(configure(clip_norm=clip), Compute("cpu"), None, weights, loss)
-            learn(lesson, [np.arange(1)])
+            learn(lesson(weights, loss, configure(clip_norm=clip)), [np.arange(1)])
     finally:
         hook.remove()
     assert norms == [pytest.approx(500 * 2**0.5), pytest.approx(0.5, rel=1e-4)]

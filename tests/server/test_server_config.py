@@ -25,7 +25,6 @@ def test_every_key_is_checked_and_has_its_default_in_the_apps_pyproject_alone():
     assert keys == set(RunConfig.model_fields)
     assert all(row.is_required() for row in RunConfig.model_fields.values())
     of_task = {field.name: field.default for field in fields(TaskConfig)}
-    assert of_task.pop("warm_up") == 0.0
     assert of_task.pop("lora_own_rank") == 0  # a node's own word
     assert of_task.keys() <= keys and set(of_task.values()) == {MISSING}
 

@@ -23,6 +23,7 @@ from dare_agg.flower.resume import keep_base, resume, save
 from dare_agg.flower.round_strategy import RoundStrategy
 from dare_agg.flower.transport import to_numpy, to_record
 from dare_agg.rounds.state import StateFolder
+from dare_agg.runs.by_task import TOLD_BY, by_client_and_task
 from dare_agg.runs.claim import SERVER, claim
 from dare_agg.runs.ending import COMPLETED, FAILED, INTERRUPTED, RUNNING
 from dare_agg.runs.prometheus import exporter
@@ -290,6 +291,8 @@ def _row(method: str, outcome: RoundOutcome, seconds: float, stepwise: bool) -> 
     uploaded = updates + dense + statistics
     merge = measured.get("merge", {})
     client: dict[str, Any] = dict(outcome.client_metrics or {})
+    by_task = by_client_and_task(measured.get("evaluated", ()))
+    client = {key: value for key, value in client.items() if TOLD_BY not in key}
     if "perplexity" in client:  # the mean of the clients' is not that of all their tokens
         client["perplexity"] = math.exp(min(client["loss"], 700.0))
     down, evaluated = sum(measured["download_bytes"]), measured.get("evaluate_download_bytes", 0)
@@ -305,6 +308,7 @@ def _row(method: str, outcome: RoundOutcome, seconds: float, stepwise: bool) -> 
         accepted=measured["accepted"],
         rejected=measured["rejected"],
         **{key: told for key in _WHERE_ANY if (told := measured.get(key))},
+        **({"by_task": by_task} if by_task else {}),
         parameters=outcome.model.delta.size,
         update_bytes_per_client=updates // count,
         dense_bytes_per_client=dense // count,

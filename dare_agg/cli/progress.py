@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 from dare_agg.errors import plain_line
 from dare_agg.files.json_text import read_json
+from dare_agg.runs.by_task import TASK_COLUMNS, TASK_TITLE, task_cells
 from dare_agg.runs.log import Mirror, planned_rounds, rejections, seconds_left
 from dare_agg.runs.missed import MISSED_COLUMNS, MISSED_TITLE, missed_cells
 from dare_agg.runs.rows import METRICS_FILE, STATE_FILE, RunRow, read_rows
@@ -81,7 +82,8 @@ def load_config(folder: Path) -> dict[str, Any]:
 
 
 def _round_line(row: RunRow, rows: list[RunRow], config: dict[str, Any]) -> str:
-    shown = "" if row.accuracy is None else f"accuracy {row.accuracy:.3f}, "
+    shown = measured(row)
+    shown += ", " if shown else ""
     total = f" of {planned}" if (planned := planned_rounds(config)) else ""
     left_out = f" ({len(row.rejected)} left out: {rejections(row)})" if row.rejected else ""
     if row.weights_cut:
@@ -95,6 +97,18 @@ def _round_line(row: RunRow, rows: list[RunRow], config: dict[str, Any]) -> str:
     )
 
 
+def measured(row: RunRow) -> str:
+    """What clients measured in a round, in words; of language models perplexity, not accuracy."""
+    said = []
+    if row.perplexity is not None:
+        said.append(f"perplexity {row.perplexity:,.2f}")
+    elif row.accuracy is not None:
+        said.append(f"accuracy {row.accuracy:.3f}")
+    if row.exact_match is not None:
+        said.append(f"exact match {row.exact_match:.3f}")
+    return ", ".join(said)
+
+
 def last_rows(rows: list[RunRow]) -> dict[str, RunRow]:
     """The last round of each method, in the order in which methods ran."""
     return {row.method: row for row in rows}
@@ -104,11 +118,17 @@ def summary_table(rows: list[RunRow]) -> Table:
     """Render one line a method: accuracy, bytes per client and round, ratio, seconds."""
     from rich.table import Table
 
+    last = last_rows(rows)
+    language = any(row.perplexity is not None for row in last.values())
+    matched = any(row.exact_match is not None for row in last.values())
     table = Table(title="After the last round")
     table.add_column("method")
-    for name in ("accuracy", "rounds", "update up", "head up", "ratio", "down", "seconds"):
+    first = "perplexity" if language else "accuracy"
+    for name in (
+        first, *(["exact match"] if matched else []), "rounds", "update up", "head up", "ratio",
+        "down", "seconds",
+    ):  # fmt: skip
         table.add_column(name, justify="right")
-    last = last_rows(rows)
     dense = last["fedavg"].update_bytes_per_client if "fedavg" in last else 0
     for method, row in last.items():
         update = row.update_bytes_per_client
@@ -116,7 +136,8 @@ def summary_table(rows: list[RunRow]) -> Table:
         ratio = f"{dense / update:,.0f}×" if dense and update and own else "–"
         table.add_row(
             method,
-            "–" if row.accuracy is None else f"{row.accuracy:.3f}",
+            _shown(row.perplexity, ",.2f") if language else _shown(row.accuracy, ".3f"),
+            *([_shown(row.exact_match, ".3f")] if matched else []),
             str(row.round),
             human_bytes(update) if own else "–",
             human_bytes(row.dense_bytes_per_client if own else update),
@@ -125,6 +146,27 @@ def summary_table(rows: list[RunRow]) -> Table:
             f"{row.seconds:.0f}",
         )
     return table
+
+
+def _shown(value: float | None, form: str) -> str:
+    return "–" if value is None else format(value, form)
+
+
+def task_tables(rows: list[RunRow]) -> list[Table]:
+    """By client and task, a table a method; empty where clients told nothing by task."""
+    from rich.table import Table
+    from rich.text import Text
+
+    tables = []
+    for method, row in last_rows(rows).items():
+        if cells := task_cells(row):
+            table = Table(title=f"{method}: {TASK_TITLE[0].lower()}{TASK_TITLE[1:]}")
+            for place, name in enumerate(TASK_COLUMNS):
+                table.add_column(name.lower(), justify="left" if place < 2 else "right")
+            for line in cells:
+                table.add_row(*map(Text, line))
+            tables.append(table)
+    return tables
 
 
 def missed_table(rows: list[RunRow]) -> Table | None:

@@ -83,6 +83,7 @@ def run(
         missed_table,
         secure_lines,
         summary_table,
+        task_tables,
     )
     from dare_agg.errors import RunError
 
@@ -116,6 +117,8 @@ def run(
         print_json({"run": str(folder), "status": status.status, "rows": said})
     else:
         stdout_console().print(summary_table(rows))
+        for table in task_tables(rows):
+            stdout_console().print(table)
         if (missed := missed_table(rows)) is not None:
             stdout_console().print(missed)
         for line in [*missed_lines(rows), *secure_lines(rows, folder)]:

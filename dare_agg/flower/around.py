@@ -234,7 +234,7 @@ class DareTransport(DareStrategy):
             )
         )
         clients = {client.node: client for client in ready}
-        self.evaluation.nbytes = 0
+        self.evaluation.nbytes, self.evaluation.told = 0, {}
         ours = [self.evaluation.ready(clients, message) for message in messages]
         self._lend_evaluation(ours, grid)
         return ours

@@ -15,7 +15,7 @@ from dare_agg.flower.broadcasting import Broadcasting
 from dare_agg.flower.clients import Client
 from dare_agg.flower.exchange import exchange
 from dare_agg.flower.limits import ReplyLimit
-from dare_agg.flower.metrics import MetricsFn, aggregate_metrics
+from dare_agg.flower.metrics import MetricsFn, aggregate_metrics, told_metrics
 from dare_agg.flower.records import ASK_EVALUATE, Held, Refusal, failure_of, read_answer, unread
 from dare_agg.flower.transport import message_bytes
 from dare_agg.rounds.server import check_weight
@@ -28,16 +28,19 @@ LOG = logging.getLogger("flwr")
 class Evaluation:
     """The exchange of one evaluation after another.
 
-    ``nbytes`` are what the last one sent, ``failures`` its failed replies: node, reason, detail.
+    ``nbytes`` are what the last one sent, ``failures`` its failed replies: node, reason, detail;
+    ``told`` what each node measured.
     """
 
     broadcasting: Broadcasting
     limit: ReplyLimit
     nbytes: int = 0
     failures: list[tuple[int, str, str]] = field(default_factory=list)
+    told: dict[int, dict[str, float]] = field(default_factory=dict)
 
     def messages(self, clients: Sequence[Client], config: ConfigRecord) -> list[Message]:
         """The messages to the chosen clients."""
+        self.told = {}
         order = self.broadcasting.order(ASK_EVALUATE)
         contents = [self.broadcasting.content(client, order, config) for client in clients]
         self.nbytes = sum(message_bytes(content) for content in contents)
@@ -87,7 +90,9 @@ class Evaluation:
             return unread(UpdateError(what or held.detail, reason=held.reason), sent)
         if held is not None and held.have:
             self.broadcasting.have[node] = held.have
-        return with_content(reply, RecordDict(dict(own_records(reply.content))))
+        own = RecordDict(dict(own_records(reply.content)))
+        self.told[node] = told_metrics(own)
+        return with_content(reply, own)
 
 
 def evaluation_metrics(

@@ -11,6 +11,7 @@ from flwr.app import MetricRecord, RecordDict
 
 LOG = logging.getLogger("flwr")
 
+MOST_TOLD = 256  # metrics of one client that are kept beside the mean of all
 MetricsFn = Callable[[list[RecordDict], str], MetricRecord]
 
 
@@ -29,6 +30,21 @@ def aggregate_metrics(
     except Exception as error:
         LOG.warning("metrics were not aggregated: %s: %s", type(error).__name__, error)
         return None
+
+
+def told_metrics(content: RecordDict) -> dict[str, float]:
+    """A client's metrics that are finite numbers of printable names, `MOST_TOLD` of them."""
+    metrics = next(iter(content.metric_records.values()), MetricRecord())
+    numbers = {
+        str(key): float(value)
+        for key, value in metrics.items()
+        if isinstance(value, int | float) and math.isfinite(value) and _is_name(str(key))
+    }
+    return dict(list(numbers.items())[:MOST_TOLD])
+
+
+def _is_name(key: str) -> bool:
+    return len(key) <= 128 and key.isprintable()
 
 
 def mean_metrics(contents: list[RecordDict], weighted_by_key: str) -> MetricRecord:
@@ -58,7 +74,7 @@ def weighted_metrics(
     for key in rows[0] if rows else ():
         if not all(key in row for row in rows):
             continue
-        if key == weighted_by_key or len(key) > 128 or not key.isprintable():
+        if key == weighted_by_key or not _is_name(key):
             continue
         values = [row[key] for row in rows]
         lists = [value if isinstance(value, list) else [value] for value in values]

@@ -419,6 +419,11 @@ class RoundStrategy(Strategy):
             for node, reason, detail in self.evaluation.failures
             if node in known
         ]
+        told = {node: one for node, one in self.evaluation.told.items() if node in known}
+        outcome.measurements["evaluated"] = [
+            {"name": known[node].hello.name, "metrics": told[node]}
+            for node in sorted(told, key=lambda node: known[node].hello.order())
+        ]
         outcome.measurements["away"] = self.clients.away()
         outcome.measurements["refused"] = self.clients.turned_away()
         self.outcome = replace(

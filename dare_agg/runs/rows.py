@@ -60,7 +60,8 @@ class RunRow:
 
     Byte counts are those of encoded payloads; ``_per_client`` ones are means, without the
     messages around them. ``update_bytes`` are the delta group's, ``dense_bytes`` the small
-    dense group's. ``secure_…`` are a secure run's alone.
+    dense group's. ``secure_…`` are a secure run's alone. ``by_task`` has an object for each
+    client and task, where clients tell metrics task by task: see `dare_agg.runs.by_task`.
     """
 
     values: Mapping[str, Any]
@@ -69,6 +70,8 @@ class RunRow:
     round = Key(0)
     accuracy = Key[float | None](None)
     loss = Key[float | None](None)
+    perplexity = Key[float | None](None)
+    exact_match = Key[float | None](None, key="exact-match")
     train_loss = Key[float | None](None, key="train-loss")
     clients = Key(0)
     accepted = Key(0)
@@ -77,6 +80,7 @@ class RunRow:
     refused = Key[Sequence[Mapping[str, Any]]]((), (list, tuple), each=Mapping)
     evaluate_failed = Key[Sequence[Mapping[str, Any]]]((), (list, tuple), each=Mapping)
     weights_cut = Key[Sequence[str]]((), (list, tuple), each=str)
+    by_task = Key[Sequence[Mapping[str, Any]]]((), (list, tuple), each=Mapping)
     parameters = Key[int | None](None)
     update_bytes_per_client = Key(0)
     dense_bytes_per_client = Key(0)

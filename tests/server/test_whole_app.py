@@ -14,9 +14,11 @@ from client.app import app as client_app
 from dare_agg.cli.progress import load_rows, missed_lines
 from dare_agg.errors import ConfigError, RunError, StateError
 from dare_agg.flower.records import UPDATE_KEY
+from dare_agg.runs.by_task import task_cells
 from server.app import main as run_server
 from server.config import DEFAULTS
 from simulations.runs.memory_grid import pretend_task, stamp
+from tests.chat import make_model
 
 HERE = Path(__file__).resolve().parent
 
@@ -190,6 +192,42 @@ def test_a_language_model_is_trained_and_exported(run, tiny_language_model, trai
     if train == "lora":
         adapted = PeftModel.from_pretrained(base, saved / "adapter")
         assert np.allclose(_logits(model), _logits(adapted), atol=1e-5)
+
+
+def test_clients_of_two_abilities_are_told_apart(run, tmp_path):
+    """Instruction data of two kinds, rows held out by each client: a table by client and task."""
+    model = make_model(tmp_path / "chat")
+    kinds = {
+        "sums": [{"prompt": f"apples {n}", "answer": str(n)} for n in range(40)],
+        "words": [{"prompt": f"left {n}", "answer": "many apples"} for n in range(40)],
+    }
+    paths = []
+    for name, rows in kinds.items():
+        paths.append(tmp_path / f"{name}.jsonl")
+        paths[-1].write_text("\n".join(map(json.dumps, rows)))
+    _, rows, status = run(
+        clients=4, model=str(model), data=",".join(map(str, paths)), num_rounds=2, length=64,
+        steps=8, learning_rate=1e-2, drop_rate="0", held_out=5.0, generate_rows=4,
+        generate_tokens=4, packing=True,
+    )  # fmt: skip
+    assert status["status"] == "completed" and [row["accepted"] for row in rows] == [4, 4]
+    told = rows[-1]["by_task"]
+    assert [(one["client"], one["task"], one["rows"]) for one in told] == [
+        ("0", "sums", 5), ("1", "words", 5), ("2", "sums", 5), ("3", "words", 5),
+    ]  # fmt: skip
+    assert not any(":" in key for key in rows[-1])
+    mean = sum(one["exact-match"] for one in told) / 4
+    assert rows[-1]["exact-match"] == pytest.approx(mean) and rows[-1]["loss"] < rows[0]["loss"]
+    cells = task_cells(load_rows(tmp_path / "run")[-1])
+    assert [line[:3] for line in cells[-2:]] == [
+        ("all clients", "sums", "10"), ("all clients", "words", "10"),
+    ]  # fmt: skip
+
+
+def test_held_out_rows_that_leave_none_are_refused_before_training(run, tmp_path):
+    with pytest.raises(RunError, match="held-out = 500 takes all 80 rows of a client"):
+        run(held_out=500.0)
+    assert (tmp_path / "run" / "metrics.jsonl").read_text() == ""
 
 
 @pytest.mark.parametrize(

@@ -17,7 +17,6 @@ import numpy as np
 from numpy.typing import NDArray
 
 from client.adapters.components import own_components
-from client.adapters.settings import is_adapted
 from client.batches import draw_batches
 from client.config import TaskConfig
 from client.devices import Compute, compute_of
@@ -27,10 +26,10 @@ from client.rows import Data, Indices, Rows
 from client.schedule import ONLY_ROUND, Progress
 from client.tasks.table import find_task
 from client.tasks.task import Batch, Metrics, Reader, Task, told_labels
+from client.weights import State, on_host, place_state, state_parameters
 from dare_agg.deploy.devices import check_device
 from dare_agg.errors import ConfigError
 
-State = dict[str, NDArray[np.float32]]
 LOG = logging.getLogger("flwr")
 
 
@@ -86,16 +85,6 @@ class FineTuning:
             self._model = model.to(self.compute.device)
         return self._model
 
-    def _names(self) -> dict[str, Any]:
-        """The tensors of the state: all for full fine-tuning, the trained ones else."""
-        named = dict(self._load().named_parameters())
-        if self.config.train == "full":
-            return named
-        if self.config.train == "lora":
-            bias = self.config.lora_bias
-            return {n: p for n, p in named.items() if n.startswith("head.") or is_adapted(n, bias)}
-        return {n: p for n, p in named.items() if n.startswith("head.")}
-
     def initial_state(self) -> State:
         return {name: array.copy() for name, array in self.initial.items()}
 
@@ -103,24 +92,13 @@ class FineTuning:
     def initial(self) -> Mapping[str, NDArray]:
         """The initial state itself, not to be changed."""
         if not hasattr(self, "_initial"):
-            self._initial = _on_host(self._names())
+            self._initial = on_host(state_parameters(self._load(), self.config))
         return self._initial
 
     def _place(self, state: Mapping[str, NDArray]) -> dict[str, Any]:
-        import torch
-
         _ = self.initial  # kept before anything is placed
-        named = self._names()
-        with torch.no_grad():
-            for name, parameter in named.items():
-                if name not in state:
-                    raise ConfigError(
-                        f"state has no tensor {name!r}; it was made for another model"
-                    )
-                values = np.asarray(state[name], np.float32)
-                if not values.flags.writeable:  # torch warns of those
-                    values = values.copy()
-                parameter.copy_(torch.from_numpy(values))
+        named = state_parameters(self._load(), self.config)
+        place_state(named, state)
         return named
 
     def network(self, state: Mapping[str, NDArray], split: str) -> tuple[Any, Reader]:
@@ -216,7 +194,7 @@ class FineTuning:
             losses = learn(lesson, batches)
         # Gradients are one more model: they go before copies are made.
         model.zero_grad(set_to_none=True)
-        return _on_host(named), examples, {"train-loss": float(np.mean(losses))}
+        return on_host(named), examples, {"train-loss": float(np.mean(losses))}
 
     def statistics(
         self, kind: str, state: Mapping[str, NDArray], rows: Indices, *, examples: int
@@ -226,7 +204,6 @@ class FineTuning:
         They are those of the first ``examples`` of these training rows, which are partitioned
         at random. Tensors the state does not train have none.
         """
-
         from dare_agg.merge.collect import collect_fisher, collect_grams
 
         self.kind.check((kind,))
@@ -296,12 +273,3 @@ class FineTuning:
             sums = {name: sums.get(name, 0) + value for name, value in found.items()}
         means = {name: value / total for name, value in sums.items()}
         return {**means, **self.kind.derived(means)}
-
-
-def _on_host(named: Mapping[str, Any]) -> State:
-    """Copies of parameters as float32 arrays; from a GPU each moves once."""
-    found = {}
-    for name, parameter in named.items():
-        tensor = parameter.detach()
-        found[name] = tensor.numpy().copy() if tensor.device.type == "cpu" else tensor.cpu().numpy()
-    return found

@@ -107,6 +107,11 @@ class Problem:
     expression: str
     answer: str
 
+    @property
+    def equation(self) -> str:
+        """The expression and its value, without spaces."""
+        return f"{self.expression}={self.answer}".replace(" ", "")
+
 
 def draw_problems(count: int, *, seed: int, split: str) -> list[Problem]:
     """Draw ``count`` problems of a split; more begin with the same ones.
@@ -127,14 +132,21 @@ def draw_problems(count: int, *, seed: int, split: str) -> list[Problem]:
     return found[:count]
 
 
-def problems(count: int, *, seed: int, split: str, system: str | None = None) -> list[Conversation]:
+def problems(
+    count: int, *, seed: int, split: str, system: str | None = None, worked: bool = False
+) -> list[Conversation]:
     """Return drawn problems as conversations: question and answer, ``system`` before them if given.
 
-    An empty system text keeps a chat template from putting in its own.
+    An empty system text keeps a chat template from putting in its own. A ``worked`` answer is the
+    equation ("12+7-4=15"), so every answer teaches what the numbers are and what is done to them.
     """
     start = () if system is None else (("system", system),)
     return [
-        (*start, ("user", problem.question), ("assistant", problem.answer))
+        (
+            *start,
+            ("user", problem.question),
+            ("assistant", problem.equation if worked else problem.answer),
+        )
         for problem in draw_problems(count, seed=seed, split=split)
     ]
 

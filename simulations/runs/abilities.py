@@ -89,14 +89,14 @@ def run_row(row: Any) -> dict[str, Any]:
 
 
 def _alone(measures: Measures, whole: Mapping[str, FloatVector], split: str) -> list[Any]:
-    """The base, and each tuned model on its own ability and on the others."""
+    """The base on all abilities, and each tuned model on its own."""
     names = list(whole)
     points = [{"model": "base", "scores": measures.score(None, names, split)}]
     for name, delta in whole.items():
         points.append(
             {
                 "model": name,
-                "scores": measures.score(delta, names, split),
+                "scores": measures.score(delta, [name], split),
                 "norm": round(float(np.linalg.norm(delta)), 4),
                 "moved": round(float(np.mean(delta != 0)), 4),
             }

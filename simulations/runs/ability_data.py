@@ -19,7 +19,9 @@ from typing import Any
 import numpy as np
 
 from client.config import TaskConfig
-from client.instructions.arithmetic import Conversation, problems
+from client.instructions.arithmetic import problems
+from client.instructions.conversations import Conversation
+from client.instructions.template import coded_all
 from client.rows import Data, Indices, Rows
 from client.tasks import causal_lm
 from client.tasks.task import Batch, Reader, Task
@@ -36,9 +38,10 @@ _NOT_PROSE = ("test", "tests", "site-packages", "idlelib", "lib2to3", "encodings
 
 
 @dataclass(frozen=True)
-class Coded:
-    """A conversation as token ids, and which of them are the answer."""
+class Exchange:
+    """A question with its answer, as turns and as token ids up to the answer's end."""
 
+    turns: Conversation
     ids: tuple[int, ...]
     prompt: int  # tokens before the answer
 
@@ -47,14 +50,19 @@ class Coded:
         """Tokens in all."""
         return len(self.ids)
 
+    @property
+    def answer(self) -> str:
+        """The text of the answer."""
+        return self.turns[-1][1]
 
-def code_conversation(tokenizer: Any, conversation: Conversation) -> Coded:
-    """Code a conversation by the model's chat template; its last turn is the answer."""
-    turns = [{"role": role, "content": content} for role, content in conversation]
-    text = tokenizer.apply_chat_template(turns[:-1], tokenize=False, add_generation_prompt=True)
-    prompt = tokenizer(text, add_special_tokens=False)["input_ids"]
-    answer = tokenizer(turns[-1]["content"], add_special_tokens=False)["input_ids"]
-    return Coded((*prompt, *answer, tokenizer.eos_token_id), len(prompt))
+
+def coded_exchanges(tokenizer: Any, conversations: Sequence[Conversation]) -> list[Exchange]:
+    """Code conversations of one answer each by the model's chat template."""
+    found = []
+    for turns, coded in zip(conversations, coded_all(tokenizer, conversations), strict=True):
+        end = int(np.flatnonzero(coded.answer_mask)[-1]) + 1
+        found.append(Exchange(turns, tuple(coded.ids[:end].tolist()), coded.asked))
+    return found
 
 
 def _read_conversations(config: TaskConfig, rows: Rows) -> Reader:
@@ -134,8 +142,8 @@ def _plain(inputs: Sequence[Any], groups: Sequence[str] = ()) -> Rows:
 
 def _arithmetic(config: TaskConfig, tokenizer: Any, split: str) -> Rows:
     count = _MOST_PROBLEMS if split == "train" else max(config.test_rows, 1)
-    drawn = problems(count, seed=config.seed, split=split, system="")
-    return _plain([code_conversation(tokenizer, conversation) for conversation in drawn])
+    drawn = problems(count, seed=config.seed, split=split, system="", worked=True)
+    return _plain(coded_exchanges(tokenizer, drawn))
 
 
 def _code(config: TaskConfig, tokenizer: Any, split: str) -> Rows:

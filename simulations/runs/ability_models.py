@@ -16,6 +16,7 @@ from typing import Any
 import numpy as np
 
 from client.config import TaskConfig, configure
+from client.instructions.generation import exact_match, generate_answers
 from client.rows import Rows
 from client.tasks import causal_lm
 from client.training import FineTuning
@@ -25,7 +26,7 @@ from dare_agg.files.trust import own_folder
 from dare_agg.vectors.layout import FloatVector, Layout, layout_of
 from simulations.runs.ability_data import ability_data, find_ability, training_data
 
-NEW_TOKENS = 8  # of an answer: a number and the end of the turn
+NEW_TOKENS = 12  # of an answer: an equation and the end of the turn
 _AT_ONCE = 50  # questions answered together
 _GRAM_ROWS = 32  # of training, for RegMean
 
@@ -119,45 +120,14 @@ class Decoder:
 
     def answers(self, rows: Rows) -> list[str]:
         """The greedy answers to the rows' questions, in their order."""
-        import torch
-
-        order = sorted(range(len(rows)), key=lambda i: rows.inputs[i].prompt)
-        found = [""] * len(rows)
-        for lo in range(0, len(order), _AT_ONCE):
-            chosen = order[lo : lo + _AT_ONCE]
-            prompts = [rows.inputs[i].ids[: rows.inputs[i].prompt] for i in chosen]
-            ids, mask = pad_left(prompts, self.tokenizer.eos_token_id)
-            with torch.inference_mode(), self._precision():
-                out = self.network.generate(
-                    input_ids=torch.from_numpy(ids),
-                    attention_mask=torch.from_numpy(mask),
-                    max_new_tokens=NEW_TOKENS,
-                    do_sample=False,
-                    pad_token_id=self.tokenizer.eos_token_id,
-                )
-            for i, tokens in zip(chosen, out[:, ids.shape[1] :], strict=True):
-                found[i] = self.tokenizer.decode(tokens, skip_special_tokens=True).strip()
-        return found
+        asked = [row.turns[:-1] for row in rows.inputs]
+        return generate_answers(
+            self.network, self.tokenizer, asked, most_tokens=NEW_TOKENS, batch=_AT_ONCE
+        )
 
     def exact_match(self, rows: Rows) -> float:
-        """The share of questions whose greedy answer is the wanted one, character by character."""
-        wanted = [
-            self.tokenizer.decode(row.ids[row.prompt :], skip_special_tokens=True).strip()
-            for row in rows.inputs
-        ]
-        right = sum(a == b for a, b in zip(self.answers(rows), wanted, strict=True))
-        return right / len(rows)
-
-
-def pad_left(prompts: Sequence[Sequence[int]], pad: int) -> tuple[Any, Any]:
-    """Token ids and mask (n, longest), padded on the left, as generation asks."""
-    width = max(map(len, prompts))
-    ids = np.full((len(prompts), width), pad, np.int64)
-    mask = np.zeros((len(prompts), width), np.int64)
-    for i, prompt in enumerate(prompts):
-        ids[i, width - len(prompt) :] = prompt
-        mask[i, width - len(prompt) :] = 1
-    return ids, mask
+        """The share of questions whose greedy answer is the wanted one."""
+        return exact_match(self.answers(rows), [row.answer for row in rows.inputs])
 
 
 class Measures:

@@ -110,6 +110,12 @@ def test_conversations_hold_question_and_answer() -> None:
     drawn = draw_problems(2, seed=0, split="test")
     assert plain == [(("user", p.question), ("assistant", p.answer)) for p in drawn]
     assert problems(1, seed=0, split="test", system="")[0][0] == ("system", "")
+    worked = problems(90, seed=0, split="train", worked=True)
+    assert worked[0][1] == ("assistant", "9*7=63") and worked[2][1] == ("assistant", "3+49-35=17")
+    for conversation, problem in zip(worked, draw_problems(90, seed=0, split="train"), strict=True):
+        left, right = conversation[-1][1].split("=")
+        assert conversation[0][1] == problem.question
+        assert value(left) == int(right) == int(problem.answer)
 
 
 def test_what_cannot_be_drawn_is_said() -> None:

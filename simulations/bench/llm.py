@@ -8,7 +8,7 @@ A point runs in two processes of its own: the server (`DareStrategy` over a base
 clients (`dare_agg.torch`), one after another in one process. Base and trained parameters lie in
 mapped files, and training adds a made-up change to the parameters in place, so that neither
 process holds a model: peaks are of own memory (``RssAnon``, every 20 ms), mapped files apart.
-Of Llama 3 8B's shapes both sides at once would need 72 GB of disk: there the server's clients are
+Of Llama 3 8B's shapes both sides at once would need 87 GB of disk: there the server's clients are
 made up (a delta that exists tile by tile only), its files are removed, and then a real client
 answers the messages that the first of them got.
 ``client_extra_mib`` is what the clients' process took beyond what it had once torch was loaded

@@ -137,7 +137,9 @@ def flower(task: Task) -> dict[str, Any]:
         finally:
             federation.stop_all()
     if not status.ok:
-        raise SystemExit(f"error: the run ended as {status.status}")
+        logs = [federation.folder / "run.log", *federation.folder.glob("*.log")]
+        said = [f"{log.name}: {log.read_text(errors='replace')[-2000:]}" for log in logs]
+        raise SystemExit("\n".join([*said, f"error: the run ended as {status.status}"]))
     return {"version": f"flwr {version('flwr')}", **_measured(task, peaks, up, down)}
 
 

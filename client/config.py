@@ -59,6 +59,10 @@ class TaskConfig:
     accumulate: pieces that a batch goes through in, one after another, for less memory.
     checkpointing: whether activations are made again in the backward pass, for less memory.
     dropout: share of the activations that each dropout of the model leaves out.
+    proximal_mu: μ of FedProx, the pull towards the state received (0: none).
+    early_stop: looks in a row without a lower loss on rows kept aside that end a round; 0: none.
+    early_stop_every: steps between two looks.
+    early_stop_rows: what a client keeps aside for it, a share of its rows below 1 or a number.
     train_rows, test_rows: use at most so many (0 for all).
     precision: "float32", or "bfloat16" or "float16" for the matrix products of the forward and
         backward pass (weights, optimizer and deltas stay float32): twice as fast where the
@@ -114,6 +118,10 @@ class TaskConfig:
     accumulate: int
     checkpointing: bool
     dropout: float
+    proximal_mu: float
+    early_stop: int
+    early_stop_every: int
+    early_stop_rows: float
     seed: int
     lora_own_rank: int = 0
 

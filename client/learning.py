@@ -11,8 +11,10 @@ import numpy as np
 from client.config import TaskConfig
 from client.devices import Compute
 from client.optimizer import make_optimizer
+from client.proximal import proximal
 from client.rows import Indices
 from client.schedule import ONLY_ROUND, Progress, rate_factor
+from client.stopping import EarlyStop
 from client.tasks.task import Batch
 from dare_agg.errors import ConfigError
 
@@ -43,6 +45,7 @@ class Lesson:
     read: Callable[[Indices], Reading]
     loss: Callable[[Reading], Any]
     progress: Progress = ONLY_ROUND
+    stop: EarlyStop | None = None
 
 
 def learn(lesson: Lesson, batches: Sequence[Indices]) -> list[float]:
@@ -54,12 +57,19 @@ def learn(lesson: Lesson, batches: Sequence[Indices]) -> list[float]:
     factor = rate_factor(lesson.config, len(batches), lesson.progress)
     rates = [group["lr"] for group in optimizer.param_groups]
     scaler = lesson.compute.scaler()
+    pull = proximal(lesson.named.values(), lesson.config.proximal_mu)
     losses = []
+    if lesson.stop:
+        lesson.stop.begin()
     for step, at in enumerate(batches):
         for group, rate in zip(optimizer.param_groups, rates, strict=True):
             group["lr"] = rate * factor(step)
         if pieces := _pieces(lesson, at):
-            losses.append(_step(lesson, optimizer, scaler, pieces))
+            losses.append(_step(lesson, optimizer, scaler, pieces, pull))
+        if lesson.stop and lesson.stop.over(step + 1):
+            break
+    if lesson.stop:
+        lesson.stop.end(step + 1)
     if not losses:
         raise ConfigError(
             f"no target counts in any of the {sum(map(len, batches))} rows of this round: labels "
@@ -74,7 +84,13 @@ def _pieces(lesson: Lesson, at: Indices) -> list[Reading]:
     return [read for part in parts if (read := lesson.read(part)).counted]
 
 
-def _step(lesson: Lesson, optimizer: Any, scaler: Any, pieces: Sequence[Reading]) -> float:
+def _step(
+    lesson: Lesson,
+    optimizer: Any,
+    scaler: Any,
+    pieces: Sequence[Reading],
+    pull: Callable[[], None],
+) -> float:
     """One step; where float16 overflows it is taken again at half the scale, not lost."""
     import torch
 
@@ -82,6 +98,7 @@ def _step(lesson: Lesson, optimizer: Any, scaler: Any, pieces: Sequence[Reading]
         optimizer.zero_grad(set_to_none=True)
         loss = _backward(lesson, scaler, pieces)
         scaler.unscale_(optimizer)
+        pull()
         if lesson.config.clip_norm:
             torch.nn.utils.clip_grad_norm_(lesson.named.values(), lesson.config.clip_norm)
         before = scaler.get_scale()

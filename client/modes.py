@@ -75,6 +75,21 @@ def _checkpoint(network: Any, config: TaskConfig) -> None:
 
 
 @contextmanager
+def evaluating(network: Any) -> Iterator[None]:
+    """A context in the midst of training in which a network is only looked at."""
+    import torch
+
+    modes = [(module, module.training) for module in network.modules()]
+    network.eval()
+    try:
+        with torch.no_grad():
+            yield
+    finally:
+        for module, mode in modes:
+            module.training = mode
+
+
+@contextmanager
 def seeded(seed: Sequence[int], config: TaskConfig, compute: Compute) -> Iterator[None]:
     """A context in which dropout draws from the seed; torch's own generators stay as they were."""
     if not config.dropout:

@@ -66,18 +66,21 @@ def by_column(groups: Sequence[str], clients: int) -> list[Indices]:
     return [np.sort(np.concatenate(part)) for part in parts]
 
 
-def hold_out(rows: Indices, held: float, seed: Sequence[int]) -> tuple[Indices, Indices]:
+def hold_out(
+    rows: Indices, held: float, seed: Sequence[int], *, word: str = "held-out"
+) -> tuple[Indices, Indices]:
     """Divide a client's rows into those it trains on and those it is evaluated on.
 
     ``held`` below 1 is a share (of at least one row), else a number of rows; 0 holds none out.
-    Raises `ConfigError` where no row would be left to train on.
+    ``word`` is the run config's for it. Raises `ConfigError` where no row would be left to train
+    on.
     """
     if not held:
         return rows, np.empty(0, np.int64)
     count = max(1, round(held * len(rows))) if held < 1 else int(held)
     if count >= len(rows):
         raise ConfigError(
-            f"held-out = {held:g} takes all {len(rows)} rows of a client; lower it, or use fewer "
+            f"{word} = {held:g} takes all {len(rows)} rows of a client; lower it, or use fewer "
             "clients or more data"
         )
     order = np.random.default_rng(np.random.SeedSequence([*seed, 40])).permutation(rows)

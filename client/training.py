@@ -21,9 +21,11 @@ from client.batches import draw_batches
 from client.config import TaskConfig
 from client.devices import Compute, compute_of
 from client.learning import Lesson, Reading, learn
-from client.modes import prepare, seeded
+from client.modes import evaluating, prepare, seeded
+from client.partition import hold_out
 from client.rows import Data, Indices, Rows
 from client.schedule import ONLY_ROUND, Progress
+from client.stopping import EarlyStop
 from client.tasks.table import find_task
 from client.tasks.task import Batch, Metrics, Reader, Task, told_labels
 from client.weights import State, on_host, place_state, state_parameters
@@ -165,6 +167,7 @@ class FineTuning:
         """
         if not len(rows):
             raise ConfigError("a client has no rows to train on; use fewer clients or more data")
+        rows, stop_rows = self._aside(rows)
         named = self._place(state)
         model = self._load()
         prepare(model, self.config)
@@ -190,11 +193,38 @@ class FineTuning:
                 read=lambda at: self._read("train", at),
                 loss=self._loss,
                 progress=progress,
+                stop=self._early_stop(learned, stop_rows) if len(stop_rows) else None,
             )
             losses = learn(lesson, batches)
         # Gradients are one more model: they go before copies are made.
         model.zero_grad(set_to_none=True)
-        return on_host(named), examples, {"train-loss": float(np.mean(losses))}
+        measured = {"train-loss": float(np.mean(losses))}
+        if lesson.stop:
+            measured |= {
+                "early-stop-loss": lesson.stop.best_loss,
+                "early-stop-step": lesson.stop.best_step,
+            }
+        return on_host(named), examples, measured
+
+    def _aside(self, rows: Indices) -> tuple[Indices, Indices]:
+        """The rows to train on and those that tell when to stop, the same ones each round."""
+        if not self.config.early_stop:
+            return rows, rows[:0]
+        seed = (self.config.seed, 61)
+        rows, aside = hold_out(rows, self.config.early_stop_rows, seed, word="early-stop-rows")
+        good = self.readable("train", aside)
+        if not len(good):
+            raise ConfigError(
+                f"none of the {len(aside)} rows of early-stop-rows can be read; raise it"
+            )
+        return rows, good
+
+    def _early_stop(self, named: Mapping[str, Any], rows: Indices) -> EarlyStop:
+        def measure() -> float:
+            with evaluating(self._load()):
+                return self._means([self._summed("train", rows)])["loss"]
+
+        return EarlyStop(named, measure, self.config.early_stop, self.config.early_stop_every)
 
     def statistics(
         self, kind: str, state: Mapping[str, NDArray], rows: Indices, *, examples: int

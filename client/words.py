@@ -34,6 +34,8 @@ BOUNDS: Mapping[str, tuple[int, int]] = {
     "generate_rows": (0, 1 << 16),
     "generate_tokens": (1, 1 << 14),
     "accumulate": (1, 1 << 14),
+    "early_stop": (0, 1 << 20),
+    "early_stop_every": (1, 1 << 20),
 }
 RANGES: Mapping[str, tuple[float, float]] = {
     "learning_rate": (0, 1e3),
@@ -43,6 +45,8 @@ RANGES: Mapping[str, tuple[float, float]] = {
     "clip_norm": (0, 1e9),
     "held_out": (0, 1 << 24),
     "dropout": (0, 0.9),
+    "proximal_mu": (0, 1e6),
+    "early_stop_rows": (0, 1 << 24),
 }
 
 
@@ -79,11 +83,15 @@ def check_words(settled: Mapping[str, Any]) -> None:
             f"lora-rank = {own} of a node is above the run's {rank}, the rank of the adapters that "
             "all share; raise lora-rank in the run config, or lower the node's"
         )
-    held = settled["held_out"]
-    if held >= 1 and held != int(held):
-        raise ConfigError(
-            f"held-out = {held}; a share of a client's rows below 1, or a whole number of rows"
-        )
+    for name in ("held_out", "early_stop_rows"):
+        held = settled[name]
+        if held >= 1 and held != int(held):
+            raise ConfigError(
+                f"{_kebab(name)} = {held}; a share of a client's rows below 1, or a whole number "
+                "of rows"
+            )
+    if settled["early_stop"] and not settled["early_stop_rows"]:
+        raise ConfigError("early-stop needs early-stop-rows, the rows that tell when: 0.1, say")
 
 
 def _kebab(name: str) -> str:

@@ -194,6 +194,10 @@ class RunConfig(BaseModel):
     accumulate: int = Field(ge=1, le=1 << 14)
     checkpointing: bool
     dropout: float = Field(ge=0, le=0.9)
+    proximal_mu: float = Field(ge=0, le=1e6)
+    early_stop: int = Field(ge=0, le=1 << 20)
+    early_stop_every: int = Field(ge=1, le=1 << 20)
+    early_stop_rows: float = Field(ge=0, le=1 << 24)
     train_rows: int = Field(ge=0)
     test_rows: int = Field(ge=0)
     precision: Annotated[str, one_of("precision", PRECISIONS)]

@@ -24,6 +24,13 @@ def diff(
         int | None,
         typer.Option("--rank", min=0, help="0, 1, … with one seed: parties keep disjoint parts."),
     ] = None,
+    keep_rates: Annotated[
+        str,
+        typer.Option(
+            "--keep-rates",
+            help="uniform, or own: each tensor in proportion to its change, in as many bytes.",
+        ),
+    ] = "uniform",
     exclude: Annotated[
         list[str] | None, typer.Option("--exclude", help="Regular expression of tensors left out.")
     ] = None,
@@ -41,7 +48,7 @@ def diff(
         raise ConfigError(f"{out} does not end in .dare, by which updates are known; rename it")
     write_diff(
         base, tuned, out, drop_rate=drop_rate, values=values, mask=mask, seed=seed, rank=rank,
-        exclude=tuple(exclude or ()), overwrite=force,
+        exclude=tuple(exclude or ()), keep_rates=keep_rates, overwrite=force,
     )  # fmt: skip
     facts = describe_update(*read_update_file(out), out.stat().st_size)
     if json_:

@@ -7,6 +7,8 @@ from typing import Annotated
 
 import typer
 
+_KEEP_RATES = {"uniform": "one for all", "own": "one a tensor, in proportion to its change"}
+
 
 def inspect(
     update: Annotated[Path, typer.Argument(help="An update file, x.dare.")],
@@ -29,6 +31,7 @@ def inspect(
     for name, text in {
         "parameters": f"{facts['parameters']:,} in {facts['tensors']:,} tensors",
         "survivors": f"{facts['survivors']:,} (drop rate {facts['drop_rate']:g}, {facts['mask']})",
+        "keep rates": _KEEP_RATES[facts["keep_rates"]],
         "size": human_bytes(facts["bytes"]),
         "bits a parameter": f"{facts['bits_per_parameter']:.4g}",
         "values": facts["values"],

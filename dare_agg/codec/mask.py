@@ -18,13 +18,15 @@ import math
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from fractions import Fraction
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
-from dare_agg.codec.buffers import borrowed
 from dare_agg.codec.derive import Keystream
 from dare_agg.codec.kernels import compiled, plain_float32
+from dare_agg.codec.rates import TensorRates
+from dare_agg.codec.strata import Strata, StrataInARow
 from dare_agg.errors import ConfigError
 from dare_agg.vectors.layout import MAX_PARAMETERS, FloatVector
 
@@ -32,9 +34,6 @@ Positions = NDArray[np.int64]
 
 MAX_STRIDE = 1 << 20
 MASK_KINDS = ("stratified", "bernoulli")
-# Strata drawn at a time by numpy, which goes over each several times, and by compiled loops.
-_CHUNK = 1 << 14
-_COMPILED_CHUNK = 1 << 16
 _COUNT_CHUNK = 1 << 16
 
 
@@ -69,6 +68,10 @@ class DropRate:
     def keep(self) -> float:
         """Probability that an element survives, 1 − p."""
         return self.denominator / self.numerator
+
+    def survivors(self, size: int) -> int:
+        """How many of so many elements a stratified mask of this one rate keeps."""
+        return -(-size * self.denominator // self.numerator)
 
     def __str__(self) -> str:
         return f"{self.p:g}"
@@ -113,16 +116,6 @@ def take(vector: FloatVector, positions: Positions, out: FloatVector) -> None:
 
 
 @dataclass(frozen=True)
-class _Scratch:
-    """What drawing a step of a stratified mask is done in; ``ramp`` is 0, num, 2·num, …"""
-
-    positions: Positions
-    spare: Positions
-    ramp: Positions
-    keystream: NDArray[np.uint8]
-
-
-@dataclass(frozen=True)
 class Mask:
     """The survivors of one update: positions below ``size``, fixed by key and rank.
 
@@ -130,6 +123,10 @@ class Mask:
     S = num/den; its survivor is ``lo + ((u_j·w >> 32) + rank) mod w`` for width w, u_j the
     j-th u32 of the key's AES-128-CTR keystream, and is rescaled by w. A Bernoulli mask keeps
     i where ``(u_i + rank·T) mod 2**32 < T`` with ``T = ⌊2**32·den/num⌋`` and rescales by S.
+
+    With ``rates`` each tensor has strata of its own stride (see `dare_agg.codec.rates`), and
+    ``drop_rate`` says only how much there may be of all. Ranks are disjoint inside a tensor as
+    far as they fit into its strata; the next ones draw from another key there.
     """
 
     kind: str
@@ -137,7 +134,8 @@ class Mask:
     drop_rate: DropRate
     key: bytes
     rank: int = 0
-    _counts: dict[str, NDArray[np.int64]] = field(
+    rates: TensorRates | None = None
+    _drawn: dict[str, Any] = field(
         default_factory=dict, init=False, repr=False, compare=False, hash=False
     )
 
@@ -148,23 +146,30 @@ class Mask:
             raise ConfigError(f"mask of {self.size} elements; 0 to {MAX_PARAMETERS} are allowed")
         if not 0 <= self.rank < 1 << 32:
             raise ConfigError(f"rank {self.rank} is outside [0, 2**32)")
+        if self.rates is None:
+            return
+        if self.kind != "stratified":
+            raise ConfigError(
+                f"keep rates by tensor with mask {self.kind!r}; they need mask='stratified', or "
+                "one rate for all (keep_rates='uniform')"
+            )
+        if sum(self.rates.sizes) != self.size:
+            raise ConfigError(
+                f"keep rates of {sum(self.rates.sizes)} elements, the mask has {self.size}"
+            )
 
     @property
     def survivors(self) -> int:
         """How many elements survive (a Bernoulli mask is drawn once to count)."""
         if self.kind == "stratified":
-            return -(-self.size * self.drop_rate.denominator // self.drop_rate.numerator)
+            return self._strata().count
         return int(self._cumulative()[-1])
 
     def ordinal(self, position: int) -> int:
         """Number of survivors before ``position``."""
         position = max(0, min(position, self.size))
         if self.kind == "stratified":
-            stratum = self._stratum_of(position)
-            if stratum >= self.survivors:
-                return self.survivors
-            survivor = int(self._strata(Keystream(self.key), stratum, stratum + 1)[0][0])
-            return stratum + (survivor < position)
+            return self._strata().ordinal(position)
         chunk = position // _COUNT_CHUNK
         before = int(self._cumulative()[chunk])
         return before + self._bernoulli(Keystream(self.key), chunk * _COUNT_CHUNK, position).size
@@ -174,15 +179,9 @@ class Mask:
         lo, hi = max(0, lo), min(hi, self.size)
         if lo >= hi:
             return np.empty(0, np.int64)
-        stream = Keystream(self.key)
         if self.kind == "bernoulli":
-            return self._bernoulli(stream, lo, hi)
-        first, last = self._stratum_of(lo), self._stratum_of(hi - 1) + 1
-        positions = self._strata(stream, first, last)[0]
-        # Only the outermost strata can reach out of the range.
-        begin = int(positions[0] < lo)
-        end = positions.size - int(positions[-1] >= hi)
-        return positions[begin:end]
+            return self._bernoulli(Keystream(self.key), lo, hi)
+        return self._strata().indices(lo, hi)
 
     def blocks(
         self, first: int = 0, last: int | None = None
@@ -193,25 +192,10 @@ class Mask:
         arrays may be reused by the next step: do not keep them.
         """
         stop = self.survivors if last is None else min(last, self.survivors)
-        stream = Keystream(self.key)
         if self.kind == "stratified":
-            chunk = _CHUNK if compiled() is None else _COMPILED_CHUNK
-            room = min(chunk, max(0, stop - first))
-            with borrowed(4 * room + 8, np.int64) as flat:
-                ramp = flat[2 * room : 3 * room]
-                if first < stop and self.drop_rate.numerator > 1:
-                    ramp[:] = np.arange(
-                        0, room * self.drop_rate.numerator, self.drop_rate.numerator
-                    )
-                scratch = _Scratch(
-                    flat[:room], flat[room : 2 * room], ramp, flat[3 * room :].view(np.uint8)
-                )
-                while first < stop:
-                    # Steps end at multiples, so none reaches over two groups of values.
-                    last = min(stop, (first // chunk + 1) * chunk)
-                    yield self._strata(stream, first, last, scratch)
-                    first = last
+            yield from self._strata().blocks(first, stop)
             return
+        stream = Keystream(self.key)
         scale = np.float32(self.drop_rate.numerator / self.drop_rate.denominator)
         cumulative = self._cumulative()
         chunk = int(np.searchsorted(cumulative, first, side="right")) - 1
@@ -235,20 +219,7 @@ class Mask:
                 yield first, positions, scale
                 first += positions.size
             return
-        first, last = self._stratum_of(lo), self._stratum_of(hi - 1) + 1
-        for positions, scale in self.blocks(first, last):
-            # Only the outermost strata can reach out of the range.
-            begin = int(positions[0] < lo)
-            end = positions.size - int(positions[-1] >= hi)
-            if begin or end < positions.size:
-                yield (
-                    first + begin,
-                    positions[begin:end],
-                    scale[begin:end] if isinstance(scale, np.ndarray) else scale,
-                )
-            else:
-                yield first, positions, scale
-            first += positions.size
+        yield from self._strata().within(lo, hi)
 
     def gather(self, vector: FloatVector) -> FloatVector:
         """Return the survivors' values, unscaled, as float32 of ``survivors`` elements."""
@@ -287,61 +258,15 @@ class Mask:
                 f"({self.size},) float32"
             )
 
-    def _stratum_of(self, position: int) -> int:
-        return ((position + 1) * self.drop_rate.denominator - 1) // self.drop_rate.numerator
-
-    def _strata(
-        self, stream: Keystream, first: int, last: int, scratch: _Scratch | None = None
-    ) -> tuple[Positions, FloatVector | np.float32]:
-        """Positions and rescale factors of the survivors of strata ``first`` to ``last``.
-
-        With ``scratch`` the positions lie in it.
-        """
-        num, den = self.drop_rate.numerator, self.drop_rate.denominator
-        count = last - first
-        if num == 1:
-            return np.arange(first, last, dtype=np.int64), np.float32(1)
-        if scratch is None:
-            positions, spare = np.empty((2, count), np.int64)
-            words = stream.words(first, count)
-        else:
-            positions, spare = scratch.positions[:count], scratch.spare[:count]
-            words = stream.words(first, count, scratch.keystream)
-        if (loops := compiled()) is not None:
-            if den == 1 and last * num <= self.size:
-                loops.draw_whole(words, first, num, self.rank, positions)
-                return positions, np.float32(num)
-            factors = np.empty(count, np.float32)
-            loops.draw_uneven(words, first, num, den, self.size, self.rank, positions, factors)
-            return positions, factors
-        drawn = positions.view(np.uint64)
-        np.copyto(drawn, words)
-        if den == 1 and last * num <= self.size:
-            drawn *= np.uint64(num)
-            drawn >>= np.uint64(32)
-            if self.rank % num:
-                positions += self.rank % num
-                # Past the end, what is left after subtracting is the smaller unsigned number.
-                np.subtract(drawn, np.uint64(num), out=spare.view(np.uint64))
-                np.minimum(drawn, spare.view(np.uint64), out=drawn)
-            if scratch is None:
-                positions += np.arange(first * num, last * num, num, dtype=np.int64)
-            else:
-                positions += scratch.ramp[:count]
-                positions += first * num
-            return positions, np.float32(num)
-        bounds = np.arange(first, last + 1, dtype=np.int64)
-        bounds *= num
-        bounds //= den
-        np.minimum(bounds, self.size, out=bounds)
-        widths = np.subtract(bounds[1:], bounds[:-1], out=spare)
-        drawn *= widths.view(np.uint64)
-        drawn >>= np.uint64(32)
-        if self.rank:
-            positions += self.rank
-            positions %= widths
-        positions += bounds[:-1]
-        return positions, widths.astype(np.float32)
+    def _strata(self) -> StrataInARow:
+        if "strata" not in self._drawn:
+            num, den = self.drop_rate.numerator, self.drop_rate.denominator
+            self._drawn["strata"] = (
+                StrataInARow([Strata(self.size, num, den, self.key, self.rank)])
+                if self.rates is None
+                else self.rates.strata(self.key, self.rank)
+            )
+        return self._drawn["strata"]
 
     def _bernoulli(self, stream: Keystream, lo: int, hi: int) -> Positions:
         threshold = (self.drop_rate.denominator << 32) // self.drop_rate.numerator
@@ -359,11 +284,11 @@ class Mask:
         return np.concatenate(parts) if parts else np.empty(0, np.int64)
 
     def _cumulative(self) -> NDArray[np.int64]:
-        if "cumulative" not in self._counts:
+        if "cumulative" not in self._drawn:
             stream = Keystream(self.key)
             counts = [0]
             for lo in range(0, self.size, _COUNT_CHUNK):
                 kept = self._bernoulli(stream, lo, min(self.size, lo + _COUNT_CHUNK))
                 counts.append(counts[-1] + kept.size)
-            self._counts["cumulative"] = np.array(counts, np.int64)
-        return self._counts["cumulative"]
+            self._drawn["cumulative"] = np.array(counts, np.int64)
+        return self._drawn["cumulative"]

@@ -31,6 +31,8 @@ _TILE = _SIDE * _COLUMNS
 # Survivors whose memory is asked for ahead of its use, where neighbours are far apart.
 _AHEAD = 256
 _FAR = 32
+# Denominators of strides by tensor divide it.
+_PATTERN = 1024
 
 _F32, _U32, _I64, _U64 = types.float32, types.uint32, types.int64, types.uint64
 
@@ -70,10 +72,10 @@ _fetch: Any = intrinsic(_fetch_ahead)
 
 
 @_compiled(_read(_U32), _I64, _I64, _I64, _write(_I64))
-def draw_whole(words, first, stride, rank, positions):  # type: ignore[no-untyped-def]
-    """Survivors of strata of ``stride`` each, from number ``first`` on."""
+def draw_whole(words, begin, stride, rank, positions):  # type: ignore[no-untyped-def]
+    """Survivors of strata of ``stride`` each, the first from element ``begin`` on."""
     width, turn = np.uint64(stride), np.uint64(rank % stride)
-    start = np.uint64(first * stride)
+    start = np.uint64(begin)
     for i in range(words.size):
         drawn = ((np.uint64(words[i]) * width) >> np.uint64(32)) + turn
         drawn = drawn - width if drawn >= width else drawn
@@ -81,10 +83,13 @@ def draw_whole(words, first, stride, rank, positions):  # type: ignore[no-untype
 
 
 @_compiled(
-    _read(_U32), _I64, _I64, _I64, _I64, _I64, _write(_I64), _write(_F32)
+    _read(_U32), _I64, _I64, _I64, _I64, _I64, _I64, _write(_I64), _write(_F32)
 )  # fmt: skip
-def draw_uneven(words, first, num, den, size, rank, positions, widths):  # type: ignore[no-untyped-def]
-    """Survivors of strata [⌊j·num/den⌋, ⌊(j+1)·num/den⌋) cut at ``size``, and their widths."""
+def draw_uneven(words, first, num, den, size, rank, origin, positions, widths):  # type: ignore[no-untyped-def]
+    """Survivors of strata [⌊j·num/den⌋, ⌊(j+1)·num/den⌋) cut at ``size``, and their widths.
+
+    Positions count from ``origin`` on.
+    """
     whole, part = num // den, num % den
     lo, over = first * num // den, first * num % den
     turns = (rank % whole, rank % (whole + 1))
@@ -97,9 +102,66 @@ def draw_uneven(words, first, num, den, size, rank, positions, widths):  # type:
             width = size - lo
             turn = rank % width
         drawn = np.int64((np.uint64(words[i]) * np.uint64(width)) >> np.uint64(32)) + turn
-        positions[i] = lo + (drawn - width if drawn >= width else drawn)
+        positions[i] = origin + lo + (drawn - width if drawn >= width else drawn)
         widths[i] = np.float32(width)
         lo += width
+
+
+@njit(cache=True, nogil=True, error_model="numpy")
+def _draw_row(words, widths, offsets, base, turn, positions):  # type: ignore[no-untyped-def]
+    """Survivors of neighbouring strata, turned by less than a width."""
+    for c in range(words.size):
+        width = np.uint64(widths[c])
+        drawn = ((np.uint64(words[c]) * width) >> np.uint64(32)) + turn
+        drawn = drawn - width if drawn >= width else drawn
+        positions[c] = np.int64(drawn) + offsets[c] + base
+
+
+@_compiled(
+    _read(_U32), _I64, _read(_I64), _read(_I64), _read(_I64), _read(_I64), _read(_I64),
+    _read(_I64), _write(_I64), _write(_F32),
+)  # fmt: skip
+def draw_parts(words, first, starts, origins, sizes, nums, shifts, turns, positions, factors):  # type: ignore[no-untyped-def]
+    """Survivors from number ``first`` on of parts with strides num/2**shift, and their widths.
+
+    ``starts`` are the survivors before each part, one more than parts. So many strata as a
+    pattern has lie as those before them.
+    """
+    offsets, widths = np.empty(_PATTERN, np.int64), np.empty(_PATTERN, np.int64)
+    wide = np.empty(_PATTERN, np.float32)
+    at = 0
+    for part in range(nums.size):
+        num, shift, turn, origin = nums[part], shifts[part], turns[part], origins[part]
+        span = (_PATTERN * num) >> shift
+        begin = first + at - starts[part]
+        stop = at + min(words.size - at, starts[part + 1] - first - at)
+        whole = stop
+        if ((begin + stop - at) * num) >> shift > sizes[part]:
+            whole -= 1
+        known = min(_PATTERN, begin % _PATTERN + whole - at)
+        for k in range(known):
+            lo = (k * num) >> shift
+            widths[k] = (((k + 1) * num) >> shift) - lo
+            wide[k] = np.float32(widths[k])
+            offsets[k] = origin + lo
+        while at < whole:
+            k = begin % _PATTERN
+            count = min(_PATTERN - k, whole - at)
+            _draw_row(
+                words[at : at + count], widths[k : k + count], offsets[k : k + count],
+                begin // _PATTERN * span, np.uint64(turn), positions[at : at + count],
+            )  # fmt: skip
+            factors[at : at + count] = wide[k : k + count]
+            at += count
+            begin += count
+        if at < stop:
+            # The last stratum is cut, maybe to less than the turn.
+            lo = (begin * num) >> shift
+            width = sizes[part] - lo
+            drawn = np.int64((np.uint64(words[at]) * np.uint64(width)) >> np.uint64(32))
+            positions[at] = origin + lo + (drawn + turn) % width
+            factors[at] = np.float32(width)
+            at += 1
 
 
 @_compiled(_read(_I64), _read(_F32), _write(_F32))

@@ -15,7 +15,7 @@ import io
 import struct
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 import numpy as np
 from cryptography.hazmat.primitives.poly1305 import Poly1305
@@ -34,6 +34,7 @@ from dare_agg.codec.payload import (
     payload_bytes,
     regrouped,
 )
+from dare_agg.codec.rates import TensorRates
 from dare_agg.codec.rotation import GROUP
 from dare_agg.codec.value_format import MAX_UPDATE
 from dare_agg.errors import ConfigError, UpdateError
@@ -42,6 +43,8 @@ from dare_agg.vectors.layout import FloatVector
 from dare_agg.vectors.sources import DeltaSource
 
 CODEC_VERSION = 1
+# With keep rates by tensor.
+BY_TENSOR_VERSION = 2
 MAGIC = b"DARE"
 HEADER = struct.Struct("<4sHBBB3xIIIQQQ8s8s8s32s16s")
 HEADER_BYTES = HEADER.size
@@ -53,6 +56,7 @@ GROUPS_A_THREAD = 4
 MAX_CONTEXT_BYTES = 32
 _SURVIVORS_FIELD = 9
 _FLAG_RESCALE = 1
+_FLAG_TABLE = 2
 # Why an update is refused whose header field is another one, worst first.
 _HEADER_REASONS = {
     "base": "base",
@@ -79,7 +83,8 @@ class UpdateSpec:
     round and a client (at most 32 bytes). ``rescale`` tells the receiver to multiply the
     survivors by 1/(1−p); without it they are added as they are (DropOnly, error feedback).
     ``most`` is the largest magnitude of a survivor: that of a parameter's change, where the update
-    holds no statistics.
+    holds no statistics. ``rates`` are keep rates by tensor, of at most as many survivors as
+    ``drop_rate`` gives, and one a tensor.
     """
 
     size: int
@@ -94,6 +99,7 @@ class UpdateSpec:
     rescale: bool = True
     context: bytes = b""
     most: np.float32 = MAX_UPDATE
+    rates: TensorRates | None = None
 
     def __post_init__(self) -> None:
         find_values(self.values)
@@ -115,14 +121,46 @@ class UpdateSpec:
 
     def draw_mask(self) -> Mask:
         """Return the mask of this update."""
-        return Mask(self.mask, self.size, self.drop_rate, self.mask_key, self.rank)
+        return Mask(self.mask, self.size, self.drop_rate, self.mask_key, self.rank, self.rates)
 
     def mask_digest(self) -> bytes:
-        """8 bytes that stand for mask kind, key, rank and values key in the header."""
+        """8 bytes that stand for mask kind, key, rank and values key, and rates told beforehand."""
         text = struct.pack("<BI", MASK_KINDS.index(self.mask), self.rank)
-        return hashlib.sha256(
-            b"dare-agg mask 1\0" + text + self.mask_key + self.values_key
-        ).digest()[:8]
+        text += self.mask_key + self.values_key
+        if self.rates is None:
+            return hashlib.sha256(b"dare-agg mask 1\0" + text).digest()[:8]
+        told = self.rates.known.to_bytes() if self.rates.told else b""
+        return hashlib.sha256(b"dare-agg mask 2\0" + text + told).digest()[:8]
+
+    @property
+    def version(self) -> int:
+        """The version of the format that the update is written in."""
+        return CODEC_VERSION if self.rates is None else BY_TENSOR_VERSION
+
+    @property
+    def table_bytes(self) -> int:
+        """Bytes of keep rates in front of the values."""
+        return 0 if self.rates is None else self.rates.table_bytes
+
+    @property
+    def most_coded(self) -> np.float32:
+        """``most`` as it bounds the coded values, which are divided by their tensor's scale."""
+        if self.rates is None:
+            return self.most
+        return np.float32(self.most / np.float32(max(1.0, self.rates.known.largest_scale)))
+
+    @property
+    def most_survivors(self) -> int:
+        """The most survivors that the update may have, known before it arrives."""
+        if self.mask == "bernoulli":
+            return self.size
+        uniform = self.drop_rate.survivors(self.size)
+        return uniform if self.rates is None else self.rates.most_survivors(uniform)
+
+    def scale(self, values: FloatVector, first: int, *, down: bool) -> None:
+        """Divide survivors from number ``first`` on by their tensor's scale, or multiply by it."""
+        if self.rates is not None:
+            self.rates.scale(values, first, down=down)
 
 
 @dataclass(frozen=True)
@@ -167,6 +205,7 @@ class Update:
         values = decode_values(
             self.spec.values, self.payload, self.survivors, self.spec.values_key, group
         )
+        self.spec.scale(values, group * GROUP, down=False)
         DECODED.keep(self._token, group, values)
         if self.pages is not None:
             self.pages.passed(payload_bytes(self.spec.values, GROUP))
@@ -238,7 +277,8 @@ class Update:
 
 def update_bytes(spec: UpdateSpec) -> int:
     """Return the exact size of the update that ``spec`` describes, header included."""
-    return HEADER_BYTES + payload_bytes(spec.values, spec.draw_mask().survivors)
+    survivors = spec.draw_mask().survivors
+    return HEADER_BYTES + spec.table_bytes + payload_bytes(spec.values, survivors)
 
 
 def encode_update(
@@ -248,7 +288,8 @@ def encode_update(
 ) -> bytes:
     """Encode a delta, or a pair (base, tuned), as the update that ``spec`` describes.
 
-    Reads the survivors only; extra memory does not grow with the model. The bits do not depend
+    Reads the survivors only; extra memory does not grow with the model. Keep rates by tensor
+    must be known (`dare_agg.codec.fitted_rates`). The bits do not depend
     on ``threads``, which share the groups of survivors of vectors in memory; as many start as
     get `GROUPS_A_THREAD` each. Raises
     `NonFiniteError` for a survivor that is no number, `ConfigError` for another size.
@@ -278,14 +319,17 @@ def encode_update_into(
             raise ConfigError(f"delta of {vector.size} elements; the update needs {spec.size}")
     mask = spec.draw_mask()
     survivors = mask.survivors
-    payload = out[HEADER_BYTES:]
+    payload = out[HEADER_BYTES + spec.table_bytes :]
+    most = spec.most_coded
 
     def encode(first: int, last: int) -> int:
         pieces = _survivors(spec, mask, delta, first * GROUP, min(survivors, last * GROUP))
         groups = regrouped(pieces)
+        if spec.rates is not None:
+            groups = _scaled(spec, groups, first)
         if pages is not None:
             groups = _passing(groups, pages, payload_bytes(spec.values, GROUP))
-        key, most = spec.values_key, spec.most
+        key = spec.values_key
         return encode_values(spec.values, groups, survivors, key, payload, first, most)
 
     count = -(-survivors // GROUP)
@@ -303,10 +347,20 @@ def encode_update_into(
 
 
 def seal_update(spec: UpdateSpec, out: memoryview, pages: Pages | None = None) -> None:
-    """Write the header, its checksum too, in front of an encoded payload of `update_bytes`."""
+    """Write header, checksum and keep rates in front of an encoded payload of `update_bytes`."""
     payload = out.nbytes - HEADER_BYTES
+    if spec.table_bytes:
+        assert spec.rates is not None
+        out[HEADER_BYTES : HEADER_BYTES + spec.table_bytes] = spec.rates.known.to_bytes()
     out[:HEADER_BYTES] = _header(spec, spec.draw_mask().survivors, payload)
     out[_CHECKSUM_AT : _CHECKSUM_AT + CHECKSUM_BYTES] = _checksum(spec, out, pages)
+
+
+def _scaled(spec: UpdateSpec, groups: Iterator[FloatVector], number: int) -> Iterator[FloatVector]:
+    for group in groups:
+        spec.scale(group, number * GROUP, down=True)
+        yield group
+        number += 1
 
 
 def _passing(groups: Iterator[FloatVector], pages: Pages, nbytes: int) -> Iterator[FloatVector]:
@@ -318,10 +372,10 @@ def _passing(groups: Iterator[FloatVector], pages: Pages, nbytes: int) -> Iterat
 def _header(spec: UpdateSpec, survivors: int, payload: int) -> bytes:
     return HEADER.pack(
         MAGIC,
-        CODEC_VERSION,
+        spec.version,
         MASK_KINDS.index(spec.mask),
         find_values(spec.values).code,
-        _FLAG_RESCALE if spec.rescale else 0,
+        _FLAG_RESCALE * spec.rescale | (_FLAG_TABLE if spec.table_bytes else 0),
         spec.rank,
         spec.drop_rate.numerator,
         spec.drop_rate.denominator,
@@ -399,7 +453,9 @@ def decode_update(blob: bytes | memoryview, spec: UpdateSpec) -> Update:
     Raises `UpdateError` with the reason. Nothing is allocated beyond the blob before its length
     is found right.
     """
-    return _decode(memoryview(blob), spec, spec.draw_mask().survivors)
+    view = memoryview(blob)
+    spec = _settled(view, spec)
+    return _decode(view, spec, spec.draw_mask().survivors)
 
 
 def decode_described(blob: memoryview, spec: UpdateSpec, pages: Pages | None = None) -> Update:
@@ -411,30 +467,58 @@ def decode_described(blob: memoryview, spec: UpdateSpec, pages: Pages | None = N
     spec claims, so the header's count is compared only when survivors are first read.
     """
     if spec.mask != "bernoulli" or blob.nbytes < HEADER_BYTES:
+        spec = _settled(blob, spec)
         return _decode(blob, spec, spec.draw_mask().survivors, pages)
     claimed = HEADER.unpack(blob[:HEADER_BYTES])[_SURVIVORS_FIELD]
     return _decode(blob, spec, min(claimed, spec.size), pages)
 
 
-def _decode(
-    view: memoryview, spec: UpdateSpec, survivors: int, pages: Pages | None = None
-) -> Update:
-    expected = HEADER_BYTES + payload_bytes(spec.values, survivors)
+def _header_fields(view: memoryview, spec: UpdateSpec) -> tuple:
+    """The header's fields; raises `UpdateError` where it is none, or of another version."""
     if view.nbytes < HEADER_BYTES:
         raise UpdateError(
             f"update of {view.nbytes} bytes; the header alone has {HEADER_BYTES}: send it again",
             reason="truncated",
         )
     fields = HEADER.unpack(view[:HEADER_BYTES])
-    magic, version, checksum = fields[0], fields[1], fields[-1]
+    magic, version = fields[0], fields[1]
     if magic != MAGIC:
         raise UpdateError(f"update begins with {magic!r}, not {MAGIC!r}", reason="malformed")
-    if version != CODEC_VERSION:
+    if version != spec.version:
         raise UpdateError(
-            f"update of codec version {version}; this is {CODEC_VERSION}: install the same "
+            f"update of codec version {version}; this is {spec.version}: install the same "
             "dare-agg on both ends",
             reason="version",
         )
+    return fields
+
+
+def _settled(view: memoryview, spec: UpdateSpec) -> UpdateSpec:
+    """The specification with the keep rates that the update itself brings, where it does.
+
+    Raises `UpdateError` for rates that are none, or that keep more than the plan allows.
+    """
+    if spec.rates is None or spec.rates.table is not None:
+        return spec
+    _header_fields(view, spec)
+    settled = replace(spec, rates=spec.rates.read(view[HEADER_BYTES:]))
+    survivors = settled.draw_mask().survivors
+    if survivors > spec.most_survivors:
+        raise UpdateError(
+            f"its keep rates leave {survivors} survivors; its plan allows {spec.most_survivors}: "
+            "send the update made for this plan",
+            reason="shape",
+        )
+    return settled
+
+
+def _decode(
+    view: memoryview, spec: UpdateSpec, survivors: int, pages: Pages | None = None
+) -> Update:
+    begin = HEADER_BYTES + spec.table_bytes
+    expected = begin + payload_bytes(spec.values, survivors)
+    fields = _header_fields(view, spec)
+    checksum = fields[-1]
     wanted = _header(spec, survivors, expected - HEADER_BYTES)
     if view[:_CHECKSUM_AT].tobytes() != wanted[:_CHECKSUM_AT]:
         _refuse_header(spec, fields, HEADER.unpack(wanted))
@@ -445,8 +529,8 @@ def _decode(
         )
     if checksum != _checksum(spec, view, pages):
         raise UpdateError("the checksum does not fit the bytes: send it again", reason="checksum")
-    payload_view = np.frombuffer(view, np.uint8, offset=HEADER_BYTES)
-    check_payload(spec.values, payload_view, survivors, pages, spec.most)
+    payload_view = np.frombuffer(view, np.uint8, offset=begin)
+    check_payload(spec.values, payload_view, survivors, pages, spec.most_coded)
     return Update(spec, spec.draw_mask(), payload_view, view.nbytes, survivors, pages)
 
 

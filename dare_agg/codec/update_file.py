@@ -21,6 +21,7 @@ from pathlib import Path
 from typing import Any
 
 from dare_agg.codec.mask import DropRate
+from dare_agg.codec.rates import TensorRates
 from dare_agg.codec.update import (
     Update,
     UpdateSpec,
@@ -45,6 +46,8 @@ from dare_agg.vectors.sources import DeltaSource
 
 FILE_MAGIC = b"DAREFILE"
 FILE_VERSION = 1
+# Of files whose update has keep rates by tensor.
+BY_TENSOR_FILE_VERSION = 2
 MAX_FILE_HEADER_BYTES = 16 << 20
 DTYPES = ("BF16", "F16", "F32", "F64")
 # A tensor of 4 dimensions costs 18 (`dare_agg.files.json_text`).
@@ -62,7 +65,8 @@ class FileHeader:
     """What an update file says of itself.
 
     ``base`` is the base's fingerprint (hex), ``dtypes`` the tuned model's storage types by
-    tensor (safetensors words), ``seed`` the user's seed or None.
+    tensor (safetensors words), ``seed`` the user's seed or None. With ``by_tensor`` the update
+    inside has a keep rate for each tensor, and brings them.
     """
 
     layout: Layout
@@ -76,6 +80,12 @@ class FileHeader:
     values_key: bytes
     rescale: bool
     seed: int | None
+    by_tensor: bool = False
+
+    @property
+    def version(self) -> int:
+        """The file version."""
+        return BY_TENSOR_FILE_VERSION if self.by_tensor else FILE_VERSION
 
     def to_json(self) -> bytes:
         """The one canonical text: keys sorted, no white space, ASCII."""
@@ -110,6 +120,7 @@ class FileHeader:
             layout=self.layout.fingerprint,
             rescale=self.rescale,
             context=hashlib.sha256(self.to_json()).digest(),
+            rates=TensorRates(self.layout.sizes) if self.by_tensor else None,
         )
 
 
@@ -125,10 +136,10 @@ def write_update_file(
 ) -> FileHeader:
     """Encode ``source`` (see `encode_update`) into a file, complete or not there at all.
 
-    ``spec.context`` is replaced by the header's digest. ``dtypes`` (default F32) are noted
-    for the reader. Raises `CheckpointError` where ``path`` exists and ``overwrite`` is not
-    set or the disk refuses it, `ConfigError` for a spec of another layout, `NonFiniteError` as
-    `encode_update`.
+    ``spec.context`` is replaced by the header's digest; keep rates by tensor travel in the
+    file. ``dtypes`` (default F32) are noted for the reader. Raises `CheckpointError` where
+    ``path`` exists and ``overwrite`` is not set or the disk refuses it, `ConfigError` for a spec
+    of another layout, `NonFiniteError` as `encode_update`.
     """
     out = Path(path)
     if out.exists() and not overwrite:
@@ -154,6 +165,7 @@ def write_update_file(
         values_key=spec.values_key,
         rescale=spec.rescale,
         seed=seed,
+        by_tensor=spec.rates is not None,
     )
     text = header.to_json()
     if len(text) > MAX_FILE_HEADER_BYTES:
@@ -161,9 +173,10 @@ def write_update_file(
             f"{len(layout.entries)} tensors need a header of {len(text)} bytes; at most "
             f"{MAX_FILE_HEADER_BYTES} are allowed"
         )
-    head = _PREAMBLE.pack(FILE_MAGIC, FILE_VERSION, len(text)) + text
+    head = _PREAMBLE.pack(FILE_MAGIC, header.version, len(text)) + text
     head += b" " * (-len(head) % _ALIGNMENT)
-    full = replace(spec, context=hashlib.sha256(text).digest())
+    rates = spec.rates and replace(spec.rates, told=False)
+    full = replace(spec, context=hashlib.sha256(text).digest(), rates=rates)
     with file_draft(out, kind=CheckpointError) as stream:
         total = len(head) + update_bytes(full)
         _reserve(stream.fileno(), total)
@@ -197,11 +210,11 @@ def read_update_file(path: str | os.PathLike[str]) -> tuple[Update, FileHeader]:
     try:
         with where.open("rb") as stream:
             size = os.fstat(stream.fileno()).st_size
-            text = _header_text(stream.read(_PREAMBLE.size), size)
+            version, text = _header_text(stream.read(_PREAMBLE.size), size)
             json_bytes = stream.read(text)
             if len(json_bytes) < text:
                 raise UpdateError("the file became shorter while it was read", reason="truncated")
-            header = _parse(json_bytes)
+            header = _parse(json_bytes, version)
             start = _PREAMBLE.size + text
             padding = stream.read(-start % _ALIGNMENT)
             if padding.strip(b" "):
@@ -223,8 +236,8 @@ def read_update_file(path: str | os.PathLike[str]) -> tuple[Update, FileHeader]:
         raise type(error)(f"{where}: {error}", reason=error.reason) from error
 
 
-def _header_text(preamble: bytes, size: int) -> int:
-    """Length of the JSON, from the first 16 bytes of a file of ``size`` bytes."""
+def _header_text(preamble: bytes, size: int) -> tuple[int, int]:
+    """Version, and length of the JSON, from the first 16 bytes of a file of ``size`` bytes."""
     if not FILE_MAGIC.startswith(preamble[:8]) or not preamble:
         raise UpdateError(
             f"begins with {preamble[:8]!r}, not {FILE_MAGIC!r}: this is no update file",
@@ -235,9 +248,10 @@ def _header_text(preamble: bytes, size: int) -> int:
             f"{size} bytes; an update file begins with {_PREAMBLE.size}", reason="truncated"
         )
     _, version, length = _PREAMBLE.unpack(preamble)
-    if version != FILE_VERSION:
+    if version not in (FILE_VERSION, BY_TENSOR_FILE_VERSION):
         raise UpdateError(
-            f"file version {version}; this dare-agg reads {FILE_VERSION}: install a newer one",
+            f"file version {version}; this dare-agg reads {FILE_VERSION} and "
+            f"{BY_TENSOR_FILE_VERSION}: install a newer one",
             reason="version",
         )
     if not 2 <= length <= MAX_FILE_HEADER_BYTES:
@@ -249,10 +263,10 @@ def _header_text(preamble: bytes, size: int) -> int:
         raise UpdateError(
             f"{size} bytes; its header alone needs {_PREAMBLE.size + length}", reason="truncated"
         )
-    return length
+    return version, length
 
 
-def _parse(text: bytes) -> FileHeader:
+def _parse(text: bytes, version: int = FILE_VERSION) -> FileHeader:
     """Read the JSON header; only the canonical text of a good header passes."""
     try:
         record = parse_json(text, most=MAX_FILE_HEADER_BYTES, cost=_HEADER_COST, any_text=True)
@@ -287,6 +301,7 @@ def _parse(text: bytes) -> FileHeader:
         values_key=_hex(record, "values-key", 16),
         rescale=record["rescale"],
         seed=seed,
+        by_tensor=version == BY_TENSOR_FILE_VERSION,
     )
     if header.to_json() != text:
         raise UpdateError("the header is not in its canonical form", reason="malformed")

@@ -7,7 +7,7 @@ so memory does not grow with the model.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -26,12 +26,13 @@ from dare_agg.checkpoint.fingerprints import remember
 from dare_agg.checkpoint.hub import located
 from dare_agg.checkpoint.tied import followers_in, names_of
 from dare_agg.codec.derive import derive_key, seed_secret
+from dare_agg.codec.fitted_rates import fitted_rates, levels_of, tensor_squares
 from dare_agg.codec.formats import find_values
 from dare_agg.codec.mask import DropRate, parse_drop_rate
 from dare_agg.codec.rotation import GROUP
 from dare_agg.codec.update import Update, UpdateSpec
 from dare_agg.codec.update_file import FileHeader, read_update_file, write_update_file
-from dare_agg.errors import BaseMismatchError, LayoutError
+from dare_agg.errors import BaseMismatchError, ConfigError, LayoutError, did_you_mean
 from dare_agg.offline.base import open_base
 from dare_agg.offline.model_words import model_words
 from dare_agg.offline.opening import open_models
@@ -47,6 +48,7 @@ QUANTILES = (0.5, 0.9, 0.99, 0.999)
 # Parameters whose pages may be mapped at a time, of each model.
 _MAPPED = 1 << 24
 _SAMPLED_GROUPS = 16
+KEEP_RATES = ("uniform", "own")
 
 
 @dataclass(frozen=True)
@@ -93,18 +95,21 @@ def write_diff(
     rank: int | None = None,
     exclude: tuple[str, ...] = (),
     rescale: bool = True,
+    keep_rates: str = "uniform",
     overwrite: bool = False,
 ) -> FileHeader:
     """Write the update that leads from ``base_path`` to ``tuned_path``.
 
     Mask and value keys follow from ``seed`` and the delta's contents, so that updates of
     several models have independent masks. With ``rank`` they follow from ``seed`` alone:
-    parties that use one seed and base and the ranks 0, 1, … keep disjoint elements.
+    parties that use one seed and base and the ranks 0, 1, … keep disjoint elements. ``keep_rates``
+    "own" keeps each tensor in proportion to its change, in as many bytes.
 
     Raises `LayoutError` where the models do not fit, `NonFiniteError` naming the tensor.
     """
     rate = parse_drop_rate(drop_rate)
     find_values(values)
+    _check_keep_rates(keep_rates, mask, rank)
     secret = seed_secret(seed)
     base_path, (tuned_input,) = located_models(base_path, [ModelInput(**model_words(tuned_path))])
     ground = open_base(base_path, [tuned_input.path], exclude)
@@ -128,11 +133,15 @@ def write_diff(
         layout=layout.fingerprint,
         rescale=rescale,
     )
+    if keep_rates == "own":
+        squares = tensor_squares(layout.sizes, _Releasing(model.source, _open(base, tuned)))
+        levels = levels_of(layout.sizes, squares)
+        spec = replace(spec, rates=fitted_rates(layout.sizes, levels, rate, values))
     spec.draw_mask()
     if tuned is not None:
         for _ in _finite_tiles(tuned, layout):
             pass
-    models = (base,) if tuned is None else (base, tuned)
+    models = _open(base, tuned)
     dtypes = (tuned or base).dtypes
     return write_update_file(
         out,
@@ -143,6 +152,24 @@ def write_diff(
         dtypes={name: dtypes[name] for name in layout.names},
         overwrite=overwrite,
     )
+
+
+def _check_keep_rates(keep_rates: str, mask: str, rank: int | None) -> None:
+    if keep_rates not in KEEP_RATES:
+        raise ConfigError(
+            f"keep rates {keep_rates!r} are unknown{did_you_mean(keep_rates, KEEP_RATES)}"
+        )
+    if keep_rates == "own" and rank is not None:
+        raise ConfigError(
+            f"rank {rank} keeps what no other rank keeps, and keep rates of each model's own break "
+            "that; leave out one of them"
+        )
+    if keep_rates == "own" and mask != "stratified":
+        raise ConfigError(f"keep rates 'own' need mask 'stratified', not {mask!r}")
+
+
+def _open(base: Checkpoint, tuned: Checkpoint | None) -> tuple[Checkpoint, ...]:
+    return (base,) if tuned is None else (base, tuned)
 
 
 def checked_fingerprint(model: Checkpoint, layout: Layout) -> str:
@@ -232,14 +259,24 @@ def apply_update(
 def describe_update(update: Update, header: FileHeader, nbytes: int) -> dict[str, Any]:
     """What `dare-agg inspect` shows, as plain values.
 
-    The survivors are a uniform sample of the delta, so its quantiles and norm come for
-    nothing. Formats of few bits add noise of known size (``values_nmse``): it is taken out of
-    the spread, but what is far out in the tails cannot be seen in 1 or 2 bits.
+    The survivors are a sample of the delta, each standing for as many elements as it is rescaled
+    by, so its quantiles and norm come for nothing. Formats of few bits add noise of known size
+    (``values_nmse``): it is taken out of the spread, but what is far out in the tails cannot be
+    seen in 1 or 2 bits.
     """
-    magnitudes = np.abs(_sample(update)) / np.float32((1 + find_values(header.values).nmse) ** 0.5)
+    sample, weights = _sample(update)
+    magnitudes = np.abs(sample) / np.float32((1 + find_values(header.values).nmse) ** 0.5)
     parameters = header.layout.size
-    quantiles = np.quantile(magnitudes, QUANTILES) if magnitudes.size else [0.0] * len(QUANTILES)
-    rms = float(np.sqrt(np.mean(np.square(magnitudes, dtype=np.float64)))) if len(magnitudes) else 0
+    quantiles, rms = [0.0] * len(QUANTILES), 0.0
+    if magnitudes.size:
+        squares = np.square(magnitudes, dtype=np.float64)
+        rms = float(np.sqrt(np.average(squares, weights=weights)))
+        if weights is None:
+            quantiles = np.quantile(magnitudes, QUANTILES).tolist()
+        else:
+            quantiles = np.quantile(
+                magnitudes, QUANTILES, weights=weights, method="inverted_cdf"
+            ).tolist()
     return {
         "parameters": parameters,
         "tensors": len(header.layout.entries),
@@ -249,6 +286,7 @@ def describe_update(update: Update, header: FileHeader, nbytes: int) -> dict[str
         "payload_bits_per_parameter": 8 * update.payload.size / max(1, parameters),
         "drop_rate": header.drop_rate.p,
         "values": header.values,
+        "keep_rates": "own" if header.by_tensor else "uniform",
         "mask": header.mask,
         "rank": header.rank,
         "rescale": header.rescale,
@@ -264,14 +302,21 @@ def describe_update(update: Update, header: FileHeader, nbytes: int) -> dict[str
     }
 
 
-def _sample(update: Update) -> FloatVector:
-    """Decoded, unscaled survivors: all, or evenly spaced groups of a large update."""
+def _sample(update: Update) -> tuple[FloatVector, FloatVector | None]:
+    """Decoded, unscaled survivors: all, or evenly spaced groups of a large update.
+
+    And how many elements each stands for, where that is not the same for all.
+    """
     groups = -(-update.survivors // GROUP)
     chosen = sorted(
         {i * groups // _SAMPLED_GROUPS for i in range(_SAMPLED_GROUPS)} if groups else ()
     )
-    parts = [
-        update.values(group * GROUP, min(update.survivors, (group + 1) * GROUP)).copy()
-        for group in chosen
-    ]
-    return np.concatenate(parts) if parts else np.empty(0, np.float32)
+    parts, factors = [np.empty(0, np.float32)], [np.empty(0, np.float32)]
+    for group in chosen:
+        first, last = group * GROUP, min(update.survivors, (group + 1) * GROUP)
+        parts.append(update.values(first, last).copy())
+        if update.spec.rates is not None:
+            blocks = update.mask.blocks(first, last)
+            factors += [np.broadcast_to(f, p.shape).astype(np.float32) for p, f in blocks]
+    weights = None if update.spec.rates is None else np.concatenate(factors)
+    return np.concatenate(parts), weights

@@ -43,17 +43,19 @@ def encode_shared(spec: UpdateSpec, delta: TrainedDelta, ranks: Ranks) -> bytes:
         if size <= 0 or wrong is not None:
             continue
         try:
-            values = iter([_unpacked(arrived, size)])
-            out = payload.data
-            encode_values(spec.values, values, survivors, spec.values_key, out, mine, spec.most)
+            values = _unpacked(arrived, size)
+            spec.scale(values, mine * GROUP, down=True)
+            key, out, most = spec.values_key, payload.data, spec.most_coded
+            encode_values(spec.values, iter([values]), survivors, key, out, mine, most)
         except DareError as error:
             wrong = error
     ranks.agree(wrong)
     joined = ranks.joined(payload)
     if not ranks.leads:
         return b""
-    update = bytearray(HEADER_BYTES + joined.size)
-    update[HEADER_BYTES:] = joined.data
+    begin = HEADER_BYTES + spec.table_bytes
+    update = bytearray(begin + joined.size)
+    update[begin:] = joined.data
     seal_update(spec, memoryview(update))
     return bytes(update)
 

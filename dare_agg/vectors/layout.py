@@ -81,6 +81,11 @@ class Layout:
         """Names of the tensors in the vector, in order."""
         return tuple(e.name for e in self.entries)
 
+    @property
+    def sizes(self) -> tuple[int, ...]:
+        """Elements of the tensors in the vector, in order."""
+        return tuple(e.size for e in self.entries)
+
     def __contains__(self, name: str) -> bool:
         return name in self._by_name
 

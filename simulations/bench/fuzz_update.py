@@ -16,14 +16,17 @@ import struct
 import tempfile
 from collections.abc import Callable
 from copy import deepcopy
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
 from dare_agg import codec, vectors
+from dare_agg.codec.fitted_rates import fitted_rates, levels_of, tensor_squares
 from dare_agg.codec.formats import VALUE_FORMATS
 from dare_agg.codec.mask import MASK_KINDS, parse_drop_rate
+from dare_agg.codec.rates import TensorRates
 from dare_agg.codec.update import (
     CHECKSUM_BYTES,
     HEADER_BYTES,
@@ -46,6 +49,7 @@ from dare_agg.vectors.layout import Layout, layout_of
 from simulations.bench.fuzzing import FAST_FOLDER, Attempt, add_words, pieces, show
 
 FILE_SHARE = 0.2
+OWN_RATES, TOLD_RATES = "own rates", "told rates"
 MAX_ACCEPTED_SIZE = 1 << 22
 _DECODER = tuple(str(Path(room.__file__).parent) for room in (codec, vectors))
 _NUMBERS = (0, 1, 2, 7, 255, 256, 2**15, 2**16, 2**31 - 1, 2**31, 2**32 - 1, 2**40, 2**63 - 1,
@@ -61,21 +65,31 @@ def seeds(folder: Path) -> tuple[list[tuple[UpdateSpec, bytes]], list[bytes]]:
     layout = layout_of({"a.weight": (61, 41), "b": (77,), "c": ()})
     delta = np.random.default_rng(0).standard_normal(layout.size).astype(np.float32)
     in_round, files = [], []
+    levels = levels_of(layout.sizes, tensor_squares(layout.sizes, delta) * (1.0, 1e-4, 0.01))
     for values in VALUE_FORMATS:
-        for mask in MASK_KINDS:
+        for mask in (*MASK_KINDS, OWN_RATES, TOLD_RATES):
             for rate in ("0", "0.5", "0.9"):
-                spec = spec_of(layout, values, mask, rate)
-                in_round.append((spec, encode_update(spec, delta)))
+                spec = spec_of(layout, values, mask, rate, levels)
+                expected = spec
+                if spec.rates is not None and not spec.rates.told:
+                    expected = replace(spec, rates=TensorRates(layout.sizes))
+                in_round.append((expected, encode_update(spec, delta)))
                 path = folder / "seed.dare"
                 write_update_file(path, spec, layout, delta, seed=1, overwrite=True)
                 files.append(path.read_bytes())
     return in_round, files
 
 
-def spec_of(layout: Layout, values: str, mask: str, rate: str) -> UpdateSpec:
+def spec_of(layout: Layout, values: str, mask: str, rate: str, levels: bytes) -> UpdateSpec:
+    """``mask`` may be one of keep rates by tensor, that travel or are told beforehand."""
+    rates = None
+    if mask in (OWN_RATES, TOLD_RATES):
+        told = mask == TOLD_RATES
+        rates = fitted_rates(layout.sizes, levels, parse_drop_rate(rate), values, told=told)
+    kind = mask if mask in MASK_KINDS else "stratified"
     return UpdateSpec(
-        layout.size, parse_drop_rate(rate), mask, b"m" * 16, b"v" * 16, 1, values, "ab" * 32,
-        layout.fingerprint, True, b"a round",
+        layout.size, parse_drop_rate(rate), kind, b"m" * 16, b"v" * 16, 1, values, "ab" * 32,
+        layout.fingerprint, True, b"a round", rates=rates,
     )  # fmt: skip
 
 
@@ -132,7 +146,8 @@ def mutate_file(rng: random.Random, blob: bytes, others: Callable[[], bytes]) ->
     text = json.dumps(record, sort_keys=rng.random() < 0.9, separators=(",", ":")).encode()
     if rng.random() < 0.05:
         text = rng.choice((b"[" * 5000, b"{}", b"", b"[1e999]", text[:-1], text + b" "))
-    head = FILE_MAGIC + struct.pack("<II", 1, len(text)) + text
+    version = rng.choice((1, 2)) if rng.random() < 0.1 else blob[8] & 3
+    head = FILE_MAGIC + struct.pack("<II", version, len(text)) + text
     return head + b" " * (-len(head) % 8) + body
 
 
@@ -141,10 +156,12 @@ def refitted(rng: random.Random, blob: bytes) -> bytes:
     (length,) = struct.unpack("<I", blob[12:16].ljust(4, b"\0"))
     start = -(-(16 + length) // 8) * 8
     try:
-        spec = _checked_spec(_parse(blob[16 : 16 + length]))
+        spec = _checked_spec(_parse(blob[16 : 16 + length], blob[8]))
+        payload = blob[start + HEADER_BYTES :]
+        if spec.rates is not None:
+            spec = replace(spec, rates=spec.rates.read(memoryview(payload)))
     except DareError:
         return blob
-    payload = blob[start + HEADER_BYTES :]
     stratified = spec.mask == "stratified"
     survivors = spec.draw_mask().survivors if stratified else rng.choice((0, 1, 245, 1229, 2579))
     return blob[:start] + sealed(spec, _header(spec, survivors, len(payload)) + payload)

@@ -94,6 +94,46 @@ def test_sharded_folders_keep_their_shards_and_files(tmp_path, capsys):
     assert len(found.files) == 2 and (tmp_path / "out" / "config.json").is_file()
 
 
+def test_keep_rates_by_tensor_make_less_noise_in_as_many_bytes(tmp_path, capsys):
+    from safetensors.numpy import save_file
+
+    rng = np.random.default_rng(3)
+    shapes = {"a": (300, 100), "b": (70,), "head": (10, 100), "frozen": (500,)}
+    before = {name: rng.standard_normal(shape).astype(np.float32) for name, shape in shapes.items()}
+    rms = {"a": 1e-4, "b": 1e-3, "head": 1e-2, "frozen": 0}
+    after = {
+        name: array + (rng.standard_normal(array.shape) * rms[name]).astype(np.float32)
+        for name, array in before.items()
+    }
+    save_file(before, tmp_path / "base.safetensors")
+    save_file(after, tmp_path / "tuned.safetensors")
+    base, tuned = (tmp_path / f"{name}.safetensors" for name in ("base", "tuned"))
+    layout = open_checkpoint(base).layout()
+    delta = open_checkpoint(tuned).vector(layout) - open_checkpoint(base).vector(layout)
+    sizes, errors = [], []
+    for keep in ("uniform", "own"):
+        path = tmp_path / f"{keep}.dare"
+        facts = facts_of(
+            capsys, "diff", base, tuned, "-o", path, "--drop-rate", "0.8", "--values", "i8",
+            "--keep-rates", keep,
+        )  # fmt: skip
+        assert facts["keep_rates"] == keep
+        assert facts["delta_norm"] == pytest.approx(float(np.linalg.norm(delta)), rel=0.15)
+        assert call("inspect", path) == 0
+        assert call("apply", base, path, "-o", tmp_path / f"{keep}.safetensors") == 0
+        applied = open_checkpoint(tmp_path / f"{keep}.safetensors").vector(layout)
+        error = applied - open_checkpoint(base).vector(layout) - delta
+        errors.append(float(np.sum(np.square(error, dtype=np.float64))))
+        sizes.append(facts["bytes"])
+    assert sizes[1] <= sizes[0]
+    assert errors[1] < 0.2 * errors[0]
+    capsys.readouterr()
+    words = ("diff", base, tuned, "-o", tmp_path / "x.dare", "--keep-rates", "own")
+    assert call(*words, "--rank", "1") == 1 and "leave out one" in capsys.readouterr().err
+    assert call(*words, "--mask", "bernoulli") == 1
+    assert call(*words[:-1], "owm") == 1 and "own" in capsys.readouterr().err
+
+
 def test_inspect_tells_what_is_inside_and_estimates_the_delta(tmp_path, capsys):
     base, tuned = models(tmp_path)
     layout = open_checkpoint(base).layout()

@@ -14,6 +14,7 @@ from dare_agg.codec import kernels
 from dare_agg.codec.formats import VALUE_FORMATS
 from dare_agg.codec.kernels import choose_kernel, kernel_in_use
 from dare_agg.codec.mask import DropRate, Mask
+from dare_agg.codec.rates import RateTable, TensorRates
 from dare_agg.codec.rotation import GROUP
 from dare_agg.codec.update import UpdateSpec, decode_update, encode_update
 from dare_agg.errors import ConfigError, NonFiniteError
@@ -111,6 +112,34 @@ def test_masks_are_the_same(numba, stride, rank):
         whole = [np.concatenate(arrays) for arrays in (*zip(*pieces, strict=True), part)]
         whole += [mask.gather(vector), mask.indices(9, size // 9)]
         return [array.tobytes() for array in whole]
+
+    plain, compiled = both(work)
+    assert plain == compiled
+
+
+@pytest.mark.parametrize("rank", [0, 3, 9])
+@pytest.mark.parametrize("threshold", [33, 34, 36, 40])
+def test_keep_rates_by_tensor_are_the_same(numba, threshold, rank):
+    """Strides from 1 to hundreds, whole and not, of one large tensor and of many small ones."""
+    rng = np.random.default_rng(6)
+    sizes = (*rng.integers(0, 400, 60).tolist(), 1_500_000, 1, 0, 250_007, 99)
+    levels = rng.integers(108, 132, len(sizes)).astype(np.uint8)
+    levels[-2], levels[5] = 124, 0
+    rates = TensorRates(sizes, RateTable(levels.tobytes(), (threshold << 15) + 4321), told=True)
+    size = sum(sizes)
+    delta = rng.standard_normal(size).astype(np.float32)
+    spec = replace(spec_of(size, Fraction(7), "b1", rank), rates=rates)
+
+    def work():
+        mask = spec.draw_mask()
+        pieces = [(p.copy(), np.broadcast_to(s, p.shape)) for p, s in mask.blocks()]
+        part = [p.copy() for _, p, _ in mask.within(size // 7, size // 2)]
+        whole = [np.concatenate(arrays) for arrays in (*zip(*pieces, strict=True), part)]
+        assert (np.diff(whole[0]) > 0).all()
+        added = np.zeros(size, np.float32)
+        blob = encode_update(spec, delta)
+        decode_update(blob, spec).add(0, size, added, 0.3)
+        return [array.tobytes() for array in (*whole, mask.indices(9, size // 9), added)], blob
 
     plain, compiled = both(work)
     assert plain == compiled

@@ -6,6 +6,7 @@ import hashlib
 import hmac
 import json
 import struct
+from fractions import Fraction
 from pathlib import Path
 
 import numpy as np
@@ -14,6 +15,7 @@ from cryptography.hazmat.primitives.ciphers import Cipher, algorithms, modes
 
 from dare_agg.codec.derive import derive_key, seed_secret
 from dare_agg.codec.mask import parse_drop_rate
+from dare_agg.codec.rates import RateTable, TensorRates
 from dare_agg.codec.update import UpdateSpec
 from dare_agg.codec.update_file import read_update_file, write_update_file
 from dare_agg.rounds.signing import reply_digest
@@ -82,6 +84,44 @@ def positions_and_factors(kind, size, num, den, key, rank):
         if threshold == 1 << 32 or (word + rank * threshold) % (1 << 32) < threshold
     ]
     return [(i, single(num / den)) for i in kept]
+
+
+def table_of(data, sizes):
+    """Stride and scale of each tensor; None where nothing of it is kept."""
+    (threshold,) = struct.unpack("<I", data[:4])
+    assert threshold < 96 << 15
+    found = []
+    for level in data[4:]:
+        if not level:
+            found.append(None)
+            continue
+        size = (4 + level % 4) << (level // 4)
+        x = ((1 << 15) + threshold % (1 << 15)) << 80
+        x = (x << (threshold >> 15) >> 10) // size >> 80
+        stride = Fraction(max(x, 32), 32) if x < 512 else Fraction(min(x // 32, 1 << 20))
+        found.append((stride, 2.0 ** (level // 4 - 40)))
+    assert len(found) == len(sizes)
+    return found
+
+
+def survivors_by_tensor(sizes, table, key, rank):
+    """Position, rescale factor and scale of each survivor."""
+    found, begin = [], 0
+    for size, row in zip(sizes, table, strict=True):
+        if size and row:
+            num, den, scale = row[0].numerator, row[0].denominator, row[1]
+            family, turn = divmod(rank, num // den)
+            text = b"dare-agg mask family 1\0" + struct.pack("<I", family) + key
+            own = hashlib.sha256(text).digest()[:16] if family else key
+            strata = -(-size * den // num)
+            first = len(found)
+            words = struct.unpack(f"<{strata}I", keystream(own, 4 * (first + strata))[4 * first :])
+            for j, word in enumerate(words):
+                lo, hi = j * num // den, min(size, (j + 1) * num // den)
+                at = lo + ((word * (hi - lo) >> 32) + turn) % (hi - lo)
+                found.append((begin + at, float(hi - lo), scale))
+        begin += size
+    return found
 
 
 def blocks(count):
@@ -162,30 +202,40 @@ def decode_file(blob):
     """Return the dense delta of a file, checking what the specification says must hold."""
     assert blob[:8] == b"DAREFILE"
     version, length = struct.unpack("<II", blob[8:16])
-    assert version == 1
+    assert version in (1, 2)
     text = blob[16 : 16 + length]
     record = json.loads(text)
     start = -(-(16 + length) // 8) * 8
     assert blob[16 + length : start].strip(b" ") == b""
     body = blob[start:]
-    size, layout = 0, hashlib.sha256(b"dare-agg layout 1\0")
+    size, sizes, layout = 0, [], hashlib.sha256(b"dare-agg layout 1\0")
     for name, _, shape in record["tensors"]:
         layout.update(tensor_header(name, shape))
         numel = 1
         for dimension in shape:
             numel *= dimension
         size += numel
+        sizes.append(numel)
     num, den = record["drop-rate"]
     mask_key, values_key = (bytes.fromhex(record[k]) for k in ("mask-key", "values-key"))
     kinds, names = ("stratified", "bernoulli"), FORMATS
     kind, rank = kinds.index(record["mask"]), record["rank"]
-    survivors = positions_and_factors(record["mask"], size, num, den, mask_key, rank)
+    payload = body[120:]
+    if version == 1:
+        found = positions_and_factors(record["mask"], size, num, den, mask_key, rank)
+        survivors = [(at, factor, 1.0) for at, factor in found]
+    else:
+        table, payload = payload[: 4 + len(sizes)], payload[4 + len(sizes) :]
+        survivors = survivors_by_tensor(sizes, table_of(table, sizes), mask_key, rank)
+        assert len(survivors) <= -(-size * den // num) + len(sizes)
     digest = hashlib.sha256(
-        b"dare-agg mask 1\0" + struct.pack("<BI", kind, rank) + mask_key + values_key
-    ).digest()
+        f"dare-agg mask {version}\0".encode()
+        + struct.pack("<BI", kind, rank) + mask_key + values_key
+    ).digest()  # fmt: skip
     header = struct.pack(
-        "<4sHBBB3xIIIQQQ8s8s8s32s", b"DARE", 1, kind, names.index(record["values"]),
-        int(record["rescale"]), rank, num, den, size, len(survivors), len(body) - 120,
+        "<4sHBBB3xIIIQQQ8s8s8s32s", b"DARE", version, kind, names.index(record["values"]),
+        int(record["rescale"]) + 2 * (version == 2), rank, num, den, size, len(survivors),
+        len(body) - 120,
         bytes.fromhex(record["base"])[:8], layout.digest()[:8], digest[:8],
         hashlib.sha256(text).digest(),
     )  # fmt: skip
@@ -193,9 +243,10 @@ def decode_file(blob):
     assert body[104:120] == poly1305(
         derive(values_key, b"update checksum", 32), header + body[120:]
     )
-    values = decode_payload(record["values"], body[120:], len(survivors), values_key)
+    values = decode_payload(record["values"], payload, len(survivors), values_key)
     dense = [0.0] * size
-    for (position, factor), value in zip(survivors, values, strict=True):
+    for (position, factor, scale), coded in zip(survivors, values, strict=True):
+        value = single(coded * scale)
         dense[position] = single(value * factor) if record["rescale"] else value
     return dense
 
@@ -203,6 +254,21 @@ def decode_file(blob):
 def golden_path(case):
     name, mask, rate, _, _ = case
     return GOLDEN / f"{name}-{mask}-{rate}.dare"
+
+
+# Keep rates by tensor: levels of encoder.bias, encoder.weight and größe, and the threshold.
+BY_TENSOR = [
+    *((name, "tensors", "0.75", 3, True) for name in FORMATS),
+    ("b1", "tensors", "0.3", 9, True),
+    ("i8", "tensors", "0.9", 0, False),
+    ("b2", "tensors", "0", 1, True),
+]
+TABLES = {
+    "0.75": (bytes([124, 118, 0]), (34 << 15) + 3000),
+    "0.3": (bytes([101, 118, 130]), (32 << 15) + 20_000),
+    "0.9": (bytes([90, 118, 121]), 35 << 15),
+    "0": (bytes([113, 119, 111]), 0),
+}
 
 
 def write_case(case, path):
@@ -213,10 +279,16 @@ def write_case(case, path):
     base = ((number * 31 % 1009) - 504).astype(np.float32) * np.float32(2.0**-9)
     delta = ((number * 7919 % 10007) - 5003).astype(np.float32) * np.float32(2.0**-21)
     secret = seed_secret(11)
+    rates = None
+    if mask == "tensors":
+        levels, threshold = TABLES[rate]
+        mask, rates = "stratified", TensorRates(layout.sizes, RateTable(levels, threshold))
+        if not levels[-1]:
+            delta[-1] = 0
     spec = UpdateSpec(
         layout.size, parse_drop_rate(rate), mask, derive_key(secret, "a mask"),
         derive_key(secret, "values"), rank, name, fingerprint(layout, base), layout.fingerprint,
-        rescale,
+        rescale, rates=rates,
     )  # fmt: skip
     write_update_file(path, spec, layout, delta, seed=11, dtypes={"encoder.bias": "BF16"})
     return delta
@@ -226,13 +298,13 @@ def case_name(case):
     return f"{case[0]}-{case[1]}-{case[2]}"
 
 
-@pytest.mark.parametrize("case", CASES, ids=case_name)
+@pytest.mark.parametrize("case", [*CASES, *BY_TENSOR], ids=case_name)
 def test_golden_files_are_written_again_byte_for_byte(case, tmp_path):
     write_case(case, tmp_path / "x.dare")
     assert (tmp_path / "x.dare").read_bytes() == golden_path(case).read_bytes()
 
 
-@pytest.mark.parametrize("case", CASES, ids=case_name)
+@pytest.mark.parametrize("case", [*CASES, *BY_TENSOR], ids=case_name)
 def test_both_decoders_agree_on_golden_files(case):
     update, header = read_update_file(golden_path(case))
     dense = np.empty(header.layout.size, np.float32)

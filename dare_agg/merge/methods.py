@@ -16,6 +16,7 @@ from dare_agg.merge.linears import AVERAGED, LINEARS
 from dare_agg.merge.nuslerp import nuslerp
 from dare_agg.merge.regmean import regmean
 from dare_agg.merge.selective import breadcrumbs, della, sce
+from dare_agg.merge.spectral import iso_c, knots, tsv_m
 from dare_agg.merge.spherical import karcher, model_stock, multislerp, slerp
 from dare_agg.merge.task import Kernel, MergeTask
 from dare_agg.merge.ties import ties
@@ -271,6 +272,46 @@ METHODS: dict[str, Method] = {
             },
             mean=True,
             own_grams=True,
+        ),
+        Method(
+            "iso-c",
+            "each Linear: λ·mean(σ)·U·Vᵀ of Σ w·δ = U·σ·Vᵀ; the rest averaged",
+            "https://arxiv.org/abs/2502.04959",
+            iso_c,
+            _LINEARS,
+        ),
+        Method(
+            "tsv-m",
+            "each Linear: λ·U·σ·Vᵀ of each δ's leading triples, U and V made orthogonal; the rest "
+            "averaged",
+            "https://arxiv.org/abs/2412.00081",
+            tsv_m,
+            {
+                "share": Option(
+                    None,
+                    "share of each delta's singular triples that is kept",
+                    low=1e-6,
+                    high=1,
+                    usual="1/models",
+                ),
+                **_LINEARS,
+            },
+        ),
+        Method(
+            "knots",
+            "each Linear: λ·U·TIES(Uᵀδ) in the left singular vectors U of [δ …]; the rest averaged",
+            "https://arxiv.org/abs/2410.19735",
+            knots,
+            {
+                "trim": Option(
+                    0.8,
+                    "share of each aligned delta removed, smallest first",
+                    low=0,
+                    high=1,
+                    per_model=True,
+                ),
+                **_LINEARS,
+            },
         ),
         Method(
             "linear",

@@ -11,7 +11,7 @@ from dare_agg.offline.yaml_text import write_yaml
 from dare_agg.vectors.layout import Layout
 
 if TYPE_CHECKING:
-    from dare_agg.merge.methods import Method
+    from dare_agg.merge.row import Method
 
 
 def model_card(

@@ -25,7 +25,8 @@ from pydantic import (
 from dare_agg.checkpoint.hub import located_all
 from dare_agg.codec.mask import parse_drop_rate
 from dare_agg.errors import ConfigError, did_you_mean
-from dare_agg.merge.methods import Method, find_method
+from dare_agg.merge.methods import find_method
+from dare_agg.merge.row import Method
 from dare_agg.offline.chat_template import check_template
 from dare_agg.offline.parameters import (
     Choices,

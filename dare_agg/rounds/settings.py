@@ -7,7 +7,8 @@ from dataclasses import dataclass, field, replace
 from typing import Any
 
 from dare_agg.errors import ConfigError
-from dare_agg.merge.methods import MEAN, Method, federated_methods, find_method
+from dare_agg.merge.methods import MEAN, federated_methods, find_method
+from dare_agg.merge.row import Method
 from dare_agg.rounds.step import ServerStep, server_step
 from dare_agg.rounds.terms import UpdateTerms, check_choice, check_positive
 

@@ -16,6 +16,7 @@ from flwr.app import (
 from flwr.clientapp import ClientApp
 
 from client.config import ConfigValue, TaskConfig, place, task_config
+from client.kept_optimizer import KeptOptimizer
 from client.models import model_path
 from client.own import own_words
 from client.partition import hold_out, partition
@@ -23,6 +24,7 @@ from client.rows import Indices
 from client.schedule import Progress
 from client.training import FineTuning, build_task
 from dare_agg.flower import STATISTICS_KEY, dare_mod, offer_base
+from dare_agg.flower.reception import client_name, folder_of
 from dare_agg.flower.secure.gate import is_guarded
 from dare_agg.flower.secure.mod import secure_mod, secure_queries
 from dare_agg.flower.transport import to_record
@@ -119,7 +121,12 @@ def train(msg: Message, context: Context) -> Message:
     start = [config["start-seed"]] if "start-seed" in config else []
     seed: Sequence[int] = (task.config.seed, int(config["server-round"]), number, *start)  # type: ignore[arg-type]
     progress = Progress(int(config["server-round"]), int(run["num-rounds"]))  # type: ignore[arg-type]
-    state, examples, metrics = task.train(_state(msg, task), rows, seed=seed, progress=progress)
+    moments = None
+    if task.config.keep_optimizer:
+        moments = _kept_optimizer(context, str(config.get("method", "")), progress.round)
+    state, examples, metrics = task.train(
+        _state(msg, task), rows, seed=seed, progress=progress, moments=moments
+    )
     measured = MetricRecord({"num-examples": examples, **metrics})
     reply = RecordDict({"arrays": to_record(state), "metrics": measured})
     if "statistics" in config:
@@ -128,6 +135,18 @@ def train(msg: Message, context: Context) -> Message:
         )
         reply[STATISTICS_KEY] = to_record(found)
     return Message(reply, reply_to=msg)
+
+
+def _kept_optimizer(context: Context, method: str, number: int) -> KeptOptimizer:
+    """Where this node's moments of a run lie; a resumed run is the one that it goes on with."""
+    run = context.run_config
+    name = str(run["output"]) or str(context.run_id)
+    return KeptOptimizer(
+        folder_of(context) / "optimizer",
+        client_name(context) or str(context.node_id),
+        (name, str(run["seed"]), method),
+        number,
+    )
 
 
 @app.evaluate()

@@ -60,6 +60,7 @@ class TaskConfig:
     checkpointing: whether activations are made again in the backward pass, for less memory.
     dropout: share of the activations that each dropout of the model leaves out.
     proximal_mu: μ of FedProx, the pull towards the state received (0: none).
+    keep_optimizer: whether the optimizer's moments stay from round to round, in files of the node.
     early_stop: looks in a row without a lower loss on rows kept aside that end a round; 0: none.
     early_stop_every: steps between two looks.
     early_stop_rows: what a client keeps aside for it, a share of its rows below 1 or a number.
@@ -119,6 +120,7 @@ class TaskConfig:
     checkpointing: bool
     dropout: float
     proximal_mu: float
+    keep_optimizer: bool
     early_stop: int
     early_stop_every: int
     early_stop_rows: float
@@ -144,8 +146,8 @@ def configure(**words: Any) -> TaskConfig:
 # What a node's own config may set. Each of these may also be a list in the run config: one
 # entry for each of several data sources.
 _OWN = ("data", "text-column", "label-column", "delimiter", "encoding", "partition-by")
-# What it trains on, and in how much memory, is a machine's own affair, too.
-_MACHINE = ("device", "threads", "precision", "accumulate", "checkpointing")
+# What it trains on, in how much memory, and what it keeps is a machine's own affair, too.
+_MACHINE = ("device", "threads", "precision", "accumulate", "checkpointing", "keep-optimizer")
 
 
 def task_config(

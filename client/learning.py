@@ -10,6 +10,7 @@ import numpy as np
 
 from client.config import TaskConfig
 from client.devices import Compute
+from client.kept_optimizer import KeptOptimizer
 from client.optimizer import make_optimizer
 from client.proximal import proximal
 from client.rows import Indices
@@ -46,6 +47,7 @@ class Lesson:
     loss: Callable[[Reading], Any]
     progress: Progress = ONLY_ROUND
     stop: EarlyStop | None = None
+    moments: KeptOptimizer | None = None
 
 
 def learn(lesson: Lesson, batches: Sequence[Indices]) -> list[float]:
@@ -54,6 +56,8 @@ def learn(lesson: Lesson, batches: Sequence[Indices]) -> list[float]:
     A batch of which no target counts is passed over. Raises `ConfigError` where all are.
     """
     optimizer = make_optimizer(lesson.config, lesson.named, lesson.network)
+    if lesson.moments:
+        lesson.moments.load(optimizer, lesson.named)
     factor = rate_factor(lesson.config, len(batches), lesson.progress)
     rates = [group["lr"] for group in optimizer.param_groups]
     scaler = lesson.compute.scaler()
@@ -70,6 +74,8 @@ def learn(lesson: Lesson, batches: Sequence[Indices]) -> list[float]:
             break
     if lesson.stop:
         lesson.stop.end(step + 1)
+    if lesson.moments and losses:
+        lesson.moments.save(optimizer, lesson.named)
     if not losses:
         raise ConfigError(
             f"no target counts in any of the {sum(map(len, batches))} rows of this round: labels "

@@ -20,6 +20,7 @@ from client.adapters.components import own_components
 from client.batches import draw_batches
 from client.config import TaskConfig
 from client.devices import Compute, compute_of
+from client.kept_optimizer import KeptOptimizer
 from client.learning import Lesson, Reading, learn
 from client.modes import evaluating, prepare, seeded
 from client.partition import hold_out
@@ -160,10 +161,12 @@ class FineTuning:
         *,
         seed: Sequence[int],
         progress: Progress = ONLY_ROUND,
+        moments: KeptOptimizer | None = None,
     ) -> tuple[State, int, Metrics]:
         """Train on these rows; return (state, rows seen for weighting, measurements).
 
-        ``progress`` says which round of how many this is, for schedules over a whole run.
+        ``progress`` says which round of how many this is, for schedules over a whole run;
+        ``moments`` where the optimizer's lie between rounds.
         """
         if not len(rows):
             raise ConfigError("a client has no rows to train on; use fewer clients or more data")
@@ -194,6 +197,7 @@ class FineTuning:
                 loss=self._loss,
                 progress=progress,
                 stop=self._early_stop(learned, stop_rows) if len(stop_rows) else None,
+                moments=moments,
             )
             losses = learn(lesson, batches)
         # Gradients are one more model: they go before copies are made.

@@ -50,7 +50,10 @@ RANGES: Mapping[str, tuple[float, float]] = {
 }
 
 
-SWITCHES = ("checkpointing",)
+SWITCHES = (
+    "checkpointing",
+    "keep_optimizer",
+)
 
 
 def check_words(settled: Mapping[str, Any]) -> None:

@@ -195,6 +195,7 @@ class RunConfig(BaseModel):
     checkpointing: bool
     dropout: float = Field(ge=0, le=0.9)
     proximal_mu: float = Field(ge=0, le=1e6)
+    keep_optimizer: bool
     early_stop: int = Field(ge=0, le=1 << 20)
     early_stop_every: int = Field(ge=1, le=1 << 20)
     early_stop_rows: float = Field(ge=0, le=1 << 24)

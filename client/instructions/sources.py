@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -36,15 +37,20 @@ class BuiltInConversations:
     load: Callable[[int], tuple[Sequence[Conversation], Sequence[Conversation]]]
 
 
-def _arithmetic(seed: int) -> tuple[Sequence[Conversation], Sequence[Conversation]]:
+def _arithmetic(
+    seed: int, *, worked: bool = False
+) -> tuple[Sequence[Conversation], Sequence[Conversation]]:
     from client.instructions.arithmetic import problems
 
-    train = problems(4000, seed=seed, split="train")
-    return train, problems(1000, seed=seed, split="test")
+    train = problems(4000, seed=seed, split="train", worked=worked)
+    return train, problems(1000, seed=seed, split="test", worked=worked)
 
 
 BUILT_IN_CONVERSATIONS: Mapping[str, BuiltInConversations] = {
     "arithmetic": BuiltInConversations("word problems with a number as the answer", _arithmetic),
+    "arithmetic-worked": BuiltInConversations(
+        "the same with an equation as the answer", partial(_arithmetic, worked=True)
+    ),
 }
 
 

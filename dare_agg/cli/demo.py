@@ -2,42 +2,23 @@
 
 from __future__ import annotations
 
-import contextlib
 import os
-import signal
 import subprocess
 import sys
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from dare_agg.cli import signals
-from dare_agg.errors import ConfigError, RunError
+from dare_agg.cli.demo_follow import follow, last_error, stopped
+from dare_agg.cli.demo_kinds import DEMOS, Demo
+from dare_agg.errors import ConfigError, RunError, did_you_mean
 
 if TYPE_CHECKING:
+    from dare_agg.runs.answers import Answers
     from dare_agg.runs.report import RunRecord
-
-POLL_SECONDS = 0.5
-# The control first: it is quick, so that something is seen soon.
-METHODS = ("head-only", "fedavg", "dare-task-arithmetic", "dare-ties")
-# Small enough for two cores, real enough to need the encoder: head only stays far below.
-SETTINGS: Mapping[str, Any] = {
-    "methods": ",".join(METHODS),
-    "data": "reuters-r8",
-    "partition": "dirichlet",
-    "alpha": 0.5,
-    "drop-rate": "0.9",
-    "values": "b1",
-    "length": 16,
-    "batch": 16,
-    "steps": 4,
-    "learning-rate": 4e-4,
-    "head-learning-rate": 1e-3,
-    "test-rows": 600,
-}
 
 
 def run_command(output: Path, settings: Mapping[str, Any], clients: int) -> tuple[str, ...]:
@@ -45,9 +26,13 @@ def run_command(output: Path, settings: Mapping[str, Any], clients: int) -> tupl
     words = [sys.executable, "-m", "dare_agg.cli.main", "run"]
     words += ["--output", str(output), "--clients", str(clients)]
     for key, value in settings.items():
-        shown = f'"{value}"' if isinstance(value, str) else value
-        words += ["--config", f"{key}={shown}"]
+        words += ["--config", setting(key, value)]
     return tuple(words)
+
+
+def setting(key: str, value: Any) -> str:
+    """A word of a run config as the command line takes it."""
+    return f'{key}="{value}"' if isinstance(value, str) else f"{key}={value}"
 
 
 def fast_precision() -> str:
@@ -63,47 +48,130 @@ def demo(
     output: Annotated[
         Path, typer.Option("--output", "-o", help="Folder for the run and the report.")
     ] = Path("dare-agg-demo"),
-    rounds: Annotated[int, typer.Option(min=1, help="Federated rounds of each method.")] = 3,
-    clients: Annotated[int, typer.Option(min=2, help="Simulated clients.")] = 10,
+    task: Annotated[
+        str, typer.Option(help="text: an encoder learns topics; language: a decoder, arithmetic.")
+    ] = "text",
+    rounds: Annotated[
+        int | None, typer.Option(min=1, help="Federated rounds of each method.")
+    ] = None,
+    clients: Annotated[int | None, typer.Option(min=2, help="Simulated clients.")] = None,
     seed: Annotated[int, typer.Option(min=0, help="Seed of data, batches and masks.")] = 0,
     json: Annotated[bool, typer.Option("--json", help="Print one JSON object.")] = False,
 ) -> None:
-    """Fine-tune a real encoder over simulated clients: FedAvg beside DARE, with a report."""
+    """Fine-tune a real model over simulated clients: FedAvg beside DARE, with a report."""
     from dare_agg.cli.output import print_json, stdout_console
+    from dare_agg.runs.answers import read_answers
     from dare_agg.runs.report import read_run, write_report
 
+    if task not in DEMOS:
+        raise ConfigError(f"--task {task!r} is unknown{did_you_mean(task, DEMOS)}")
+    kind = DEMOS[task]
+    clients, rounds = clients or kind.clients, rounds or kind.rounds
     output = output.resolve()
     run_folder = output / "run"
-    own = {"seed": seed, "num-rounds": rounds, "precision": fast_precision()}
+    settings = demo_settings(kind, seed, rounds)
     started = time.monotonic()
-    follow(run_folder, run_command(run_folder, {**SETTINGS, **own}, clients), rounds)
+    follow(run_folder, run_command(run_folder, settings, clients), rounds, kind.methods)
+    if kind.answered:
+        answer(run_folder, settings, kind)
     runs = read_run(run_folder, histograms=True)
+    answers = read_answers(run_folder)
     report = write_report(
         output / "report.html",
         runs,
-        title=f"{clients} clients fine-tune one encoder",
-        lead=(
-            f"News topics (Reuters R8) on the 22.7-million-parameter MiniLM encoder: {clients} "
-            f"clients with different label mixtures (Dirichlet 0.5), {rounds} rounds through "
-            "Flower on this machine, the same data and seeds for every row. FedAvg sends the "
-            "whole model; DARE sends one random tenth of the change, one bit a value."
-        ),
-        command=f"dare-agg demo --rounds {rounds} --clients {clients} --seed {seed}",
+        title=kind.title.format(clients=clients),
+        lead=kind.lead.format(clients=clients, rounds=f"{rounds} round{'s' * (rounds > 1)}"),
+        command=f"dare-agg demo --task {task} --rounds {rounds} --clients {clients} --seed {seed}",
+        answers=answers,
     )
     if json:
         print_json({"runs": [json_row(run) for run in runs], "report": str(report)})
         return
     console = stdout_console()
     console.print(result_table(runs))
+    for table in answer_tables(answers):
+        console.print(table)
     console.print(f"Report: {report}   ({time.monotonic() - started:.0f} s in all)")
     console.print("Next: dare-agg run --help   (your own model and data)")
 
 
+def demo_settings(kind: Demo, seed: int, rounds: int) -> dict[str, Any]:
+    """The run config of a demo."""
+    own = {"seed": seed, "num-rounds": rounds, "precision": fast_precision()}
+    return {"methods": ",".join(kind.methods), **kind.settings, **own}
+
+
+def answer(folder: Path, settings: Mapping[str, Any], kind: Demo) -> None:
+    """Have the app answer test questions with the base and with each method's model.
+
+    Raises `RunError` with the last line of what it said when it failed.
+    """
+    from dare_agg.cli.output import stderr_console
+    from dare_agg.files.app_config import find_app
+    from dare_agg.runs.answers import ANSWERS_FILE
+    from dare_agg.runs.report import TITLES
+
+    app = find_app(None)
+    models = [f"before={settings['model']}"]
+    models += [f"{TITLES[name]}={folder / f'model-{name}'}" for name in kind.methods]
+    words = [sys.executable, "-m", "client.answers", *models, "-o", str(folder / ANSWERS_FILE)]
+    for key, value in settings.items():
+        words += ["-c", setting(key, value)]
+    path = os.pathsep.join(filter(None, (str(app), os.environ.get("PYTHONPATH", ""))))
+    words += ["--shown", str(kind.answered)]
+    log = folder.with_name("answers.log")
+    with (
+        stderr_console().status("answering test questions, before and after"),
+        log.open("wb") as file,
+    ):
+        process = subprocess.Popen(
+            words,
+            cwd=app,
+            stdout=file,
+            stderr=subprocess.STDOUT,
+            start_new_session=True,
+            env={**os.environ, "PYTHONPATH": path},
+        )
+        with stopped(process):
+            process.wait()
+    if process.returncode != 0:
+        raise RunError(
+            f"the models could not answer: {last_error(log)}; the run itself is in {folder}"
+        )
+
+
+def answer_tables(answers: Sequence[Answers]) -> list[Any]:
+    """Questions and the models' answers side by side, for people."""
+    from rich.table import Table
+    from rich.text import Text
+
+    tables = []
+    for one in answers:
+        table = Table(title=f"Test questions ({one.data}) and answers", show_lines=True)
+        for name in ("question", "wanted"):
+            table.add_column(name, overflow="fold")
+        for name, perplexity, match in one.models:
+            told = [name, f"perplexity {perplexity:,.2f}" if perplexity is not None else ""]
+            told += [f"exact match {match:.3f}" if match is not None else ""]
+            table.add_column("\n".join(filter(None, told)), overflow="fold")
+        for line, right in zip(one.lines, one.right, strict=True):
+            styles = ["", "", *("bold green" if good else "" for good in right)]
+            table.add_row(*(Text(text, style) for text, style in zip(line, styles, strict=True)))
+        tables.append(table)
+    return tables
+
+
 def json_row(run: RunRecord) -> dict[str, Any]:
     """One run as `--json` prints it; bytes count everything, the dense head included."""
+    language = {
+        key: value
+        for key in ("perplexity", "exact_match")
+        if (value := getattr(run.rows[-1], key, None) if run.rows else None) is not None
+    }
     return {
         "method": run.method,
         "accuracy": run.accuracy,
+        **language,
         "rounds": len(run.rounds),
         "clients": run.clients,
         "upload_bytes_per_client_round": round(run.upload + run.head_upload),
@@ -116,143 +184,11 @@ def result_table(runs: list[RunRecord]) -> Any:
     """The closing table, for people."""
     from rich.table import Table
 
-    from dare_agg.runs.report import COLUMNS, table_row
+    from dare_agg.runs.report import table_columns, table_row
 
     table = Table(title="Federated fine-tuning, equal rounds, data and seeds")
-    for index, column in enumerate(COLUMNS):
+    for index, column in enumerate(table_columns(runs)):
         table.add_column(column, justify="right" if index else "left")
     for run in runs:
-        table.add_row(run.name, *table_row(run))
+        table.add_row(run.name, *table_row(run, runs))
     return table
-
-
-def follow(folder: Path, command: tuple[str, ...], rounds: int) -> None:
-    """Run ``command`` to its end under a live progress read from the run's metrics file.
-
-    Raises `RunError` with the run's own last line when it failed. Whatever ends this
-    process also ends the run.
-    """
-    from rich.progress import (
-        BarColumn,
-        MofNCompleteColumn,
-        Progress,
-        TextColumn,
-        TimeElapsedColumn,
-    )
-
-    from dare_agg.cli.output import stderr_console
-    from dare_agg.runs.report import TITLES
-    from dare_agg.runs.rows import METRICS_FILE
-
-    prepare_folder(folder)
-    columns = (
-        TextColumn("{task.description:<22}"),
-        BarColumn(bar_width=24),
-        MofNCompleteColumn(),
-        TimeElapsedColumn(),
-        TextColumn("{task.fields[state]}"),
-    )
-    metrics, log = folder / METRICS_FILE, folder.with_name("run.log")
-    with Progress(*columns, console=stderr_console()) as progress, log.open("wb") as file:
-        bars = {
-            name: progress.add_task(TITLES[name], total=rounds, state="", start=False)
-            for name in METHODS
-        }
-        progress.start_task(bars[METHODS[0]])
-        progress.update(bars[METHODS[0]], state="starting Flower")
-        # Ray starts its workers with the lowest priority; here they are all there is to do.
-        process = subprocess.Popen(
-            command,
-            stdout=file,
-            stderr=subprocess.STDOUT,
-            start_new_session=True,
-            env={**os.environ, "RAY_worker_niceness": "0"},
-        )
-        seen = -1
-        # A second Ctrl-C here is a second one there.
-        with signals.ending(lambda: os.killpg(process.pid, signal.SIGINT), ""), stopped(process):
-            while True:
-                ended = process.poll() is not None
-                size = metrics.stat().st_size if metrics.is_file() else -1
-                if size > seen:
-                    seen = size
-                    show_progress(progress, bars, metrics, rounds)
-                if ended:
-                    break
-                time.sleep(POLL_SECONDS)
-    if process.returncode != 0:
-        raise RunError(
-            f"the run ended with status {process.returncode}: {last_error(log)}; the whole log is "
-            f"{log}"
-        )
-
-
-def show_progress(progress: Any, bars: Mapping[str, Any], metrics: Path, rounds: int) -> None:
-    """Bring the bars up to what the metrics file says."""
-    from dare_agg.runs.rows import read_rows
-    from dare_agg.runs.words import human_bytes
-
-    latest = {row.method: row for row in read_rows(metrics)}
-    for place, name in enumerate(METHODS):
-        row = latest.get(name)
-        if row is None:
-            continue
-        progress.start_task(bars[name])
-        sent = human_bytes(row.upload_bytes_per_client)
-        seen = f"accuracy {row.accuracy:.3f}, " if row.accuracy is not None else ""
-        progress.update(bars[name], completed=row.round, state=f"{seen}{sent} up a client")
-        if row.round >= rounds:
-            progress.stop_task(bars[name])
-            if place + 1 < len(METHODS):
-                progress.start_task(bars[METHODS[place + 1]])
-
-
-@contextlib.contextmanager
-def stopped(process: subprocess.Popen[bytes]) -> Iterator[None]:
-    """`stop` the process in the end, whatever ends the body."""
-    try:
-        yield
-    finally:
-        stop(process)
-
-
-def stop(process: subprocess.Popen[bytes]) -> None:
-    """End a run that this process started: politely, then not."""
-    # The first signal lets the run stop Flower and Ray, which takes a while.
-    for number, patience in ((signal.SIGINT, 90), (signal.SIGKILL, 15)):
-        if process.poll() is not None:
-            return
-        try:
-            os.killpg(process.pid, number)
-            process.wait(timeout=patience)
-        except subprocess.TimeoutExpired:
-            continue
-        except ProcessLookupError:
-            return
-
-
-def prepare_folder(folder: Path) -> None:
-    """Make an empty run folder; an older run of the demo there is removed, nothing else."""
-    import shutil
-
-    from dare_agg.runs.claim import is_claimed
-    from dare_agg.runs.rows import METRICS_FILE
-
-    if is_claimed(folder):
-        raise ConfigError(f"a run is at work in {folder}; wait for it, or choose another --output")
-    if folder.is_dir() and any(folder.iterdir()):
-        if not (folder / METRICS_FILE).is_file():
-            raise ConfigError(f"{folder} is not empty and no earlier run; choose another --output")
-        shutil.rmtree(folder)
-    folder.mkdir(parents=True, exist_ok=True)
-
-
-def last_error(log: Path) -> str:
-    """The last line of a log that speaks of an error, else its last line."""
-    lines = [
-        line.strip()
-        for line in log.read_text(encoding="utf-8", errors="replace").splitlines()
-        if line.strip()
-    ]
-    errors = [line for line in lines if "error" in line.lower()]
-    return (errors or lines or ["no output"])[-1][:300]

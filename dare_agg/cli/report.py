@@ -20,6 +20,7 @@ def report(
     from dare_agg.cli.demo import json_row
     from dare_agg.cli.output import print_json, stdout_console
     from dare_agg.errors import StateError
+    from dare_agg.runs.answers import read_answers
     from dare_agg.runs.report import read_run, write_report
 
     runs = read_run(run, histograms=True)
@@ -36,6 +37,7 @@ def report(
         title=title or f"Run {run.resolve().name}",
         lead=lead,
         command=f"dare-agg report {run}",
+        answers=read_answers(run),
     )
     if json:
         print_json({"runs": [json_row(one) for one in runs], "report": str(path.resolve())})

@@ -9,7 +9,9 @@ from pathlib import Path
 
 import pytest
 
-from dare_agg.cli.demo import METHODS, follow, json_row, prepare_folder, result_table, run_command
+from dare_agg.cli.demo import json_row, result_table, run_command
+from dare_agg.cli.demo_follow import follow, prepare_folder
+from dare_agg.cli.demo_kinds import DEMOS, Demo
 from dare_agg.errors import ConfigError, RunError, StateError
 from dare_agg.runs.claim import COMMAND, claim
 from dare_agg.runs.report import read_run
@@ -59,7 +61,7 @@ def test_follow_reads_rounds_and_gives_the_run_s_records(tmp_path: Path) -> None
     folder = tmp_path / "run"
     rows = [_row("fedavg", n, 0.5 + n / 10, 4000, 40) for n in (1, 2)]
     rows += [_row("dare-ties", 1, 0.6, 30, 20), _row("head-only", 1, 0.4, 40, 0)]
-    follow(folder, (sys.executable, "-c", _script(rows, 0), str(folder)), 2)
+    follow(folder, (sys.executable, "-c", _script(rows, 0), str(folder)), 2, DEMOS["text"].methods)
     dense, ties, head = read_run(folder)
     assert list(json_row(dense)) == KEYS
     assert json_row(dense) == dict(zip(KEYS, ["fedavg", 0.7, 2, 10, 4040, 1000, 4.0], strict=True))
@@ -74,7 +76,7 @@ def test_a_failed_run_fails_with_its_own_error(tmp_path: Path) -> None:
     folder = tmp_path / "run"
     command = (sys.executable, "-c", _script([], 3, "error: no data"), str(folder))
     with pytest.raises(RunError, match=r"status 3: error: no data.*run\.log"):
-        follow(folder, command, 2)
+        follow(folder, command, 2, DEMOS["text"].methods)
 
 
 def test_an_older_run_is_replaced_and_a_stranger_s_folder_is_not(tmp_path: Path) -> None:
@@ -103,15 +105,15 @@ def test_run_without_metrics_is_refused(tmp_path: Path) -> None:
         read_run(tmp_path)
 
 
-def test_every_setting_of_the_demo_is_a_valid_run_config(tmp_path: Path) -> None:
-    from dare_agg.cli.demo import SETTINGS, fast_precision
+@pytest.mark.parametrize("kind", DEMOS.values(), ids=DEMOS)
+def test_every_setting_of_a_demo_is_a_valid_run_config(tmp_path: Path, kind: Demo) -> None:
+    from dare_agg.cli.demo import demo_settings
     from dare_agg.cli.run_config import parse_overrides
     from server.config import read_config
 
-    settings = {**SETTINGS, "seed": 0, "num-rounds": 1, "precision": fast_precision()}
-    words = run_command(tmp_path, settings, 10)
+    words = run_command(tmp_path, demo_settings(kind, 0, 1), 10)
     pairs = [words[i + 1] for i, word in enumerate(words) if word == "--config"]
-    assert read_config(parse_overrides(pairs)).methods == METHODS
+    assert read_config(parse_overrides(pairs)).methods == kind.methods
 
 
 def test_report_command_refuses_a_folder_without_a_run(tmp_path: Path) -> None:

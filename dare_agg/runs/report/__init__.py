@@ -1,7 +1,7 @@
 """The HTML report of runs: `read_run` reads a run's folder, `write_report` writes the page."""
 
 from dare_agg.runs.report.diagnosis import write_diagnosis
-from dare_agg.runs.report.page import COLUMNS, table_row, write_report
+from dare_agg.runs.report.page import table_columns, table_row, write_report
 from dare_agg.runs.report.records import (
     TITLES,
     RoundRecord,
@@ -11,12 +11,12 @@ from dare_agg.runs.report.records import (
 )
 
 __all__ = [
-    "COLUMNS",
     "TITLES",
     "RoundRecord",
     "RunRecord",
     "histogram_of",
     "read_run",
+    "table_columns",
     "table_row",
     "write_diagnosis",
     "write_report",

@@ -9,40 +9,58 @@ from typing import Any
 
 from dare_agg import __version__
 from dare_agg.files.atomic import replace_file
+from dare_agg.runs.answers import Answers
+from dare_agg.runs.by_task import TASK_COLUMNS, TASK_TITLE, task_cells
 from dare_agg.runs.missed import MISSED_COLUMNS, MISSED_TITLE, missed_cells
+from dare_agg.runs.report.measures import (
+    ACCURACY,
+    PERPLEXITY,
+    Measure,
+    further_measures,
+    measure_of,
+)
 from dare_agg.runs.report.pictures import (
-    accuracy_by_megabytes,
-    accuracy_by_round,
     colour_of,
     delta_histogram,
+    measure_by_megabytes,
+    measure_by_round,
     sign_conflict,
 )
 from dare_agg.runs.report.records import RunRecord
 from dare_agg.runs.words import human_bytes
 from dare_agg.vectors.sources import SAFE_DELTA
 
-COLUMNS = (
-    "Method",
-    "Accuracy",
-    "Upload / client / round",
-    "Smaller by",
-    "Dense head, extra",
-    "Download / client / round",
-    "Seconds",
-)
+_BYTES = ("Upload / client / round", "Smaller by")
+_HEAD = "Dense head, extra"
+_REST = ("Download / client / round", "Seconds")
 
 
-def table_row(run: RunRecord) -> list[str]:
-    """The cells of a run under `COLUMNS`, without its name."""
+def table_columns(runs: Sequence[RunRecord]) -> tuple[str, ...]:
+    """The columns of a table of runs, the method's name first."""
+    measures = (measure_of(runs), *further_measures(runs))
+    head = () if measures[0] is PERPLEXITY else (_HEAD,)
+    return ("Method", *(measure.title for measure in measures), *_BYTES, *head, *_REST)
+
+
+def table_row(run: RunRecord, runs: Sequence[RunRecord] = ()) -> list[str]:
+    """The cells of a run under `table_columns` of all runs, without its name."""
+    runs = runs or (run,)
+    measures = (measure_of(runs), *further_measures(runs))
     ratio = 4 * run.parameters / run.upload if run.upload else None
+    head = human_bytes(run.head_upload) if run.head_upload else "–"
     return [
-        "–" if run.accuracy is None else f"{100 * run.accuracy:.1f} %",
+        *(_shown_last(measure, run) for measure in measures),
         human_bytes(run.upload) if run.upload else "–",
         "–" if ratio is None else f"{ratio:,.0f}×" if ratio > 1.05 else "1×",
-        human_bytes(run.head_upload) if run.head_upload else "–",
+        *([] if measures[0] is PERPLEXITY else [head]),
         human_bytes(run.download),
         f"{run.seconds:.0f}",
     ]
+
+
+def _shown_last(measure: Measure, run: RunRecord) -> str:
+    value = measure.last(run)
+    return "–" if value is None else measure.shown(value)
 
 
 TABLE_NOTE = (
@@ -53,14 +71,27 @@ TABLE_NOTE = (
 )
 
 
+LANGUAGE_NOTE = (
+    "Upload is the encoded update as it travels. “Smaller by” compares with the trained parameters "
+    "in float32. Perplexity is that of the answers alone, e to the mean loss a token of the test "
+    "rows; exact match is that of greedily generated answers."
+)
+
+
 def _cards(runs: Sequence[RunRecord]) -> list[dict[str, str]]:
+    measure = measure_of(runs)
     dense = next((r for r in runs if r.name.lower().startswith("fedavg")), None)
     control = next((r for r in runs if "head" in r.name.lower()), None)
-    compact = [r for r in runs if r is not dense and r is not control and r.accuracy is not None]
-    if not compact:
+    values = {
+        run.name: value
+        for run in runs
+        if run not in (dense, control) and (value := measure.last(run)) is not None
+    }
+    if not values:
         return []
-    best = max(compact, key=lambda r: r.accuracy or 0)
-    cards = [{"figure": f"{100 * (best.accuracy or 0):.1f} %", "text": f"accuracy, {best.name}"}]
+    value = measure.better(list(values.values()))
+    best = next(run for run in runs if values.get(run.name) == value)
+    cards = [{"figure": measure.shown(value), "text": f"{measure.title.lower()}, {best.name}"}]
     if best.upload:
         cards.append(
             {
@@ -69,23 +100,41 @@ def _cards(runs: Sequence[RunRecord]) -> list[dict[str, str]]:
                 f"{human_bytes(4 * best.parameters)}",
             }
         )
-    if dense and dense.accuracy is not None:
-        gap = 100 * ((best.accuracy or 0) - dense.accuracy)
-        cards.append({"figure": f"{gap:+.1f} points", "text": "against dense FedAvg"})
-    if control and control.accuracy is not None:
-        gap = 100 * ((best.accuracy or 0) - control.accuracy)
-        cards.append({"figure": f"{gap:+.1f} points", "text": "against training the head alone"})
+    for other, text in (
+        (dense, "against dense FedAvg"),
+        (control, "against training the head alone"),
+    ):
+        if other is not None and (found := measure.last(other)) is not None:
+            if measure is ACCURACY:
+                cards.append({"figure": f"{100 * (value - found):+.1f} points", "text": text})
+            else:
+                cards.append({"figure": f"{100 * (value / found - 1):+.1f} %", "text": text})
     return cards
 
 
 def write_report(
-    path: Path, runs: Sequence[RunRecord], *, title: str, lead: str, command: str = ""
+    path: Path,
+    runs: Sequence[RunRecord],
+    *,
+    title: str,
+    lead: str,
+    command: str = "",
+    answers: Sequence[Answers] = (),
 ) -> Path:
-    """Write the page to ``path`` and return it; figures without data are left out."""
+    """Write the page to ``path`` and return it; figures without data are left out.
+
+    ``answers`` to test questions, where there are any, stand side by side.
+    """
+    measure = measure_of(runs)
+    # What the models before the first round measure is known of one source of data alone.
+    told = [perplexity for one in answers for _, perplexity, _ in one.models[:1]]
+    before = told[0] if measure is PERPLEXITY and len(told) == 1 else None
+    by_round = measure_by_round(runs, measure, before=before)
+    by_upload = measure_by_megabytes(runs, measure)
     figures = [
         [
-            _shown("Accuracy by round", "Equal rounds, data and seeds.", accuracy_by_round(runs)),
-            _shown("Accuracy by upload", "The price of it.", accuracy_by_megabytes(runs)),
+            _shown(f"{measure.title} by round", "Equal rounds, data and seeds.", by_round),
+            _shown(f"{measure.title} by upload", "The price of it.", by_upload),
         ]
     ]
     second = []
@@ -112,9 +161,15 @@ def write_report(
         title=title,
         lead=lead,
         cards=_cards(runs),
-        columns=COLUMNS,
-        cells=[(run.name, table_row(run)) for run in runs],
-        table_note=TABLE_NOTE,
+        columns=table_columns(runs),
+        cells=[(run.name, table_row(run, runs)) for run in runs],
+        table_note=LANGUAGE_NOTE if measure is PERPLEXITY else TABLE_NOTE,
+        answers=answers,
+        tasks=[
+            (run.name, cells) for run in runs if run.rows and (cells := task_cells(run.rows[-1]))
+        ],
+        task_title=TASK_TITLE,
+        task_columns=TASK_COLUMNS,
         missed_title=MISSED_TITLE,
         missed_columns=MISSED_COLUMNS,
         missed=missed_cells([row for run in runs for row in run.rows]),
@@ -122,6 +177,10 @@ def write_report(
         provenance=_provenance(runs),
         footer=f"dare-agg {__version__}" + (f" · made by: {command}" if command else ""),
     )
+
+
+def _by_task(run: RunRecord) -> list[tuple[str, ...]]:
+    return task_cells(run.rows[-1]) if run.rows else []
 
 
 def render_page(

@@ -6,6 +6,7 @@ import math
 from collections.abc import Sequence
 from typing import Any
 
+from dare_agg.runs.report.measures import ACCURACY, Measure
 from dare_agg.runs.report.records import RunRecord
 from dare_agg.vectors.sources import SAFE_DELTA
 
@@ -51,32 +52,55 @@ def colour_of(index: int) -> str:
     return COLOURS[index % len(COLOURS)]
 
 
-def accuracy_by_round(runs: Sequence[RunRecord]) -> str:
-    """Accuracy after each round, as SVG."""
+def measure_by_round(
+    runs: Sequence[RunRecord], measure: Measure = ACCURACY, *, before: float | None = None
+) -> str:
+    """A measure after each round, as SVG; ``before`` is its value before the first."""
     figure, axes = _figure()
     for index, run in enumerate(runs):
-        points = [(r.number, 100 * r.accuracy) for r in run.rounds if r.accuracy is not None]
+        points = [] if before is None else [(0, measure.plotted(before))]
+        points += [
+            (record.number, measure.plotted(value))
+            for record in run.rounds
+            if (value := measure.value(record)) is not None
+        ]
         _line(axes, points, run.name, index)
-    _label(axes, "round", "test accuracy, %")
+    _scaled(axes, measure)
+    _label(axes, "round", measure.label)
     axes.xaxis.get_major_locator().set_params(integer=True, min_n_ticks=1)
     axes.legend(frameon=False, fontsize=9, loc="best")
     return _svg(figure)
 
 
-def accuracy_by_megabytes(runs: Sequence[RunRecord]) -> str:
-    """Accuracy against what all clients have uploaded so far, head included, as SVG."""
+def measure_by_megabytes(runs: Sequence[RunRecord], measure: Measure = ACCURACY) -> str:
+    """A measure against what all clients have uploaded so far, head included, as SVG."""
     figure, axes = _figure()
     for index, run in enumerate(runs):
         total, points = 0.0, []
         for record in run.rounds:
             total += (record.upload + record.head_upload) * record.clients / 1e6
-            if record.accuracy is not None and total > 0:
-                points.append((total, 100 * record.accuracy))
+            value = measure.value(record)
+            if value is not None and total > 0:
+                points.append((total, measure.plotted(value)))
         _line(axes, points, run.name, index)
     axes.set_xscale("log")
     axes.xaxis.set_major_formatter(lambda value, _: f"{value:g}")
-    _label(axes, "megabytes uploaded by all clients (log scale)", "test accuracy, %")
+    _scaled(axes, measure)
+    _label(axes, "megabytes uploaded by all clients (log scale)", measure.label)
     return _svg(figure)
+
+
+def _scaled(axes: Any, measure: Measure) -> None:
+    """A logarithmic axis has figures as people write them, and between powers of ten too."""
+    from matplotlib.ticker import LogLocator
+
+    if not measure.log:
+        return
+    axes.set_yscale("log")
+    axes.yaxis.set_minor_locator(LogLocator(subs=(2, 3, 5)))
+    for set_formatter in (axes.yaxis.set_major_formatter, axes.yaxis.set_minor_formatter):
+        set_formatter(lambda value, _: f"{value:,g}")
+    axes.tick_params(axis="y", which="minor", labelsize=8)
 
 
 def _line(axes: Any, points: Sequence[tuple[float, float]], name: str, index: int) -> None:

@@ -32,6 +32,8 @@ class RoundRecord:
     seconds: float
     sign_conflict: float | None = None
     largest_delta: float | None = None
+    perplexity: float | None = None
+    exact_match: float | None = None
 
 
 @dataclass(frozen=True)
@@ -154,6 +156,8 @@ def _round(row: RunRow, head_only: bool) -> RoundRecord:
         seconds=float(row.round_seconds),
         sign_conflict=row.sign_conflict if spoken and not head_only else None,
         largest_delta=row.delta_max,
+        perplexity=row.perplexity,
+        exact_match=row.exact_match,
     )
 
 

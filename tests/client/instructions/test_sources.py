@@ -5,6 +5,7 @@ import json
 import pytest
 
 from client.config import configure
+from client.instructions.generation import last_number
 from client.instructions.sources import holds_conversations, load_conversations
 from client.tasks.table import find_task
 from dare_agg.errors import ConfigError
@@ -165,3 +166,9 @@ def test_arithmetic_is_made_on_the_spot_the_same_for_one_seed():
     (other, _), _ = load_conversations(configure(data="arithmetic", seed=4))
     assert train == again != other and test and train[0][1] == "arithmetic"
     assert not {row[0] for row in test} & {row[0] for row in train}
+    (worked, _), _ = load_conversations(configure(data="arithmetic-worked", seed=3))
+    for (question, answer), (other, equation) in zip(
+        (row[0] for row in train[:50]), (row[0] for row in worked[:50]), strict=True
+    ):
+        assert question == other and equation[1].endswith(f"={answer[1]}")
+        assert last_number(equation[1]) == last_number(answer[1])

@@ -31,6 +31,15 @@ def diff(
             help="uniform, or own: each tensor in proportion to its change, in as many bytes.",
         ),
     ] = "uniform",
+    gram: Annotated[
+        int | None,
+        typer.Option(
+            "--gram", help="Directions of each Linear to carry along, for merges by wudi: 8, 16."
+        ),
+    ] = None,
+    gram_bits: Annotated[
+        int, typer.Option("--gram-bits", help="Bits of their elements: 1, 2, 4, 8, 16 or 32.")
+    ] = 2,
     exclude: Annotated[
         list[str] | None, typer.Option("--exclude", help="Regular expression of tensors left out.")
     ] = None,
@@ -38,6 +47,7 @@ def diff(
     json_: Annotated[bool, typer.Option("--json", help="Print one JSON object.")] = False,
 ) -> None:
     """Write the update that leads from BASE to TUNED."""
+    from dare_agg.cli.inspect import directions_words
     from dare_agg.cli.output import print_json
     from dare_agg.codec.update_file import read_update_file
     from dare_agg.errors import ConfigError
@@ -48,7 +58,8 @@ def diff(
         raise ConfigError(f"{out} does not end in .dare, by which updates are known; rename it")
     write_diff(
         base, tuned, out, drop_rate=drop_rate, values=values, mask=mask, seed=seed, rank=rank,
-        exclude=tuple(exclude or ()), keep_rates=keep_rates, overwrite=force,
+        exclude=tuple(exclude or ()), keep_rates=keep_rates, gram=gram,
+        gram_bits=gram_bits, overwrite=force,
     )  # fmt: skip
     facts = describe_update(*read_update_file(out), out.stat().st_size)
     if json_:
@@ -57,4 +68,5 @@ def diff(
     typer.echo(
         f"{out}: {facts['survivors']:,} survivors of {facts['parameters']:,} parameters in "
         f"{human_bytes(facts['bytes'])}, {facts['bits_per_parameter']:.4g} bits a parameter"
+        + (f"; {directions_words(facts['directions'])}" if facts["directions"] else "")
     )

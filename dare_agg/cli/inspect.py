@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 import typer
 
@@ -35,9 +35,20 @@ def inspect(
         "size": human_bytes(facts["bytes"]),
         "bits a parameter": f"{facts['bits_per_parameter']:.4g}",
         "values": facts["values"],
+        "directions": directions_words(facts["directions"]) if facts["directions"] else "none",
         "base": facts["base_fingerprint"],
         "|delta|, estimated": ", ".join(f"q{q} {value:.2g}" for q, value in quantiles),
         "delta norm, estimated": f"{facts['delta_norm']:.4g}",
     }.items():
         table.add_row(name, text)
     stdout_console().print(table)
+
+
+def directions_words(facts: dict[str, Any]) -> str:
+    """What an update's directions are, in a few words."""
+    from dare_agg.runs.words import human_bytes
+
+    return (
+        f"{facts['rank']} directions of {facts['tensors']:,} tensors in {facts['values']}, "
+        f"{human_bytes(facts['bytes'])} ({facts['bits_per_parameter']:.4g} bits a parameter)"
+    )

@@ -16,10 +16,21 @@ import mmap
 import os
 import struct
 from collections.abc import Mapping
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+from numpy.typing import NDArray
+
+from dare_agg.codec.directions import (
+    Directions,
+    DirectionsPlan,
+    decode_directions,
+    encode_directions,
+    parse_plan,
+    plan_directions,
+)
 from dare_agg.codec.mask import DropRate
 from dare_agg.codec.rates import TensorRates
 from dare_agg.codec.update import (
@@ -48,6 +59,8 @@ FILE_MAGIC = b"DAREFILE"
 FILE_VERSION = 1
 # Of files whose update has keep rates by tensor.
 BY_TENSOR_FILE_VERSION = 2
+# Of files with directions behind the update, whatever its keep rates.
+DIRECTIONS_FILE_VERSION = 3
 MAX_FILE_HEADER_BYTES = 16 << 20
 DTYPES = ("BF16", "F16", "F32", "F64")
 # A tensor of 4 dimensions costs 18 (`dare_agg.files.json_text`).
@@ -58,6 +71,7 @@ _KEYS = frozenset(
     ("base", "drop-rate", "mask", "mask-key", "rank", "rescale", "seed", "tensors", "values",
      "values-key")
 )  # fmt: skip
+_KEYS_WITH_DIRECTIONS = _KEYS | {"by-tensor", "directions"}
 
 
 @dataclass(frozen=True)
@@ -66,7 +80,8 @@ class FileHeader:
 
     ``base`` is the base's fingerprint (hex), ``dtypes`` the tuned model's storage types by
     tensor (safetensors words), ``seed`` the user's seed or None. With ``by_tensor`` the update
-    inside has a keep rate for each tensor, and brings them.
+    inside has a keep rate for each tensor, and brings them. ``directions`` says which tensors'
+    directions lie behind it, and ``carried`` holds them, in a header that was read.
     """
 
     layout: Layout
@@ -81,15 +96,19 @@ class FileHeader:
     rescale: bool
     seed: int | None
     by_tensor: bool = False
+    directions: DirectionsPlan | None = None
+    carried: Directions | None = field(default=None, repr=False, compare=False)
 
     @property
     def version(self) -> int:
         """The file version."""
+        if self.directions is not None:
+            return DIRECTIONS_FILE_VERSION
         return BY_TENSOR_FILE_VERSION if self.by_tensor else FILE_VERSION
 
     def to_json(self) -> bytes:
         """The one canonical text: keys sorted, no white space, ASCII."""
-        record = {
+        record: dict[str, Any] = {
             "base": self.base,
             "drop-rate": [self.drop_rate.numerator, self.drop_rate.denominator],
             "mask": self.mask,
@@ -104,6 +123,8 @@ class FileHeader:
             "values": self.values,
             "values-key": self.values_key.hex(),
         }
+        if self.directions is not None:
+            record |= {"by-tensor": self.by_tensor, "directions": self.directions.record()}
         return json.dumps(record, sort_keys=True, separators=(",", ":")).encode()
 
     def spec(self) -> UpdateSpec:
@@ -133,11 +154,14 @@ def write_update_file(
     seed: int | None = None,
     dtypes: Mapping[str, str] | None = None,
     overwrite: bool = False,
+    directions: Mapping[str, tuple[NDArray[np.floating], int]] | None = None,
+    directions_values: str = "b2",
 ) -> FileHeader:
     """Encode ``source`` (see `encode_update`) into a file, complete or not there at all.
 
     ``spec.context`` is replaced by the header's digest; keep rates by tensor travel in the
-    file. ``dtypes`` (default F32) are noted for the reader. Raises `CheckpointError` where
+    file. ``dtypes`` (default F32) are noted for the reader. ``directions`` (see `plan_directions`)
+    lie behind the update, in the value format ``directions_values``. Raises `CheckpointError` where
     ``path`` exists and ``overwrite`` is not set or the disk refuses it, `ConfigError` for a spec
     of another layout, `NonFiniteError` as `encode_update`.
     """
@@ -166,6 +190,7 @@ def write_update_file(
         rescale=spec.rescale,
         seed=seed,
         by_tensor=spec.rates is not None,
+        directions=plan_directions(layout, directions, directions_values) if directions else None,
     )
     text = header.to_json()
     if len(text) > MAX_FILE_HEADER_BYTES:
@@ -176,14 +201,20 @@ def write_update_file(
     head = _PREAMBLE.pack(FILE_MAGIC, header.version, len(text)) + text
     head += b" " * (-len(head) % _ALIGNMENT)
     rates = spec.rates and replace(spec.rates, told=False)
-    full = replace(spec, context=hashlib.sha256(text).digest(), rates=rates)
+    context = hashlib.sha256(text).digest()
+    full = replace(spec, context=context, rates=rates)
+    section = b""
+    if header.directions is not None and directions is not None:
+        key = spec.values_key
+        section = encode_directions(layout, header.directions, directions, key, context)
     with file_draft(out, kind=CheckpointError) as stream:
-        total = len(head) + update_bytes(full)
+        total = len(head) + update_bytes(full) + len(section)
         _reserve(stream.fileno(), total)
         # Never closed by hand: after an error its traceback still refers to the map.
         mapped = mmap.mmap(stream.fileno(), total)
         mapped[: len(head)] = head
-        room = memoryview(mapped)[len(head) :]
+        mapped[total - len(section) :] = section
+        room = memoryview(mapped)[len(head) : total - len(section)]
         encode_update_into(full, source, room, pages=Pages(mapped))
         mapped.flush()
     return header
@@ -220,9 +251,11 @@ def read_update_file(path: str | os.PathLike[str]) -> tuple[Update, FileHeader]:
             if padding.strip(b" "):
                 raise UpdateError("the bytes after the header are not blanks", reason="malformed")
             start += -start % _ALIGNMENT
-            if start >= size:
+            behind = header.directions.nbytes(header.layout) if header.directions else 0
+            if start + behind >= size:
                 raise UpdateError(
-                    f"{size} bytes, all of them header; the update is missing", reason="truncated"
+                    f"{size} bytes, all of them header or directions; the update is missing",
+                    reason="truncated",
                 )
             try:
                 mapped = mmap.mmap(stream.fileno(), size, access=mmap.ACCESS_READ)
@@ -230,8 +263,15 @@ def read_update_file(path: str | os.PathLike[str]) -> tuple[Update, FileHeader]:
                 raise UpdateError(
                     "the file became shorter while it was read", reason="truncated"
                 ) from error
-        body = memoryview(mapped)[start:]
-        return decode_described(body, _checked_spec(header), Pages(mapped)), header
+        whole, spec = memoryview(mapped), _checked_spec(header)
+        update = decode_described(whole[start : size - behind], spec, Pages(mapped))
+        if header.directions is not None:
+            carried = decode_directions(
+                header.directions, header.layout, whole[size - behind :], spec.values_key,
+                spec.context,
+            )  # fmt: skip
+            header = replace(header, carried=carried)
+        return update, header
     except UpdateError as error:
         raise type(error)(f"{where}: {error}", reason=error.reason) from error
 
@@ -248,10 +288,10 @@ def _header_text(preamble: bytes, size: int) -> tuple[int, int]:
             f"{size} bytes; an update file begins with {_PREAMBLE.size}", reason="truncated"
         )
     _, version, length = _PREAMBLE.unpack(preamble)
-    if version not in (FILE_VERSION, BY_TENSOR_FILE_VERSION):
+    if not FILE_VERSION <= version <= DIRECTIONS_FILE_VERSION:
         raise UpdateError(
-            f"file version {version}; this dare-agg reads {FILE_VERSION} and "
-            f"{BY_TENSOR_FILE_VERSION}: install a newer one",
+            f"file version {version}; this dare-agg reads {FILE_VERSION} to "
+            f"{DIRECTIONS_FILE_VERSION}: install a newer one",
             reason="version",
         )
     if not 2 <= length <= MAX_FILE_HEADER_BYTES:
@@ -274,10 +314,14 @@ def _parse(text: bytes, version: int = FILE_VERSION) -> FileHeader:
         raise UpdateError(
             f"the header is no JSON: {str(error)[:80]}", reason="malformed"
         ) from error
-    if not isinstance(record, dict) or record.keys() != _KEYS:
+    directed = version == DIRECTIONS_FILE_VERSION
+    keys = _KEYS_WITH_DIRECTIONS if directed else _KEYS
+    if not isinstance(record, dict) or record.keys() != keys:
         raise UpdateError(
-            f"the header's keys are not {', '.join(sorted(_KEYS))}", reason="malformed"
+            f"the header's keys are not {', '.join(sorted(keys))}", reason="malformed"
         )
+    if not isinstance(record.get("by-tensor", False), bool):
+        raise UpdateError("by-tensor is neither true nor false", reason="malformed")
     layout, dtypes = _parse_tensors(record["tensors"])
     stride = _whole_numbers(record["drop-rate"], "drop-rate", 2)
     seed = record["seed"]
@@ -301,7 +345,8 @@ def _parse(text: bytes, version: int = FILE_VERSION) -> FileHeader:
         values_key=_hex(record, "values-key", 16),
         rescale=record["rescale"],
         seed=seed,
-        by_tensor=version == BY_TENSOR_FILE_VERSION,
+        by_tensor=record["by-tensor"] if directed else version == BY_TENSOR_FILE_VERSION,
+        directions=parse_plan(record["directions"], layout) if directed else None,
     )
     if header.to_json() != text:
         raise UpdateError("the header is not in its canonical form", reason="malformed")

@@ -39,25 +39,33 @@ def linears_of(task: MergeTask, method: str) -> dict[str, Linear]:
 
     Raises `MergeError` where the model has none.
     """
-    wanted = compile_patterns([task.options["linears"]])
-    kept = compile_patterns([task.options["averaged"]] if task.options["averaged"] else [])
-    given = task.options["transposed"]
-    found = [
-        entry
-        for entry in task.layout.entries
-        if len(entry.shape) == 2 and entry.size and matches(entry.name, wanted)
-        and not matches(entry.name, kept)
-    ]  # fmt: skip
+    words = {name: task.options[name] for name in ("linears", "averaged", "transposed")}
+    found = model_linears(task.layout, **words)
     if not found:
         raise MergeError(
             f"{method} finds no Linear in the model: no tensor of two dimensions is named as the "
             f"option linears says ({task.options['linears']!r}) and not as averaged does"
         )
-    lying = transposed_in(task.layout)
-    if given:
-        turned = compile_patterns([given])
+    return found
+
+
+def model_linears(
+    layout: Layout, *, linears: str = LINEARS, averaged: str = AVERAGED, transposed: str = ""
+) -> dict[str, Linear]:
+    """The weights of two dimensions by patterns of their names, by name, in layout order."""
+    wanted = compile_patterns([linears])
+    kept = compile_patterns([averaged] if averaged else [])
+    found = [
+        entry
+        for entry in layout.entries
+        if len(entry.shape) == 2 and entry.size and matches(entry.name, wanted)
+        and not matches(entry.name, kept)
+    ]  # fmt: skip
+    lying = transposed_in(layout)
+    if transposed:
+        turned = compile_patterns([transposed])
         lying = {entry.name: matches(entry.name, turned) for entry in found}
-    return {entry.name: Linear(entry, lying.get(entry.name, False)) for entry in found}
+    return {entry.name: Linear(entry, lying[entry.name]) for entry in found}
 
 
 def transposed_in(layout: Layout) -> dict[str, bool]:

@@ -26,6 +26,7 @@ from dare_agg.checkpoint.fingerprints import remember
 from dare_agg.checkpoint.hub import located
 from dare_agg.checkpoint.tied import followers_in, names_of
 from dare_agg.codec.derive import derive_key, seed_secret
+from dare_agg.codec.directions import gram_values
 from dare_agg.codec.fitted_rates import fitted_rates, levels_of, tensor_squares
 from dare_agg.codec.formats import find_values
 from dare_agg.codec.mask import DropRate, parse_drop_rate
@@ -33,6 +34,8 @@ from dare_agg.codec.rotation import GROUP
 from dare_agg.codec.update import Update, UpdateSpec
 from dare_agg.codec.update_file import FileHeader, read_update_file, write_update_file
 from dare_agg.errors import BaseMismatchError, ConfigError, LayoutError, did_you_mean
+from dare_agg.merge.directions import check_rank, directions_of
+from dare_agg.merge.linears import model_linears
 from dare_agg.offline.base import open_base
 from dare_agg.offline.model_words import model_words
 from dare_agg.offline.opening import open_models
@@ -96,6 +99,8 @@ def write_diff(
     exclude: tuple[str, ...] = (),
     rescale: bool = True,
     keep_rates: str = "uniform",
+    gram: int | None = None,
+    gram_bits: int = 2,
     overwrite: bool = False,
 ) -> FileHeader:
     """Write the update that leads from ``base_path`` to ``tuned_path``.
@@ -103,13 +108,18 @@ def write_diff(
     Mask and value keys follow from ``seed`` and the delta's contents, so that updates of
     several models have independent masks. With ``rank`` they follow from ``seed`` alone:
     parties that use one seed and base and the ranks 0, 1, … keep disjoint elements. ``keep_rates``
-    "own" keeps each tensor in proportion to its change, in as many bytes.
+    "own" keeps each tensor in proportion to its change, in as many bytes. ``gram`` puts so many
+    directions of each Linear's whole delta behind it, ``gram_bits`` an element, for merges that go
+    by Gram matrices.
 
     Raises `LayoutError` where the models do not fit, `NonFiniteError` naming the tensor.
     """
     rate = parse_drop_rate(drop_rate)
     find_values(values)
     _check_keep_rates(keep_rates, mask, rank)
+    gram_format = gram_values(gram_bits)
+    if gram is not None:
+        check_rank(gram)
     secret = seed_secret(seed)
     base_path, (tuned_input,) = located_models(base_path, [ModelInput(**model_words(tuned_path))])
     ground = open_base(base_path, [tuned_input.path], exclude)
@@ -141,17 +151,33 @@ def write_diff(
     if tuned is not None:
         for _ in _finite_tiles(tuned, layout):
             pass
-    models = _open(base, tuned)
+    source = _Releasing(model.source, _open(base, tuned))
     dtypes = (tuned or base).dtypes
     return write_update_file(
         out,
         spec,
         layout,
-        _Releasing(model.source, models),
+        source,
         seed=seed,
         dtypes={name: dtypes[name] for name in layout.names},
         overwrite=overwrite,
+        directions=None if gram is None else _directions(source, layout, gram),
+        directions_values=gram_format,
     )
+
+
+def _directions(
+    source: DeltaSource, layout: Layout, rank: int
+) -> dict[str, tuple[NDArray[np.floating], int]]:
+    """The leading directions of each Linear that changed; raises `LayoutError` for none."""
+    linears = model_linears(layout)
+    found = {name: (rows, axis) for name, rows, axis in directions_of(source, linears, rank)}
+    if not found:
+        raise LayoutError(
+            f"no Linear of the model changed ({len(linears)} are known by their names and shapes), "
+            "so there are no directions; leave out --gram"
+        )
+    return found
 
 
 def _check_keep_rates(keep_rates: str, mask: str, rank: int | None) -> None:
@@ -299,6 +325,22 @@ def describe_update(update: Update, header: FileHeader, nbytes: int) -> dict[str
         "delta_norm": rms * parameters**0.5,
         "sampled_survivors": len(magnitudes),
         "values_nmse": find_values(header.values).nmse,
+        "directions": _described(header),
+    }
+
+
+def _described(header: FileHeader) -> dict[str, Any] | None:
+    """Number, format and size of an update's directions."""
+    plan = header.directions
+    if plan is None:
+        return None
+    nbytes = plan.nbytes(header.layout)
+    return {
+        "tensors": len(plan.tensors),
+        "rank": max(tensor.rank for tensor in plan.tensors),
+        "values": plan.values,
+        "bytes": nbytes,
+        "bits_per_parameter": 8 * nbytes / max(1, header.layout.size),
     }
 
 

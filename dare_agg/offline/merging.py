@@ -141,7 +141,7 @@ def _merged(
                 checkpoint.check_finite(layout)
         warnings = [
             *ground.warnings, *(w for m in opened for w in m.warnings),
-            *range_warnings(opened, recipe),
+            *range_warnings(opened, recipe), *_gram_warnings(recipe, opened),
         ]  # fmt: skip
         if recipe.tokenizer is None and not writer.single:
             warnings += tokenizer_warnings(
@@ -314,12 +314,29 @@ def _statistics_of(
     layout: Layout,
 ) -> list[Statistics]:
     """What the method knows of each model beside its delta, in the models' order."""
-    if recipe.row.own_grams and recipe.drops and recipe.options.get("gram") != "dropped":
-        return [wholes[model.number] for model in ordered]
+    if recipe.row.own_grams and recipe.options.get("gram") != "dropped":
+        known = [m.directions is not None for m in ordered]
+        if recipe.drops or any(known):
+            return [
+                wholes[m.number] if m.directions is None else m.directions.decoded()
+                for m in ordered
+            ]
     return [
         _statistics(model.given.statistics, recipe.row.statistics, layout)
         for model in ordered
         if model.given.statistics
+    ]
+
+
+def _gram_warnings(recipe: Recipe, opened: list[OpenedModel]) -> list[str]:
+    """Updates without directions, whose survivors say little of a Gram matrix."""
+    if not recipe.row.own_grams:
+        return []
+    return [
+        f"{model.given}: {recipe.row.name} makes Gram matrices of its survivors, which are mostly "
+        "noise; make it with dare-agg diff --gram 8"
+        for model in opened
+        if model.kind == "update" and model.directions is None
     ]
 
 

@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from dare_agg.checkpoint import Checkpoint, open_checkpoint
+from dare_agg.codec.directions import Directions
 from dare_agg.errors import BaseMismatchError, CheckpointError, ConfigError, LayoutError
 from dare_agg.offline.adapters.folder import adapter_base
 from dare_agg.offline.adapters.source import AdapterSource, adapter_source
@@ -30,6 +31,7 @@ class OpenedModel:
     checkpoint: Checkpoint | None = None
     number: int = 0
     warnings: tuple[str, ...] = ()
+    directions: Directions | None = None
 
 
 def open_models(
@@ -70,9 +72,8 @@ def _open_model(
             "checkpoint before the +"
         )
     if path.suffix == UPDATE:
-        return OpenedModel(
-            given, _open_update(path, base.checkpoint, layout), "update", None, number
-        )
+        update, directions = _open_update(path, base.checkpoint, layout)
+        return OpenedModel(given, update, "update", None, number, directions=directions)
     adapter = adapter_source(path, base, cached, exclude)
     _check_trained_on(path, base.checkpoint, "BASE")
     return OpenedModel(given, adapter, "adapter", None, number, adapter.warnings)
@@ -110,7 +111,9 @@ def _check_trained_on(adapter: Path, base: Checkpoint, place: str) -> None:
         )
 
 
-def _open_update(path: Path, base: Checkpoint, layout: Layout) -> DeltaSource:
+def _open_update(
+    path: Path, base: Checkpoint, layout: Layout
+) -> tuple[DeltaSource, Directions | None]:
     from dare_agg.codec.update_file import read_update_file
 
     update, header = read_update_file(path)
@@ -125,7 +128,7 @@ def _open_update(path: Path, base: Checkpoint, layout: Layout) -> DeltaSource:
             f"{path} was made from base {header.base[:16]}, BASE is {found[:16]}; "
             "give the base it was made from"
         )
-    return update
+    return update, header.carried
 
 
 def described(given: ModelInput, kind: str, name: bytes) -> dict[str, Any]:

@@ -23,6 +23,7 @@ from typing import Any
 import numpy as np
 
 from dare_agg import codec, vectors
+from dare_agg.codec.directions import _checksum as section_checksum
 from dare_agg.codec.fitted_rates import fitted_rates, levels_of, tensor_squares
 from dare_agg.codec.formats import VALUE_FORMATS
 from dare_agg.codec.mask import MASK_KINDS, parse_drop_rate
@@ -39,6 +40,7 @@ from dare_agg.codec.update import (
 )
 from dare_agg.codec.update_file import (
     FILE_MAGIC,
+    FileHeader,
     _checked_spec,
     _parse,
     read_update_file,
@@ -77,6 +79,13 @@ def seeds(folder: Path) -> tuple[list[tuple[UpdateSpec, bytes]], list[bytes]]:
                 path = folder / "seed.dare"
                 write_update_file(path, spec, layout, delta, seed=1, overwrite=True)
                 files.append(path.read_bytes())
+        rows = np.random.default_rng(1).standard_normal((3, 41))
+        for number, rank in enumerate((1, 3)):
+            write_update_file(
+                path, spec, layout, delta, seed=number, overwrite=True,
+                directions={"a.weight": (rows[:rank], 1)}, directions_values=values,
+            )  # fmt: skip
+            files.append(path.read_bytes())
     return in_round, files
 
 
@@ -146,7 +155,7 @@ def mutate_file(rng: random.Random, blob: bytes, others: Callable[[], bytes]) ->
     text = json.dumps(record, sort_keys=rng.random() < 0.9, separators=(",", ":")).encode()
     if rng.random() < 0.05:
         text = rng.choice((b"[" * 5000, b"{}", b"", b"[1e999]", text[:-1], text + b" "))
-    version = rng.choice((1, 2)) if rng.random() < 0.1 else blob[8] & 3
+    version = rng.choice((1, 2, 3)) if rng.random() < 0.1 else blob[8] & 3
     head = FILE_MAGIC + struct.pack("<II", version, len(text)) + text
     return head + b" " * (-len(head) % 8) + body
 
@@ -156,15 +165,20 @@ def refitted(rng: random.Random, blob: bytes) -> bytes:
     (length,) = struct.unpack("<I", blob[12:16].ljust(4, b"\0"))
     start = -(-(16 + length) // 8) * 8
     try:
-        spec = _checked_spec(_parse(blob[16 : 16 + length], blob[8]))
-        payload = blob[start + HEADER_BYTES :]
+        header = _parse(blob[16 : 16 + length], blob[8])
+        spec = _checked_spec(header)
+        payload, section = blob[start + HEADER_BYTES :], b""
+        if header.directions is not None:
+            behind = header.directions.nbytes(header.layout)
+            payload, section = payload[:-behind], payload[-behind:-CHECKSUM_BYTES]
+            section += section_checksum(spec.values_key, spec.context, section)
         if spec.rates is not None:
             spec = replace(spec, rates=spec.rates.read(memoryview(payload)))
     except DareError:
         return blob
     stratified = spec.mask == "stratified"
     survivors = spec.draw_mask().survivors if stratified else rng.choice((0, 1, 245, 1229, 2579))
-    return blob[:start] + sealed(spec, _header(spec, survivors, len(payload)) + payload)
+    return blob[:start] + sealed(spec, _header(spec, survivors, len(payload)) + payload) + section
 
 
 def mutate_tree(rng: random.Random, node: Any) -> None:
@@ -184,8 +198,11 @@ def mutate_tree(rng: random.Random, node: Any) -> None:
         node[key] = deepcopy(rng.choice(_ODD))
 
 
-def use(update: Update) -> None:
+def use(update: Update, header: FileHeader | None = None) -> None:
     """Read all of what was accepted, if it is of a size that the seeds' files can mean."""
+    if header is not None and header.carried is not None:
+        for rows in header.carried.decoded().values():
+            assert np.isfinite(rows).all(), "accepted directions are not finite"
     if update.spec.size > MAX_ACCEPTED_SIZE:
         return
     out = np.empty(update.spec.size, np.float32)
@@ -213,7 +230,7 @@ class Updates:
                 blob = refitted(rng, blob)
             self.path.write_bytes(blob)
             return Attempt(
-                lambda: use(read_update_file(self.path)[0]), lambda: self.files.append(blob)
+                lambda: use(*read_update_file(self.path)), lambda: self.files.append(blob)
             )
         spec, blob = rng.choice(self.in_round)
         blob = mutate(rng, blob, lambda: rng.choice(self.in_round)[1])

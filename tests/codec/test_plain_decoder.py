@@ -202,9 +202,14 @@ def decode_file(blob):
     """Return the dense delta of a file, checking what the specification says must hold."""
     assert blob[:8] == b"DAREFILE"
     version, length = struct.unpack("<II", blob[8:16])
-    assert version in (1, 2)
+    assert version in (1, 2, 3)
     text = blob[16 : 16 + length]
     record = json.loads(text)
+    assert ("directions" in record) == ("by-tensor" in record) == (version == 3)
+    if version == 3:
+        decode_directions(blob, record)
+        blob = blob[: len(blob) - directions_bytes(record)]
+        version = 2 if record["by-tensor"] else 1
     start = -(-(16 + length) // 8) * 8
     assert blob[16 + length : start].strip(b" ") == b""
     body = blob[start:]
@@ -251,6 +256,56 @@ def decode_file(blob):
     return dense
 
 
+def payload_bytes(name, count):
+    """Bytes of so many values: codes, a binary32 a block, the rest."""
+    if name in ("f32", "f16", "bf16"):
+        return count * BITS[name] // 8
+    cut, rest = blocks(count)
+    return -(-(count - len(rest)) * BITS[name] // 8) + 4 * (len(cut) + len(rest))
+
+
+def directions_counts(record):
+    tensors = record["directions"]["tensors"]
+    assert [row[0] for row in tensors] == sorted({row[0] for row in tensors})
+    widths = [record["tensors"][index][2][axis] for index, _, axis in tensors]
+    return sum(row[1] for row in tensors), sum(
+        row[1] * width for row, width in zip(tensors, widths, strict=True)
+    )
+
+
+def directions_bytes(record):
+    count, elements = directions_counts(record)
+    return 2 * count + payload_bytes(record["directions"]["values"], elements) + 16
+
+
+def decode_directions(blob, record=None):
+    """Return the directions of each tensor of a file, by name, as lists of rows."""
+    _, length = struct.unpack("<II", blob[8:16])
+    text = blob[16 : 16 + length]
+    record = record or json.loads(text)
+    section = blob[len(blob) - directions_bytes(record) :]
+    secret = bytes.fromhex(record["values-key"])
+    key = derive(secret, b"directions", 16)
+    assert section[-16:] == poly1305(
+        derive(secret, b"directions checksum", 32), hashlib.sha256(text).digest() + section[:-16]
+    )
+    count, elements = directions_counts(record)
+    sizes = decode_payload("bf16", section[: 2 * count], count, key)
+    values = decode_payload(record["directions"]["values"], section[2 * count : -16], elements, key)
+    found, first, at = {}, 0, 0
+    for index, rank, axis in record["directions"]["tensors"]:
+        name, _, shape = record["tensors"][index]
+        assert len(shape) == 2 and 1 <= rank <= min(4096, *shape)
+        rows = []
+        for size in sizes[first : first + rank]:
+            rows.append([single(size * x) for x in values[at : at + shape[axis]]])
+            at += shape[axis]
+        first += rank
+        found[name] = rows
+    assert (first, at) == (count, elements)
+    return found
+
+
 def golden_path(case):
     name, mask, rate, _, _ = case
     return GOLDEN / f"{name}-{mask}-{rate}.dare"
@@ -263,6 +318,12 @@ BY_TENSOR = [
     ("i8", "tensors", "0.9", 0, False),
     ("b2", "tensors", "0", 1, True),
 ]
+# Directions behind the update, of one Linear that lies (out, in) and one that lies (in, out): the
+# format of their elements.
+DIRECTED = [
+    *(("b1", f"directed-{name}", "0.75", 3, True) for name in FORMATS),
+    ("i8", "directed-tensors-b2", "0.9", 0, False),
+]
 TABLES = {
     "0.75": (bytes([124, 118, 0]), (34 << 15) + 3000),
     "0.3": (bytes([101, 118, 130]), (32 << 15) + 20_000),
@@ -271,15 +332,37 @@ TABLES = {
 }
 
 
-def write_case(case, path):
-    """Write a case's file; the delta is made of integers, so it is the same everywhere."""
-    name, mask, rate, rank, rescale = case
-    layout = layout_of({"encoder.weight": (70, 75), "encoder.bias": (50,), "größe": ()})
+SHAPES = {"encoder.weight": (70, 75), "encoder.bias": (50,), "größe": ()}
+
+
+def delta_and_base(layout):
     number = np.arange(layout.size, dtype=np.int64)
     base = ((number * 31 % 1009) - 504).astype(np.float32) * np.float32(2.0**-9)
     delta = ((number * 7919 % 10007) - 5003).astype(np.float32) * np.float32(2.0**-21)
+    return delta, base
+
+
+def integers(rank, width):
+    """Directions whose squares sum exactly."""
+    number = np.arange(rank * width, dtype=np.float64).reshape(rank, width)
+    return ((number * 7919 % 211) - 105) * 2.0 ** -(np.arange(rank)[:, None] + 12.0)
+
+
+def write_case(case, path):
+    """Write a case's file; the delta is made of integers, so it is the same everywhere."""
+    name, mask, rate, rank, rescale = case
+    layout = layout_of(SHAPES)
+    delta, base = delta_and_base(layout)
     secret = seed_secret(11)
-    rates = None
+    rates, directions, values = None, None, "f32"
+    if mask.startswith("directed"):
+        _, *by_tensor, values = mask.split("-")
+        mask = by_tensor[0] if by_tensor else "stratified"
+        layout = layout_of({**SHAPES, "größe": (9, 40)} if not by_tensor else SHAPES)
+        delta, base = delta_and_base(layout)
+        directions = {"encoder.weight": (integers(7, 75), 1)}
+        if not by_tensor:
+            directions["größe"] = (integers(3, 9), 0)
     if mask == "tensors":
         levels, threshold = TABLES[rate]
         mask, rates = "stratified", TensorRates(layout.sizes, RateTable(levels, threshold))
@@ -290,7 +373,10 @@ def write_case(case, path):
         derive_key(secret, "values"), rank, name, fingerprint(layout, base), layout.fingerprint,
         rescale, rates=rates,
     )  # fmt: skip
-    write_update_file(path, spec, layout, delta, seed=11, dtypes={"encoder.bias": "BF16"})
+    write_update_file(
+        path, spec, layout, delta, seed=11, dtypes={"encoder.bias": "BF16"},
+        directions=directions, directions_values=values,
+    )  # fmt: skip
     return delta
 
 
@@ -298,13 +384,13 @@ def case_name(case):
     return f"{case[0]}-{case[1]}-{case[2]}"
 
 
-@pytest.mark.parametrize("case", [*CASES, *BY_TENSOR], ids=case_name)
+@pytest.mark.parametrize("case", [*CASES, *BY_TENSOR, *DIRECTED], ids=case_name)
 def test_golden_files_are_written_again_byte_for_byte(case, tmp_path):
     write_case(case, tmp_path / "x.dare")
     assert (tmp_path / "x.dare").read_bytes() == golden_path(case).read_bytes()
 
 
-@pytest.mark.parametrize("case", [*CASES, *BY_TENSOR], ids=case_name)
+@pytest.mark.parametrize("case", [*CASES, *BY_TENSOR, *DIRECTED], ids=case_name)
 def test_both_decoders_agree_on_golden_files(case):
     update, header = read_update_file(golden_path(case))
     dense = np.empty(header.layout.size, np.float32)
@@ -312,6 +398,20 @@ def test_both_decoders_agree_on_golden_files(case):
     plain = np.array(decode_file(golden_path(case).read_bytes()), np.float32)
     assert plain.tobytes() == dense.tobytes()
     assert np.count_nonzero(dense) > 400
+
+
+@pytest.mark.parametrize("case", DIRECTED, ids=case_name)
+def test_both_decoders_find_the_same_directions(case):
+    _, header = read_update_file(golden_path(case))
+    found = header.carried.decoded()
+    plain = decode_directions(golden_path(case).read_bytes())
+    assert list(found) == list(plain) and "encoder.weight" in found
+    for name, rows in found.items():
+        assert rows.tobytes() == np.array(plain[name], np.float32).tobytes()
+    error = np.square(found["encoder.weight"] - integers(7, 75)).sum(axis=1)
+    share = error / np.square(integers(7, 75)).sum(axis=1)
+    most = {"b1": 1.2, "b2": 0.3, "b4": 0.02, "i8": 2e-3}.get(case[1].rpartition("-")[2], 1e-4)
+    assert share.max() < most
 
 
 def test_what_is_signed_is_what_the_specification_says():

@@ -1,3 +1,6 @@
+import json
+from pathlib import Path
+
 import numpy as np
 import pytest
 
@@ -5,6 +8,8 @@ from client.instructions.template import coded, coded_all, open_tokenizer, promp
 from dare_agg.errors import ConfigError
 from tests.chat import BLOCKS, CHATML, as_messages, make_model, make_tokenizer, talk
 
+FILE = Path(__file__).parents[2] / "data" / "instructions" / "trl-1.16-masks.jsonl"
+TRL = [json.loads(line) for line in FILE.read_text().splitlines()]
 HI = (("user", "hi"), ("assistant", "hello"))
 # Without the answers' own end token; with what is said before an answer changed by what follows.
 NO_END = CHATML.replace("+ '<|im_end|>' + '\n'", "+ '\n'")
@@ -54,6 +59,23 @@ def test_prefixes_give_transformers_own_mask_of_blocks(number):
     for tokenizer in (blocks, plain):
         ids, mask = coded(tokenizer, talk(number))
         assert ids.tolist() == own["input_ids"] and mask.tolist() == own["assistant_masks"]
+
+
+@pytest.mark.parametrize("case", TRL, ids=lambda case: f"{case['template']}-{case['talk']}")
+def test_masks_are_those_of_trl(case):
+    """What SFTTrainer of TRL 1.16 trains on: `assistant_only_loss` of generation blocks, and
+    `completion_only_loss` of a prompt and its completion, which counts the template's line end
+    behind the end token too.
+    """
+    blocks = case["template"] == "blocks"
+    tokenizer = make_tokenizer(BLOCKS if blocks else CHATML)
+    ids, mask = coded(tokenizer, talk(case["talk"]) if blocks else talk(case["talk"])[:2])
+    theirs = [one == "1" for one in case["mask"]]
+    assert ids.tolist() == case["ids"]
+    if not blocks:
+        assert theirs[-2:] == [True, True] and tokenizer.decode(ids[-1:]) == "\n"
+        theirs[-1] = False
+    assert mask.tolist() == theirs
 
 
 def _without_blocks():

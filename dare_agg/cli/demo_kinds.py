@@ -82,7 +82,7 @@ DEMOS: Mapping[str, Demo] = {
             "answer-form": "number",
         },
         clients=6,
-        rounds=5,
+        rounds=4,
         title="{clients} clients fine-tune one language model",
         lead=(
             "Word problems of one or two steps on the 135-million-parameter SmolLM2, LoRA adapters "

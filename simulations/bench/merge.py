@@ -3,6 +3,7 @@
     python -m simulations.bench.merge --json               # mergekit's CPU seconds ÷ ours
     python -m simulations.bench.merge --updates --json     # ten updates against ten checkpoints
     python -m simulations.bench.merge --memory --json      # 2 to 32 models, 2 GB and 6 GB
+    python -m simulations.bench.merge --matrices --json    # methods that see Linears as matrices
 
 All run as whole commands in one thread, start-up included; what counts is their CPU seconds
 (medians of ``--repeats`` runs of ours and ``--mergekit-repeats`` of mergekit's, which take
@@ -285,6 +286,34 @@ def memory(arguments: argparse.Namespace, work: Path, outputs: Path) -> list[dic
     return rows
 
 
+MATRICES = ("wudi", "iso-c", "tsv-m", "knots")
+
+
+def matrices(arguments: argparse.Namespace, work: Path, outputs: Path) -> list[dict[str, Any]]:
+    """Four models by the methods that solve or decompose each Linear, one run each.
+
+    Unlike the others they may use two threads, over tensors.
+    """
+    rows = []
+    shapes = llama_shapes(arguments.layers)
+    paths = make_checkpoints(work / f"bfloat16-{arguments.layers}", 4, "bfloat16", shapes)
+    for method in arguments.matrices:
+        for threads in (1, 2):
+            words = ["--method", method, "--threads", str(threads)]
+            used = run_ours(words, paths, outputs / "ours")
+            row = {
+                "method": method,
+                "parameters": sum(int(np.prod(shape)) for shape in shapes.values()),
+                "threads": threads,
+                "cpu_seconds": round(used[0], 1),
+                "seconds": round(used[1], 1),
+                "peak_anonymous_mib": round(used[2]),
+            }
+            rows.append(row)
+            print(json.dumps(row), file=sys.stderr, flush=True)
+    return rows
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(
         prog="python -m simulations.bench.merge", description=__doc__.partition("\n")[0]
@@ -308,7 +337,12 @@ def main() -> None:
         choices=["all", "number", "size"],
         help="memory by number of models, by their size, or both",
     )
+    parser.add_argument(
+        "--matrices", nargs="*", choices=MATRICES, help="methods that see Linears as matrices"
+    )
     arguments = parser.parse_args()
+    if arguments.matrices == []:
+        arguments.matrices = list(MATRICES)
     work = arguments.cache / "bench-merge"
     try:
         work.mkdir(parents=True, exist_ok=True)
@@ -319,6 +353,8 @@ def main() -> None:
     try:
         if arguments.updates:
             found = {"updates": updates(arguments, work, outputs)}
+        elif arguments.matrices:
+            found = {"matrices": matrices(arguments, work, outputs)}
         elif arguments.memory:
             found = {"memory": memory(arguments, work, outputs)}
         else:

@@ -192,6 +192,8 @@ def merging_table(rows: Rows) -> str:
                 words += f", λ {point['scaling']:g}"
             if words == "ties" and "normalize" in point.get("options", {}):
                 words += " by the expected count, untrimmed"
+            if words == "wudi" and point.get("options", {}).get("gram") == "dropped":
+                words += ", Gram matrices of the survivors"
             column = (" + ".join(point["tasks"]), point["drop_rate"])
             scores[words][column].append(point["accuracy"])
         for tasks in dict.fromkeys(tuple(p["tasks"]) for p in row["points"]):

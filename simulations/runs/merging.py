@@ -71,7 +71,7 @@ def run_row(row: Any) -> dict[str, Any]:
                     continue
                 vector = start + merged(
                     spec, layout, start, [deltas[n] for n in subset],
-                    [statistics[n] for n in subset], row.seed,
+                    [statistics[n] for n in subset], row.seed, [whole[n] for n in subset],
                 )  # fmt: skip
                 scores = score(vector, subset)
                 points.append(
@@ -135,10 +135,16 @@ def merged(
     deltas: Sequence[FloatVector],
     statistics: Sequence[Statistics],
     seed: int,
+    wholes: Sequence[FloatVector] = (),
 ) -> FloatVector:
-    """Return the merged delta of one method."""
+    """Return the merged delta of one method.
+
+    Methods that go by the deltas' own Gram matrices take those of ``wholes``, the deltas before a
+    drop, unless ``gram`` is "dropped".
+    """
     row = find_method(spec["method"])
     options = dict(spec.get("options", {}))
+    grams = row.own_grams and options.get("gram") != "dropped"
     if "seed" in row.options:
         options["seed"] = seed
     result, _ = merge_deltas(
@@ -148,7 +154,8 @@ def merged(
         scaling=spec.get("scaling", 1.0),
         options=options,
         base=array_source(start),
-        statistics=[s[row.statistics] for s in statistics] if row.statistics else (),
+        statistics=[array_source(whole) for whole in wholes if grams]
+        or [s[row.statistics] for s in statistics if row.statistics],
         measure=False,
     )
     return result

@@ -14,6 +14,7 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 
 from simulations.pages import abilities as ability_pages
+from simulations.pages import gram as gram_pages
 from simulations.pages import language, large, plots, tables
 from simulations.runs.rows import RESULTS, read_rows
 from simulations.runs.scenario import SCENARIOS, read_scenario
@@ -105,6 +106,13 @@ def single() -> str:
 
 def merging() -> str:
     return tables.merging_table(_rows("merging"))
+
+
+def gram() -> str:
+    """Four tasks merged from updates that carry directions, by bits."""
+    rows = _of_scenario("gram")
+    path = gram_pages.gram_plot(rows, _rows("merging"), PLOTS / "gram.svg")
+    return _image(path, "accuracy by bits a parameter") + "\n\n" + gram_pages.gram_table(rows)
 
 
 def abilities() -> str:
@@ -261,6 +269,7 @@ SECTIONS: Mapping[str, Callable[[], str]] = {
         engine,
         single,
         merging,
+        gram,
         abilities,
         ability_pairs,
         lm_single,

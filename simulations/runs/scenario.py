@@ -89,6 +89,18 @@ KINDS: Mapping[str, tuple[str, Mapping[str, Any]]] = {
         "simulations.runs.federated_abilities",
         {**_FEDERATED, "abilities": {}, "each": 1},
     ),
+    "gram": (
+        "simulations.runs.gram",
+        {
+            "tasks": {},
+            "values": "b1",
+            "drop_rates": ["0.99"],
+            "directions": [],
+            "ridge": 0.1,
+            "task": {},
+            "test_rows": 200,
+        },
+    ),
 }
 SCENARIOS = Path(__file__).parents[1] / "scenarios"
 TOP_LEVEL = ("name", "kind", "title", "seeds", "defaults", "cells")

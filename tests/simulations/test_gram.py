@@ -1,0 +1,104 @@
+"""Merges from updates that carry directions: what a row counts, and its table."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+
+from dare_agg.merge.directions import directions_of
+from dare_agg.merge.engine import merge_deltas
+from dare_agg.merge.linears import model_linears
+from dare_agg.vectors.layout import layout_of
+from dare_agg.vectors.sources import array_source
+from simulations.pages.gram import gram_table
+from simulations.runs import gram, merging
+
+LAYOUT = layout_of({"a.weight": (60, 50), "b.bias": (60,), "emb.weight": (200, 50)})
+
+
+def deltas(count: int = 3) -> list[np.ndarray]:
+    rng = np.random.default_rng(4)
+    found = []
+    for _ in range(count):
+        delta = 1e-4 * rng.standard_normal(LAYOUT.size)
+        entry = LAYOUT["a.weight"]
+        low = rng.standard_normal((60, 3)) @ rng.standard_normal((3, 50)) * 1e-3
+        delta[entry.offset : entry.stop] += low.reshape(-1)
+        found.append(delta.astype(np.float32))
+    return found
+
+
+def test_survivors_and_directions_are_counted_as_they_are_coded() -> None:
+    whole = array_source(deltas()[0])
+    linears = model_linears(LAYOUT)
+    found = {name: (rows, axis) for name, rows, axis in directions_of(whole, linears, 8)}
+    update = gram._update(whole, LAYOUT, "0.9", "b1", 3, "R8")
+    assert update.nbytes == 120 + update.payload.size
+    sizes = {}
+    for rank, bits in ((2, 2), (4, 2), (4, 4)):
+        read, nbytes = gram._carried(found, LAYOUT, rank, bits, update)
+        assert read["a.weight"].shape == (rank, 50)
+        sizes[rank, bits] = nbytes
+        # Two bytes a direction, its elements, a few scales and the checksum.
+        assert nbytes >= 2 * rank + rank * 50 * bits / 8 + 16
+    assert sizes[2, 2] < sizes[4, 2] < sizes[4, 4] < sizes[4, 2] + 60
+
+
+def test_methods_by_own_gram_matrices_take_those_of_the_deltas_before_the_drop() -> None:
+    whole = deltas()
+    dropped = [merging.dropped(d, "0.5", 1, str(i)) for i, d in enumerate(whole)]
+    start = np.zeros(LAYOUT.size, np.float32)
+
+    def merged(options: dict, wholes: list) -> np.ndarray:
+        spec = {"method": "wudi", "options": options}
+        return merging.merged(spec, LAYOUT, start, dropped, [{}] * 3, 0, wholes)
+
+    sources = [array_source(d) for d in dropped]
+    own, _ = merge_deltas(LAYOUT, sources, "wudi")
+    by_whole, _ = merge_deltas(LAYOUT, sources, "wudi", statistics=[array_source(d) for d in whole])
+    np.testing.assert_array_equal(merged({}, whole), by_whole)
+    np.testing.assert_array_equal(merged({"gram": "dropped"}, whole), own)
+    assert not np.array_equal(own, by_whole)
+
+
+def test_the_table_pairs_each_way_with_the_average_of_the_same_updates() -> None:
+    def point(rank: object, bits: int, size: float | None, accuracy: float) -> dict:
+        return {
+            "drop_rate": "0.99", "rank": rank, "bits": bits, "bits_per_parameter": size,
+            "accuracy": accuracy, "accuracies": {"R8": accuracy},
+        }  # fmt: skip
+
+    rows = [
+        {
+            "seed": seed,
+            "points": [
+                point(0, 0, 0.01, 0.7 + seed / 100),
+                point(8, 2, 0.04, 0.8 + seed / 100),
+                point("whole", 0, None, 0.82),
+                # Of one seed alone: left out.
+                *([point(4, 4, 0.03, 0.5)] if seed else []),
+            ],
+        }
+        for seed in (0, 1)
+    ]
+    lines = gram_table(rows).splitlines()[2:]
+    assert len(lines) == 3
+    cells = [[cell.strip() for cell in line.strip("|").split("|")] for line in lines]
+    assert cells[0][:4] == [".99", "average", "0.0100", "3,200×"]
+    assert cells[1][1:4] == ["wudi, 8 directions of 2 bits", "0.0400", "800×"]
+    assert cells[1][5].startswith("+10.0 ± 0.0")
+    assert cells[2][1].endswith("whole deltas") and cells[2][2] == "–"
+
+
+@pytest.mark.parametrize("rate", ["0.9", "0.99"])
+def test_the_average_of_the_updates_is_that_of_the_library(rate: str) -> None:
+    updates = [
+        gram._update(array_source(d), LAYOUT, rate, "b1", 0, str(i)) for i, d in enumerate(deltas())
+    ]
+    found, _ = merge_deltas(LAYOUT, updates, "average", measure=False)
+    dense = np.zeros(LAYOUT.size, np.float32)
+    for update in updates:
+        row = np.empty(LAYOUT.size, np.float32)
+        update.read(0, row.size, row)
+        dense += row / np.float32(3)
+    np.testing.assert_allclose(found, dense, rtol=1e-5, atol=1e-9)

@@ -373,7 +373,9 @@ def _check_base(config: RunConfig) -> None:
         return
     refusals = (
         (config.initial, "base and initial both say what the run begins with; give one of them"),
-        (config.secure, "base with secure: parties of a secure sum train on arrays; leave it out"),
+        (config.secure,
+         "base with secure: this app's parties train on the arrays they are sent; leave it out, or "
+         "write an app with SecureStrategy(base=…)"),
         (any(config.train_by(name) != "full" for name in config.methods),
          "base is a whole model, and train = lora or head (or head-only) trains a part: leave it "
          "out, or set train = full"),

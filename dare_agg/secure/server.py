@@ -339,15 +339,23 @@ def check_weight_sum(sums: Sums, terms: SecureTerms) -> None:
         )
 
 
-def merged_parts(
-    sums: Sums, terms: SecureTerms, mask: Mask, rule: str | None = None, scaling: float = 1.0
+def merged_values(
+    sums: Sums, terms: SecureTerms, rule: str | None = None, scaling: float = 1.0
 ) -> tuple[FloatVector, FloatVector | None, SecureMeasurements]:
-    """Return ``(delta, dense, measurements)``: the merged delta over the whole vector,
-    rescaled, times ``scaling``; and the merged dense part (None where there is none)."""
+    """Return ``(values, dense, measurements)``: the merged delta of the mask's survivors, times
+    ``scaling`` and not rescaled yet; and the merged dense part (None where there is none)."""
     count = terms.survivors
     values, measured = merge_sums(sums.part(0, count), terms.quantiser, rule)
     values *= np.float32(scaling)
     dense = None
     if terms.dense:
         dense = merge_dense(sums.part(count, terms.values), terms.quantiser)
+    return values, dense, measured
+
+
+def merged_parts(
+    sums: Sums, terms: SecureTerms, mask: Mask, rule: str | None = None, scaling: float = 1.0
+) -> tuple[FloatVector, FloatVector | None, SecureMeasurements]:
+    """As `merged_values`, with the delta over the whole vector, rescaled."""
+    values, dense, measured = merged_values(sums, terms, rule, scaling)
     return mask.scatter(values), dense, measured

@@ -16,10 +16,7 @@ from dare_agg.downlink.ways import make_downlink
 from dare_agg.errors import ConfigError, StateError
 from dare_agg.flower import DareStrategy, dare, offer_base, reception
 from dare_agg.flower.resume import keep_base, resume, save
-from dare_agg.flower.secure.strategy import SecureStrategy
 from dare_agg.rounds.state import StateFolder
-from dare_agg.secure.roster import read_roster
-from dare_agg.secure.settings import SecureSettings
 
 SET = {
     "min_available_nodes": 3,
@@ -310,12 +307,6 @@ def test_arrays_of_a_round_that_is_over_say_so(memory_grid, toys, base, tmp_path
     assert "data" not in repr(seen[2])
     with pytest.raises(StateError, match="is no more"):
         seen[1]["encoder.bias"].numpy()
-
-
-def test_a_secure_strategy_says_why_it_has_no_base_on_disk(base, tmp_path, keys):
-    roster = read_roster(keys(3) / "roster.json")
-    with pytest.raises(ConfigError, match="parties of a secure sum train on arrays"):
-        SecureStrategy(secure=SecureSettings(), roster=roster, base=base, state=tmp_path)
 
 
 def test_a_tied_tensor_that_the_file_lacks_is_known_for_a_copy(memory_grid, toys, base, tmp_path):

@@ -33,6 +33,7 @@ from dare_agg.flower.app_records import (
     set_local_aside,
     settle_local,
     trained_record,
+    without_copies,
 )
 from dare_agg.flower.internals import ClientAppCallable, FailureCode, app_mods
 from dare_agg.flower.mod import answer_hello
@@ -77,7 +78,6 @@ from dare_agg.flower.secure.records import (
     stage_of,
 )
 from dare_agg.flower.secure.training import own_tensors, training_of
-from dare_agg.flower.transport import to_numpy
 from dare_agg.secure.own_model import OwnModel, open_own
 from dare_agg.secure.party import Contribution, Party
 from dare_agg.secure.terms import SecureTerms, decode_terms
@@ -251,14 +251,16 @@ def _train(
         receiver = open_receiver(order, ctxt)
         base = receive_base(msg.content, order, receiver)
         arrays = {name: array.numpy() for name, array in base.items()}
-        model = global_model(
+        followed = receiver.followed()
+        model = followed or global_model(
             arrays,
             dense=terms.dense_patterns,
             exclude=terms.exclude,
             by_form=order.by_form,
             apart=order.apart,
         )
-        policy = node_policy(ctxt, *names_of(model.ref))
+        # By the values it has here, whatever a server calls the version: ledgers know it so.
+        policy = node_policy(ctxt, *names_of(model.fingerprints))
         party.check(request.terms, policy)
         _check_training(msg.content, order, request, arrays, ctxt, terms)
         own = own_tensors(msg, model.groups.local, terms.exclude, ctxt, request.after)
@@ -266,7 +268,9 @@ def _train(
         reply = call_next(msg, ctxt)
         if reply.has_error():
             raise DareError(f"the training code failed: {reply.error.reason}")
-        trained = to_numpy(trained_record(reply.content, order.arrays_key)[1])
+        found = trained_record(reply.content, order.arrays_key)[1]
+        whole = found if followed is None else without_copies(found, arrays)
+        trained = {name: array.numpy() for name, array in whole.items()}
         own_arrays = {name: array.numpy() for name, array in own.items()}
         returned = returned_tensors(arrays, trained, terms.exclude)
         tuned = model.groups.completed({**arrays, **own_arrays}, returned)

@@ -13,11 +13,11 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict
 from typing import Any
 
-import numpy as np
 from flwr.app import ArrayRecord, ConfigRecord, Message, MessageType, MetricRecord, RecordDict
 from flwr.serverapp import Grid
 
 from dare_agg.codec.mask import parse_drop_rate
+from dare_agg.codec.masked import MaskedSource
 from dare_agg.downlink.protocol import SharedMask
 from dare_agg.errors import ConfigError, ProtocolError, RunError
 from dare_agg.flower import arguments
@@ -37,10 +37,11 @@ from dare_agg.flower.secure.training import training_of
 from dare_agg.rounds.server import MergedRound, advance
 from dare_agg.rounds.settings import FederatedSettings
 from dare_agg.rounds.step import ServerStep
+from dare_agg.rounds.streamed import advance_merged
 from dare_agg.rounds.terms import UpdateTerms
 from dare_agg.secure.packing import SecureMeasurements
 from dare_agg.secure.roster import Roster
-from dare_agg.secure.server import SecureServer, merged_parts
+from dare_agg.secure.server import SecureServer, merged_values
 from dare_agg.secure.settings import SecureSettings
 from dare_agg.secure.terms import SecureTerms
 
@@ -63,8 +64,9 @@ class SecureStrategy(RoundStrategy):
     stage_seconds
         time for each stage after training.
     dense, exclude, server_step, words
-        as for `DareStrategy`; what concerns plain updates has
-        no place here.
+        as for `DareStrategy` (``base`` and ``state`` too: the server then holds no vector of
+        the model's size, and reads all values once a round, since the terms bind them); what
+        concerns plain updates has no place here.
 
     Train metrics are not collected, since they would be single parties' data; evaluation
     metrics are, where ``fraction_evaluate`` asks for them.
@@ -85,11 +87,10 @@ class SecureStrategy(RoundStrategy):
         for name in ("method", "drop_rate", "values", "mask", "weighting", "client_terms"):
             if name in words:
                 raise ConfigError(f"{name} has no place in a SecureStrategy; set it in 'secure'")
-        if words.get("base") is not None:
+        if words.get("send_base"):
             raise ConfigError(
-                "parties of a secure sum train on arrays whose bytes its terms bind, so a base on "
-                "disk has no place here: give start the model's arrays, or sum without secrets "
-                "(DareStrategy)"
+                "send_base has no place in a SecureStrategy: parties take no model from a server "
+                "but what the terms bind; have each name its own (base in the node config)"
             )
         options = words.pop("options", {})
         if options:
@@ -218,21 +219,21 @@ class SecureStrategy(RoundStrategy):
                     self._settled.pop(rejection.client, None)
             for party in log.upload:
                 self.broadcasting.have[nodes[party]] = model.ref.version
-        delta, dense, measured = merged_parts(
-            sums, terms, server.mask, self.secure.rule, self.secure.scaling
-        )
+        values, dense, measured = merged_values(sums, terms, self.secure.rule, self.secure.scaling)
         warn_of_clipping(measured, terms.clip)
-        merged = MergedRound(delta, dense, (), {})
-        moved, step_state = advance(
-            model,
-            self.step_state,
-            merged,
-            self.settings,
-            self.downlink,
-            [SharedMask(number, terms.drop_rate, server.mask.key)],
-        )
+        merged = MaskedSource(server.mask, values)
+        plans = [SharedMask(number, terms.drop_rate, server.mask.key)]
+        if self.store is None:
+            whole = MergedRound(server.mask.scatter(values), dense, (), {})
+            moved, step_state = advance(
+                model, self.step_state, whole, self.settings, self.downlink, plans
+            )
+        else:
+            moved, step_state = advance_merged(
+                model, self.step_state, merged, dense, self.settings, self.store, plans
+            )
         facts = self._facts(number, log, began, server.alive, terms, measured)
-        facts["merged_norm"] = float(np.linalg.norm(delta.astype(np.float64)))
+        facts["merged_norm"] = merged.norm()
         LOG.info(
             "round %d: a secure %s of %d of %d parties, %s bytes up each; lone contributors at "
             "%s of the elements, %.2g clipped",
@@ -268,7 +269,8 @@ class SecureStrategy(RoundStrategy):
 
     def terms(self, number: int, cohort: Sequence[int], training: bytes) -> SecureTerms:
         """What a round's parties are to agree on; ``training`` is the digest of what they get."""
-        ref = self.broadcasting.model.ref
+        # Named by its values, as ledgers must know it: a chain can give them any number of names.
+        ref = self.broadcasting.model.fingerprints
         base, layout = names_of(ref)
         return self.secure.terms(
             run=self.run_name,

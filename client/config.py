@@ -68,6 +68,9 @@ class TaskConfig:
     precision: "float32", or "bfloat16" or "float16" for the matrix products of the forward and
         backward pass (weights, optimizer and deltas stay float32): twice as fast where the
         processor has such instructions. "auto": what suits the device.
+    weights: "float32"; "bfloat16": half the memory, rounded stochastically after each step (what
+        adapters or a head alone are trained on has it, they stay float32); "bfloat16-nearest":
+        the same rounded to the nearest, which loses most of fine-tuning.
     device: what it trains on, a word of `dare_agg.deploy.devices`.
     threads: threads of the CPU that it takes.
     """
@@ -109,6 +112,7 @@ class TaskConfig:
     train_rows: int
     test_rows: int
     precision: str
+    weights: str
     device: str
     threads: int
     warm_up: float
@@ -147,7 +151,15 @@ def configure(**words: Any) -> TaskConfig:
 # entry for each of several data sources.
 _OWN = ("data", "text-column", "label-column", "delimiter", "encoding", "partition-by")
 # What it trains on, in how much memory, and what it keeps is a machine's own affair, too.
-_MACHINE = ("device", "threads", "precision", "accumulate", "checkpointing", "keep-optimizer")
+_MACHINE = (
+    "device",
+    "threads",
+    "precision",
+    "weights",
+    "accumulate",
+    "checkpointing",
+    "keep-optimizer",
+)
 
 
 def task_config(

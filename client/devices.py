@@ -65,6 +65,8 @@ def compute_of(config: TaskConfig) -> Compute:
     precision = config.precision
     if precision == "auto":
         precision = _suited(device)
+    if config.weights != "float32":
+        precision = "bfloat16"  # there is no more in such weights
     return Compute(device, config.threads, precision)
 
 

@@ -15,7 +15,7 @@ import contextlib
 import hashlib
 import json
 import logging
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -136,16 +136,12 @@ def _read(path: Path, named: Named) -> dict[str, NDArray[Any]]:
 def _put(optimizer: Any, named: Named, found: Mapping[str, NDArray[Any]]) -> None:
     import torch
 
-    names = {id(parameter): name for name, parameter in named.items()}
-    state = {}
-    for index, parameter in enumerate(_parameters(optimizer)):
-        name = names[id(parameter)]
+    # Not by load_state_dict, which would give moments the parameter's own precision.
+    for name, parameter in named.items():
         if f"m.{name}" in found:
-            moments = {k: torch.from_numpy(found[f"{p}.{name}"]) for p, k in _PARTS.items()}
-            state[index] = {"step": torch.tensor(float(found["step"][0])), **moments}
-    optimizer.load_state_dict({**optimizer.state_dict(), "state": state})
-
-
-def _parameters(optimizer: Any) -> Iterator[Any]:
-    for group in optimizer.param_groups:
-        yield from group["params"]
+            moments = {
+                key: torch.tensor(found[f"{part}.{name}"], device=parameter.device)
+                for part, key in _PARTS.items()
+            }
+            step = torch.tensor(float(found["step"][0]), device=parameter.device)
+            optimizer.state[parameter] = {"step": step, **moments}

@@ -48,6 +48,7 @@ class Lesson:
     progress: Progress = ONLY_ROUND
     stop: EarlyStop | None = None
     moments: KeptOptimizer | None = None
+    seed: Sequence[int] = ()
 
 
 def learn(lesson: Lesson, batches: Sequence[Indices]) -> list[float]:
@@ -55,7 +56,7 @@ def learn(lesson: Lesson, batches: Sequence[Indices]) -> list[float]:
 
     A batch of which no target counts is passed over. Raises `ConfigError` where all are.
     """
-    optimizer = make_optimizer(lesson.config, lesson.named, lesson.network)
+    optimizer = make_optimizer(lesson.config, lesson.named, lesson.network, lesson.seed)
     if lesson.moments:
         lesson.moments.load(optimizer, lesson.named)
     factor = rate_factor(lesson.config, len(batches), lesson.progress)

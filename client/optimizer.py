@@ -2,17 +2,21 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
+from client.bfloat16 import bfloat16_adamw
 from client.config import TaskConfig
 
 
-def make_optimizer(config: TaskConfig, named: Mapping[str, Any], network: Any) -> Any:
+def make_optimizer(
+    config: TaskConfig, named: Mapping[str, Any], network: Any, seed: Sequence[int] = ()
+) -> Any:
     """AdamW over the trained parameters (by name) of a network.
 
     The head has a rate of its own. With ``weight_decay_on`` "matrices" biases, norms and
-    embeddings do not decay, nor what is tied to an embedding.
+    embeddings do not decay, nor what is tied to an embedding. Where parameters are bfloat16, the
+    ``seed`` is that of their rounding.
     """
     import torch
 
@@ -27,6 +31,8 @@ def make_optimizer(config: TaskConfig, named: Mapping[str, Any], network: Any) -
             {"params": body, "lr": config.learning_rate, "weight_decay": decay},
             {"params": head, "lr": config.head_learning_rate, "weight_decay": decay},
         ]
+    if any(p.dtype == torch.bfloat16 for p in named.values()):
+        return bfloat16_adamw(groups, seed, nearest=config.weights == "bfloat16-nearest")
     # Fused on every kind of device that torch has.
     return torch.optim.AdamW(groups, fused=True)
 

@@ -18,6 +18,7 @@ from numpy.typing import NDArray
 
 from client.adapters.components import own_components
 from client.batches import draw_batches
+from client.bfloat16 import shrink_weights
 from client.config import TaskConfig
 from client.devices import Compute, compute_of
 from client.kept_optimizer import KeptOptimizer
@@ -29,7 +30,13 @@ from client.schedule import ONLY_ROUND, Progress
 from client.stopping import EarlyStop
 from client.tasks.table import find_task
 from client.tasks.task import Batch, Metrics, Reader, Task, told_labels
-from client.weights import State, on_host, place_state, state_parameters
+from client.weights import (
+    State,
+    on_host,
+    place_state,
+    returned_state,
+    state_parameters,
+)
 from dare_agg.deploy.devices import check_device
 from dare_agg.errors import ConfigError
 
@@ -56,6 +63,7 @@ class FineTuning:
     kind: Task
     _model: Any = field(default=None, init=False, repr=False)
     _readers: dict[str, Reader] = field(default_factory=dict, init=False, repr=False)
+    _initial: State = field(default_factory=dict, init=False, repr=False)
     _said: set[str] = field(default_factory=set, init=False, repr=False)
 
     def __post_init__(self) -> None:
@@ -85,6 +93,9 @@ class FineTuning:
         self.compute.begin()
         if self._model is None:
             model = self.kind.network(self.config, len(self.data.label_names))
+            named = state_parameters(model, self.config)
+            self._initial = on_host(named)
+            shrink_weights(model, named, self.config)
             self._model = model.to(self.compute.device)
         return self._model
 
@@ -94,12 +105,10 @@ class FineTuning:
     @property
     def initial(self) -> Mapping[str, NDArray]:
         """The initial state itself, not to be changed."""
-        if not hasattr(self, "_initial"):
-            self._initial = on_host(state_parameters(self._load(), self.config))
+        self._load()
         return self._initial
 
     def _place(self, state: Mapping[str, NDArray]) -> dict[str, Any]:
-        _ = self.initial  # kept before anything is placed
         named = state_parameters(self._load(), self.config)
         place_state(named, state)
         return named
@@ -198,6 +207,7 @@ class FineTuning:
                 progress=progress,
                 stop=self._early_stop(learned, stop_rows) if len(stop_rows) else None,
                 moments=moments,
+                seed=seed,
             )
             losses = learn(lesson, batches)
         # Gradients are one more model: they go before copies are made.
@@ -208,7 +218,7 @@ class FineTuning:
                 "early-stop-loss": lesson.stop.best_loss,
                 "early-stop-step": lesson.stop.best_step,
             }
-        return on_host(named), examples, measured
+        return returned_state(named, state), examples, measured
 
     def _aside(self, rows: Indices) -> tuple[Indices, Indices]:
         """The rows to train on and those that tell when to stop, the same ones each round."""

@@ -45,5 +45,23 @@ def on_host(named: Mapping[str, Any]) -> State:
     found = {}
     for name, parameter in named.items():
         tensor = parameter.detach()
-        found[name] = tensor.numpy().copy() if tensor.device.type == "cpu" else tensor.cpu().numpy()
+        own = tensor.device.type == "cpu" and tensor.dtype.itemsize == 4
+        found[name] = tensor.numpy().copy() if own else tensor.cpu().float().numpy()
+    return found
+
+
+def returned_state(named: Mapping[str, Any], state: Mapping[str, NDArray]) -> State:
+    """The state after training that began with ``state``.
+
+    What rounding to bfloat16 took from it when it was placed is no part of the change: such a
+    tensor is w + (t − round(w)), with t as it was trained.
+    """
+    import torch
+
+    found = on_host(named)
+    for name, parameter in named.items():
+        if parameter.dtype == torch.bfloat16:
+            begun = torch.tensor(np.asarray(state[name], np.float32))
+            change = torch.from_numpy(found[name]) - begun.bfloat16().float()
+            found[name] = begun.add_(change).numpy()
     return found

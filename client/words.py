@@ -15,6 +15,7 @@ ANSWER_FORMS = ("text", "number")
 CHOICES: Mapping[str, tuple[str, ...]] = {
     "train": ("full", "lora", "head"),
     "precision": PRECISIONS,
+    "weights": ("float32", "bfloat16", "bfloat16-nearest"),
     "pooling": ("mean", "cls"),
     "schedule": ("constant", "linear", "cosine"),
     "schedule_over": ("round", "run"),
@@ -85,6 +86,11 @@ def check_words(settled: Mapping[str, Any]) -> None:
         raise ConfigError(
             f"lora-rank = {own} of a node is above the run's {rank}, the rank of the adapters that "
             "all share; raise lora-rank in the run config, or lower the node's"
+        )
+    if settled["weights"] != "float32" and settled["precision"] == "float16":
+        raise ConfigError(
+            f'weights = "{settled["weights"]}" with precision = "float16"; such weights are '
+            "multiplied in bfloat16: leave precision out"
         )
     for name in ("held_out", "early_stop_rows"):
         held = settled[name]

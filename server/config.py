@@ -202,6 +202,7 @@ class RunConfig(BaseModel):
     train_rows: int = Field(ge=0)
     test_rows: int = Field(ge=0)
     precision: Annotated[str, one_of("precision", PRECISIONS)]
+    weights: Annotated[str, one_of("weights", ("float32", "bfloat16", "bfloat16-nearest"))]
     device: Annotated[str, AfterValidator(_known_device)]
     threads: int = Field(ge=1, le=1024)
 

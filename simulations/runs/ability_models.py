@@ -33,7 +33,8 @@ _GRAM_ROWS = 32  # of training, for RegMean
 
 def ability_config(task: Mapping[str, Any], own: Mapping[str, Any], seed: int) -> TaskConfig:
     """The configuration of one ability: the scenario's task, then what the ability says."""
-    return configure(**{"task": "causal-lm", "data": "friends", **task, **own, "seed": seed})
+    usual = {"task": causal_lm.TASK.name, "data": "friends"}
+    return configure(**{**usual, **task, **own, "seed": seed})
 
 
 def delta_path(name: str, task: Mapping[str, Any], own: Mapping[str, Any], seed: int) -> Path:

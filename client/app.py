@@ -23,12 +23,16 @@ from client.partition import hold_out, partition
 from client.rows import Indices
 from client.schedule import Progress
 from client.training import FineTuning, build_task
+from dare_agg.errors import ConfigError
 from dare_agg.flower import STATISTICS_KEY, dare_mod, offer_base
 from dare_agg.flower.reception import client_name, folder_of
 from dare_agg.flower.secure.gate import is_guarded
 from dare_agg.flower.secure.mod import secure_mod, secure_queries
 from dare_agg.flower.transport import to_record
 from dare_agg.flower.warm import warm_trainer
+
+# The word for what a run does not train, in the answer to "initial" and in each round's config.
+FROZEN = "frozen-base"
 
 app = ClientApp(mods=[warm_trainer("client.app:app"), secure_mod, dare_mod])
 secure_queries(app, find_base=model_path)
@@ -99,8 +103,11 @@ def describe(msg: Message, context: Context) -> Message:
 @app.query("initial")
 def initial(msg: Message, context: Context) -> Message:
     """Return the state that training starts from: the public base and a seeded head."""
-    state = _own_task(msg, context).initial_state()
-    return Message(RecordDict({"arrays": to_record(state)}), reply_to=msg)
+    task = _own_task(msg, context)
+    content = RecordDict({"arrays": to_record(task.initial_state())})
+    if task.frozen:
+        content["description"] = ConfigRecord({FROZEN: task.frozen})
+    return Message(content, reply_to=msg)
 
 
 @offer_base
@@ -168,8 +175,25 @@ def evaluate(msg: Message, context: Context) -> Message:
 
 
 def _state(msg: Message, task: FineTuning) -> dict[str, np.ndarray]:
-    """The received state; a head of another task's shape gives way to this task's own."""
+    """The received state; a head of another task's shape gives way to this task's own.
+
+    Raises `ConfigError` where this node's model is not that which the state belongs to.
+    """
+    record = msg.content.config_records.get("config", ConfigRecord())
+    asked = str(record.get(FROZEN, ""))
+    if asked and asked != task.frozen:
+        raise ConfigError(
+            f"model {task.config.model!r} of this node has other weights than the first client's: "
+            f"what is trained beside them means nothing there ({task.frozen[:12]}, the run's is "
+            f"{asked[:12]}); give this node the run's base, whole or in four bits as the others"
+        )
     received = {name: array.numpy() for name, array in msg.content["arrays"].items()}  # type: ignore[union-attr]
+    lacking = [n for n in task.initial if n not in received and not n.startswith("head.")]
+    if lacking and task.config.train == "lora":
+        raise ConfigError(
+            f"the run's adapters have no {lacking[0]!r}, which this node's settings ask for; start "
+            "from an adapter of the same lora-targets, lora-bias and lora-whole"
+        )
     for name, array in task.initial.items():
         other_head = name.startswith("head.") and name in received
         if name not in received or (other_head and received[name].shape != array.shape):

@@ -16,6 +16,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from client.adapters.base import frozen_fingerprint
 from client.adapters.components import own_components
 from client.batches import draw_batches
 from client.bfloat16 import shrink_weights
@@ -98,6 +99,14 @@ class FineTuning:
             shrink_weights(model, named, self.config)
             self._model = model.to(self.compute.device)
         return self._model
+
+    @cached_property
+    def frozen(self) -> str:
+        """Names what is not trained, which all nodes must have alike; "" where all is."""
+        if self.config.train == "full":
+            return ""
+        network = self._load()
+        return frozen_fingerprint(network, state_parameters(network, self.config))
 
     def initial_state(self) -> State:
         return {name: array.copy() for name, array in self.initial.items()}

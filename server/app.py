@@ -22,21 +22,25 @@ from dare_agg.flower.limits import ReplyLimit
 from dare_agg.flower.resume import keep_base, resume, save
 from dare_agg.flower.round_strategy import RoundStrategy
 from dare_agg.flower.transport import to_numpy, to_record
+from dare_agg.rounds.adapters import merge_products
 from dare_agg.rounds.state import StateFolder
 from dare_agg.runs.by_task import TOLD_BY, by_client_and_task
 from dare_agg.runs.claim import SERVER, claim
 from dare_agg.runs.ending import COMPLETED, FAILED, INTERRUPTED, RUNNING
 from dare_agg.runs.prometheus import exporter
 from dare_agg.runs.rows import RunRow
+from server.adapter_facts import adapter_facts, say_adapters
 from server.asking import agree_on_labels, ask, wait_for_nodes
 from server.config import METHODS, RunConfig, check_resumed, read_config
 from server.export import describe_model, export_model
 from server.recorder import Recorder
 from server.secure import merge_models, secure_strategy
-from server.start import read_initial, secure_start
+from server.start import read_start, secure_start
 
 app = ServerApp()
 Record = Callable[[RoundOutcome], None]
+# The word for what a run does not train, in a client's answer and in each round's config.
+FROZEN = "frozen-base"
 # Of the model that the first client makes; how large it is only that client knows.
 MAX_MODEL_BYTES = 1 << 36
 
@@ -119,23 +123,28 @@ def run_method(
         for key in totals:
             totals[key] += getattr(row, key)
         recorder.row(row)
+        say_adapters(outcome.round, outcome.measurements)
         if not outcome.measurements["accepted"]:  # nothing to go on from
             return
         moved[:] = [outcome]
         if config.keep_state:
             # After the row: a resumed run drops rows of rounds that were not kept.
-            save(strategy, kept, outcome, {"totals": totals, **_facts(outcome)})
+            told = {"totals": totals, FROZEN: str(orders.get(FROZEN, "")), **_facts(outcome)}
+            save(strategy, kept, outcome, told)
 
     strategy = make(record)
     resumed = resume(strategy, kept) if config.resume else None
     recorder.rewind(name, resumed.round if resumed else 0)
     if resumed is not None:
         totals.update(resumed.facts["totals"])
+        frozen = str(resumed.facts.get(FROZEN, ""))
         initial = None if config.base else to_record(kept.load_base())
     else:
-        initial = None if config.base else start or initial_state(grid, config, orders)
+        initial, frozen = (start, "") if config.base or start else begin(grid, config, orders)
         if config.keep_state:
             keep_base(kept, initial or strategy)
+    if frozen:
+        orders[FROZEN] = frozen
     base = strategy_base(strategy, initial)
     if resumed is not None and resumed.round >= config.num_rounds:
         arrays, fingerprint, facts = resumed.arrays, resumed.version, resumed.facts
@@ -186,19 +195,21 @@ def state_folder(folder: Path, method: str) -> Path:
     return folder / "state" / method
 
 
-def initial_state(grid: Grid, config: RunConfig, orders: ConfigRecord) -> ArrayRecord:
+def begin(grid: Grid, config: RunConfig, orders: ConfigRecord) -> tuple[ArrayRecord, str]:
     """What a run starts from: the file the config names, else what the first client makes.
 
     Over a slow link the file spares the whole model's way up; clients that make the same base
-    themselves are not sent it either.
+    themselves are not sent it either. With it comes what names the tensors that the run does not
+    train, which all clients must have alike, "" where that is not known.
     """
     if config.initial:
-        return to_record(read_initial(config.initial))
+        return to_record(read_start(config)), ""
     first = wait_for_nodes(grid, config)[:1]
     limit = ReplyLimit(MAX_MODEL_BYTES)
-    initial = ask(grid, first, "initial", orders, config.node_timeout, limit)[0]["arrays"]
+    content = ask(grid, first, "initial", orders, config.node_timeout, limit)[0]
+    initial, said = content["arrays"], content.config_records.get("description", ConfigRecord())
     assert isinstance(initial, ArrayRecord)
-    return initial
+    return initial, str(said.get(FROZEN, ""))[:64]
 
 
 def _facts(outcome: RoundOutcome) -> dict[str, Any]:
@@ -233,7 +244,9 @@ def make_strategy(config: RunConfig, name: str, record: Any, state: Path) -> Rou
     on_disk: dict[str, Any] = {}
     if config.base:
         on_disk = {"base": config.base, "state": state, "verify_every": config.verify_every}
+    product = config.lora_merge == "product" and config.train_by(name) == "lora"
     words: dict[str, Any] = {
+        "steps": (merge_products,) if product else (),
         "scaling": config.scaling,
         "drop_rate": config.drop_rate,
         "values": config.values,
@@ -323,6 +336,7 @@ def _row(method: str, outcome: RoundOutcome, seconds: float, stepwise: bool) -> 
         sign_conflict=merge.get("sign_conflict"),
         touched=merge.get("touched"),
         **_secure_facts(measured),
+        **adapter_facts(measured),
         merged_norm=measured.get("merged_norm"),
         delta_max=max(measured["delta_max"], default=None),
         share_above=max(measured["share_above"], default=None),

@@ -17,6 +17,8 @@ from dare_agg.deploy.devices import PRECISIONS, parse_device
 from dare_agg.downlink.ways import DOWNLINKS
 from dare_agg.errors import ConfigError, did_you_mean
 from dare_agg.files.app_config import absent_words, config_defaults
+from dare_agg.offline.adapters.folder import is_adapter
+from dare_agg.rounds.adapters import MEANS
 from dare_agg.rounds.settings import WEIGHTINGS, check_weight_bound
 from dare_agg.rounds.step import ServerStep, server_step
 from dare_agg.rounds.terms import check_choice
@@ -177,6 +179,7 @@ class RunConfig(BaseModel):
     lora_rslora: bool
     lora_dora: bool
     lora_ranks: Words
+    lora_merge: Literal["factors", "product"]
     pooling: Literal["mean", "cls"]
     length: int = Field(ge=2, le=8192)
     image_size: int = Field(ge=0, le=4096)
@@ -269,6 +272,7 @@ def read_config(raw: Mapping[str, Any]) -> RunConfig:
         raise ConfigError("resume needs output, the folder of the run, and keep-state = true")
     _check_secure(config)
     _check_base(config)
+    _check_adapters(config)
     parse_drop_rate(config.drop_rate)
     config.step()
     config.budget()
@@ -356,7 +360,7 @@ def check_here(raw: Mapping[str, Any]) -> None:
     """Refuse files that the server is to read and that are not on this machine."""
     for key in ("initial", "identities"):
         word = str(raw.get(key, DEFAULTS[key]))
-        if word and not Path(word).is_file():
+        if word and not Path(word).is_file() and not (key == "initial" and is_adapter(Path(word))):
             raise ConfigError(f"{key}: the file {word!r} does not exist; check the path")
     base = str(raw.get("base", DEFAULTS["base"]))
     if base and hub_name(base) is None and not Path(base).exists():
@@ -384,6 +388,37 @@ def _check_base(config: RunConfig) -> None:
     for bad, why in refusals:
         if bad:
             raise ConfigError(why)
+
+
+def _check_adapters(config: RunConfig) -> None:
+    """Refuse ranks and merges of adapters that the rest of the config cannot keep."""
+    odd = [r for r in config.lora_ranks if not (r.isdecimal() and 1 <= int(r) <= config.lora_rank)]
+    if odd:
+        raise ConfigError(
+            f"lora-ranks: {odd[0]!r} is no rank from 1 to {config.lora_rank}, the run's lora-rank, "
+            "which all clients' adapters have; raise that, or lower this"
+        )
+    if config.lora_merge != "product":
+        return
+    refusals = (
+        (config.secure, "lora-merge = product with secure: a server that sees sums alone cannot "
+         "multiply single factors; leave it out"),
+        (not any(config.train_by(name) == "lora" for name in config.methods),
+         f"lora-merge = product, and train = {config.train} trains no adapters; set train = lora"),
+        (config.scaling != 1, f"lora-merge = product with scaling {config.scaling:g}, which would "
+         "scale factors; leave scaling at 1"),
+        (config.step() != server_step(), f"lora-merge = product with server-step "
+         f"{config.server_step!r}, which would step along factors; leave it plain, at rate 1"),
+    )  # fmt: skip
+    for bad, why in refusals:
+        if bad:
+            raise ConfigError(why)
+    for name in config.methods:
+        if config.train_by(name) == "lora" and METHODS[name].words["method"] not in MEANS:
+            raise ConfigError(
+                f"lora-merge = product with {name}: the mean of products is a merge by itself; "
+                "use dare-task-arithmetic, dare-average or fedavg, or lora-merge = factors"
+            )
 
 
 def _check_secure(config: RunConfig) -> None:

@@ -23,6 +23,8 @@ from dare_agg.downlink.base import read_base
 from dare_agg.errors import ConfigError
 from dare_agg.files.json_text import parse_json
 from dare_agg.flower.transport import to_record
+from dare_agg.offline.adapters.folder import is_adapter
+from server.adapter_start import read_adapter
 from server.config import RunConfig
 
 # The folder of the app: `client` lies beside this package.
@@ -41,6 +43,15 @@ def read_initial(file: str) -> dict[str, NDArray[Any]]:
     """The arrays of a run's ``initial`` file; raises `QuantisedError` where they are codes."""
     refuse_quantised(Path(file))
     return read_base(file)
+
+
+def read_start(config: RunConfig) -> dict[str, NDArray[Any]]:
+    """The arrays that a run's ``initial`` means: a file of them, or an adapter to go on from.
+
+    Raises as `read_initial` and `read_adapter`.
+    """
+    place = Path(config.initial)
+    return read_adapter(place, config) if is_adapter(place) else read_initial(config.initial)
 
 
 def secure_start(config: RunConfig, run_config: Mapping[str, Any]) -> Start:

@@ -60,8 +60,10 @@ class RunRow:
 
     Byte counts are those of encoded payloads; ``_per_client`` ones are means, without the
     messages around them. ``update_bytes`` are the delta group's, ``dense_bytes`` the small
-    dense group's. ``secure_…`` are a secure run's alone. ``by_task`` has an object for each
-    client and task, where clients tell metrics task by task: see `dare_agg.runs.by_task`.
+    dense group's. ``lora_errors`` say by module what the common rank of adapters could not hold
+    of the mean of their products, ``lora_error`` the largest. ``secure_…`` are a secure run's
+    alone. ``by_task`` has an object for each client and task, where clients tell metrics task by
+    task: see `dare_agg.runs.by_task`.
     """
 
     values: Mapping[str, Any]
@@ -100,6 +102,8 @@ class RunRow:
     secure_bits = Key[int | None](None)
     secure_word_bits = Key[int | None](None)
     secure_results = Key[int | None](None)
+    lora_error = Key[float | None](None)
+    lora_errors = Key[Mapping[str, float]]({}, Mapping)
     merged_norm = Key[float | None](None)
     delta_max = Key[float | None](None)
     share_above = Key[float | None](None)

@@ -41,8 +41,7 @@ class Federation:
     """SuperLink and SuperNodes over TLS with registered keys, in one folder.
 
     ``supernode`` begins a node's command and ``prefix(name)`` is put before it, for example to
-    run it elsewhere; ``node_config`` is added to each node's. ``database`` is the SuperLink's:
-    without, a file of the folder.
+    run it elsewhere; ``node_config`` is added to each node's.
     """
 
     folder: Path
@@ -53,7 +52,6 @@ class Federation:
     prefix: Callable[[str], list[str]] = lambda name: []
     environment: Mapping[str, str] = field(default_factory=dict)
     app: Path = APP
-    database: str = ""
     node_config: Mapping[str, bool | int | float | str] = field(default_factory=dict)
     processes: dict[str, subprocess.Popen] = field(default_factory=dict)
 
@@ -86,7 +84,7 @@ class Federation:
                 "--ssl-keyfile", str(server / "server.key"),
                 "--ssl-ca-certfile", str(server / "ca.crt"),
                 "--enable-supernode-auth", "--isolation", self.isolation,
-                "--database", self.database or str(self.folder / "state.db"),
+                "--database", str(self.folder / "state.db"),
                 *(
                     ["--superexec-auth-secret-file", str(self.secret)]
                     if self.isolation == "process"

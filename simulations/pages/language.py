@@ -173,7 +173,8 @@ def adapters_table(rows: Rows) -> str:
                 found[point["way"], point["drop_rate"]].append(point)
         for (way, rate), points in found.items():
             untouched = way.startswith("untouched")
-            form = "" if untouched else (", float32" if rate == "0" else f", DARE p={rate}, 1 bit")
+            rest = f"DARE p={rate}, 1 bit" if rate.count(",") == 0 else "1 bit"
+            form = "" if untouched else (", float32" if rate == "0" else f", {rest}")
             losses = [p["loss"] for p in points]
             lines.append(
                 (

@@ -5,8 +5,7 @@ from __future__ import annotations
 from simulations.pages.tables import human_bytes, markdown
 
 TOOLS = {
-    "flower": "FedAvg, SuperLink with a database",
-    "flower-memory": "FedAvg, SuperLink in memory",
+    "flower": "FedAvg",
     "nvflare": "FedAvg",
     "nvflare-stream": "tensor streaming",
     "nvflare-disk": "tensors kept on disk",

@@ -2,14 +2,16 @@
 
 Each client tunes adapters on its own rows for one round. A server can average the factors,
 which is not the average of what they mean (mean(B)·mean(A) is not mean(B·A), FedEx-LoRA, arXiv
-2410.09432), or the deltas of the weights, scaling·B·A, which are larger but exact. Both go
-through the product's own round, with and without DARE; NMSE is the squared error of the merged
-delta relative to the exact mean of the clients' deltas.
+2410.09432), or the deltas of the weights, scaling·B·A, which are larger but exact; or, as the run
+config's lora-merge = "product" does, take factors and keep the mean of their products at the run's
+rank. All go through the product's own round, with and without DARE; NMSE is the squared error of
+the merged delta relative to the exact mean of the clients' deltas.
 """
 
 from __future__ import annotations
 
 from collections.abc import Mapping
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
@@ -20,6 +22,13 @@ from simulations.runs.federated import build, divide
 from simulations.runs.scenario import KINDS
 
 State = Mapping[str, NDArray[Any]]
+# Factors that travel, and whose products are merged and kept at the common rank.
+AT_RANK = "product of factors, at their rank"
+# Drop rates that say more than a rate: every value sent, as float32 or in one bit.
+FORMS: Mapping[str, Mapping[str, str]] = {
+    "0": {"drop_rate": "0", "values": "f32"},
+    "0, 1 bit": {"drop_rate": "0"},
+}
 PREFIX = "base_model.model."
 FACTOR_A, FACTOR_B = ".lora_A.default.weight", ".lora_B.default.weight"
 
@@ -64,6 +73,8 @@ def run_row(row: Any) -> dict[str, Any]:
     tuned, weights = [], []
     for client, rows in enumerate(parts):
         first = own_start(start, row.seed, client) if settings["own_start"] else start
+        if ranks := settings["ranks"]:
+            task.config = replace(task.config, lora_own_rank=ranks[client % len(ranks)])
         state, weight, _ = task.train(first, rows, seed=(row.seed, 1, client))
         tuned.append(state)
         weights.append(float(weight))
@@ -83,16 +94,18 @@ def run_row(row: Any) -> dict[str, Any]:
     def merged(way: str, rate: str) -> tuple[State, int]:
         """The merged delta, and the bytes of one client's update."""
         zero = {name: np.zeros_like(array) for name, array in exact.items()}
-        sent, begun = (tuned, start) if way == "factors" else (deltas, zero)
-        cell = {**KINDS["federated"][1], "method": "dare" if rate != "0" else "fedavg"}
-        channel = make_channel({**cell, "drop_rate": rate}, begun, row.seed, len(sent))
+        sent, begun = (deltas, zero) if way == "product" else (tuned, start)
+        cell = {**KINDS["federated"][1], "method": "dare", **FORMS.get(rate, {"drop_rate": rate})}
+        if way == AT_RANK:
+            cell["lora_merge"] = "product"
+        channel = make_channel(cell, begun, row.seed, len(sent))
         channel.begin(1, range(len(sent)))
         nbytes = [
             channel.send(client, state, weights[client]).delta for client, state in enumerate(sent)
         ]
         channel.finish()
         state = channel.state()
-        return (products(state, scaling) if way == "factors" else state), max(nbytes)
+        return (state if way == "product" else products(state, scaling)), max(nbytes)
 
     points: list[dict[str, Any]] = [
         {"way": "untouched base", "drop_rate": "1", "bytes": 0, "nmse": 1.0, **score({})}
@@ -117,5 +130,6 @@ def run_row(row: Any) -> dict[str, Any]:
         "factor_parameters": sum(array.size for array in start.values()),
         "product_parameters": sum(array.size for array in exact.values()),
         "own_start": settings["own_start"],
+        "ranks": settings["ranks"],
         "points": points,
     }

@@ -18,9 +18,13 @@ import numpy as np
 from numpy.typing import NDArray
 
 from dare_agg.errors import ConfigError
+from dare_agg.rounds.adapters import merge_products
+from dare_agg.rounds.chain import UpdateStep
 from dare_agg.vectors.layout import FloatVector, fingerprint, layout_of
 from simulations.runs.feedback import unsent
 
+# Steps before the merge by a cell's ``lora_merge``, as the run config's lora-merge.
+STEPS: Mapping[str, tuple[UpdateStep, ...]] = {"factors": (), "product": (merge_products,)}
 HEAD = r"(^|\.)(head|classifier)\."
 State = Mapping[str, NDArray[Any]]
 
@@ -155,6 +159,7 @@ class DareChannel:
         self.head_size = self._model.dense.size
         self._have = [self._model.ref.version] * clients
         self._fed = settings["feedback"]
+        self._steps = STEPS[settings.get("lora_merge", "factors")]
         self._residual: dict[int, FloatVector] = {}
         self._measured: list[dict[str, Any]] = []
         self._first = True
@@ -178,6 +183,7 @@ class DareChannel:
                 replace(p, rank=0, mask_key=derive_key(self._secret, "own", number, p.client))
                 for p in plans
             ]
+        self._number = number
         self._plans = dict(zip(clients, plans, strict=True))
         self._accepted: list[Any] = []
         down = head = 0
@@ -227,9 +233,12 @@ class DareChannel:
         self._residual[client] = unsent(update, wanted)
 
     def finish(self) -> None:
+        from dare_agg.rounds.chain import StepContext, chain
         from dare_agg.rounds.server import advance, merge_round
 
-        merged = merge_round(self._model, self._accepted, self._settings)
+        context = StepContext(self._model, self._settings, self._number, self._secret)
+        passed = chain(*self._steps)(self._accepted, context)
+        merged = merge_round(self._model, passed.accepted, self._settings)
         plans = [reply.plan for reply in self._accepted]
         self._model, self._step_state = advance(
             self._model, self._step_state, merged, self._settings, self._downlink, plans

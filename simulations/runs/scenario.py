@@ -59,6 +59,7 @@ KINDS: Mapping[str, tuple[str, Mapping[str, Any]]] = {
             "partition": "column",
             "alpha": 0.5,
             "own_start": False,
+            "ranks": [],
             "task": {},
         },
     ),

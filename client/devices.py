@@ -12,6 +12,7 @@ from typing import Any
 
 from client.config import TaskConfig
 from dare_agg.deploy.devices import find_device
+from dare_agg.errors import ConfigError
 
 # Without it cuBLAS has no sums in a fixed order; it is read when a process first uses a GPU.
 _CUBLAS = ("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
@@ -53,6 +54,14 @@ class Compute:
         import torch
 
         return torch.amp.GradScaler(self.kind, enabled=self.precision == "float16")
+
+    def check_sums(self) -> None:
+        """Raise `ConfigError` on a device that cannot add up a model's statistics."""
+        if self.kind == "mps":
+            raise ConfigError(
+                "Fisher values and Gram matrices are summed in float64, which device 'mps' has "
+                'not; set device = "cpu" on this node, or take a method without statistics'
+            )
 
     def move(self, tensors: Mapping[str, Any]) -> dict[str, Any]:
         """A batch's tensors on this device; on the CPU these very ones."""

@@ -7,6 +7,27 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
+from client.config import TaskConfig
+from client.partition import hold_out
+from client.rows import Indices
+from dare_agg.errors import ConfigError
+
+
+def rows_aside(
+    rows: Indices, config: TaskConfig, readable: Callable[[str, Indices], Indices]
+) -> tuple[Indices, Indices]:
+    """The rows to train on and those that tell when to stop, the same ones each round.
+
+    Raises `ConfigError` where there are too few rows, or none of those kept aside can be read.
+    """
+    if not config.early_stop:
+        return rows, rows[:0]
+    rows, aside = hold_out(rows, config.early_stop_rows, (config.seed, 61), word="early-stop-rows")
+    good = readable("train", aside)
+    if not len(good):
+        raise ConfigError(f"none of the {len(aside)} rows of early-stop-rows can be read; raise it")
+    return rows, good
+
 
 @dataclass
 class EarlyStop:

@@ -25,10 +25,9 @@ from client.devices import Compute, compute_of
 from client.kept_optimizer import KeptOptimizer
 from client.learning import Lesson, Reading, learn
 from client.modes import evaluating, prepare, seeded
-from client.partition import hold_out
 from client.rows import Data, Indices, Rows
 from client.schedule import ONLY_ROUND, Progress
-from client.stopping import EarlyStop
+from client.stopping import EarlyStop, rows_aside
 from client.tasks.table import find_task
 from client.tasks.task import Batch, Metrics, Reader, Task, told_labels
 from client.weights import (
@@ -188,7 +187,7 @@ class FineTuning:
         """
         if not len(rows):
             raise ConfigError("a client has no rows to train on; use fewer clients or more data")
-        rows, stop_rows = self._aside(rows)
+        rows, stop_rows = rows_aside(rows, self.config, self.readable)
         named = self._place(state)
         model = self._load()
         prepare(model, self.config)
@@ -229,19 +228,6 @@ class FineTuning:
             }
         return returned_state(named, state), examples, measured
 
-    def _aside(self, rows: Indices) -> tuple[Indices, Indices]:
-        """The rows to train on and those that tell when to stop, the same ones each round."""
-        if not self.config.early_stop:
-            return rows, rows[:0]
-        seed = (self.config.seed, 61)
-        rows, aside = hold_out(rows, self.config.early_stop_rows, seed, word="early-stop-rows")
-        good = self.readable("train", aside)
-        if not len(good):
-            raise ConfigError(
-                f"none of the {len(aside)} rows of early-stop-rows can be read; raise it"
-            )
-        return rows, good
-
     def _early_stop(self, named: Mapping[str, Any], rows: Indices) -> EarlyStop:
         def measure() -> float:
             with evaluating(self._load()):
@@ -260,6 +246,7 @@ class FineTuning:
         from dare_agg.merge.collect import collect_fisher, collect_grams
 
         self.kind.check((kind,))
+        self.compute.check_sums()
         named = self._place(state)
         model = self._load()
         model.eval()

@@ -31,6 +31,29 @@ def config(model, files, **more):
     return configure(**{"model": str(model), "data": str(files["csv"]), **words, **more})
 
 
+def test_statistics_are_refused_where_there_is_no_float64(tiny_model, review_files):
+    task = build_task(config(tiny_model, review_files))
+    task.__dict__["compute"] = Compute("mps")
+    with pytest.raises(ConfigError, match="summed in float64, which device 'mps' has not"):
+        task.statistics("gram", {}, np.arange(4), examples=4)
+
+
+def test_the_doctor_shows_devices_and_a_gpu_that_is_not_seen(monkeypatch):
+    from dare_agg.cli.doctor import _devices
+
+    ((name, ok, found, _),) = _devices()
+    assert name == "devices" and "cpu" in found and (ok or torch.version.cuda)
+    made_for_cuda = devices.Build("2.9", "12.8", "", "")
+    monkeypatch.setattr(devices, "torch_build", lambda: made_for_cuda)
+    monkeypatch.setattr(devices, "devices_here", lambda: ["cpu (1 threads)"])
+    ((_, ok, found, remedy),) = _devices()
+    assert not ok and "torch is built for CUDA 12.8" in found and "CUDA_VISIBLE_DEVICES" in remedy
+    monkeypatch.setattr(devices, "devices_here", lambda: ["cuda:0 (A, 80 GB)", "cpu (1 threads)"])
+    assert _devices()[0][1]
+    monkeypatch.setattr(devices, "torch_build", lambda: None)
+    assert _devices() == [("devices", False, "torch is not installed", "see above")]
+
+
 def test_words_of_devices():
     assert devices.parse_device("cuda:1") == ("cuda", 1)
     assert devices.parse_device("auto") == ("auto", None)

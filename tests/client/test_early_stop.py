@@ -8,7 +8,7 @@ from plain_loop import lesson
 
 from client.config import configure
 from client.learning import learn
-from client.stopping import EarlyStop
+from client.stopping import EarlyStop, rows_aside
 from client.training import FineTuning, build_task
 from dare_agg.errors import ConfigError
 
@@ -83,7 +83,7 @@ def test_the_round_goes_on_as_without_looks_until_it_stops(task):
     start, rows = task.initial_state(), np.arange(80)
     config = replace(task.config, early_stop=99, steps=6)
     watched = FineTuning(config, task.data, task.kind)
-    left, _ = watched._aside(rows)
+    left, _ = rows_aside(rows, config, watched.readable)
     trained, _, measured = watched.train(start, rows, seed=[1])
     plain = FineTuning(replace(config, early_stop=0), task.data, task.kind)
     expected, _, _ = plain.train(start, left, seed=[1])

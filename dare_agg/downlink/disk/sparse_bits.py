@@ -15,7 +15,6 @@ from __future__ import annotations
 import contextlib
 import mmap
 import os
-from collections.abc import Iterator
 from pathlib import Path
 
 import numpy as np
@@ -183,6 +182,7 @@ class SparseBits:
         except StateError:
             self._used = start
             raise
+        self._units[start * _UNIT : self._used * _UNIT] = 0
         self._firsts[row, blocks] = np.arange(start, self._used, width)
 
     def _find_end(self) -> None:
@@ -195,7 +195,7 @@ class SparseBits:
         ends = [int(self._firsts[row].max()) + width for row, width in enumerate(WIDTHS)]
         self._used = self._room = max(_ZEROS, *ends)
         start, piece = _units_at(self.size) + self._used * _UNIT, _TAKEN * _UNIT
-        left = [(max(start, a), b) for a, b in _written(self._handle, start, len(self._map))]
+        left = _written(self._handle, start, len(self._map))
         for first, last in left:
             for at in range(first, last, piece):
                 self._map[at : min(last, at + piece)] = bytes(min(last - at, piece))
@@ -260,13 +260,17 @@ def _shifts(width: int, positions: Positions) -> _Fields | np.uint8:
     return shifts
 
 
-def _written(handle: int, start: int, end: int) -> Iterator[tuple[int, int]]:
-    """The stretches of a file that are no holes, where the system can say."""
+def _written(handle: int, start: int, end: int) -> list[tuple[int, int]]:
+    """The stretches of a file that are no holes; none where the system cannot say."""
+    found: list[tuple[int, int]] = []
     at = start
     while at < end and hasattr(os, "SEEK_DATA"):
         try:
             first = os.lseek(handle, at, os.SEEK_DATA)
             at = os.lseek(handle, first, os.SEEK_HOLE)
         except OSError:  # ENXIO: nothing from here on
-            return
-        yield first, at
+            break
+        found.append((max(start, first), at))
+    # A file system that knows no holes calls all of the file data.
+    told = sum(last - first for first, last in found)
+    return found if told <= 512 * os.fstat(handle).st_blocks else []

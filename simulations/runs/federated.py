@@ -65,12 +65,13 @@ def run_row(row: Any) -> dict[str, Any]:
     losses: list[float] = []
 
     def note(number: int, *, whole: bool) -> None:
-        scores = task.evaluate(channel.state(), None if whole else measure)
+        scores, match = task.evaluate(channel.state(), None if whole else measure), "exact-match"
         curve.append(
             {
                 "round": number,
                 "accuracy": round(scores["accuracy"], 4),
                 "loss": round(scores["loss"], 4),
+                **({"exact_match": round(scores[match], 4)} if match in scores else {}),
                 "rows": len(task.test_rows) if whole else len(measure),
                 "train_loss": round(float(np.mean(losses)), 4) if losses else None,
                 "upload_bytes": up + up_head,

@@ -24,6 +24,7 @@ FILES = importlib.util.module_from_spec(_SPEC)
 sys.modules["client_files"] = FILES
 _SPEC.loader.exec_module(FILES)
 tiny_language_model, review_files = FILES.tiny_language_model, FILES.review_files
+chat_model, talk_file = FILES.chat_model, FILES.talk_file
 
 
 @pytest.fixture
@@ -59,6 +60,18 @@ def test_a_federated_row_has_no_head_and_learns_beyond_the_untouched_base(row):
         [{**base, "cell": "untouched base"}, {**tuned, "cell": "full, FedAvg"}]
     )
     assert f"| {tuned['curve'][-1]['loss']:.3f} |" in table
+
+
+def test_rows_of_instruction_data_carry_exact_match(row, chat_model, talk_file):
+    task = {
+        "task": "auto", "model": str(chat_model), "data": str(talk_file), "label_column": "kind",
+        "length": 96, "partition_by": "by", "generate_rows": 2, "generate_tokens": 3,
+    }  # fmt: skip
+    words = {"rounds": 1, "clients": 2, "partition": "column", "drop_rate": "0.5", "task": task}
+    found = run_row(row("federated", method="dare", **words))
+    assert found["curve"][-1]["exact_match"] == 0.0 < found["curve"][-1]["loss"]
+    plain = run_row(row("federated", method="untouched", rounds=1, clients=2))
+    assert "exact_match" not in plain["curve"][-1]
 
 
 def test_single_rows_carry_the_loss(row, tmp_path, monkeypatch):

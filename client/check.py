@@ -11,6 +11,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from difflib import get_close_matches
 from pathlib import Path
 
+from client.adapters.four_bits import check_four_bits
 from client.config import DEFAULTS, ConfigValue, TaskConfig, data_sources, task_config
 from client.data import FILE_READERS
 from client.images import BUILT_IN_IMAGES
@@ -37,6 +38,7 @@ def check(run: Mapping[str, ConfigValue]) -> None:
         config = task_config({**DEFAULTS, **run}, node)
         _check_data(config)
         _check_model(config.model)
+        check_four_bits(config)
         find_task(config).check((config.train,))
 
 

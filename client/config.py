@@ -70,7 +70,8 @@ class TaskConfig:
         processor has such instructions. "auto": what suits the device.
     weights: "float32"; "bfloat16": half the memory, rounded stochastically after each step (what
         adapters or a head alone are trained on has it, they stay float32); "bfloat16-nearest":
-        the same rounded to the nearest, which loses most of fine-tuning.
+        the same rounded to the nearest, which loses most of fine-tuning; "nf4": a language model's
+        frozen base in four bits under adapters (QLoRA), on CUDA alone.
     device: what it trains on, a word of `dare_agg.deploy.devices`.
     threads: threads of the CPU that it takes.
     """

@@ -6,6 +6,7 @@ from typing import Any
 
 import numpy as np
 
+from client.adapters.four_bits import check_loaded
 from client.adapters.settings import check_rank, lora_settings
 from client.config import TaskConfig
 from dare_agg.errors import ConfigError
@@ -36,6 +37,7 @@ def with_adapters(encoder: Any, config: TaskConfig) -> Any:
     import torch
     from peft import get_peft_model
 
+    check_loaded(encoder, config)
     settings = lora_settings(encoder, config)
     torch.manual_seed(config.seed)
     try:

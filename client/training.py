@@ -18,6 +18,7 @@ from numpy.typing import NDArray
 
 from client.adapters.base import frozen_fingerprint
 from client.adapters.components import own_components
+from client.adapters.four_bits import check_four_bits
 from client.batches import draw_batches
 from client.bfloat16 import shrink_weights
 from client.config import TaskConfig
@@ -46,6 +47,7 @@ LOG = logging.getLogger("flwr")
 def build_task(config: TaskConfig, data: Data | None = None) -> FineTuning:
     """Build a task; ``data`` overrides what the configuration names."""
     check_device(config.device)
+    check_four_bits(config)
     kind = find_task(config)
     kind.check((config.train,))
     data = data or kind.load(config)

@@ -15,7 +15,7 @@ ANSWER_FORMS = ("text", "number")
 CHOICES: Mapping[str, tuple[str, ...]] = {
     "train": ("full", "lora", "head"),
     "precision": PRECISIONS,
-    "weights": ("float32", "bfloat16", "bfloat16-nearest"),
+    "weights": ("float32", "bfloat16", "bfloat16-nearest", "nf4"),
     "pooling": ("mean", "cls"),
     "schedule": ("constant", "linear", "cosine"),
     "schedule_over": ("round", "run"),
@@ -91,6 +91,11 @@ def check_words(settled: Mapping[str, Any]) -> None:
         raise ConfigError(
             f'weights = "{settled["weights"]}" with precision = "float16"; such weights are '
             "multiplied in bfloat16: leave precision out"
+        )
+    if settled["weights"] == "nf4" and settled["train"] != "lora":
+        raise ConfigError(
+            f'weights = "nf4" with train = "{settled["train"]}"; adapters alone are trained on a '
+            'base of four bits: set train = "lora"'
         )
     for name in ("held_out", "early_stop_rows"):
         held = settled[name]

@@ -54,6 +54,9 @@ METHODS: Mapping[str, Compared] = {
 # Of a state with DoRA adapters.
 DORA_LENGTHS = r"\.lora_magnitude_vector\."
 
+# Of a client's model; "nf4" is a base of four bits under adapters.
+WEIGHTS = ("float32", "bfloat16", "bfloat16-nearest", "nf4")
+
 # The run config's defaults stand in the app's pyproject.toml alone.
 DEFAULTS = config_defaults(Path(__file__))
 
@@ -205,7 +208,7 @@ class RunConfig(BaseModel):
     train_rows: int = Field(ge=0)
     test_rows: int = Field(ge=0)
     precision: Annotated[str, one_of("precision", PRECISIONS)]
-    weights: Annotated[str, one_of("weights", ("float32", "bfloat16", "bfloat16-nearest"))]
+    weights: Annotated[str, one_of("weights", WEIGHTS)]
     device: Annotated[str, AfterValidator(_known_device)]
     threads: int = Field(ge=1, le=1024)
 
@@ -256,7 +259,7 @@ class RunConfig(BaseModel):
 def read_config(raw: Mapping[str, Any]) -> RunConfig:
     """Check a run config; raises `ConfigError` naming the first key that is wrong."""
     try:
-        config = RunConfig.model_validate({**DEFAULTS, **raw})
+        config = RunConfig.model_validate(_with_rate({**DEFAULTS, **raw}))
     except ValidationError as error:
         raise ConfigError(_explain(error)) from error
     for name in config.methods:
@@ -283,6 +286,18 @@ def read_config(raw: Mapping[str, Any]) -> RunConfig:
     if config.partition == "column" and not config.partition_by:
         raise ConfigError('partition = "column" needs partition-by, the name of a column')
     return config
+
+
+def _with_rate(raw: Mapping[str, Any]) -> dict[str, Any]:
+    """The config with ``drop-rate`` = "auto" settled: adapters are small, and all of them travels.
+
+    docs/RESULTS.md, "Text, and LoRA": in one bit a value a drop of factors costs more rounds than
+    it saves bytes.
+    """
+    if raw["drop-rate"] != "auto":
+        return dict(raw)
+    adapters = raw["train"] == "lora" and not raw["secure"]
+    return {**raw, "drop-rate": "0" if adapters else "0.9"}
 
 
 # What a resumed run may be told anew: how long, how patiently and on what it goes on, who takes
@@ -334,9 +349,9 @@ def _begun_with(stored: Mapping[str, Any]) -> dict[str, Any]:
         if key in known
     }
     try:
-        return _plain(RunConfig.model_validate({**DEFAULTS, **words}))
+        return _plain(RunConfig.model_validate(_with_rate({**DEFAULTS, **words})))
     except ValidationError:  # values of another version
-        return _plain(RunConfig.model_validate(DEFAULTS)) | dict(stored)
+        return _plain(RunConfig.model_validate(_with_rate(DEFAULTS))) | dict(stored)
 
 
 def _plain(config: RunConfig) -> dict[str, Any]:

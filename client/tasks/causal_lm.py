@@ -11,6 +11,7 @@ from typing import Any
 
 import numpy as np
 
+from client.adapters.four_bits import four_bit_words
 from client.config import TaskConfig
 from client.data import load_text
 from client.head import with_adapters
@@ -150,7 +151,9 @@ def language_model(config: TaskConfig, labels: int) -> Any:
     refuse_quantised_model(folder)
     torch.manual_seed(config.seed)  # for what the checkpoint lacks
     try:
-        network = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)
+        network = AutoModelForCausalLM.from_pretrained(
+            folder, dtype=torch.float32, **four_bit_words(config)
+        )
     except (OSError, ValueError) as error:
         raise _not_loaded(config.model, error) from error
 

@@ -82,3 +82,13 @@ def test_every_number_of_a_server_step_can_be_set():
 def test_a_bad_key_fails_before_anyone_trains(bad, message):
     with pytest.raises(DareError, match=message):
         read_config({**bad})
+
+
+def test_adapters_are_sent_whole_in_one_bit_unless_a_rate_is_said():
+    def terms(**raw):
+        config = read_config({"train": "lora", **raw})
+        return config.drop_rate, config.values
+
+    assert terms() == ("0", "b1")
+    assert terms(train="full") == terms(**{"drop-rate": "0.9"}) == ("0.9", "b1")
+    assert terms(**{"drop-rate": 0.99}) == ("0.99", "b1")

@@ -18,6 +18,7 @@ WHOLE = {
     "average": "average of whole deltas",
     "ties": "TIES of whole deltas",
     "regmean": "RegMean of whole deltas, with data",
+    "wudi": "wudi of whole deltas",
 }
 
 
@@ -37,6 +38,12 @@ def bits_of(own: Mapping[int, Mapping[str, Any]]) -> float:
     return math.inf if None in sizes else math.fsum(sizes) / len(sizes)
 
 
+def rate_of(way: Way) -> tuple[float, str]:
+    """Drop rate, and the words after it."""
+    number, comma, words = way[0].partition(",")
+    return float(number), f"{comma}{words}"
+
+
 def words_of(way: Way) -> str:
     """What merges go by."""
     _, rank, bits = way
@@ -53,12 +60,12 @@ def gram_table(rows: Rows) -> str:
     """Bits and mean accuracy of every way, and what it adds to the average of the same updates."""
     found = scores_of(rows)
     lines = []
-    for way, own in sorted(found.items(), key=lambda item: (float(item[0][0]), bits_of(item[1]))):
+    for way, own in sorted(found.items(), key=lambda item: (rate_of(item[0]), bits_of(item[1]))):
         plain = found[way[0], 0, 0]
         size = bits_of(own)
         lines.append(
             (
-                f"{float(way[0]):g}".lstrip("0"),
+                f"{rate_of(way)[0]:g}".lstrip("0") + rate_of(way)[1],
                 words_of(way),
                 "–" if math.isinf(size) else f"{size:.4f}",
                 "–" if math.isinf(size) else f"{32 / size:,.0f}×",
@@ -92,28 +99,29 @@ def gram_plot(rows: Rows, merging: Rows, path: Path) -> Path:
     """Mean accuracy by bits a parameter, survivors and directions together."""
     figure, axes = make_axes(7.2, 4.6)
     found = scores_of(rows)
-    rates = sorted({way[0] for way in found}, key=float)
+    rates = [rate for _, rate in sorted({(rate_of(way), way[0]) for way in found})]
     for index, rate in enumerate(rates):
         colour = COLOURS[(index + 1) % len(COLOURS)]
+        marker = "osD^vP"[index % 6]
         points = sorted(
             (bits_of(own), math.fsum(p["accuracy"] for p in own.values()) / len(own), way)
             for way, own in found.items()
             if way[0] == rate and isinstance(way[1], int) and way[1] >= 0
         )
         directed = [(x, 100 * y) for x, y, way in points if way[1] > 0]
-        axes.plot(*zip(*directed, strict=True), color=colour, marker="osD^v"[index % 5],
+        axes.plot(*zip(*directed, strict=True), color=colour, marker=marker,
                   markersize=4.5, linestyle="none", label=f"p = {rate}, directions")  # fmt: skip
         plain = [(x, 100 * y) for x, y, way in points if way[1] == 0]
         axes.plot(*zip(*plain, strict=True), color=colour, marker="x", markersize=7,
                   linestyle="none", markeredgewidth=2)  # fmt: skip
     tasks = list(rows[0]["points"][0]["accuracies"])
     for place, (words, score) in enumerate(whole_scores(merging, tasks).items()):
-        style = ("--", ":", "-.", "-")[place]
+        style = ("--", ":", "-.", (0, (6, 1, 1, 1)), "-")[place % 5]
         axes.axhline(100 * score, color="#6b7280", linewidth=1, linestyle=style)
-        axes.annotate(words, (0.995, 100 * score), xycoords=("axes fraction", "data"), ha="right",
+        axes.annotate(words, (0.005, 100 * score), xycoords=("axes fraction", "data"), ha="left",
                       va="bottom", fontsize=7.5, color="#4b5563")  # fmt: skip
     axes.set_xscale("log")
     axes.set_xlabel("bits a parameter, survivors and directions (log); ×: their average alone")
     axes.set_ylabel("mean accuracy of four tasks, %")
-    axes.legend(frameon=False, fontsize=8, loc="lower right")
+    axes.legend(frameon=False, fontsize=8, ncol=3, loc="upper center", bbox_to_anchor=(0.5, -0.14))
     return save(figure, path)

@@ -8,12 +8,14 @@ makes updates in a value format at each drop rate. Beside the survivors an updat
 leading directions of each Linear's whole delta in few bits; `wudi` merges the survivors by them.
 All bytes are those of the encoded bodies: survivors, directions, headers, checksums.
 Rank 0 is the average of the same updates, rank -1 `wudi` by the survivors alone, and ``whole`` the
-whole deltas' Gram matrices, which no update carries.
+whole deltas' Gram matrices, which no update carries. A drop rate may end in `BY_TENSOR`: keep rates
+of each tensor's own, in as many bytes.
 """
 
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from statistics import mean
 from typing import Any
 
@@ -26,7 +28,9 @@ from dare_agg.codec.directions import (
     gram_values,
     plan_directions,
 )
+from dare_agg.codec.fitted_rates import fitted_rates, levels_of, tensor_squares
 from dare_agg.codec.mask import parse_drop_rate
+from dare_agg.codec.rates import TensorRates
 from dare_agg.codec.update import Update, UpdateSpec, decode_update, encode_update
 from dare_agg.merge.directions import directions_of
 from dare_agg.merge.engine import merge_deltas
@@ -34,6 +38,7 @@ from dare_agg.merge.linears import model_linears
 from dare_agg.vectors.layout import FloatVector, Layout
 from dare_agg.vectors.sources import ArraySource, array_source
 
+BY_TENSOR = ", rates by tensor"
 Directions = Mapping[str, tuple[Any, int]]
 
 
@@ -123,9 +128,10 @@ def _update(
 ) -> Update:
     """A task's update, encoded and decoded; its masks and signs are drawn from the seed."""
     secret = seed_secret(seed)
+    exact = parse_drop_rate(rate.removesuffix(BY_TENSOR))
     spec = UpdateSpec(
         size=layout.size,
-        drop_rate=parse_drop_rate(rate),
+        drop_rate=exact,
         mask="stratified",
         mask_key=derive_key(secret, "mask", name.encode()),
         values_key=derive_key(secret, "values", name.encode()),
@@ -134,7 +140,12 @@ def _update(
         base="00" * 32,
         layout=layout.fingerprint,
     )
-    return decode_update(encode_update(spec, whole.delta), spec)
+    if not rate.endswith(BY_TENSOR):
+        return decode_update(encode_update(spec, whole.delta), spec)
+    levels = levels_of(layout.sizes, tensor_squares(layout.sizes, whole.delta))
+    rates = fitted_rates(layout.sizes, levels, exact, values)
+    sent = encode_update(replace(spec, rates=rates), whole.delta)
+    return decode_update(sent, replace(spec, rates=TensorRates(layout.sizes)))
 
 
 def _carried(

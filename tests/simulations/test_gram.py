@@ -44,6 +44,17 @@ def test_survivors_and_directions_are_counted_as_they_are_coded() -> None:
     assert sizes[2, 2] < sizes[4, 2] < sizes[4, 4] < sizes[4, 2] + 60
 
 
+def test_rates_by_tensor_take_no_more_bytes_and_keep_what_changed() -> None:
+    whole = array_source(deltas()[0])
+    updates = [
+        gram._update(whole, LAYOUT, rate, "b1", 3, "R8") for rate in ("0.8", "0.8" + gram.BY_TENSOR)
+    ]
+    assert updates[1].nbytes <= updates[0].nbytes
+    entry = LAYOUT["a.weight"]
+    kept = [int(u.present(entry.offset, entry.stop).sum()) for u in updates]
+    assert kept[1] > 2 * kept[0]
+
+
 def test_methods_by_own_gram_matrices_take_those_of_the_deltas_before_the_drop() -> None:
     whole = deltas()
     dropped = [merging.dropped(d, "0.5", 1, str(i)) for i, d in enumerate(whole)]
@@ -88,6 +99,10 @@ def test_the_table_pairs_each_way_with_the_average_of_the_same_updates() -> None
     assert cells[1][1:4] == ["wudi, 8 directions of 2 bits", "0.0400", "800×"]
     assert cells[1][5].startswith("+10.0 ± 0.0")
     assert cells[2][1].endswith("whole deltas") and cells[2][2] == "–"
+    for row in rows:
+        for one in row["points"]:
+            one["drop_rate"] += gram.BY_TENSOR
+    assert gram_table(rows).splitlines()[2].startswith("| .99, rates by tensor | average |")
 
 
 @pytest.mark.parametrize("rate", ["0.9", "0.99"])

@@ -55,6 +55,13 @@ class Compute:
 
         return torch.amp.GradScaler(self.kind, enabled=self.precision == "float16")
 
+    def release(self) -> None:
+        """Give back what this process no longer uses of a GPU that other clients share."""
+        import torch
+
+        if self.kind == "cuda":
+            torch.cuda.empty_cache()
+
     def check_sums(self) -> None:
         """Raise `ConfigError` on a device that cannot add up a model's statistics."""
         if self.kind == "mps":

@@ -222,6 +222,7 @@ class FineTuning:
             losses = learn(lesson, batches)
         # Gradients are one more model: they go before copies are made.
         model.zero_grad(set_to_none=True)
+        self.compute.release()
         measured = {"train-loss": float(np.mean(losses))}
         if lesson.stop:
             measured |= {

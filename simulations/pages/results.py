@@ -16,6 +16,7 @@ from pathlib import Path
 from simulations.pages import abilities as ability_pages
 from simulations.pages import gram as gram_pages
 from simulations.pages import language, large, plots, tables
+from simulations.pages import weights as weight_pages
 from simulations.runs.rows import RESULTS, read_rows
 from simulations.runs.scenario import SCENARIOS, read_scenario
 
@@ -151,6 +152,11 @@ def sizes() -> str:
     return language.sizes_table(_rows("sizes"), _rows("lm-single"))
 
 
+def weights() -> str:
+    """What weights in bfloat16 leave of what float32 ones learn."""
+    return weight_pages.weights_table(_of_scenario("weights"))
+
+
 def rate() -> str:
     rows = _rows("rate")
     path = plots.rate_plot(rows, PLOTS / "rate.svg")
@@ -276,6 +282,7 @@ SECTIONS: Mapping[str, Callable[[], str]] = {
         lm,
         adapters,
         sizes,
+        weights,
         rate,
         links,
         scale,

@@ -160,3 +160,18 @@ def test_words():
         configure(weights="bfloat")
     with pytest.raises(ConfigError, match="multiplied in bfloat16: leave precision out"):
         configure(weights="bfloat16", precision="float16")
+
+
+@pytest.mark.parametrize("train", ["full", "lora"])
+def test_such_a_model_generates(tiny_language_model, review_files, train):
+    task = build_task(
+        configure(
+            task="causal-lm", model=str(tiny_language_model), data=str(review_files["csv"]),
+            text_column="review", label_column="tone", length=12, weights="bfloat16", train=train,
+        )
+    )  # fmt: skip
+    network, _ = task.network(task.initial, "test")
+    ids = torch.tensor([[2, 3, 4]])
+    with torch.inference_mode(), torch.autocast("cpu", enabled=False):
+        found = network.generate(input_ids=ids, max_new_tokens=3, min_new_tokens=3)
+    assert found.shape == (1, 6)

@@ -10,7 +10,21 @@ from client.config import configure
 from dare_agg.errors import ConfigError
 
 
-@pytest.mark.parametrize("word", ["steps", "epochs", "batch", "length", "image_size", "lora_rank"])
+@pytest.mark.parametrize(
+    "word",
+    [
+        "steps",
+        "epochs",
+        "batch",
+        "length",
+        "image_size",
+        "lora_rank",
+        "accumulate",
+        "threads",
+        "early_stop",
+        "early_stop_every",
+    ],
+)
 def test_sizes_out_of_bounds(word):
     for size in (10**9, -1):
         with pytest.raises(ConfigError, match=word.replace("_", "-")):

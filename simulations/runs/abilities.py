@@ -12,6 +12,7 @@ draws its own problems and masks. Scalings and ridges are chosen by cells with `
 
 from __future__ import annotations
 
+import json
 from collections.abc import Mapping, Sequence
 from functools import lru_cache
 from typing import Any
@@ -31,16 +32,23 @@ GRAMS = ("own", "whole", "directions", "inputs")
 
 
 @lru_cache(maxsize=1)
-def _decoder(task: tuple[tuple[str, Any], ...], seed: int) -> Decoder:
-    return Decoder(dict(task), seed)
+def _decoder(task: str, seed: int) -> Decoder:
+    return Decoder(json.loads(task), seed)
+
+
+@lru_cache(maxsize=2)
+def _measures(task: str, abilities: str, seed: int, split: str) -> Measures:
+    decoder = _decoder(task, seed)
+    return Measures(decoder, json.loads(task), json.loads(abilities), seed, (split,))
 
 
 def run_row(row: Any) -> dict[str, Any]:
     """Merge each set by each method and measure all abilities of the set."""
     settings = row.settings
     abilities, split = settings["abilities"], settings["split"]
-    decoder = _decoder(tuple(sorted(settings["task"].items())), row.seed)
-    measures = Measures(decoder, settings["task"], abilities, row.seed, (split,))
+    words = json.dumps(settings["task"]), json.dumps(abilities)
+    decoder = _decoder(words[0], row.seed)
+    measures = _measures(*words, row.seed, split)
     whole = {
         name: tuned_delta(name, settings["task"], own, row.seed) for name, own in abilities.items()
     }

@@ -100,5 +100,6 @@ def send(
         return Sent(source, bits)
     beside = path.with_name(f"{path.stem}-directions-{_MOST_RANK}.safetensors")
     exact = kept_directions(beside, layout, delta, _MOST_RANK)
-    directions, extra = sent_directions(exact, update["rank"], update["bits"])
+    key = derive_key(seed_secret(seed), "directions", name.encode())
+    directions, extra = sent_directions(exact, layout, update["rank"], update["bits"], key)
     return Sent(source, bits, directions, extra / layout.size)

@@ -9,10 +9,11 @@ import numpy as np
 import pytest
 
 from dare_agg.errors import ConfigError
+from dare_agg.vectors.layout import layout_of
 from simulations.pages import abilities as pages
 from simulations.run import run_row
 from simulations.runs import ability_data, ability_models
-from simulations.runs.directions import leading_directions, sent_directions
+from simulations.runs.directions import kept_directions, sent_directions
 from simulations.runs.scenario import KINDS, SCENARIOS, Row, read_scenario
 
 TEMPLATE = (
@@ -168,31 +169,21 @@ def test_rounds_of_abilities_lower_every_loss(row):
     assert few["upload_bytes_per_client_round"] < dense["upload_bytes_per_client_round"] / 20
 
 
-def test_directions_span_what_a_low_rank_delta_moves():
+def test_directions_arrive_near_and_are_kept(tmp_path):
     rng = np.random.default_rng(0)
-    matrix = (rng.standard_normal((40, 3)) @ rng.standard_normal((3, 24))).astype(np.float32)
-    rows = leading_directions(matrix, 3, 0)
-    np.testing.assert_allclose(rows.T @ rows, matrix.T @ matrix, rtol=1e-3, atol=1e-3)
-    assert leading_directions(matrix, 100, 0).shape == (24, 24)
-    noisy = matrix + 1e-2 * rng.standard_normal(matrix.shape).astype(np.float32)
-    _, values, right = np.linalg.svd(noisy, full_matrices=False)
-    top = leading_directions(noisy, 2, 0)
-    np.testing.assert_allclose(np.linalg.norm(top, axis=1), values[:2], rtol=1e-4)
-    assert np.abs(np.sum(top / values[:2, None] * right[:2], axis=1)).min() > 0.999
-
-
-def test_sent_directions_are_near_and_counted():
-    rng = np.random.default_rng(0)
-    exact = {"a": rng.standard_normal((4, 500)).astype(np.float32), "b": np.zeros((4, 8), "f4")}
-    for bits, most in ((4, 0.05), (8, 2e-4)):
-        found, spent = sent_directions(exact, 3, bits)
-        assert spent == 3 * (500 + 8) * bits + 6 * 32
-        assert found["a"].shape == (3, 500) and not found["b"].any()
-        error = np.square(found["a"] - exact["a"][:3]).sum() / np.square(exact["a"][:3]).sum()
-        assert error < most
-        assert all(len(set(row)) <= 2**bits - 1 for row in found["a"].tolist())
-    with pytest.raises(ConfigError, match="2 to 16"):
-        sent_directions(exact, 3, 1)
+    layout = layout_of({"embed.weight": (9, 24), "a.weight": (40, 24), "norm.weight": (24,)})
+    delta = rng.standard_normal(layout.size).astype(np.float32)
+    exact = kept_directions(tmp_path / "kept", layout, delta, 4)
+    assert set(exact) == {"a.weight"} and exact["a.weight"].shape == (4, 24)
+    again = kept_directions(tmp_path / "kept", layout, np.zeros_like(delta), 4)
+    np.testing.assert_array_equal(again["a.weight"], exact["a.weight"])
+    rows = exact["a.weight"][:2]
+    errors = []
+    for bits in (4, 8):
+        found, spent = sent_directions(exact, layout, 2, bits, bytes(16))
+        assert 2 * 24 * bits < spent < 2 * 24 * bits + 2 * 2048 + 8 * 64
+        errors.append(np.square(found["a.weight"] - rows).sum() / np.square(rows).sum())
+    assert errors[1] < errors[0] / 20 < 0.005
 
 
 def test_scenarios_can_be_read():

@@ -203,11 +203,16 @@ def abilities_plot(rows: Rows, path: Path) -> Path:
 
 
 def _cell(values: Sequence[float], name: str) -> str:
+    """The mean of the seeds, with its interval from three on."""
     factor, places = (100, 1) if name in MEASURES else (1, 3)
     mean, half = mean_and_interval([factor * v for v in values])
-    return f"{mean:.{places}f}" + ("" if half is None else f" ± {half:.{places}f}")
+    interval = f" ± {half:.{places}f}" if half is not None and len(values) > 2 else ""
+    return f"{mean:.{places}f}{interval}"
 
 
 def _percent(shares: Sequence[float]) -> str:
+    """Shares in percent: each seed's of one or two, else their mean and its interval."""
+    if len(shares) < 3:
+        return " and ".join(f"{100 * share:.0f}" for share in shares)
     mean, half = mean_and_interval([100 * share for share in shares])
-    return f"{mean:.0f}" + ("" if half is None else f" ± {half:.0f}")
+    return f"{mean:.0f} ± {half:.0f}"

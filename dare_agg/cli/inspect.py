@@ -1,4 +1,4 @@
-"""`dare-agg inspect`: what an update file holds."""
+"""`dare-agg inspect`: what an update file holds, or an adapter, and whether vLLM serves it."""
 
 from __future__ import annotations
 
@@ -11,17 +11,32 @@ _KEEP_RATES = {"uniform": "one for all", "own": "one a tensor, in proportion to 
 
 
 def inspect(
-    update: Annotated[Path, typer.Argument(help="An update file, x.dare.")],
+    update: Annotated[
+        Path, typer.Argument(help="An update file, x.dare, or the folder of a LoRA adapter.")
+    ],
+    max_lora_rank: Annotated[
+        int, typer.Option("--max-lora-rank", help="Of an adapter: what vLLM is started with.")
+    ] = 16,
     json_: Annotated[bool, typer.Option("--json", help="Print one JSON object.")] = False,
 ) -> None:
-    """Check an update file and show what it holds."""
+    """Check an update file, or an adapter for vLLM, and show what it holds."""
     from rich.table import Table
 
     from dare_agg.cli.output import print_json, stdout_console
     from dare_agg.codec.update_file import read_update_file
+    from dare_agg.offline.adapters.folder import is_adapter
+    from dare_agg.offline.adapters.serving import describe_adapter
     from dare_agg.offline.diff import describe_update
     from dare_agg.runs.words import human_bytes
 
+    if is_adapter(update):
+        about = describe_adapter(update, max_lora_rank)
+        if json_:
+            print_json(about)
+            return
+        for name, value in about.items():
+            stdout_console().print(f"{name}: {value}", highlight=False, soft_wrap=True)
+        return
     facts = describe_update(*read_update_file(update), update.stat().st_size)
     if json_:
         print_json(facts)

@@ -148,3 +148,17 @@ def test_a_module_of_another_rank_has_it_in_the_patterns(tmp_path):
     assert found["target_modules"] == ["m.p", "m.q", "m.r"]
     root = adapter_config(tensors, {**run, "lora-rslora": True}, **words)
     assert root["alpha_pattern"]["m.r"] / np.sqrt(2) == pytest.approx(8 / np.sqrt(4))
+
+
+def test_inspect_says_what_vllm_would_refuse(tiny_language_model, review_files, tmp_path, capsys):
+    from tests.tiny import command
+
+    words = {"task": "causal-lm", "lora_rank": 32, "lora_targets": "q_proj"}
+    _, out = exported(tiny_language_model, review_files, tmp_path / "out", **words)
+    status, said = command(capsys, "inspect", out / "adapter")
+    assert status == 0 and "rank: 32" in said and f"base: {tiny_language_model}" in said
+    assert "vllm: vLLM would refuse it: rank 32 is above 16: start it with" in said
+    status, said = command(capsys, "inspect", out / "adapter", "--max-lora-rank", 64, "--json")
+    assert status == 0 and json.loads(said)["vllm"].startswith("vLLM takes it: --enable-lora")
+    status, said = command(capsys, "inspect", out / "adapter", "--max-lora-rank", 33)
+    assert status != 0 and "vLLM takes 1, 8, 16" in said

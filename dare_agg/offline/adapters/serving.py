@@ -21,6 +21,21 @@ RANKS = (1, 8, 16, 32, 64, 128, 256, 320, 512)
 _FACTORS = (".lora_A.weight", ".lora_B.weight")
 
 
+def describe_adapter(path: Path, max_rank: int = DEFAULT_RANK) -> dict[str, Any]:
+    """What an adapter is, and under "vllm" the line of `vllm_word`; raises as that."""
+    folder = open_adapter(path)
+    config = folder.config
+    return {
+        "kind": folder.kind,
+        "base": config.get("base_model_name_or_path"),
+        "rank": config.get("r"),
+        "alpha": config.get("lora_alpha"),
+        "targets": config.get("target_modules"),
+        "tensors": len(list(folder.tensors.names)),
+        "vllm": vllm_word(path, max_rank),
+    }
+
+
 def vllm_word(path: Path, max_rank: int = DEFAULT_RANK) -> str:
     """One line: that vLLM takes the adapter, and how it is started, or what it would refuse.
 

@@ -251,6 +251,7 @@ def make_strategy(config: RunConfig, name: str, record: Any, state: Path) -> Rou
         "drop_rate": config.drop_rate,
         "values": config.values,
         "mask": config.mask,
+        "keep_rates": config.keep_rates,
         "dense_values": config.dense_values,
         "server_step": config.step(),
         "dense": config.dense_by(name),

@@ -21,7 +21,7 @@ from dare_agg.offline.adapters.folder import is_adapter
 from dare_agg.rounds.adapters import MEANS
 from dare_agg.rounds.settings import WEIGHTINGS, check_weight_bound
 from dare_agg.rounds.step import ServerStep, server_step
-from dare_agg.rounds.terms import check_choice
+from dare_agg.rounds.terms import KEEP_RATES, check_choice
 from dare_agg.runs.claim import run_state
 from dare_agg.runs.ending import COMPLETED
 from dare_agg.secure.aggregates import SECURE_METHODS
@@ -40,7 +40,7 @@ class Compared:
     train: str = ""
 
 
-_WHOLE = {"drop_rate": "0", "values": "f32"}
+_WHOLE = {"drop_rate": "0", "values": "f32", "keep_rates": "uniform"}
 METHODS: Mapping[str, Compared] = {
     "fedavg": Compared({"method": "task-arithmetic", **_WHOLE, "dense_values": "f32"}),
     "dare-task-arithmetic": Compared({"method": "task-arithmetic"}),
@@ -115,6 +115,7 @@ class RunConfig(BaseModel):
     upload_budget: NumberText
     upload_seconds: float = Field(ge=0)
     mask: Annotated[str, one_of("mask", MASK_KINDS)]
+    keep_rates: Annotated[str, one_of("keep rates", KEEP_RATES)]
     scaling: float = Field(gt=0)
     dense: Words
     dense_values: str
@@ -450,6 +451,8 @@ def _check_secure(config: RunConfig) -> None:
         (config.methods != _split(DEFAULTS["methods"]),
          "methods beside secure; secure names the method"),
         (config.mask != "stratified", f"mask = {config.mask!r} with secure; stratified is summed"),
+        (config.keep_rates != "uniform",
+         f"keep-rates = {config.keep_rates!r} with secure; its sums keep the same of every tensor"),
         (config.secure_merge and config.downlink != DEFAULTS["downlink"],
          f"downlink = {config.downlink!r} in a one-shot merge, which sends no model: leave it out"),
         (config.budget() is not None, "an upload budget with secure; all parties share one mask: "

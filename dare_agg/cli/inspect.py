@@ -46,7 +46,7 @@ def inspect(
     for name, text in {
         "parameters": f"{facts['parameters']:,} in {facts['tensors']:,} tensors",
         "survivors": f"{facts['survivors']:,} (drop rate {facts['drop_rate']:g}, {facts['mask']})",
-        "keep rates": _KEEP_RATES[facts["keep_rates"]],
+        "keep rates": _KEEP_RATES[facts.get("keep_rates", "uniform")],
         "size": human_bytes(facts["bytes"]),
         "bits a parameter": f"{facts['bits_per_parameter']:.4g}",
         "values": facts["values"],

@@ -6,7 +6,7 @@ one stratified mask of the step's own, rescaled by the receiver.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import numpy as np
@@ -18,7 +18,7 @@ from dare_agg.errors import UpdateError
 from dare_agg.vectors.layout import FloatVector
 
 # Yields (positions, rescale), ascending, once for each tile of `TILE`.
-Places = Callable[[Families, int], Iterator[tuple[Positions, FloatVector | np.float32]]]
+Places = Callable[[Families, Sequence[int]], Iterator[tuple[Positions, FloatVector | np.float32]]]
 _ONE = np.float32(1)
 
 
@@ -28,8 +28,8 @@ def coded_form(name: str, code: int, places: Places, **words: Any) -> StepForm:
     def encode(head: StepHead, change: FloatVector, grid: VersionGrid) -> tuple[bytes, int]:
         # Twice over the masks, tile by tile: the values of a union of many clients, held at
         # once, would be a good part of the server's memory.
-        count = sum(positions.size for positions, _ in places(head.families, grid.size))
-        pieces = (change[positions] for positions, _ in places(head.families, grid.size))
+        count = sum(positions.size for positions, _ in places(head.families, grid.layout.sizes))
+        pieces = (change[positions] for positions, _ in places(head.families, grid.layout.sizes))
         return encode_payload(head.values, pieces, count, head.key), count
 
     def decode(
@@ -41,13 +41,13 @@ def coded_form(name: str, code: int, places: Places, **words: Any) -> StepForm:
                 f"step of {head.survivors} values for {grid.size} parameters", reason="shape"
             )
         values = PayloadReader(head.values, payload, head.survivors, head.key)
-        for positions, scale in places(head.families, grid.size):
+        for positions, scale in places(head.families, grid.layout.sizes):
             yield positions, grid.round_at(positions, values.take(positions.size) * scale)
         if values.left:
             raise UpdateError("step holds more values than its masks keep", reason="mask")
 
     def write(head: StepHead, grid: VersionGrid) -> _CodedWriter:
-        return _CodedWriter(head, grid, places(head.families, grid.size))
+        return _CodedWriter(head, grid, places(head.families, grid.layout.sizes))
 
     return StepForm(name, code, encode, decode, write, **words)
 
@@ -104,16 +104,20 @@ class _CodedWriter:
         return positions, change, self._grid.round_at(positions, decoded)
 
 
-def _everywhere(_: Families, size: int) -> Iterator[tuple[Positions, FloatVector | np.float32]]:
+def _everywhere(
+    _: Families, sizes: Sequence[int]
+) -> Iterator[tuple[Positions, FloatVector | np.float32]]:
+    size = sum(sizes)
     for lo in range(0, size, TILE):
         yield np.arange(lo, min(size, lo + TILE), dtype=np.int64), _ONE
 
 
 def on_any_mask(
-    families: Families, size: int
+    families: Families, sizes: Sequence[int]
 ) -> Iterator[tuple[Positions, FloatVector | np.float32]]:
-    """Yield the places that any mask keeps."""
-    masks = [mask for family in families for mask in family.masks(size)]
+    """Yield the places that any mask keeps, of tensors of these sizes."""
+    masks = [mask for family in families for mask in family.masks(sizes)]
+    size = sum(sizes)
     for lo in range(0, size, TILE):
         hi = min(size, lo + TILE)
         kept = np.zeros(hi - lo, np.bool_)
@@ -123,9 +127,9 @@ def on_any_mask(
 
 
 def _on_one_mask(
-    families: Families, size: int
+    families: Families, sizes: Sequence[int]
 ) -> Iterator[tuple[Positions, FloatVector | np.float32]]:
-    mask = families[0].masks(size)[0]
+    mask, size = families[0].masks(sizes)[0], sum(sizes)
     for lo in range(0, size, TILE):
         # What a mask yields may be reused by its next step.
         found = [(at.copy(), scale) for _, at, scale in mask.within(lo, lo + TILE)]

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -36,11 +36,11 @@ class Form:
         """Whether a round with these masks can be sent so."""
         return bool(families) or not self.step.masked or not self.otherwise
 
-    def bears(self, change: FloatVector, families: Families) -> bool:
-        """Whether all of a change lies where this form sends any."""
+    def bears(self, change: FloatVector, families: Families, sizes: Sequence[int]) -> bool:
+        """Whether all of a change, of tensors of these sizes, lies where this form sends any."""
         if not self.only_masks:
             return True
-        kept = (np.count_nonzero(change[at]) for at, _ in on_any_mask(families, change.size))
+        kept = (np.count_nonzero(change[at]) for at, _ in on_any_mask(families, sizes))
         return sum(kept) == np.count_nonzero(change)
 
 

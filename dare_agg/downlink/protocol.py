@@ -15,6 +15,7 @@ from typing import Protocol
 import numpy as np
 
 from dare_agg.codec.mask import DropRate
+from dare_agg.codec.rates import TensorRates
 from dare_agg.errors import BaseMismatchError
 from dare_agg.vectors.layout import FloatVector
 from dare_agg.vectors.model import Arrays, GlobalModel
@@ -56,6 +57,10 @@ class DrawnMask(Protocol):
     def rank(self) -> int:
         """The client's rank, which rotates its mask away from the others'."""
 
+    @property
+    def rates(self) -> TensorRates | None:
+        """The keep rates of each tensor, where they have their own."""
+
 
 @dataclass(frozen=True)
 class SharedMask:
@@ -66,6 +71,7 @@ class SharedMask:
     mask_key: bytes
     mask: str = "stratified"
     rank: int = 0
+    rates: TensorRates | None = None
 
 
 class Downlink(Protocol):

@@ -114,7 +114,7 @@ class VersionDownlink:
             )
         families = families_of(plans)
         row = find_form(self.form)
-        if not row.fits(families) or not row.bears(step, families):
+        if not row.fits(families) or not row.bears(step, families, delta.grid.layout.sizes):
             row = find_form(row.otherwise)
         number = max((plan.round for plan in plans), default=0)
         rate = parse_drop_rate(self.drop_rate)

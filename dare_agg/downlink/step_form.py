@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Protocol
 
 from dare_agg.codec.mask import DropRate, Mask
+from dare_agg.codec.rates import RateTable, TensorRates
 from dare_agg.downlink.grid import Positions, VersionGrid
+from dare_agg.errors import UpdateError
 from dare_agg.vectors.layout import FloatVector
 
 
@@ -20,11 +22,23 @@ class Family:
     first: int
     ranks: int
     key: bytes
+    table: RateTable | None = None
 
-    def masks(self, size: int) -> list[Mask]:
-        """The masks over a vector of ``size`` elements, in order of rank."""
+    def masks(self, sizes: Sequence[int]) -> list[Mask]:
+        """The masks over the elements of tensors of these sizes, in order of rank.
+
+        Raises `UpdateError` for keep rates of other tensors.
+        """
+        rates = None
+        if self.table is not None:
+            if len(self.table.levels) != len(sizes):
+                raise UpdateError(
+                    f"masks of {len(self.table.levels)} tensors for a model of {len(sizes)}",
+                    reason="shape",
+                )
+            rates = TensorRates(tuple(sizes), self.table, told=True)
         return [
-            Mask(self.kind, size, self.drop_rate, self.key, rank)
+            Mask(self.kind, sum(sizes), self.drop_rate, self.key, rank, rates)
             for rank in range(self.first, self.first + self.ranks)
         ]
 

@@ -11,6 +11,9 @@ payload and (apart, so that it can be counted apart) the dense group's payload::
     survivors u64 · payload bytes u64 · dense bytes u64 · checksum 8 B (SHA-256 of all else)
     family: kind u8 · stride u32 · stride-of u32 · first rank u32 · ranks u32 · key 16 B
 
+Version 2 is of masks with keep rates by tensor: the families are followed by u32 tensors, and the
+rate table of each family whose kind has bit 7 set.
+
 Forms are rows of `dare_agg.downlink.forms.STEP_FORMS`.
 """
 
@@ -25,6 +28,7 @@ import numpy as np
 
 from dare_agg.codec.formats import VALUE_FORMATS
 from dare_agg.codec.mask import MASK_KINDS, DropRate
+from dare_agg.codec.rates import RateTable, read_table
 from dare_agg.downlink.forms import STEP_FORMS
 from dare_agg.downlink.grid import Counts, VersionGrid, add_steps
 from dare_agg.downlink.lossless import LOSSLESS
@@ -34,6 +38,9 @@ from dare_agg.errors import ConfigError, UpdateError
 
 MAGIC = b"DVST"
 STEP_VERSION = 1
+BY_TENSOR_STEP_VERSION = 2
+_HAS_TABLE = 0x80
+_COUNT = struct.Struct("<I")
 # In all families together, a client each; a small model draws so many in half a second.
 MAX_MASKS = 1 << 14
 HEAD = struct.Struct("<4sBBBBI32s32s16sHHQQQ8s")
@@ -58,16 +65,17 @@ class Step:
 
 def families_of(plans: Sequence[DrawnMask]) -> tuple[Family, ...]:
     """Return the masks of the plans, consecutive ranks of one key as one family."""
-    groups: dict[tuple[str, DropRate, bytes], set[int]] = {}
+    groups: dict[tuple[str, DropRate, bytes, RateTable | None], set[int]] = {}
     for plan in plans:
-        groups.setdefault((plan.mask, plan.drop_rate, plan.mask_key), set()).add(plan.rank)
+        table = None if plan.rates is None else plan.rates.known
+        groups.setdefault((plan.mask, plan.drop_rate, plan.mask_key, table), set()).add(plan.rank)
     found = []
-    for (kind, rate, key), ranks in groups.items():
+    for (kind, rate, key, table), ranks in groups.items():
         ordered = sorted(ranks)
         first = 0
         for place in range(1, len(ordered) + 1):
             if place == len(ordered) or ordered[place] != ordered[place - 1] + 1:
-                found.append(Family(kind, rate, ordered[first], place - first, key))
+                found.append(Family(kind, rate, ordered[first], place - first, key, table))
                 first = place
     return tuple(sorted(found, key=lambda f: (f.key, f.first, f.kind)))
 
@@ -87,7 +95,7 @@ def head_bytes(head: StepHead, payload: Iterable[bytes], nbytes: int, dense: byt
     """
     families = b"".join(
         FAMILY.pack(
-            MASK_KINDS.index(f.kind),
+            MASK_KINDS.index(f.kind) | (_HAS_TABLE if f.table else 0),
             f.drop_rate.numerator,
             f.drop_rate.denominator,
             f.first,
@@ -96,6 +104,10 @@ def head_bytes(head: StepHead, payload: Iterable[bytes], nbytes: int, dense: byt
         )
         for f in head.families
     )
+    tables = [family.table for family in head.families if family.table is not None]
+    if tables:
+        families += _COUNT.pack(len(tables[0].levels))
+        families += b"".join(table.to_bytes() for table in tables)
     if (masks := sum(family.ranks for family in head.families)) > MAX_MASKS:
         raise ConfigError(
             f"{masks} masks in a round, at most {MAX_MASKS} make a step: sample fewer clients, or "
@@ -105,7 +117,7 @@ def head_bytes(head: StepHead, payload: Iterable[bytes], nbytes: int, dense: byt
     def packed(checksum: bytes) -> bytes:
         return HEAD.pack(
             MAGIC,
-            STEP_VERSION,
+            BY_TENSOR_STEP_VERSION if tables else STEP_VERSION,
             STEP_FORMS[head.form].code,
             VALUE_FORMATS[head.values].code,
             VALUE_FORMATS[head.dense_values].code,
@@ -180,13 +192,25 @@ def _read_step(body: bytes, at: int, dense: bytes, dense_at: int) -> Step:
     raw = HEAD.unpack_from(body, at)
     magic, version, form, values, dense_values, number, parent, child, key = raw[:9]
     families, flags, survivors, payload_size, dense_size, checksum = raw[9:]
-    if magic != MAGIC or version != STEP_VERSION or flags:
+    if magic != MAGIC or version not in (STEP_VERSION, BY_TENSOR_STEP_VERSION) or flags:
         raise UpdateError(
-            f"step with magic {magic!r}, version {version}; {MAGIC!r}, {STEP_VERSION} are "
-            "known: run the same dare-agg on both ends",
+            f"step with magic {magic!r}, version {version}; {MAGIC!r}, {STEP_VERSION} and "
+            f"{BY_TENSOR_STEP_VERSION} are known: run the same dare-agg on both ends",
             reason="version",
         )
-    stop = at + HEAD.size + families * FAMILY.size + payload_size
+    begin = at + HEAD.size
+    rows_end = begin + families * FAMILY.size
+    kinds = body[begin : min(rows_end, len(body)) : FAMILY.size]
+    with_table = sum(kind >= _HAS_TABLE for kind in kinds)
+    tensors = tables_size = 0
+    if version == BY_TENSOR_STEP_VERSION:
+        if len(body) - rows_end < _COUNT.size:
+            raise _broken(f"step of {families} mask families ends before their keep rates")
+        (tensors,) = _COUNT.unpack_from(body, rows_end)
+        tables_size = _COUNT.size + with_table * (_COUNT.size + tensors)
+    if bool(with_table) != (version == BY_TENSOR_STEP_VERSION):
+        raise UpdateError(f"step of version {version} with {with_table} tables of keep rates")
+    stop = rows_end + tables_size + payload_size
     if stop > len(body) or dense_at + dense_size > len(dense):
         raise _broken(
             f"step announces {stop - at} and {dense_size} bytes, {len(body) - at} and "
@@ -199,11 +223,17 @@ def _read_step(body: bytes, at: int, dense: bytes, dense_at: int) -> Step:
     if form not in _FORMS or values not in _VALUES or dense_values not in _VALUES:
         raise UpdateError(f"step of form {form}, values {values}", reason="malformed")
     found = []
+    table_at = families * FAMILY.size + _COUNT.size
     for place in range(families):
         kind, num, den, first, ranks, mask_key = FAMILY.unpack_from(rest, place * FAMILY.size)
-        if kind >= len(MASK_KINDS) or not ranks:
+        table = None
+        if kind >= _HAS_TABLE:
+            kind -= _HAS_TABLE
+            table = read_table(rest[table_at : table_at + _COUNT.size + tensors], tensors)
+            table_at += table.nbytes
+        if kind >= len(MASK_KINDS) or not ranks or (table and MASK_KINDS[kind] != "stratified"):
             raise UpdateError(f"mask family of kind {kind}, {ranks} ranks", reason="malformed")
-        found.append(Family(MASK_KINDS[kind], DropRate(num, den), first, ranks, mask_key))
+        found.append(Family(MASK_KINDS[kind], DropRate(num, den), first, ranks, mask_key, table))
     # Each mask is drawn again: a head of 200 bytes could ask for billions.
     if (masks := sum(family.ranks for family in found)) > MAX_MASKS:
         raise UpdateError(f"step of {masks} masks, at most {MAX_MASKS}", reason="mask")
@@ -236,7 +266,10 @@ def _checksum(*parts: bytes) -> bytes:
 
 def payload_of(step: Step) -> bytes:
     """The delta group's payload of a step."""
-    return step.body[HEAD.size + len(step.head.families) * FAMILY.size :]
+    families = step.head.families
+    tables = [family.table.nbytes for family in families if family.table is not None]
+    head = HEAD.size + len(families) * FAMILY.size + (_COUNT.size if tables else 0) + sum(tables)
+    return step.body[head:]
 
 
 def dense_head(head: StepHead, size: int) -> StepHead:

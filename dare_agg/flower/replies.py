@@ -68,7 +68,7 @@ class TrainReply:
 @dataclass
 class Inbox:
     """The replies of one train exchange. ``plans`` maps node id to its plan; ``layout`` is
-    the delta group's, needed where the plans ask for statistics."""
+    the delta group's, needed where the plans ask for statistics or keep rates by tensor."""
 
     plans: Mapping[int, RoundPlan]
     weighted_by_key: str = "num-examples"
@@ -190,7 +190,7 @@ def judge(
         if isinstance(receipt, Refusal):
             return Rejection(plan.client, receipt.reason, receipt.detail)
         receipt.check_answers(plan)
-        blob = read_payload(content, UPDATE_KEY, _limit(plan.spec()))
+        blob = read_payload(content, UPDATE_KEY, _limit(plan.spec(layout)))
         if blob is None:
             raise UpdateError("the reply holds no update payload", reason="truncated")
         dense_spec = plan.dense_spec()
@@ -240,7 +240,7 @@ def _read_statistics(
 
 def _payload_bytes(plan: RoundPlan, layout: Layout | None) -> int:
     """Most bytes that the payloads of a reply to this plan can have together."""
-    specs = [plan.spec(), plan.dense_spec()]
+    specs = [plan.spec(layout), plan.dense_spec()]
     if plan.terms.statistics and layout is not None:
         matrices = [entry.name for entry in layout.entries if len(entry.shape) == 2]
         specs.append(statistics_spec(plan, layout, matrices))
@@ -249,10 +249,7 @@ def _payload_bytes(plan: RoundPlan, layout: Layout | None) -> int:
 
 def _limit(spec: UpdateSpec) -> int:
     """Most bytes a payload of this specification can have, known before it arrives."""
-    stride = spec.drop_rate
-    strata = -(-spec.size * stride.denominator // stride.numerator)
-    survivors = spec.size if spec.mask == "bernoulli" else strata
-    return payload_bytes(spec.values, survivors) + HEADER_ROOM
+    return payload_bytes(spec.values, spec.most_survivors) + spec.table_bytes + HEADER_ROOM
 
 
 def metrics_and_weight(

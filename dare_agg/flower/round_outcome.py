@@ -66,7 +66,7 @@ def round_measurements(
         "upload_bytes": [reply.message_bytes for reply in replies],
         "download_bytes": [opened.download[client.node] for client in opened.clients],
         "examples": [reply.accepted.weight for reply in replies],
-        "drop_rates": [reply.accepted.plan.drop_rate.p for reply in replies],
+        "drop_rates": [_dropped(reply.accepted.plan) for reply in replies],
         "delta_norms": [reply.receipt.delta_norm for reply in replies],
         "delta_max": [reply.receipt.delta_max for reply in replies],
         "share_above": [reply.receipt.share_above for reply in replies],
@@ -75,3 +75,8 @@ def round_measurements(
         **merged,
         "weights_cut": [by_number.get(client, "") for client in cut],
     }
+
+
+def _dropped(plan: RoundPlan) -> float:
+    """The share of a client's change that was dropped, of all tensors together."""
+    return plan.drop_rate.p if plan.rates is None else 1 - plan.keep

@@ -327,7 +327,8 @@ class RoundStrategy(Strategy):
         groups = self.broadcasting.model.groups
         if groups.layout != before.layout and groups.names == before.names:
             vectors = {n: groups.relaid(v, before) for n, v in self.step_state.vectors.items()}
-            self.step_state = replace(self.step_state, vectors=vectors)
+            # How much each tensor changed is of other tensors then: clients find it themselves.
+            self.step_state = replace(self.step_state, vectors=vectors, levels=b"")
 
     @abstractmethod
     def train_round(

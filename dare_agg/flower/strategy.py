@@ -63,6 +63,10 @@ class DareStrategy(RoundStrategy):
         return statistics (``dare_agg.flower.STATISTICS_KEY``).
     drop_rate, values, mask
         of the clients' updates (0.9, "b1", "stratified").
+    keep_rates
+        "uniform" keeps the same share of every tensor; "own" and "last" keep it in proportion to
+        the tensor's change, as each client finds it or as it was in the round before, in as many
+        bytes.
     dense, dense_values
         patterns of tensors that travel whole, and their value format.
     exclude
@@ -134,6 +138,7 @@ class DareStrategy(RoundStrategy):
         drop_rate: DropRate | float | str = UpdateTerms.drop_rate,
         values: str = UpdateTerms.values,
         mask: str = UpdateTerms.mask,
+        keep_rates: str = UpdateTerms.keep_rates,
         dense: Sequence[str] = UpdateTerms.dense,
         exclude: Sequence[str] = UpdateTerms.exclude,
         dense_values: str = UpdateTerms.dense_values,
@@ -169,6 +174,7 @@ class DareStrategy(RoundStrategy):
                 dense=dense,  # type: ignore[arg-type]
                 exclude=exclude,  # type: ignore[arg-type]
                 dense_values=dense_values,
+                keep_rates=keep_rates,
                 max_weight=max_weight,
             ),
             method=method,
@@ -232,8 +238,10 @@ class DareStrategy(RoundStrategy):
     def _summarise_updates(self) -> None:
         terms = self.settings.terms
         LOG.info(
-            "\t├── Updates: drop rate %.6g, values %s, mask %s; dense %s as %s; local %s",
+            "\t├── Updates: drop rate %.6g, keep rates %s, values %s, mask %s; dense %s as %s; "
+            "local %s",
             terms.drop_rate.p,
+            terms.keep_rates,
             terms.values,
             terms.mask,
             list(terms.dense),
@@ -306,6 +314,8 @@ class DareStrategy(RoundStrategy):
             model.ref,
             run=self.run,
             shared_mask=self.settings.shared_mask,
+            layout=model.groups.layout,
+            levels=self.step_state.levels,
         )
         check_privacy(self.train_config, self.settings, self.downlink, plans, model.groups)
         by_node = {client.node: plan for client, plan in zip(chosen, plans, strict=True)}

@@ -312,7 +312,7 @@ def describe_update(update: Update, header: FileHeader, nbytes: int) -> dict[str
         "payload_bits_per_parameter": 8 * update.payload.size / max(1, parameters),
         "drop_rate": header.drop_rate.p,
         "values": header.values,
-        "keep_rates": "own" if header.by_tensor else "uniform",
+        **({"keep_rates": "own"} if header.by_tensor else {}),
         "mask": header.mask,
         "rank": header.rank,
         "rescale": header.rescale,

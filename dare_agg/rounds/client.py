@@ -5,11 +5,12 @@ from __future__ import annotations
 import math
 from collections import ChainMap
 from collections.abc import Iterable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 
-from dare_agg.codec.update import encode_update
+from dare_agg.codec.fitted_rates import fitted_rates, levels_of, tensor_squares
+from dare_agg.codec.update import UpdateSpec, encode_update
 from dare_agg.errors import (
     BaseMismatchError,
     LayoutError,
@@ -130,9 +131,21 @@ def client_update(
     check_start(plan, start)
     if measured is None:
         measured = measure(start.groups.layout, start.delta, tuned)
-    base = CachedSource(_source(start.delta))
-    blob = encode_update(plan.spec(), DifferenceSource(base, tuned))
+    change = DifferenceSource(CachedSource(_source(start.delta)), tuned)
+    blob = encode_update(settled_spec(plan, start.groups.layout, change), change)
     return completed_update(plan, start, blob, tuned_dense, measured, statistics)
+
+
+def settled_spec(plan: RoundPlan, layout: Layout, change: DeltaSource) -> UpdateSpec:
+    """What the update of ``change`` must be, with this client's own keep rates where it has them.
+
+    For these the change is read once more. Raises as `RoundPlan.spec`.
+    """
+    spec = plan.spec(layout)
+    if spec.rates is None or spec.rates.told:
+        return spec
+    levels = levels_of(layout.sizes, tensor_squares(layout.sizes, change))
+    return replace(spec, rates=fitted_rates(layout.sizes, levels, spec.drop_rate, spec.values))
 
 
 def completed_update(

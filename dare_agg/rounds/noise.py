@@ -41,6 +41,20 @@ def error_of(rate: DropRate, values: str) -> float:
     return (1 + VALUE_FORMATS[values].nmse) / rate.keep - 1
 
 
+def error_of_plan(plan: RoundPlan) -> float:
+    """ω of a plan's update: by its tensors' rates and levels where it has such."""
+    rates = plan.rates
+    if rates is None or rates.table is None:
+        return error_of(plan.drop_rate, plan.terms.values)
+    num, den = rates.table.strides
+    marks = np.frombuffer(rates.table.levels, np.uint8).astype(np.float64)
+    size = np.where(num > 0, (4 + marks % 4) * 2.0 ** np.floor(marks / 4 - 42), 0)
+    squares = np.square(size) * np.array(rates.sizes, np.float64)
+    errors = (1 + VALUE_FORMATS[plan.terms.values].nmse) * num / den - 1
+    total = squares.sum()
+    return float((squares * errors).sum() / total) if total else 0.0
+
+
 def round_noise(
     plans: Sequence[RoundPlan],
     delta_norms: Sequence[float],
@@ -59,7 +73,7 @@ def round_noise(
     if adapters or step.name not in ("plain", "momentum"):
         return None
     squares = [
-        (weight * norm) ** 2 * error_of(plan.drop_rate, plan.terms.values)
+        (weight * norm) ** 2 * error_of_plan(plan)
         for plan, norm, weight in zip(plans, delta_norms, weights, strict=True)
     ]
     noise = abs(settings.scaling) * step.numbers["lr"] * math.sqrt(math.fsum(squares))
@@ -125,7 +139,7 @@ class NoiseWatch:
         if self._told or math.sqrt(before * self._before) <= LOUD:
             return None
         self.loudest = max(before, self._before)
-        found = max(plans, key=lambda plan: error_of(plan.drop_rate, plan.terms.values))
+        found = max(plans, key=error_of_plan)
         way = remedy(self.loudest, found.drop_rate, found.terms.values)
         self._told = way is not None
         return way

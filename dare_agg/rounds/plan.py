@@ -11,17 +11,22 @@ from __future__ import annotations
 import hashlib
 import json
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from operator import attrgetter
 from typing import Any
 
+import numpy as np
+
 from dare_agg.codec.budget import ClientTerms
 from dare_agg.codec.derive import derive_key
+from dare_agg.codec.fitted_rates import fitted_rates
 from dare_agg.codec.mask import DropRate, parse_drop_rate
+from dare_agg.codec.rates import TensorRates, read_table
 from dare_agg.codec.update import CODEC_VERSION, UpdateSpec
-from dare_agg.errors import ConfigError, UpdateError
+from dare_agg.errors import ConfigError, LayoutError, UpdateError
 from dare_agg.rounds.same_code import package_fingerprint
 from dare_agg.rounds.terms import UpdateTerms
+from dare_agg.vectors.layout import MAX_TENSORS, Layout
 from dare_agg.vectors.model import ModelRef
 
 KEY_BYTES = 16
@@ -34,7 +39,8 @@ class RoundPlan:
 
     ``client`` is its place in the round (0, 1, …), which fixes the order of merging;
     ``rank`` its offset in the mask family of ``mask_key``. ``terms`` are the round's, with the
-    client's own drop rate and value format.
+    client's own drop rate and value format. ``told`` are keep rates by tensor as the client is
+    told them. ``rates`` are those of the update, once it was read; no part of what is sent.
     """
 
     codec: int
@@ -48,10 +54,20 @@ class RoundPlan:
     rank: int
     values_key: bytes
     dense_values_key: bytes
+    told: bytes = b""
+    rates: TensorRates | None = field(default=None, compare=False)
 
     @property
     def drop_rate(self) -> DropRate:
         return self.terms.drop_rate
+
+    @property
+    def keep(self) -> float:
+        """The share of elements that survive in the update, or may where it was not read."""
+        if self.rates is None or self.rates.table is None or not self.model.size:
+            return self.drop_rate.keep
+        counts = self.rates.table.counts(np.array(self.rates.sizes, np.int64))
+        return float(counts.sum()) / self.model.size
 
     @property
     def mask(self) -> str:
@@ -66,8 +82,21 @@ class RoundPlan:
         text = json.dumps(record, sort_keys=True, separators=(",", ":"), ensure_ascii=True)
         return hashlib.sha256(b"dare-agg plan 1\0" + text.encode()).digest()
 
-    def spec(self) -> UpdateSpec:
-        """What the update of the delta group must be."""
+    def spec(self, layout: Layout | None = None) -> UpdateSpec:
+        """What the update of the delta group must be; ``layout`` is that group's.
+
+        It is needed where each tensor has a keep rate of its own. Raises `LayoutError` without,
+        and `UpdateError` for rates that do not fit it.
+        """
+        rates = None
+        if self.terms.keep_rates != "uniform":
+            if layout is None or layout.size != self.model.size:
+                raise LayoutError(
+                    "keep rates by tensor need the layout of the model's delta group: "
+                    "plan.spec(layout)"
+                )
+            table = read_table(self.told, len(layout.sizes)) if self.told else None
+            rates = TensorRates(layout.sizes, table, told=table is not None)
         return UpdateSpec(
             size=self.model.size,
             drop_rate=self.drop_rate,
@@ -80,6 +109,7 @@ class RoundPlan:
             layout=self.model.layout,
             rescale=self.terms.rescale,
             context=self.digest(),
+            rates=rates,
         )
 
     def dense_spec(self) -> UpdateSpec | None:
@@ -108,8 +138,10 @@ class RoundPlan:
             record[key] = list(value) if isinstance(value, tuple) else value
         if not self.terms.statistics:
             del record["statistics-values"]
+        if self.terms.keep_rates == "uniform":
+            del record["keep-rates"]
         # Flower's byte counters raise on empty strings and lists.
-        return {key: value for key, value in record.items() if value != "" and value != []}
+        return {key: value for key, value in record.items() if value not in ("", b"", [])}
 
 
 # Key of the record → its type, and where it stands in a plan.
@@ -140,11 +172,16 @@ _FIELDS: Mapping[str, tuple[type | tuple[type, ...], str]] = {
     "exclude": (list, "terms.exclude"),
     "statistics": (str, "terms.statistics"),
     "statistics-values": (str, "terms.statistics_values"),
+    "keep-rates": (str, "terms.keep_rates"),
+    "told-rates": (bytes, "told"),
 }
+# Bytes of the keep rates of the most tensors.
+_MAX_TOLD = 4 + MAX_TENSORS
 # What an absent field means; the others are needed.
-_ABSENT: Mapping[str, str | list[str]] = {
+_ABSENT: Mapping[str, str | bytes | list[str]] = {
     "run": "", "dense-base": "", "dense-layout": "", "dense": [], "exclude": [],
     "statistics": "", "statistics-values": UpdateTerms.statistics_values,
+    "keep-rates": UpdateTerms.keep_rates, "told-rates": b"",
 }  # fmt: skip
 
 
@@ -161,13 +198,14 @@ def plan_from_record(record: Mapping[str, object]) -> RoundPlan:
         value = record.get(key, _ABSENT.get(key))
         if not isinstance(value, kind) or (kind is not bool and isinstance(value, bool)):
             raise _bad_plan(f"field {key!r} is a {type(value).__name__}")
-        if isinstance(value, str | bytes | list) and len(value) > 4096:
-            raise _bad_plan(f"field {key!r} has length {len(value)}, at most 4096 are allowed")
+        most = _MAX_TOLD if key == "told-rates" else 4096
+        if isinstance(value, str | bytes | list) and len(value) > most:
+            raise _bad_plan(f"field {key!r} has length {len(value)}, at most {most} are allowed")
         if isinstance(value, list) and not all(isinstance(item, str) for item in value):
             raise _bad_plan(f"field {key!r} must hold text only")
         if isinstance(value, int) and value < 0:
             raise _bad_plan(f"field {key!r} is {value}, at least 0 is allowed")
-        if isinstance(value, bytes) and len(value) != KEY_BYTES:
+        if isinstance(value, bytes) and len(value) != KEY_BYTES and key != "told-rates":
             raise _bad_plan(f"field {key!r} needs {KEY_BYTES} bytes")
         part, _, name = path.rpartition(".")
         parts[part][name] = value
@@ -194,12 +232,15 @@ def make_plans(
     *,
     run: str = "",
     shared_mask: bool = False,
+    layout: Layout | None = None,
+    levels: bytes = b"",
 ) -> list[RoundPlan]:
     """Make the plans of one round, one per client, in the order of merging.
 
     ``clients`` gives each client's own terms, or None for those of the round. Same secret,
     round and clients → same plans. With ``shared_mask`` every client of a class has rank 0
-    (secure sums need it).
+    (secure sums need it). ``levels`` say how much each tensor of ``layout``, the delta group's,
+    changed in the round before, for keep rates "last"; without them clients find their own.
 
     Raises `ConfigError` for no client.
     """
@@ -219,6 +260,7 @@ def make_plans(
         dense_values_key=bytes(KEY_BYTES),
     )
     met: dict[tuple[int, int], int] = {}
+    tables: dict[tuple[DropRate, str], bytes] = {}
     plans = []
     for client, own in enumerate(clients):
         agreed = (
@@ -229,10 +271,21 @@ def make_plans(
         met[stride] = place + 1
         ranks = stride[0] // stride[1]
         family, offset = (0, 0) if shared_mask else divmod(place, ranks)
+        told = b""
+        if agreed.keep_rates != "uniform":
+            # Each tensor has families of its own: ranks are counted through.
+            family, offset = 0, 0 if shared_mask else place
+        if agreed.keep_rates == "last" and layout is not None and len(levels) == len(layout.sizes):
+            kind = (agreed.drop_rate, agreed.values)
+            if kind not in tables:
+                rates = fitted_rates(layout.sizes, levels, *kind, told=True)
+                tables[kind] = rates.known.to_bytes()
+            told = tables[kind]
         plans.append(
             replace(
                 blank,
                 client=client,
+                told=told,
                 terms=agreed,
                 mask_key=derive_key(round_secret, "mask", round_number, *stride, family),
                 rank=offset,

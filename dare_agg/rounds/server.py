@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from typing import Any
 
+from dare_agg.codec.fitted_rates import tensor_squares
 from dare_agg.codec.update import decode_update
 from dare_agg.downlink.protocol import Downlink, DrawnMask, FullDownlink
 from dare_agg.errors import (
@@ -16,6 +17,7 @@ from dare_agg.errors import (
 )
 from dare_agg.merge.engine import MergeMeasurements, merge_deltas
 from dare_agg.merge.methods import MEAN
+from dare_agg.rounds.levels import levels_told
 from dare_agg.rounds.noise import norm_of
 from dare_agg.rounds.plan import RoundPlan
 from dare_agg.rounds.settings import WEIGHTINGS, FederatedSettings
@@ -53,7 +55,7 @@ class Accepted:
     @property
     def keep(self) -> float:
         """Survivors of an element, n(1−p)."""
-        return math.fsum(plan.drop_rate.keep for plan in self.plans)
+        return math.fsum(plan.keep for plan in self.plans)
 
 
 @dataclass(frozen=True)
@@ -76,11 +78,13 @@ def check_reply(
 ) -> Accepted | Rejection:
     """Check one client's reply against its plan; a bad one becomes a `Rejection`.
 
-    ``layout``, the delta group's, is needed where the plan asks for statistics.
+    ``layout``, the delta group's, is needed where the plan asks for statistics, or for keep rates
+    by tensor.
     """
     try:
         checked = check_weight(weight, plan.terms.max_weight)
-        update = decode_update(blob, plan.spec())
+        update = decode_update(blob, plan.spec(layout))
+        plan = replace(plan, rates=update.spec.rates)
         dense_spec, dense = plan.dense_spec(), None
         if dense_spec is None and dense_blob:
             raise UpdateError(
@@ -271,6 +275,10 @@ def advance(
     the merged updates, for a downlink that draws their masks again.
     """
     next_state, step = settings.server_step.apply(state, merged.delta)
+    sizes = model.groups.layout.sizes
+    if settings.terms.keep_rates == "last":
+        levels = levels_told(sizes, tensor_squares(sizes, merged.delta), plans)
+        next_state = replace(next_state, levels=levels)
     check_finite(model.groups.layout, step, "server step")
     carrier = downlink or FullDownlink()
     return carrier.advance(model, step, merged.dense, plans), next_state

@@ -60,6 +60,11 @@ class FederatedSettings:
         check_weight_bound(self.weight_bound)
         terms = replace(self.terms, statistics=self.row.statistics or "")
         object.__setattr__(self, "terms", terms)
+        if terms.keep_rates != "uniform" and (self.row.shared_mask or self.row.statistics):
+            raise ConfigError(
+                f"{self.method} needs the same elements of all clients, and keep rates "
+                f"{terms.keep_rates!r} keep others of each; set keep_rates='uniform'"
+            )
         object.__setattr__(self, "shared_mask", self.shared_mask or self.row.shared_mask)
 
     @property

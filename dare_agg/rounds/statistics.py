@@ -90,7 +90,7 @@ def statistics_spec(plan: RoundPlan, layout: Layout, names: Sequence[str] = ()) 
     key = derive_key(plan.values_key, "statistics")
     context = hashlib.sha256(plan.terms.statistics.encode() + b"\0" + plan.digest()).digest()
     spec = replace(
-        plan.spec(),
+        plan.spec(layout),
         values=plan.terms.statistics_values,
         values_key=key,
         rescale=False,
@@ -186,6 +186,7 @@ def _whole(spec: UpdateSpec, layout: Layout, names: Sequence[str]) -> UpdateSpec
         mask="stratified",
         rank=0,
         layout=triangles.fingerprint,
+        rates=None,
     )
 
 

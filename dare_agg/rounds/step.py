@@ -19,7 +19,7 @@ from numpy.typing import NDArray
 
 from dare_agg.errors import ConfigError, StateError, did_you_mean
 from dare_agg.rounds.server_steps import SERVER_STEPS
-from dare_agg.vectors.layout import FloatVector
+from dare_agg.vectors.layout import MAX_TENSORS, FloatVector
 
 _TILE = 1 << 16
 _CALL = re.compile(r"\s*([\w-]+)\s*(?:\((.*)\)\s*)?")
@@ -27,10 +27,15 @@ _CALL = re.compile(r"\s*([\w-]+)\s*(?:\((.*)\)\s*)?")
 
 @dataclass(frozen=True)
 class StepState:
-    """Rounds taken so far and the step's vectors (none before the first round)."""
+    """Rounds taken so far and the step's vectors (none before the first round).
+
+    ``levels`` say how much each tensor changed in the last round, where plans are to tell
+    (`dare_agg.rounds.levels`).
+    """
 
     count: int = 0
     vectors: Mapping[str, FloatVector] = field(default_factory=dict)
+    levels: bytes = b""
 
 
 @dataclass(frozen=True)
@@ -142,6 +147,8 @@ def state_to_arrays(state: StepState) -> dict[str, NDArray[np.generic]]:
     """Return the state as named arrays, for a safetensors file."""
     arrays: dict[str, NDArray[np.generic]] = {"count": np.asarray([state.count], np.int64)}
     arrays.update({f"vector.{name}": vector for name, vector in state.vectors.items()})
+    if state.levels:
+        arrays["levels"] = np.frombuffer(state.levels, np.uint8)
     return arrays
 
 
@@ -151,8 +158,11 @@ def state_from_arrays(arrays: Mapping[str, NDArray[np.generic]]) -> StepState:
     if count is None or count.shape != (1,) or count.dtype != np.int64 or int(count[0]) < 0:
         raise StateError("server step state has no valid 'count'; resume from an older round")
     vectors: dict[str, FloatVector] = {}
+    levels = arrays.get("levels", np.empty(0, np.uint8))
+    if levels.dtype != np.uint8 or levels.ndim != 1 or levels.size > MAX_TENSORS:
+        raise StateError("server step state has no valid 'levels'; resume from an older round")
     for name, array in arrays.items():
-        if name == "count":
+        if name in ("count", "levels"):
             continue
         if not name.startswith("vector.") or array.dtype != np.float32 or array.ndim != 1:
             raise StateError(
@@ -160,4 +170,4 @@ def state_from_arrays(arrays: Mapping[str, NDArray[np.generic]]) -> StepState:
                 "only flat float32 vectors belong there: resume from an older round"
             )
         vectors[name.removeprefix("vector.")] = np.asarray(array, np.float32)
-    return StepState(int(count[0]), vectors)
+    return StepState(int(count[0]), vectors, levels.tobytes())

@@ -13,12 +13,15 @@ from dataclasses import dataclass, field
 from typing import Any
 
 import numpy as np
+from numpy.typing import NDArray
 
+from dare_agg.codec.fitted_rates import add_squares
 from dare_agg.downlink.disk.state import Moments
 from dare_agg.downlink.protocol import DrawnMask
 from dare_agg.downlink.store import VersionStore
 from dare_agg.errors import StateError
 from dare_agg.merge.engine import MergeRun
+from dare_agg.rounds.levels import levels_told
 from dare_agg.rounds.server import (
     Accepted,
     merge_dense_group,
@@ -67,10 +70,15 @@ def advance_streamed(
     )
     dense = merge_dense_group(model, ordered, weights, settings)
     stream = _stepped(store, state, settings.server_step, _Merged(merge))
+    if settings.terms.keep_rates == "last":
+        stream.stops = np.cumsum(np.array(model.groups.layout.sizes, np.int64))
     moved = store.advance_streamed(model, stream, dense, plans, settings.server_step.vectors)
     norm = math.sqrt(math.fsum(stream.squares))
     measurements = round_measured(ordered, weights, norm, merge.measured())
-    return moved, StepState(state.count + 1), StreamedRound(weights, measurements)
+    levels = b""
+    if stream.sums is not None:
+        levels = levels_told(model.groups.layout.sizes, stream.sums, plans)
+    return moved, StepState(state.count + 1, levels=levels), StreamedRound(weights, measurements)
 
 
 def advance_merged(
@@ -114,14 +122,21 @@ class _Stepped:
     count: int
     moments: Moments
     squares: list[float] = field(default_factory=list)
+    # Where each tensor ends, if its squares are wanted, and these.
+    stops: NDArray[np.int64] | None = None
+    sums: NDArray[np.float64] | None = None
 
     def tiles(self) -> Iterator[tuple[int, FloatVector]]:
         self.squares.clear()
+        if self.stops is not None:
+            self.sums = np.zeros(self.stops.size, np.float64)
         room = np.empty(min(TILE, self.size), np.float32)
         for lo, delta in retiled(self.merged.tiles(), self.size):
             for at in range(0, delta.size, _NORM_PIECE):
                 piece = np.square(delta[at : at + _NORM_PIECE])
                 self.squares.append(float(np.sum(piece, dtype=np.float64)))
+            if self.stops is not None and self.sums is not None:
+                add_squares(self.sums, self.stops, lo, delta)
             step = room[: delta.size]
             vectors = self.moments.read(lo, lo + delta.size)
             self.step.apply_tile(delta, step, vectors, self.count)

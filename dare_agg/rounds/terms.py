@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -15,6 +15,12 @@ from dare_agg.errors import ConfigError, did_you_mean
 MAX_WEIGHT = float(1 << 53)
 # Rotated formats blur neighbours and may turn a small positive value negative.
 STATISTICS_VALUES = ("f32", "bf16")
+# How much is kept of each tensor, where it is not the same of all.
+KEEP_RATES: Mapping[str, str] = {
+    "uniform": "the same of every tensor",
+    "own": "in proportion to the tensor's change, as each client finds it: a byte a tensor",
+    "last": "in proportion to its change in the round before, as the plan says: no byte up",
+}
 
 
 @dataclass(frozen=True)
@@ -40,6 +46,8 @@ class UpdateTerms:
         from the merge method.
     statistics_values
         value format of the statistics.
+    keep_rates
+        a row of `KEEP_RATES`; the drop rate then says how many bytes there are in all.
 
     Raises `ConfigError` naming the first value that is out of bounds.
     """
@@ -54,12 +62,19 @@ class UpdateTerms:
     rescale: bool = True
     statistics: str = ""
     statistics_values: str = "bf16"
+    keep_rates: str = "uniform"
 
     def __post_init__(self) -> None:
         check_choice("value format", self.values, VALUE_FORMATS)
         check_choice("value format of the dense group", self.dense_values, VALUE_FORMATS)
         check_choice("value format of the statistics", self.statistics_values, STATISTICS_VALUES)
         check_choice("mask", self.mask, MASK_KINDS)
+        check_choice("keep rates", self.keep_rates, KEEP_RATES)
+        if self.keep_rates != "uniform" and self.mask != "stratified":
+            raise ConfigError(
+                f"keep rates {self.keep_rates!r} need mask 'stratified', not {self.mask!r}; or set "
+                "keep_rates='uniform'"
+            )
         check_positive("max_weight", self.max_weight)
         settled: dict[str, Any] = {
             "drop_rate": parse_drop_rate(self.drop_rate),

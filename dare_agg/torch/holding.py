@@ -13,7 +13,13 @@ from torch import Tensor, nn
 
 from dare_agg.codec.update import encode_update
 from dare_agg.errors import ApartError
-from dare_agg.rounds.client import ClientUpdate, Measured, check_start, completed_update
+from dare_agg.rounds.client import (
+    ClientUpdate,
+    Measured,
+    check_start,
+    completed_update,
+    settled_spec,
+)
 from dare_agg.rounds.plan import RoundPlan
 from dare_agg.rounds.same_code import check_same_code
 from dare_agg.rounds.statistics import Statistics
@@ -51,7 +57,7 @@ class HeldModel:
         delta = TrainedDelta(layout, parts, as_source(self.start.delta))
         found = delta.measure()
         measured = Measured(found.norm, found.largest, found.above / layout.size)
-        blob = encode_update(plan.spec(), delta)
+        blob = encode_update(settled_spec(plan, layout, delta), delta)
         dense = dense_vector(self.start, tensors)
         return completed_update(plan, self.start, blob, dense, measured, statistics)
 

@@ -100,7 +100,13 @@ def update_shared(
     layout = start.groups.layout
     delta = TrainedDelta(layout, parts, as_source(start.delta), ranks.leads)
     found = measure_shared(delta, ranks)
-    blob = encode_shared(plan.spec(), delta, ranks)
+    spec = plan.spec(layout)
+    if spec.rates is not None and not spec.rates.told:
+        raise ConfigError(
+            "keep rates of the client's own ('own', and 'last' in its first round) are not made by "
+            "a model in several processes; set keep_rates='uniform', or train it in one"
+        )
+    blob = encode_shared(spec, delta, ranks)
     dense = dense_vector(start, tensors)
     if not ranks.leads:
         return None

@@ -84,7 +84,9 @@ class SecureStrategy(RoundStrategy):
         server_step: str | ServerStep = "plain",
         **words: Any,
     ) -> None:
-        for name in ("method", "drop_rate", "values", "mask", "weighting", "client_terms"):
+        for name in (
+            "method", "drop_rate", "values", "mask", "keep_rates", "weighting", "client_terms",
+        ):  # fmt: skip
             if name in words:
                 raise ConfigError(f"{name} has no place in a SecureStrategy; set it in 'secure'")
         if words.get("send_base"):

@@ -15,6 +15,7 @@ from client.app import app as client_app
 from client.config import task_config
 from client.partition import partition
 from client.training import build_task
+from dare_agg.downlink.base import write_base
 from dare_agg.errors import ConfigError
 from server.app import main as run_server
 from server.config import DEFAULTS, read_config
@@ -183,12 +184,16 @@ def test_what_a_merge_of_products_cannot_keep_is_refused_at_once(words, changes,
         read_config(words | changes)
 
 
-def test_a_node_of_too_large_a_rank_is_told_and_the_others_go_on(run):
+def test_a_node_of_too_large_a_rank_is_told_and_the_others_go_on(run, words, tmp_path):
+    # A file to begin with: whichever node is the first would be asked for the start.
+    start = tmp_path / "start.safetensors"
+    start.write_bytes(write_base(build_task(task_config(words, {})).initial_state()))
+
     def node(number):
         own = {"lora-rank": 9} if number == 2 else {}
         return {"partition-id": number, "num-partitions": 3, **own}
 
-    _, rows = run(node=node, labels="a", evaluate=False)
+    _, rows = run(node=node, labels="a", evaluate=False, initial=str(start))
     assert rows[0]["accepted"] == 2
     (rejected,) = rows[0]["rejected"]
     assert "lora-rank = 9 of a node is above the run's 8" in rejected["detail"]

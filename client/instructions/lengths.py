@@ -7,11 +7,11 @@ from dataclasses import dataclass, replace
 
 import numpy as np
 
-from client.instructions.conversations import Conversation
+from client.instructions.conversations import SYSTEM, Conversation
 from client.instructions.template import Coded, Ids, Mask
 from dare_agg.errors import ConfigError
 
-_SHOWN = 5  # rows that a message names
+_SHOWN = 40  # characters of a conversation that a message names it by
 
 
 @dataclass(frozen=True)
@@ -59,7 +59,7 @@ class Lengths:
     answer_tokens: tokens of answers in all of them.
     limit: the length that they are cut to; ``longer`` rows are longer.
     lost, lost_answer: tokens, and tokens of answers, that are cut off.
-    silent: rows of which no token of an answer is left.
+    silent: rows of which no token of an answer is left; ``first_silent`` is how the first begins.
     """
 
     rows: int
@@ -72,6 +72,7 @@ class Lengths:
     lost: int
     lost_answer: int
     silent: int
+    first_silent: str = ""
 
     def line(self, what: str) -> str:
         """In words, one line: ``what`` names the rows."""
@@ -81,12 +82,16 @@ class Lengths:
         )
         if not self.longer:
             return f"{said}; none is longer than length {self.limit}"
-        left = f", and {self.silent} rows left without an answer are left out" * bool(self.silent)
-        return (
+        told = (
             f"{said}; {self.longer} rows are longer than length {self.limit} and lose their end: "
-            f"{self.lost} tokens, {self.lost_answer} of answers{left}; length = {self.longest} "
-            "keeps all"
+            f"{self.lost} tokens, {self.lost_answer} of answers"
         )
+        if self.silent:
+            told += (
+                f"; {self.silent} rows have no answer left and are left out (the first begins "
+                f"{self.first_silent!r})"
+            )
+        return f"{told}; length = {self.longest} keeps all"
 
 
 def lengths(examples: Sequence[Example], limit: int) -> Lengths:
@@ -107,24 +112,28 @@ def lengths(examples: Sequence[Example], limit: int) -> Lengths:
         lost=sum(e.lost for e in examples),
         lost_answer=sum(e.lost_answer for e in examples),
         silent=sum(not e.teaches for e in examples),
+        first_silent=next((_beginning(e.conversation) for e in examples if not e.teaches), ""),
     )
+
+
+def _beginning(conversation: Conversation) -> str:
+    """How a conversation begins for people: its first turn that is no system prompt."""
+    said = next((content for role, content in conversation if role != SYSTEM), "")
+    return said if len(said) <= _SHOWN else f"{said[:_SHOWN]}…"
 
 
 def check_taught(what: str, examples: Sequence[Example], found: Lengths) -> None:
     """Raise `ConfigError` where no row has a token of an answer to learn, and say why."""
     if found.silent < found.rows:
         return
-    first = ", ".join(map(str, range(1, min(found.rows, _SHOWN) + 1)))
-    first += ", …" * (found.rows > _SHOWN)
+    which = f"all {found.rows} rows are masked entirely (the first begins {found.first_silent!r})"
     if any(e.lost_answer for e in examples):
         shortest = min(e.asked for e in examples)
         raise ConfigError(
-            f"{what}: all {found.rows} rows ({first}) are masked entirely: the question alone "
-            f"fills length {found.limit} (the shortest takes {shortest} tokens); set length = "
-            f"{found.longest}, which keeps all"
+            f"{what}: {which}: the question alone fills length {found.limit} (the shortest takes "
+            f"{shortest} tokens); set length = {found.longest}, which keeps all"
         )
     raise ConfigError(
-        f"{what}: all {found.rows} rows ({first}) are masked entirely: the model's chat template "
-        "marks no token of an answer; its generation blocks must stand around what the assistant "
-        "says"
+        f"{what}: {which}: the model's chat template marks no token of an answer; its generation "
+        "blocks must stand around what the assistant says"
     )

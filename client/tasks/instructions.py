@@ -8,6 +8,7 @@ from __future__ import annotations
 import inspect
 from collections.abc import Sequence
 from dataclasses import replace
+from functools import lru_cache
 from typing import Any
 
 import numpy as np
@@ -44,8 +45,9 @@ def load_examples(config: TaskConfig) -> Data:
     _check_context(config)
     train, told = _examples(data.train, tokenizer, config, f"data {config.data!r}, training")
     test, told_test = _examples(data.test, tokenizer, config, f"data {config.data!r}, test")
-    _check_answers(config, test if len(test) else train)
-    return replace(data, train=train, test=test, notes=(*notes, *told, *told_test))
+    told_answers = _check_answers(config, test if len(test) else train)
+    said = (*notes, *told, *told_test, *told_answers)
+    return replace(data, train=train, test=test, notes=said)
 
 
 def _examples(
@@ -73,7 +75,9 @@ def _check_context(config: TaskConfig) -> None:
         )
 
 
+@lru_cache(maxsize=4)
 def _context(model: str) -> int:
+    """The tokens of a model's context; 0 where its configuration does not tell."""
     from transformers import AutoConfig
 
     try:
@@ -83,16 +87,15 @@ def _context(model: str) -> int:
     return int(getattr(found, "max_position_embeddings", 0) or 0)
 
 
-def _check_answers(config: TaskConfig, rows: Rows) -> None:
-    """Refuse before training what generation could not answer or compare."""
+def _check_answers(config: TaskConfig, rows: Rows) -> Sequence[str]:
+    """Refuse before training what generation could not answer or compare; say what is left out."""
     if not config.generate_rows:
-        return
-    room = _context(config.model) - config.generate_tokens
-    asked = [example.asked for example in rows.inputs]
-    if room < 0 < room + config.generate_tokens or (room > 0 and min(asked, default=0) > room):
+        return ()
+    large = sum(not _fits(config, example) for example in rows.inputs)
+    where = f"generate-tokens = {config.generate_tokens} in the context of model {config.model!r}"
+    if large and large == len(rows):
         raise ConfigError(
-            f"generate-tokens = {config.generate_tokens} leaves no room for a question in the "
-            f"context of model {config.model!r}, {room + config.generate_tokens} tokens; lower it"
+            f"{where}, {_context(config.model)} tokens, leaves no room for a question; lower it"
         )
     if config.answer_form == "number":
         for example in rows.inputs:
@@ -102,6 +105,13 @@ def _check_answers(config: TaskConfig, rows: Rows) -> None:
                     f"answer-form = number, and the answer {wanted[:60]!r} of data "
                     f"{config.data!r} has no number; set answer-form = text"
                 )
+    return (f"{where} leaves no room for {large} of {len(rows)} questions",) * bool(large)
+
+
+def _fits(config: TaskConfig, example: Example) -> bool:
+    """Whether the model's context has room for a question and an answer, as far as it is told."""
+    context = _context(config.model)
+    return not context or example.asked + config.generate_tokens <= context
 
 
 def example_reader(config: TaskConfig, rows: Rows) -> Reader:
@@ -165,8 +175,7 @@ def generated(network: Any, config: TaskConfig, data: Data, rows: Rows, at: Indi
     """Exact match of generated answers: the first ``generate_rows`` of each label."""
     if not config.generate_rows:
         return {}
-    room = _context(config.model) - config.generate_tokens
-    fitting = at[[room < 0 or rows.inputs[i].asked <= room for i in at]]
+    fitting = at[[_fits(config, rows.inputs[i]) for i in at]]
     tokenizer = open_tokenizer(config.model)
     metrics: Metrics = {}
     right = count = 0.0

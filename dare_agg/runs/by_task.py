@@ -18,10 +18,14 @@ TASK_TITLE = "By client and task, after the last round"
 TASK_COLUMNS = ("Client", "Task", "Rows", "Loss", "Perplexity", "Exact match")
 _METRICS = ("rows", "loss", "exact-match")
 _MOST_CLIENTS = 24  # that are shown one by one
+_MOST_ENTRIES = 512  # of a row: of more, the means over all clients alone are kept
 
 
 def by_client_and_task(told: Iterable[Mapping[str, Any]]) -> list[dict[str, Any]]:
-    """Objects of client, task, rows and metrics, from each client's ``name`` and ``metrics``."""
+    """Objects of client, task, rows and metrics, from each client's ``name`` and ``metrics``.
+
+    Of more than `_MOST_ENTRIES` such, the means over all clients.
+    """
     found: list[dict[str, Any]] = []
     for one in told:
         tasks: dict[str, dict[str, float]] = {}
@@ -30,7 +34,7 @@ def by_client_and_task(told: Iterable[Mapping[str, Any]]) -> list[dict[str, Any]
             if mark and metric in _METRICS:
                 tasks.setdefault(task, {})[metric] = value
         found += [{"client": one["name"], "task": task, **tasks[task]} for task in sorted(tasks)]
-    return found
+    return found if len(found) <= _MOST_ENTRIES else over_clients(found)
 
 
 def over_clients(entries: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
@@ -58,7 +62,8 @@ def task_cells(row: RunRow) -> list[tuple[str, ...]]:
     entries = list(row.by_task)
     if not entries:
         return []
-    shown = entries if len({str(e.get("client")) for e in entries}) <= _MOST_CLIENTS else []
+    clients = {str(entry.get("client")) for entry in entries}
+    shown = entries if len(clients) <= _MOST_CLIENTS and clients != {ALL} else []
     return [_cells(entry) for entry in [*shown, *over_clients(entries)]]
 
 

@@ -41,7 +41,8 @@ class Federation:
     """SuperLink and SuperNodes over TLS with registered keys, in one folder.
 
     ``supernode`` begins a node's command and ``prefix(name)`` is put before it, for example to
-    run it elsewhere; ``node_config`` is added to each node's.
+    run it elsewhere; ``node_config`` is added to each node's. ``database`` is the SuperLink's:
+    without, a file of the folder.
     """
 
     folder: Path
@@ -52,6 +53,7 @@ class Federation:
     prefix: Callable[[str], list[str]] = lambda name: []
     environment: Mapping[str, str] = field(default_factory=dict)
     app: Path = APP
+    database: str = ""
     node_config: Mapping[str, bool | int | float | str] = field(default_factory=dict)
     processes: dict[str, subprocess.Popen] = field(default_factory=dict)
 
@@ -84,7 +86,7 @@ class Federation:
                 "--ssl-keyfile", str(server / "server.key"),
                 "--ssl-ca-certfile", str(server / "ca.crt"),
                 "--enable-supernode-auth", "--isolation", self.isolation,
-                "--database", str(self.folder / "state.db"),
+                "--database", self.database or str(self.folder / "state.db"),
                 *(
                     ["--superexec-auth-secret-file", str(self.secret)]
                     if self.isolation == "process"

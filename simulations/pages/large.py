@@ -5,7 +5,8 @@ from __future__ import annotations
 from simulations.pages.tables import human_bytes, markdown
 
 TOOLS = {
-    "flower": "FedAvg",
+    "flower": "FedAvg, SuperLink with a database",
+    "flower-memory": "FedAvg, SuperLink in memory",
     "nvflare": "FedAvg",
     "nvflare-stream": "tensor streaming",
     "nvflare-disk": "tensors kept on disk",

@@ -153,7 +153,7 @@ def _code(config: TaskConfig, tokenizer: Any, split: str) -> Rows:
 
 
 def _dialogue(config: TaskConfig, tokenizer: Any, split: str) -> Rows:
-    data = causal_lm.load_blocks(replace(config, data="friends", task="causal-lm"))
+    data = causal_lm.load_blocks(replace(config, data="friends", task=causal_lm.TASK.name))
     if split == "train":
         return data.train
     half = np.arange(len(data.test)) % 2 == (split == "test")

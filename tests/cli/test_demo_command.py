@@ -13,6 +13,7 @@ from dare_agg.cli.demo import json_row, result_table, run_command
 from dare_agg.cli.demo_follow import follow, prepare_folder
 from dare_agg.cli.demo_kinds import DEMOS, Demo
 from dare_agg.errors import ConfigError, RunError, StateError
+from dare_agg.runs.answers import read_answers
 from dare_agg.runs.claim import COMMAND, claim
 from dare_agg.runs.report import read_run
 
@@ -124,6 +125,40 @@ def test_report_command_refuses_a_folder_without_a_run(tmp_path: Path) -> None:
     )
     assert done.returncode == 1
     assert done.stderr.startswith("error: ") and done.stderr.count("\n") == 1
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(900)
+def test_the_demo_of_language_models(tmp_path: Path) -> None:
+    """One round through Flower on the real model: perplexity falls, answers stand side by side."""
+    done = subprocess.run(
+        [sys.executable, "-m", "dare_agg.cli.main", "demo", "--task", "language", "--rounds", "1",
+         "--clients", "2", "-o", str(tmp_path / "demo"), "--json"],
+        capture_output=True,
+        text=True,
+        cwd=tmp_path,
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr[-2000:]
+    printed = json.loads(done.stdout)
+    dense, compact = printed["runs"]
+    assert dense["upload_bytes_per_client_round"] > 200 * compact["upload_bytes_per_client_round"]
+    (answers,) = read_answers(tmp_path / "demo" / "run")
+    (name, before, _), *after = answers.models
+    assert name == "before" and len(after) == 2 and len(answers.lines) == 8
+    for run, (_, perplexity, _) in zip(printed["runs"], after, strict=True):
+        assert perplexity == pytest.approx(run["perplexity"], rel=0.02)
+        assert before is not None and run["perplexity"] < before / 4
+    page = Path(printed["report"]).read_text(encoding="utf-8")
+    assert "Answers side by side: arithmetic-worked" in page and "<svg" in page
+
+
+def test_an_unknown_demo_is_refused_with_the_nearest() -> None:
+    done = subprocess.run(
+        [sys.executable, "-m", "dare_agg.cli.main", "demo", "--task", "langage"],
+        capture_output=True,
+        text=True,
+    )
+    assert done.returncode == 1 and "did you mean 'language'" in done.stderr
 
 
 @pytest.mark.slow

@@ -45,6 +45,13 @@ def test_many_clients_are_told_as_means_alone():
     assert task_cells(row(many)) == [("all clients", "sums", "25", "12.000", "162,754.79", "–")]
 
 
+def test_a_row_holds_no_more_than_means_of_very_many():
+    crowd = [{"name": f"c{n}", "metrics": {"loss:x": float(n), "rows:x": 2}} for n in range(600)]
+    entries = by_client_and_task(crowd)
+    assert entries == [{"client": "all clients", "task": "x", "rows": 1200, "loss": 299.5}]
+    assert [line[:3] for line in task_cells(row(entries))] == [("all clients", "x", "1200")]
+
+
 def test_what_another_program_wrote_there_is_shown_as_nothing():
     odd = [{"client": None, "task": 3, "rows": "x", "loss": float("inf"), "exact-match": True}]
     assert task_cells(row(odd))[0] == ("None", "3", "–", "–", "–", "–")

@@ -2,11 +2,12 @@
 
     python -m venv nvflare-env && nvflare-env/bin/pip install nvflare==2.9.0 torch safetensors
     sudo python -m simulations.bench.exchange nvflare-stream --environment nvflare-env
-    sudo python -m simulations.bench.exchange flower
+    sudo python -m simulations.bench.exchange flower flower-memory
 
 The shapes are GPT-2's (124 million float32), for four clients and three rounds; every client
 returns what it received (under Flower, which sends equal contents once, each times a number of its
-own). ``server_anonymous_mib`` is the peak of the own memory of the server's
+own; ``flower`` keeps them in SQLite, ``flower-memory`` as SuperLink does without --database).
+``server_anonymous_mib`` is the peak of the own memory of the server's
 processes together, ``client_anonymous_mib`` that of one client's (the largest). Bytes are those
 of TCP, a client and round: sockets of the client's process for NVFlare, whose simulator gives
 each a process and runs in a network namespace; the line to the clients' namespace for Flower
@@ -104,7 +105,7 @@ def nvflare(task: Task, way: str) -> dict[str, Any]:
     return {"version": f"nvflare {release}", **_measured(task, peaks, up, down)}
 
 
-def flower(task: Task) -> dict[str, Any]:
+def flower(task: Task, database: str = "") -> dict[str, Any]:
     """Flower's FedAvg: SuperLink with a database, SuperNodes behind a line of their own."""
     names = [f"party-{number}" for number in range(task.clients)]
     with Namespace() as namespace:
@@ -114,6 +115,7 @@ def flower(task: Task) -> dict[str, Any]:
             host=namespace.near,
             prefix=lambda name: namespace.prefix,
             app=HERE / "app",
+            database=database,
         )
 
         def groups() -> dict[str, list[int]]:
@@ -162,6 +164,7 @@ def _measured(task: Task, peaks: GroupPeaks, up: int, down: int) -> dict[str, An
 
 TOOLS: dict[str, Callable[[Task], dict[str, Any]]] = {
     "flower": flower,
+    "flower-memory": lambda task: flower(task, ":flwr-in-memory:"),
     "nvflare": lambda task: nvflare(task, "plain"),
     "nvflare-stream": lambda task: nvflare(task, "stream"),
     "nvflare-disk": lambda task: nvflare(task, "disk"),

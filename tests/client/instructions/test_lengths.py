@@ -23,8 +23,8 @@ def test_statistics_are_of_whole_rows_and_count_what_is_cut():
     said = found.line("data 'x', training")
     assert said == (
         "data 'x', training: 4 rows, tokens median 15, 95 % at most 34, longest 34; 24 of answers; "
-        "2 rows are longer than length 20 and lose their end: 19 tokens, 9 of answers, and 1 rows "
-        "left without an answer are left out; length = 34 keeps all"
+        "2 rows are longer than length 20 and lose their end: 19 tokens, 9 of answers; 1 rows have "
+        "no answer left and are left out (the first begins 'q'); length = 34 keeps all"
     )
     assert "none is longer than length 50" in lengths([example(5, 5, 50)], 50).line("it")
 
@@ -39,7 +39,7 @@ def test_rows_masked_entirely_say_which_and_why():
     with pytest.raises(ConfigError) as caught:
         check_taught("data 'x'", made, lengths(made, 10))
     said = str(caught.value)
-    assert "all 6 rows (1, 2, 3, 4, 5, …) are masked entirely: the question alone fills" in said
+    assert "all 6 rows are masked entirely (the first begins 'q'): the question alone" in said
     assert "the shortest takes 11 tokens" in said and "set length = 34" in said
     silent = [example(5, 0, 10)]
     with pytest.raises(ConfigError, match="marks no token of an answer"):

@@ -73,7 +73,8 @@ def test_packing_changes_neither_loss_nor_step(chat_model, talk_file):
     one, other = plain.evaluate(start), packed.evaluate(start)
     assert other["loss"] == pytest.approx(one["loss"], rel=1e-6)
     # Fewer places are computed: else packing would be no packing.
-    sizes = [t._batch("train", np.arange(8))[0]["input_ids"].numel() for t in (plain, packed)]
+    readers = [task.network(start, "train")[1] for task in (plain, packed)]
+    sizes = [read(np.arange(8))["input_ids"].numel() for read in readers]
     assert sizes[1] < sizes[0]
     a, _, trained = plain.train(start, everything(plain), seed=[0])
     b, _, in_rows = packed.train(start, everything(plain), seed=[0])
@@ -145,7 +146,10 @@ def test_lengths_are_told_before_training(chat_model, talk_file):
     ("changes", "message"),
     [
         ({"model": "minilm"}, "no causal language model; built in: smollm2"),
-        ({"length": 8}, "are masked entirely: the question alone fills length 8"),
+        (
+            {"length": 8},
+            r"entirely \(the first begins 'how many .*: the question alone fills length 8",
+        ),
         ({"length": 300}, "length = 300, and the context of model .* ends after 256 tokens"),
         ({"train": "head"}, "no head of its own"),
         ({"generate_rows": 1, "generate_tokens": 255}, "leaves no room for a question"),
@@ -172,6 +176,14 @@ def test_a_tokenizer_without_padding_trains_as_one_with_it(chat_model, talk_file
     one, right = (t.train(start, everything(t), seed=[0])[0] for t in (task, other))
     assert all(np.array_equal(one[name], right[name]) for name in one)
     assert task.evaluate(one) == other.evaluate(one)
+
+
+def test_questions_without_room_are_counted_and_not_answered(chat_model, talk_file):
+    sizes = sorted(row.asked for row in build_task(config(chat_model, talk_file)).test_rows.inputs)
+    most = 256 - sizes[3]
+    task = build_task(config(chat_model, talk_file, generate_rows=8, generate_tokens=most))
+    left = sum(size > sizes[3] for size in sizes)
+    assert left and f"leaves no room for {left} of {len(sizes)} questions" in task.data.notes[-1]
 
 
 def test_packing_is_refused_where_conversations_would_see_each_other(talk_file, tmp_path):

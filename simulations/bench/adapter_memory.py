@@ -17,6 +17,7 @@ from typing import Any
 import numpy as np
 
 from client.config import configure
+from client.tasks.causal_lm import TASK
 from client.training import build_task
 from simulations.runs.memory import Peak, memory_of
 
@@ -34,7 +35,7 @@ def measure(way: str, model: str, data: str, length: int, batch: int) -> dict[st
 
     task = build_task(
         configure(
-            task="causal-lm", model=model, data=data, train="lora", lora_rank=16, steps=2,
+            task=TASK.name, model=model, data=data, train="lora", lora_rank=16, steps=2,
             lora_targets="all-linear", length=length, batch=batch, train_rows=64, test_rows=8,
             **WAYS[way],
         )

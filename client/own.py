@@ -2,7 +2,8 @@
 
 Columns, files and models that a run config names would be a server's choice of what this
 machine reads. A guarded node takes them from its node config; of the run config only names of
-public data sets and models that install as packages count, which are no paths.
+public data sets and models that install as packages count, which are no paths. What one party would
+learn otherwise than the others is refused too: their sum would show it alone.
 """
 
 from __future__ import annotations
@@ -26,6 +27,13 @@ COLUMNS = (
     "text-column", "label-column", "delimiter", "encoding", "partition-by", "prompt-column",
     "answer-column",
 )  # fmt: skip
+# Words of run or node that a sum cannot keep, and why.
+_UNSUMMED = {
+    "keep-optimizer": "moments that a training without a sum left would have some parties stand "
+    "still in the next one, which is the others' alone then; set it off",
+    "lora-ranks": "components that some parties do not learn are the others' alone in the sum; "
+    "leave it out, so that all learn the run's lora-rank",
+}
 
 
 def own_words(
@@ -33,9 +41,15 @@ def own_words(
 ) -> dict[str, ConfigValue]:
     """The run config with every path and column in this node's own words.
 
-    Raises `ConfigError` where the node does not say and the run says no public name.
+    Raises `ConfigError` where the node does not say and the run says no public name, and for
+    words that would show a party's delta alone, the node's own ``lora-rank`` among them.
     """
     words = dict(run)
+    for key, why in _UNSUMMED.items():
+        if run.get(key) or node.get(key):
+            raise ConfigError(f"{key} in secure sums: {why}")
+    if "lora-rank" in node:
+        raise ConfigError(f"lora-rank of a node in secure sums: {_UNSUMMED['lora-ranks']}")
     for key, (own, public) in PLACES.items():
         if own in node:
             words[key] = node[own]

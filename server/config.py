@@ -457,6 +457,10 @@ def _check_secure(config: RunConfig) -> None:
          f"downlink = {config.downlink!r} in a one-shot merge, which sends no model: leave it out"),
         (config.budget() is not None, "an upload budget with secure; all parties share one mask: "
          "set drop-rate"),
+        (config.keep_optimizer, "keep-optimizer with secure; moments of a round without a sum "
+         "would show single deltas in the next: leave it out"),
+        (bool(config.lora_ranks), "lora-ranks with secure; what some parties do not learn is the "
+         "others' alone in a sum: leave it out"),
         (config.resume and config.secure_merge, "resume of a one-shot merge; start it anew"),
     )  # fmt: skip
     for bad, why in refusals:

@@ -49,7 +49,7 @@ def read_answers(folder: Path) -> list[Answers]:
     try:
         sections = read_json(path)["sections"]
         return [_answers(section) for section in sections]
-    except (OSError, ValueError, KeyError, TypeError) as error:
+    except (OSError, ValueError, KeyError, TypeError, OverflowError) as error:
         raise StateError(f"{path} holds no answers of models ({error}); remove it") from error
 
 

@@ -19,6 +19,8 @@ TASK_COLUMNS = ("Client", "Task", "Rows", "Loss", "Perplexity", "Exact match")
 _METRICS = ("rows", "loss", "exact-match")
 _MOST_CLIENTS = 24  # that are shown one by one
 _MOST_ENTRIES = 512  # of a row: of more, the means over all clients alone are kept
+# What is not below counts as absent: products of two, and sums of those, are numbers.
+_MOST = 1e100
 
 
 def by_client_and_task(told: Iterable[Mapping[str, Any]]) -> list[dict[str, Any]]:
@@ -38,11 +40,17 @@ def by_client_and_task(told: Iterable[Mapping[str, Any]]) -> list[dict[str, Any]
 
 
 def over_clients(entries: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
-    """One object a task over all clients: its rows, and each metric's mean weighted by rows."""
+    """One object a task over all clients: its rows, and each metric's mean weighted by rows.
+
+    Of the first `_MOST_ENTRIES` tasks by name. A count below 0 weighs nothing.
+    """
+    by_task: dict[str, list[Mapping[str, Any]]] = {}
+    for entry in entries:
+        by_task.setdefault(str(entry.get("task")), []).append(entry)
     found: list[dict[str, Any]] = []
-    for task in sorted({str(entry.get("task")) for entry in entries}):
-        own = [entry for entry in entries if str(entry.get("task")) == task]
-        counts = [_number(entry, "rows") or 0.0 for entry in own]
+    for task in sorted(by_task)[:_MOST_ENTRIES]:
+        own = by_task[task]
+        counts = [max(0.0, _number(entry, "rows") or 0.0) for entry in own]
         means: dict[str, Any] = {}
         for metric in _METRICS[1:]:
             values = [_number(entry, metric) for entry in own]
@@ -81,5 +89,6 @@ def _cells(entry: Mapping[str, Any]) -> tuple[str, ...]:
 
 def _number(entry: Mapping[str, Any], key: str) -> float | None:
     value = entry.get(key)
-    fits = isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)
-    return float(value) if fits and value is not None else None
+    if isinstance(value, bool) or not isinstance(value, int | float):
+        return None
+    return float(value) if -_MOST < value < _MOST else None  # nor is NaN

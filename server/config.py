@@ -452,7 +452,8 @@ def _check_secure(config: RunConfig) -> None:
          "methods beside secure; secure names the method"),
         (config.mask != "stratified", f"mask = {config.mask!r} with secure; stratified is summed"),
         (config.keep_rates != "uniform",
-         f"keep-rates = {config.keep_rates!r} with secure; its sums keep the same of every tensor"),
+         f"keep-rates = {config.keep_rates!r} with secure; its sums keep the same of every tensor: "
+         "leave keep-rates out"),
         (config.secure_merge and config.downlink != DEFAULTS["downlink"],
          f"downlink = {config.downlink!r} in a one-shot merge, which sends no model: leave it out"),
         (config.budget() is not None, "an upload budget with secure; all parties share one mask: "

@@ -24,6 +24,7 @@ def inspect(
 
     from dare_agg.cli.output import print_json, stdout_console
     from dare_agg.codec.update_file import read_update_file
+    from dare_agg.errors import ConfigError
     from dare_agg.offline.adapters.folder import is_adapter
     from dare_agg.offline.adapters.serving import describe_adapter
     from dare_agg.offline.diff import describe_update
@@ -37,6 +38,11 @@ def inspect(
         for name, value in about.items():
             stdout_console().print(f"{name}: {value}", highlight=False, soft_wrap=True)
         return
+    if update.is_dir():
+        raise ConfigError(
+            f"{str(update)!r} is a folder without adapter_config.json; give an update file, which "
+            "dare-agg diff writes, or the folder of a LoRA adapter"
+        )
     facts = describe_update(*read_update_file(update), update.stat().st_size)
     if json_:
         print_json(facts)

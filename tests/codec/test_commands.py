@@ -189,6 +189,7 @@ def test_same_seed_same_bytes_and_models_have_masks_of_their_own(tmp_path, capsy
         (("apply", "BASE", "nowhere.dare", "-o", "y.safetensors"), "nowhere.dare"),
         (("inspect", "cut.dare"), "bytes"),
         (("inspect", "BASE"), "no update file"),
+        (("inspect", "FOLDER"), "is a folder without adapter_config.json; give an update file"),
     ],
 )
 def test_bad_input_is_one_line_and_leaves_nothing(tmp_path, capsys, monkeypatch, words, says):
@@ -201,7 +202,7 @@ def test_bad_input_is_one_line_and_leaves_nothing(tmp_path, capsys, monkeypatch,
     write_checkpoint(tmp_path / "nan.safetensors", broken)
     before = sorted(p.name for p in tmp_path.iterdir())
     capsys.readouterr()
-    names = {"BASE": base, "TUNED": tuned, "NAN": tmp_path / "nan.safetensors"}
+    names = {"BASE": base, "TUNED": tuned, "NAN": tmp_path / "nan.safetensors", "FOLDER": tmp_path}
     assert call(*(names.get(word, word) for word in words)) == 1
     said = capsys.readouterr().err
     assert said.startswith("error: ") and said.count("\n") == 1

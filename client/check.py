@@ -1,7 +1,7 @@
 """What every client would refuse at once, found before one starts: words, data and model.
 
-`dare-agg run` asks this where the clients run on this machine too. What only a hub can tell, or
-only reading the data, clients say themselves.
+`dare-agg run` asks this where the clients run on this machine too. What only a hub can tell,
+or only reading a large file or tokens, clients say themselves.
 """
 
 from __future__ import annotations
@@ -39,7 +39,9 @@ def check(run: Mapping[str, ConfigValue]) -> None:
         _check_data(config)
         _check_model(config.model)
         check_four_bits(config)
-        find_task(config).check((config.train,))
+        task = find_task(config)
+        task.check((config.train,))
+        task.look(config)
 
 
 def _check_data(config: TaskConfig) -> None:

@@ -85,6 +85,11 @@ class _Columns:
     label_optional: bool
     encoding: str
 
+    @property
+    def words(self) -> dict[str, str]:
+        """The run config's keys that name text and label."""
+        return {self.label: "label-column", self.text: "text-column"}
+
 
 def _read_file(path: Path, columns: _Columns, delimiter: str, notes: list[str]) -> list[RawRow]:
     if not path.is_file():
@@ -96,7 +101,13 @@ def _read_file(path: Path, columns: _Columns, delimiter: str, notes: list[str]) 
     else:
         wanted = (columns.text, *(() if columns.label_optional else (columns.label,)))
         group = (columns.group,) if columns.group else ()
-        table = read_table(path, (*wanted, *group), delimiter=delimiter, encoding=columns.encoding)
+        table = read_table(
+            path,
+            (*wanted, *group),
+            delimiter=delimiter,
+            encoding=columns.encoding,
+            words=columns.words,
+        )
     notes += table.notes
     return _pick(f"data file {str(path)!r}", table, columns, notes)
 
@@ -160,7 +171,9 @@ def _pick(what: str, table: Table, columns: _Columns, notes: list[str]) -> list[
     labelled = columns.label in table.names or not columns.label_optional
     for wanted in (columns.text, *((columns.label,) if labelled else ()), columns.group):
         if wanted and wanted not in table.names:
-            raise ConfigError(no_column(what, wanted, table.names))
+            raise ConfigError(
+                no_column(what, wanted, table.names, columns.words.get(wanted, ""), columns.words)
+            )
     texts = table.column(columns.text)
     labels = table.column(columns.label) if labelled else [""] * len(texts)
     groups = table.column(columns.group) if columns.group else [""] * len(texts)

@@ -6,6 +6,7 @@ import csv
 import io
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
+from difflib import get_close_matches
 from pathlib import Path
 from typing import Any
 
@@ -23,6 +24,15 @@ csv.field_size_limit(MOST_FIELD)
 _DELIMITED = {".csv": ",", ".tsv": "\t", ".tab": "\t"}
 _JSON = (".json", ".jsonl", ".ndjson")
 SUFFIXES = (*_DELIMITED, *_JSON, ".parquet")
+# Columns of questions and answers, as data sets of instructions call them.
+_PAIRS = (
+    ("instruction", "output"),
+    ("instruction", "response"),
+    ("prompt", "completion"),
+    ("prompt", "response"),
+    ("question", "answer"),
+    ("input", "output"),
+)
 DELIMITERS = {"comma": ",", "semicolon": ";", "tab": "\t", "pipe": "|", "\\t": "\t"}
 _GUESSED = (",", ";", "\t", "|")
 
@@ -38,9 +48,16 @@ class Table:
 
 
 def read_table(
-    path: Path, wanted: Sequence[str], *, delimiter: str = "", encoding: str = ""
+    path: Path,
+    wanted: Sequence[str],
+    *,
+    delimiter: str = "",
+    encoding: str = "",
+    words: Mapping[str, str] | None = None,
 ) -> Table:
     """Read a file's table; the ``wanted`` columns tell by which delimiter, where none is told.
+
+    ``words`` are the run config's keys that name the columns, for what is said of a missing one.
 
     Raises `ConfigError` for a file that cannot be read as what it is named, with the line.
     """
@@ -52,14 +69,36 @@ def read_table(
     if kind in _JSON:
         table = _json(text, what)
     else:
-        table = _delimited(text, what, wanted, _delimiter(delimiter), _DELIMITED.get(kind, ","))
+        usual = _DELIMITED.get(kind, ",")
+        table = _delimited(text, what, wanted, _delimiter(delimiter), usual, words or {})
     return Table(table.names, table.column, table.row, [*notes, *table.notes])
 
 
-def no_column(what: str, wanted: str, names: Iterable[str]) -> str:
-    """Say that a column is missing, which there are, and how to name another."""
-    known = [f"{name[:40]}…" if len(name) > 40 else name for name in list(names)[:20]]
-    return f"{what} has no column {wanted!r}{did_you_mean(wanted, known)}"
+def no_column(
+    what: str, wanted: str, names: Iterable[str], word: str = "", taken: Iterable[str] = ()
+) -> str:
+    """Say that a column is missing, which there are, and by which ``word`` another is named.
+
+    That other one is none of those ``taken``, where there are more.
+    """
+    names = list(names)
+    known = [f"{name[:40]}…" if len(name) > 40 else name for name in names[:20]]
+    said = f"{what} has no column {wanted!r}{did_you_mean(wanted, known)}"
+    if not word or not names:
+        return said
+    left = [name for name in names if name not in taken]
+    near = get_close_matches(wanted, left, n=1)
+    said += f"{' Name' if said.endswith('?') else '; name'} it: {word}={(near or left or names)[0]}"
+    pair = likely_pair(names)
+    if pair and word in ("text-column", "label-column"):
+        said += f"; as questions and answers: prompt-column={pair[0]}, answer-column={pair[1]}"
+    return said
+
+
+def likely_pair(names: Iterable[str]) -> tuple[str, str] | None:
+    """The columns that by their names hold questions and answers, where two do."""
+    known = set(names)
+    return next((pair for pair in _PAIRS if known.issuperset(pair)), None)
 
 
 # --- delimited -------------------------------------------------------------------------------
@@ -74,7 +113,14 @@ def _delimiter(told: str) -> str:
     return found
 
 
-def _delimited(text: str, what: str, wanted: Sequence[str], told: str, usual: str) -> Table:
+def _delimited(
+    text: str,
+    what: str,
+    wanted: Sequence[str],
+    told: str,
+    usual: str,
+    words: Mapping[str, str],
+) -> Table:
     notes: list[str] = []
     first = text.lstrip("\r\n").split("\n", 1)[0].rstrip("\r")
     skipped = 0
@@ -85,7 +131,7 @@ def _delimited(text: str, what: str, wanted: Sequence[str], told: str, usual: st
     heads = {one: _header(text, one) for one in tried}
     fitting = [one for one, names in heads.items() if set(wanted) <= set(names)]
     if not fitting:
-        raise ConfigError(_unfitting(what, wanted, heads, tried[0], bool(told)))
+        raise ConfigError(_unfitting(what, wanted, heads, tried[0], bool(told), words))
     chosen = fitting[0]
     if chosen != tried[0]:
         notes.append(f"{what} was read with the delimiter {chosen!r}, which its first row fits")
@@ -114,7 +160,12 @@ def _header(text: str, delimiter: str) -> list[str]:
 
 
 def _unfitting(
-    what: str, wanted: Sequence[str], heads: Mapping[str, list[str]], usual: str, told: bool
+    what: str,
+    wanted: Sequence[str],
+    heads: Mapping[str, list[str]],
+    usual: str,
+    told: bool,
+    words: Mapping[str, str],
 ) -> str:
     names = heads[usual]
     missing = next(name for name in wanted if name not in names)
@@ -131,7 +182,7 @@ def _unfitting(
         return f"{said}; it has one column where the told delimiter {usual!r} divides"
     if any(len(name) > 40 or name.replace(".", "", 1).isdigit() or not name for name in names):
         return f"{said}; its first row looks like data: add one of column names above it"
-    return f"{said}; name it, such as text-column={names[0] if names else 'NAME'}"
+    return no_column(what, missing, names, words.get(missing, ""), wanted)
 
 
 # Ways to write a delimited file beside RFC 4180, and how they are said.

@@ -13,6 +13,7 @@ from typing import Any
 from client.encoding import decode
 from dare_agg.errors import ConfigError
 
+_SMALL = 4 << 20  # bytes of a file that is read in a moment
 MOST_BYTES = 4 << 30  # of a file, unpacked
 
 _UNPACKED: Mapping[bytes, Callable[[Any], Any]] = {
@@ -31,6 +32,15 @@ _OTHER_KINDS = {
     b"<html": "a web page, not the data; download the file itself",
     b"%PDF": "a PDF document; export its table as CSV",
 }
+
+
+def is_small(path: Path) -> bool:
+    """Whether a plain file is read in a moment."""
+    return (
+        path.is_file()
+        and path.stat().st_size <= _SMALL
+        and path.suffix.lower() not in _PACKED_NAMES
+    )
 
 
 def kind_of(path: Path) -> str:

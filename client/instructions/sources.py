@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from client.cells import label_of, text_of
-from client.config import TaskConfig
+from client.config import DEFAULTS, TaskConfig
 from client.data import named_labels, open_datasets
 from client.instructions.columns import columns_of
 from client.instructions.conversations import (
@@ -22,11 +22,13 @@ from client.instructions.conversations import (
     with_system,
 )
 from client.rows import RawRow, RawSets
-from client.tables import SUFFIXES, Table, no_column, read_table
+from client.tables import SUFFIXES, Table, likely_pair, no_column, read_table
 from client.text_files import kind_of
 from dare_agg.errors import ConfigError
 
 MESSAGES = "messages"
+# Files whose beginning names every column.
+_TOLD = (".csv", ".tsv", ".tab", ".parquet")
 
 
 @dataclass(frozen=True)
@@ -58,11 +60,19 @@ def holds_conversations(config: TaskConfig) -> bool:
     """Whether the columns of the configuration's data, as far as they are here, are such."""
     if config.data in BUILT_IN_CONVERSATIONS:
         return True
-    return any(_fit(names, config) for names in columns_of(Path(config.data), config.delimiter))
+    seen = columns_of(Path(config.data), config.delimiter)
+    return any(_fit(names, config) for names in seen) or _meant(seen, config)
 
 
 def _fit(names: Sequence[str], config: TaskConfig) -> bool:
     return MESSAGES in names or {config.prompt_column, config.answer_column} <= set(names)
+
+
+def _meant(seen: Sequence[Sequence[str]], config: TaskConfig) -> bool:
+    """Whether columns of conversations are named of data without a text, be it wrongly."""
+    usual = (DEFAULTS["prompt-column"], DEFAULTS["answer-column"])
+    told = (config.prompt_column, config.answer_column) != usual
+    return bool(seen) and told and not any(config.text_column in names for names in seen)
 
 
 def load_conversations(config: TaskConfig) -> tuple[RawSets, list[str]]:
@@ -110,7 +120,7 @@ def _from_file(path: Path, config: TaskConfig, notes: list[str]) -> list[RawRow]
     seen = columns_of(path, config.delimiter)
     pair = (config.prompt_column, config.answer_column)
     wanted = (MESSAGES,) if any(MESSAGES in names for names in seen) else pair
-    if len(seen) > 1 and not any(_fit(names, config) for names in seen):
+    if seen and not any(_fit(names, config) for names in seen) and kind_of(path) in _TOLD:
         raise ConfigError(_no_conversations(what, config, max(seen, key=len)))
     group = (config.partition_by,) if config.partition_by else ()
     table = read_table(
@@ -122,9 +132,12 @@ def _from_file(path: Path, config: TaskConfig, notes: list[str]) -> list[RawRow]
 
 def _no_conversations(what: str, config: TaskConfig, names: Sequence[str]) -> str:
     missing = next(n for n in (config.prompt_column, config.answer_column) if n not in names)
+    said = no_column(what, missing, names)
+    if said.endswith("?"):
+        return said
+    asked, told = likely_pair(names) or ("NAME", "NAME")
     return (
-        f"{no_column(what, missing, names)}, and no column {MESSAGES!r}; name prompt-column and "
-        "answer-column"
+        f"{said}, and no column {MESSAGES!r}; name prompt-column={asked} and answer-column={told}"
     )
 
 

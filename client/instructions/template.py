@@ -11,6 +11,7 @@ from __future__ import annotations
 import re
 from collections.abc import Iterator, Sequence
 from functools import lru_cache
+from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -19,11 +20,14 @@ from numpy.typing import NDArray
 from client.instructions.conversations import ASSISTANT, SYSTEM, Conversation
 from client.models import model_path
 from dare_agg.errors import ConfigError
+from dare_agg.files.json_text import read_settings
 
 Ids = NDArray[np.int32]
 Mask = NDArray[np.bool_]
 
 _GENERATION = re.compile(r"\{%-?\s*generation\s*-?%\}")
+# Files of a model's folder that hold templates, beside tokenizer_config.json.
+_TEMPLATES = ("chat_template.jinja", "chat_template.json", "additional_chat_templates")
 _TOGETHER = 256  # conversations that are tokenised at once
 
 
@@ -56,11 +60,25 @@ def _template(tokenizer: Any, what: str = "the model") -> str:
     try:
         return str(tokenizer.get_chat_template())
     except (ValueError, AttributeError) as error:
-        raise ConfigError(
-            f"{what} has no chat template, so it does not say how a conversation becomes text; "
-            "take a model tuned for conversations, put chat_template.jinja into its folder, or "
-            "train on plain text"
-        ) from error
+        raise ConfigError(_no_template(what)) from error
+
+
+def refuse_without_template(model: str) -> None:
+    """Refuse a model's folder whose files hold no chat template, without loading a tokenizer."""
+    folder = Path(model_path(model))
+    settings = folder / "tokenizer_config.json"
+    if not settings.is_file() or any((folder / name).exists() for name in _TEMPLATES):
+        return
+    if not read_settings(settings).get("chat_template"):
+        raise ConfigError(_no_template(f"model {model!r}"))
+
+
+def _no_template(what: str) -> str:
+    return (
+        f"{what} has no chat template, so it does not say how a conversation becomes text; "
+        "take a model tuned for conversations, put chat_template.jinja into its folder, or "
+        'name a column of plain text (task="causal-lm", text-column)'
+    )
 
 
 def coded(tokenizer: Any, conversation: Conversation) -> tuple[Ids, Mask]:

@@ -7,6 +7,7 @@ into blocks of ``length`` tokens, so no block mixes two groups and none is mostl
 from __future__ import annotations
 
 from collections.abc import Iterator
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -25,13 +26,34 @@ from client.models import (
 from client.rows import Data, Indices, Rows
 from client.tasks.cross_entropy import IGNORED
 from client.tasks.task import Batch, Metrics, Reader, Task, test_share
+from client.text_files import is_small
 from dare_agg.errors import ConfigError
 
 
 def load_blocks(config: TaskConfig) -> Data:
     """Load the configuration's texts as blocks of token ids (int32, at most ``length`` each)."""
+    data = load_plain_text(config)
+    tokenizer = load_tokenizer(config.model)
+    return Data(
+        data.name,
+        pack_blocks(data.train, tokenizer, config, 1),
+        pack_blocks(data.test, tokenizer, config, 2),
+        data.label_names,
+        data.notes,
+    )
+
+
+def look_at_text(config: TaskConfig) -> None:
+    """Refuse a model of another kind, and a small file from which nothing can be learned."""
     check_model(config)
-    data = load_text(
+    if is_small(Path(config.data)):
+        load_plain_text(config)
+
+
+def load_plain_text(config: TaskConfig) -> Data:
+    """Load the configuration's texts, which need no labels."""
+    check_model(config)
+    return load_text(
         config.data,
         text_column=config.text_column,
         label_column=config.label_column,
@@ -41,14 +63,6 @@ def load_blocks(config: TaskConfig) -> Data:
         label_optional=True,  # labels only serve to divide rows: clients need not share them
         test_share=test_share(config),
         seed=config.seed,
-    )
-    tokenizer = load_tokenizer(config.model)
-    return Data(
-        data.name,
-        pack_blocks(data.train, tokenizer, config, 1),
-        pack_blocks(data.test, tokenizer, config, 2),
-        data.label_names,
-        data.notes,
     )
 
 
@@ -184,4 +198,5 @@ TASK = Task(
         "vocabulary; merge by regmean or by a method that needs no statistics",
     },
     evaluate_rows=8,  # logits over a whole vocabulary are large
+    look=look_at_text,
 )

@@ -9,6 +9,7 @@ import inspect
 from collections.abc import Sequence
 from dataclasses import replace
 from functools import lru_cache
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -19,12 +20,13 @@ from client.instructions.generation import exact_match, generate_answers, last_n
 from client.instructions.lengths import Example, check_taught, cut, lengths
 from client.instructions.packing import batch_arrays, check_apart
 from client.instructions.sources import holds_conversations, load_conversations
-from client.instructions.template import coded_all, open_tokenizer
+from client.instructions.template import coded_all, open_tokenizer, refuse_without_template
 from client.models import model_path
 from client.rows import Data, Indices, Rows, make_data
 from client.tasks import causal_lm
 from client.tasks.cross_entropy import IGNORED
 from client.tasks.task import Batch, Metrics, Reader, Task, test_share, told_labels
+from client.text_files import is_small
 from dare_agg.errors import ConfigError
 
 _TOGETHER = 16  # rows that are answered at once
@@ -48,6 +50,14 @@ def load_examples(config: TaskConfig) -> Data:
     told_answers = _check_answers(config, test if len(test) else train)
     said = (*notes, *told, *told_test, *told_answers)
     return replace(data, train=train, test=test, notes=said)
+
+
+def look_at_conversations(config: TaskConfig) -> None:
+    """Refuse a small file without conversations, and a model's folder without a template."""
+    causal_lm.check_model(config)
+    refuse_without_template(config.model)
+    if is_small(Path(config.data)):
+        load_conversations(config)
 
 
 def _examples(
@@ -207,4 +217,5 @@ TASK = Task(
     evaluate_rows=8,  # logits over a whole vocabulary are large
     by_label=True,
     answered=generated,
+    look=look_at_conversations,
 )

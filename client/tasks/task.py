@@ -58,6 +58,10 @@ def test_share(config: TaskConfig) -> float:
     return 0.0 if config.held_out else 0.2
 
 
+def _nothing_seen(config: TaskConfig) -> None:
+    return None
+
+
 def _no_answers(network: Any, config: TaskConfig, data: Data, rows: Rows, at: Indices) -> Metrics:
     return {}
 
@@ -90,6 +94,8 @@ class Task:
         among them.
     answered: further metrics of a network on some rows that need more than scores, told label
         by label in the same way.
+    look: refuses what can be told of data and model in a moment and without torch, as ``load``
+        would; asked before anything starts.
     """
 
     name: str
@@ -108,6 +114,7 @@ class Task:
     evaluate_rows: int = 100
     by_label: bool = False
     answered: Answered = _no_answers
+    look: Callable[[TaskConfig], object] = _nothing_seen
 
     def check(self, needs: Iterable[str]) -> None:
         """Raise `ConfigError` for the first of these that the task refuses."""

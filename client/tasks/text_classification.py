@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Any
 
 from client.config import TaskConfig
@@ -10,6 +11,7 @@ from client.head import linear_head, with_adapters
 from client.models import IMAGE_ENCODER, built_in_kind, model_path, refuse_quantised_model
 from client.rows import Data, Indices, Rows
 from client.tasks.task import Batch, Reader, Task, test_share
+from client.text_files import is_small
 from dare_agg.errors import ConfigError
 
 
@@ -26,6 +28,12 @@ def load_labelled_text(config: TaskConfig) -> Data:
         test_share=test_share(config),
         seed=config.seed,
     )
+
+
+def look_at_text(config: TaskConfig) -> None:
+    """Refuse a small file from which nothing can be learned."""
+    if is_small(Path(config.data)):
+        load_labelled_text(config)
 
 
 def text_reader(config: TaskConfig, rows: Rows) -> Reader:
@@ -97,4 +105,5 @@ TASK = Task(
     load=load_labelled_text,
     network=text_model,
     reader=text_reader,
+    look=look_at_text,
 )

@@ -19,6 +19,8 @@ from server.config import METHODS, RunConfig
 LOG = logging.getLogger("flwr")
 # Remarks on data, of one node and of all, that are shown.
 _MOST_NOTES = 8
+# What a query asks a node to do, in words.
+_ASKED = {"describe": "describe its data", "initial": "make the first model"}
 
 
 def ask(
@@ -50,11 +52,13 @@ def ask(
             if went_away(reply):
                 continue
             if reply.has_error():
-                raise RunError(f"node {asked[index]} could not {what}: {said_by(reply)}")
+                did = _ASKED.get(what, what)
+                raise RunError(f"node {asked[index]} could not {did}: {said_by(reply)}")
             contents[asked[index]] = reply.content
     for node in nodes:
         if node not in contents:
-            raise RunError(f"node {node} did not {what} within {timeout:g} s; check its log")
+            did = _ASKED.get(what, what)
+            raise RunError(f"node {node} did not {did} within {timeout:g} s; check its log")
     return [contents[node] for node in nodes]
 
 

@@ -47,12 +47,12 @@ def test_a_node_that_was_lost_is_asked_again(app: ClientApp) -> None:
 
 def test_an_app_that_fails_is_named_at_once(app: ClientApp) -> None:
     grid = MemoryGrid(app, 3, tamper=failing(code=2, times=1))
-    with pytest.raises(RunError, match="could not describe: gone"):
+    with pytest.raises(RunError, match="could not describe its data: gone"):
         ask(grid, list(grid.partitions), "describe", ConfigRecord(), 30)
 
 
 def test_a_node_that_stays_away_is_named_in_time(app: ClientApp) -> None:
     grid = MemoryGrid(app, 2)
     grid.offline = {list(grid.partitions)[1]}
-    with pytest.raises(RunError, match="did not describe within 1 s"):
+    with pytest.raises(RunError, match="did not describe its data within 1 s"):
         ask(grid, list(grid.partitions), "describe", ConfigRecord(), 1)

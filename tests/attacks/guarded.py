@@ -82,7 +82,7 @@ def learner(**own: Callable[[], object]) -> ClientApp:
 
     @app.evaluate()
     def evaluate(msg: Message, context: Context) -> Message:
-        record = MetricRecord({"num-examples": 3, "accuracy": 0.5})
+        record = MetricRecord({"num-examples": 3, "accuracy": 0.5, f"rows:{SECRET}": 3})
         more = ConfigRecord({"notes": SECRET})
         return Message(RecordDict({"metrics": record, "more": more}), reply_to=msg)
 

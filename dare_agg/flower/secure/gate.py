@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import logging
 
-from flwr.app import Context, Error, Message, MessageType, RecordDict
+from flwr.app import Context, Error, Message, MessageType, MetricRecord, RecordDict
 
 from dare_agg.downlink.protocol import Receiver
 from dare_agg.errors import REASONS, BaseMismatchError, DareError
@@ -46,6 +46,8 @@ TOLD = frozenset(
     )
 )  # fmt: skip
 TURNED_AWAY = "this node takes part in secure sums only: refused"
+# Behind it a metric's name has what it is of: a label, a group, and so this node's own words.
+_OF_A_PART = ":"
 KEPT_HERE = "this party does not take part; its own log says why"
 
 
@@ -83,11 +85,17 @@ def turned_away(message: Message) -> Message:
 
 
 def in_fixed_words(reply: Message, asked: Message) -> Message:
-    """An answer to a hello or an evaluation: our own record and numbers, and nothing beside."""
+    """An answer to a hello or an evaluation: our own record and numbers, and nothing beside.
+
+    Numbers of all the rows: metrics by label (``loss:LABEL``) have names of the data's own.
+    """
     if reply.has_error():
         LOG.warning("secure party: %s", reply.error.reason)
         return Message(Error(FailureCode.APP_RAISED, KEPT_HERE), reply_to=asked)
-    content = RecordDict(dict(reply.content.metric_records.items()))  # type: ignore[arg-type]
+    content = RecordDict()
+    for name, record in reply.content.metric_records.items():
+        numbers = {key: value for key, value in record.items() if _OF_A_PART not in key}
+        content[name] = MetricRecord(numbers)
     own, refusal = read_config(reply.content, REPLY_KEY), read_refusal(reply)
     if refusal is not None:
         LOG.warning("secure party: %s: %s", refusal.reason, refusal.detail)

@@ -21,8 +21,9 @@ from client.instructions.conversations import (
     from_messages,
     with_system,
 )
+from client.missing_columns import likely_pair, no_column
 from client.rows import RawRow, RawSets
-from client.tables import SUFFIXES, Table, likely_pair, no_column, read_table
+from client.tables import SUFFIXES, Table, read_table
 from client.text_files import kind_of
 from dare_agg.errors import ConfigError
 

@@ -8,7 +8,7 @@ from typing import Any, NoReturn
 
 import click
 import typer
-from typer.core import TyperGroup
+from typer.core import TyperCommand, TyperGroup
 
 from dare_agg import __version__
 from dare_agg.cli import signals
@@ -43,17 +43,27 @@ EXTRAS: dict[str, tuple[str, ...]] = {
 }
 
 
+class PlainCommand(TyperCommand):
+    """A command whose help is plain: typer escapes brackets for rich where rich shows nothing."""
+
+    def get_help(self, ctx: click.Context) -> str:
+        """The text of ``--help``."""
+        return super().get_help(ctx).replace("\\[", "[")
+
+
 def load_command(name: str) -> click.Command:
     """Import ``dare_agg.cli.<name>`` and return its command (a group where it has one)."""
     attribute = name.replace("-", "_")
     module = importlib.import_module(f"dare_agg.cli.{attribute}")
     target = getattr(module, attribute)
     if isinstance(target, typer.Typer):
-        command = typer.main.get_command(target)
+        commands = target
     else:
-        single = typer.Typer(add_completion=False, rich_markup_mode=None)
-        single.command(name=name)(target)
-        command = typer.main.get_command(single)
+        commands = typer.Typer(add_completion=False, rich_markup_mode=None)
+        commands.command(name=name)(target)
+    for one in commands.registered_commands:
+        one.cls = PlainCommand
+    command = typer.main.get_command(commands)
     command.name = name
     return command
 

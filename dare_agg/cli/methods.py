@@ -47,13 +47,19 @@ def methods(
         return
     console = stdout_console()
     for row in rows:
-        console.print(f"[bold]{row.name}[/bold]  {row.formula}", highlight=False)
+        console.print(f"[bold]{row.name}[/bold]  {row.formula}", highlight=False, soft_wrap=True)
         needs = f"; needs --statistics ({row.statistics})" if row.statistics else ""
-        console.print(f"  weights {'1/n' if row.mean else '1'} by default{needs}", highlight=False)
+        console.print(
+            f"  weights {'1/n' if row.mean else '1'} by default{needs}",
+            highlight=False,
+            soft_wrap=True,
+        )
         for key, option in row.options.items():
             words = f" ({' | '.join(option.choices)})" if option.choices else ""
             usual = option.usual if option.default is None else option.default
             default = "" if usual is None else f" \\[{usual}]"
             each = ", or one a model" if option.per_model else ""
-            console.print(f"  {key}{default}: {option.help}{words}{each}", highlight=False)
-        console.print(f"  {row.reference}", highlight=False, style="dim")
+            console.print(
+                f"  {key}{default}: {option.help}{words}{each}", highlight=False, soft_wrap=True
+            )
+        console.print(f"  {row.reference}", highlight=False, soft_wrap=True, style="dim")

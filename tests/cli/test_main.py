@@ -10,6 +10,7 @@ from pathlib import Path
 import pytest
 
 from dare_agg.cli.main import COMMANDS, load_command, main
+from dare_agg.merge.methods import METHODS
 
 WITHOUT_EXTRAS = """
 import sys
@@ -28,6 +29,27 @@ main({arguments})
 @pytest.mark.parametrize("name", COMMANDS)
 def test_each_listed_command_exists(name: str) -> None:
     assert load_command(name).name == name
+
+
+@pytest.mark.parametrize("words", [["diff"], ["run"], ["keys", "make"]], ids=" ".join)
+def test_help_shows_brackets_as_they_are(
+    words: list[str], capsys: pytest.CaptureFixture[str]
+) -> None:
+    with pytest.raises(SystemExit):
+        main([*words, "--help"])
+    said = capsys.readouterr().out
+    assert "[default: " in said and "\\[" not in said
+
+
+def test_a_method_is_told_in_lines_that_are_whole(capsys: pytest.CaptureFixture[str]) -> None:
+    row = METHODS["wudi"]
+    with pytest.raises(SystemExit):
+        main(["methods", row.name])
+    lines = capsys.readouterr().out.splitlines()
+    assert lines[0] == f"{row.name}  {row.formula}" and lines[-1] == f"  {row.reference}"
+    assert len(lines) == 3 + len(row.options)
+    for key, option in row.options.items():
+        assert f"  {key} [{option.default}]: {option.help}" in "\n".join(lines)
 
 
 def test_a_mistyped_command_gets_a_suggestion(capsys: pytest.CaptureFixture[str]) -> None:

@@ -43,6 +43,8 @@ _HAS_TABLE = 0x80
 _COUNT = struct.Struct("<I")
 # In all families together, a client each; a small model draws so many in half a second.
 MAX_MASKS = 1 << 14
+# Strata of all masks together, of keep rates by tensor: some 300 bytes of whoever draws them each.
+MAX_STRATA = 1 << 20
 HEAD = struct.Struct("<4sBBBBI32s32s16sHHQQQ8s")
 FAMILY = struct.Struct("<BIIII16s")
 _VALUES = {row.code: row.name for row in VALUE_FORMATS.values()}
@@ -83,7 +85,7 @@ def families_of(plans: Sequence[DrawnMask]) -> tuple[Family, ...]:
 def write_step(head: StepHead, payload: bytes, dense: bytes) -> Step:
     """Put a step together: head, checksum and both payloads, as it is stored and sent.
 
-    Raises `ConfigError` for more than `MAX_MASKS` masks.
+    Raises `ConfigError` for more than `MAX_MASKS` masks or `MAX_STRATA` strata.
     """
     return Step(head, head_bytes(head, (payload,), len(payload), dense) + payload, dense)
 
@@ -91,7 +93,7 @@ def write_step(head: StepHead, payload: bytes, dense: bytes) -> Step:
 def head_bytes(head: StepHead, payload: Iterable[bytes], nbytes: int, dense: bytes) -> bytes:
     """What stands before the payload of a step, which comes in pieces, ``nbytes`` in all.
 
-    Raises `ConfigError` for more than `MAX_MASKS` masks.
+    Raises `ConfigError` for more than `MAX_MASKS` masks or `MAX_STRATA` strata.
     """
     families = b"".join(
         FAMILY.pack(
@@ -108,10 +110,10 @@ def head_bytes(head: StepHead, payload: Iterable[bytes], nbytes: int, dense: byt
     if tables:
         families += _COUNT.pack(len(tables[0].levels))
         families += b"".join(table.to_bytes() for table in tables)
-    if (masks := sum(family.ranks for family in head.families)) > MAX_MASKS:
+    if too_many := _too_many(head.families):
         raise ConfigError(
-            f"{masks} masks in a round, at most {MAX_MASKS} make a step: sample fewer clients, or "
-            "choose the downlink 'full'"
+            f"{too_many} make a step: sample fewer clients in a round, or choose the downlink "
+            "'full' or one keep rate for all tensors"
         )
 
     def packed(checksum: bytes) -> bytes:
@@ -235,8 +237,8 @@ def _read_step(body: bytes, at: int, dense: bytes, dense_at: int) -> Step:
             raise UpdateError(f"mask family of kind {kind}, {ranks} ranks", reason="malformed")
         found.append(Family(MASK_KINDS[kind], DropRate(num, den), first, ranks, mask_key, table))
     # Each mask is drawn again: a head of 200 bytes could ask for billions.
-    if (masks := sum(family.ranks for family in found)) > MAX_MASKS:
-        raise UpdateError(f"step of {masks} masks, at most {MAX_MASKS}", reason="mask")
+    if too_many := _too_many(found):
+        raise UpdateError(f"step of {too_many} can be drawn", reason="mask")
     if _FORMS[form].masked and not found:
         raise UpdateError("step without the masks it is made of", reason="malformed")
     head = StepHead(
@@ -251,6 +253,17 @@ def _read_step(body: bytes, at: int, dense: bytes, dense_at: int) -> Step:
         survivors,
     )
     return Step(head, mine, my_dense)
+
+
+def _too_many(families: Sequence[Family]) -> str:
+    """What is too much to be drawn again, and how much of it there may be; "" for nothing."""
+    masks = sum(family.ranks for family in families)
+    if masks > MAX_MASKS:
+        return f"{masks} masks, at most {MAX_MASKS}"
+    strata = sum(f.ranks * len(f.table.levels) for f in families if f.table is not None)
+    if strata > MAX_STRATA:
+        return f"masks of {strata} strata by tensor, at most {MAX_STRATA}"
+    return ""
 
 
 def _broken(what: str) -> UpdateError:

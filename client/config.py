@@ -150,7 +150,16 @@ def configure(**words: Any) -> TaskConfig:
 
 # What a node's own config may set. Each of these may also be a list in the run config: one
 # entry for each of several data sources.
-_OWN = ("data", "text-column", "label-column", "delimiter", "encoding", "partition-by")
+_OWN = (
+    "data",
+    "text-column",
+    "label-column",
+    "prompt-column",
+    "answer-column",
+    "delimiter",
+    "encoding",
+    "partition-by",
+)
 # What it trains on, in how much memory, and what it keeps is a machine's own affair, too.
 _MACHINE = (
     "device",

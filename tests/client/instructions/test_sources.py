@@ -4,7 +4,7 @@ import json
 
 import pytest
 
-from client.config import configure
+from client.config import DEFAULTS, configure, task_config
 from client.instructions.generation import last_number
 from client.instructions.sources import holds_conversations, load_conversations
 from client.tasks.table import find_task
@@ -103,6 +103,17 @@ def test_other_columns_are_named(tmp_path):
     lines = str(json_lines(tmp_path / "b.jsonl", rows))
     with pytest.raises(ConfigError, match="and no column 'messages'"):
         load_conversations(configure(data=lines))
+
+
+def test_columns_are_a_nodes_own_or_one_for_each_source():
+    node = {"prompt-column": "q", "answer-column": "a"}
+    mine = task_config({**DEFAULTS, "prompt-column": "question"}, node)
+    assert (mine.prompt_column, mine.answer_column) == ("q", "a")
+    run = {**DEFAULTS, "data": "a.csv,b.csv", "prompt-column": "q,question"}
+    told = [task_config(run, {"partition-id": place}) for place in (0, 1)]
+    assert [(one.prompt_column, one.answer_column) for one in told] == [
+        ("q", "answer"), ("question", "answer")
+    ]  # fmt: skip
 
 
 def test_a_datasets_name_keeps_its_test_split(tmp_path):

@@ -38,8 +38,11 @@ def diff(
         ),
     ] = None,
     gram_bits: Annotated[
-        int, typer.Option("--gram-bits", help="Bits of their elements: 1, 2, 4, 8, 16 or 32.")
-    ] = 2,
+        int | None,
+        typer.Option(
+            "--gram-bits", help="Bits of their elements: 1, 2 (the default), 4, 8, 16 or 32."
+        ),
+    ] = None,
     exclude: Annotated[
         list[str] | None, typer.Option("--exclude", help="Regular expression of tensors left out.")
     ] = None,
@@ -56,10 +59,14 @@ def diff(
 
     if out.suffix != ".dare":
         raise ConfigError(f"{out} does not end in .dare, by which updates are known; rename it")
+    if gram_bits is not None and gram is None:
+        raise ConfigError(
+            f"--gram-bits {gram_bits} without --gram, the number of directions; add --gram 8"
+        )
     write_diff(
         base, tuned, out, drop_rate=drop_rate, values=values, mask=mask, seed=seed, rank=rank,
         exclude=tuple(exclude or ()), keep_rates=keep_rates, gram=gram,
-        gram_bits=gram_bits, overwrite=force,
+        gram_bits=2 if gram_bits is None else gram_bits, overwrite=force,
     )  # fmt: skip
     facts = describe_update(*read_update_file(out), out.stat().st_size)
     if json_:

@@ -182,6 +182,7 @@ def test_same_seed_same_bytes_and_models_have_masks_of_their_own(tmp_path, capsy
         (("diff", "BASE", "TUNED", "-o", "y.dare", "--values", "b3"), "value format"),
         (("diff", "BASE", "TUNED", "-o", "y.dare", "--mask", "any"), "mask 'any'"),
         (("diff", "BASE", "TUNED", "-o", "y.dare", "--seed", "-1"), "seed"),
+        (("diff", "BASE", "TUNED", "-o", "y.dare", "--gram-bits", "4"), "add --gram 8"),
         (("diff", "BASE", "NAN", "-o", "y.dare"), "layer.0.weight"),
         (("apply", "TUNED", "x.dare", "-o", "y.safetensors"), "give the base it was made from"),
         (("apply", "BASE", "BASE", "-o", "y.safetensors"), "no update file"),

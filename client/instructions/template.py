@@ -45,7 +45,7 @@ def open_tokenizer(model: str) -> Any:
     from transformers import AutoTokenizer
 
     try:
-        tokenizer = AutoTokenizer.from_pretrained(model_path(model))
+        tokenizer = AutoTokenizer.from_pretrained(model_path(model), trust_remote_code=False)
     except (OSError, ValueError) as error:
         raise ConfigError(
             f"the tokenizer of model {model!r} cannot be loaded: "

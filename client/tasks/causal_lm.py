@@ -80,7 +80,7 @@ def load_tokenizer(model: str) -> Any:
     from transformers import AutoTokenizer
 
     try:
-        return AutoTokenizer.from_pretrained(model_path(model))
+        return AutoTokenizer.from_pretrained(model_path(model), trust_remote_code=False)
     except (OSError, ValueError) as error:
         raise _not_loaded(model, error) from error
 
@@ -166,7 +166,7 @@ def language_model(config: TaskConfig, labels: int) -> Any:
     torch.manual_seed(config.seed)  # for what the checkpoint lacks
     try:
         network = AutoModelForCausalLM.from_pretrained(
-            folder, dtype=torch.float32, **four_bit_words(config)
+            folder, dtype=torch.float32, trust_remote_code=False, **four_bit_words(config)
         )
     except (OSError, ValueError) as error:
         raise _not_loaded(config.model, error) from error

@@ -135,7 +135,9 @@ def _hugging_face(config: TaskConfig) -> tuple[Any, int, Callable[[Any, Any], An
     refuse_quantised_model(config.model)
     torch.manual_seed(config.seed)  # for what the checkpoint lacks, such as a pooler
     try:
-        model = AutoModel.from_pretrained(config.model, dtype=torch.float32)
+        model = AutoModel.from_pretrained(
+            config.model, dtype=torch.float32, trust_remote_code=False
+        )
     except (OSError, ValueError) as error:
         raise ConfigError(
             f"model {config.model!r} cannot be loaded: {' '.join(str(error).split())[:200]}; give "

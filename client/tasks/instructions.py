@@ -91,7 +91,8 @@ def _context(model: str) -> int:
     from transformers import AutoConfig
 
     try:
-        found = AutoConfig.from_pretrained(model_path(model)).get_text_config()
+        config = AutoConfig.from_pretrained(model_path(model), trust_remote_code=False)
+        found = config.get_text_config()
     except (OSError, ValueError):  # loading the model says what is wrong
         return 0
     return int(getattr(found, "max_position_embeddings", 0) or 0)

@@ -41,7 +41,7 @@ def text_reader(config: TaskConfig, rows: Rows) -> Reader:
     import torch
     from transformers import AutoTokenizer
 
-    tokenizer = AutoTokenizer.from_pretrained(model_path(config.model))
+    tokenizer = AutoTokenizer.from_pretrained(model_path(config.model), trust_remote_code=False)
     coded = tokenizer(
         list(rows.inputs) or [""],
         truncation=True,
@@ -72,7 +72,7 @@ def text_model(config: TaskConfig, labels: int) -> Any:
     torch.manual_seed(config.seed)  # for what the checkpoint lacks, such as a pooler
     try:
         encoder = AutoModel.from_pretrained(
-            folder, dtype=torch.float32, attn_implementation="eager"
+            folder, dtype=torch.float32, attn_implementation="eager", trust_remote_code=False
         )
     except (OSError, ValueError) as error:
         raise ConfigError(

@@ -107,11 +107,17 @@ def _classifier(folder: Path) -> tuple[Any, torch.nn.Module, Forward]:
     # Its report of missing tensors is an error here.
     logging.set_verbosity_error()
     try:
-        tokenizer = AutoTokenizer.from_pretrained(folder, local_files_only=True)
+        tokenizer = AutoTokenizer.from_pretrained(
+            folder, local_files_only=True, trust_remote_code=False
+        )
         if (folder / _HEAD_FILE).is_file():
             return tokenizer, _encoder_with_head(folder), model_logits
         network, loading = AutoModelForSequenceClassification.from_pretrained(
-            folder, local_files_only=True, use_safetensors=True, output_loading_info=True
+            folder,
+            local_files_only=True,
+            use_safetensors=True,
+            output_loading_info=True,
+            trust_remote_code=False,
         )
     except (OSError, ValueError, KeyError) as error:
         raise ConfigError(
@@ -144,7 +150,9 @@ def _encoder_with_head(folder: Path) -> torch.nn.Module:
     with contextlib.suppress(OSError, ValueError, AttributeError):
         provenance = read_json(folder / "provenance.json")
         pooling = provenance.get("config", {}).get("pooling", pooling)
-    loaded = AutoModel.from_pretrained(folder, local_files_only=True, use_safetensors=True)
+    loaded = AutoModel.from_pretrained(
+        folder, local_files_only=True, use_safetensors=True, trust_remote_code=False
+    )
 
     class EncoderWithHead(torch.nn.Module):
         def __init__(self) -> None:

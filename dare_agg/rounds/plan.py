@@ -97,6 +97,13 @@ class RoundPlan:
                 )
             table = read_table(self.told, len(layout.sizes)) if self.told else None
             rates = TensorRates(layout.sizes, table, told=table is not None)
+            if table is not None:
+                kept = int(table.counts(np.array(layout.sizes, np.int64)).sum())
+                most = rates.most_survivors(self.drop_rate.survivors(self.model.size))
+                if kept > most:
+                    raise _bad_plan(
+                        f"the keep rates told keep {kept} elements, its drop rate allows {most}"
+                    )
         return UpdateSpec(
             size=self.model.size,
             drop_rate=self.drop_rate,

@@ -307,8 +307,9 @@ def _row(method: str, outcome: RoundOutcome, seconds: float, stepwise: bool) -> 
     client: dict[str, Any] = dict(outcome.client_metrics or {})
     by_task = by_client_and_task(measured.get("evaluated", ()))
     client = {key: value for key, value in client.items() if TOLD_BY not in key}
-    if "perplexity" in client:  # the mean of the clients' is not that of all their tokens
-        client["perplexity"] = math.exp(min(client["loss"], 700.0))
+    # The mean of the clients' is not that of all their tokens; without a loss there is none.
+    if client.pop("perplexity", None) is not None and isinstance(client.get("loss"), float):
+        client["perplexity"] = math.exp(max(0.0, min(client["loss"], 700.0)))
     down, evaluated = sum(measured["download_bytes"]), measured.get("evaluate_download_bytes", 0)
     if stepwise:
         # A step reaches its clients with whatever is asked first, mostly the evaluation.

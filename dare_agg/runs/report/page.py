@@ -107,7 +107,7 @@ def _cards(runs: Sequence[RunRecord]) -> list[dict[str, str]]:
         if other is not None and (found := measure.last(other)) is not None:
             if measure is ACCURACY:
                 cards.append({"figure": f"{100 * (value - found):+.1f} points", "text": text})
-            else:
+            elif found:
                 cards.append({"figure": f"{100 * (value / found - 1):+.1f} %", "text": text})
     return cards
 

@@ -75,5 +75,5 @@ def diff(
     typer.echo(
         f"{out}: {facts['survivors']:,} survivors of {facts['parameters']:,} parameters in "
         f"{human_bytes(facts['bytes'])}, {facts['bits_per_parameter']:.4g} bits a parameter"
-        + (f"; {directions_words(facts['directions'])}" if facts["directions"] else "")
+        + (f"; {directions_words(facts['directions'])}" if "directions" in facts else "")
     )

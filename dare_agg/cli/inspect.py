@@ -56,7 +56,7 @@ def inspect(
         "size": human_bytes(facts["bytes"]),
         "bits a parameter": f"{facts['bits_per_parameter']:.4g}",
         "values": facts["values"],
-        "directions": directions_words(facts["directions"]) if facts["directions"] else "none",
+        "directions": directions_words(facts["directions"]) if "directions" in facts else "none",
         "base": facts["base_fingerprint"],
         "|delta|, estimated": ", ".join(f"q{q} {value:.2g}" for q, value in quantiles),
         "delta norm, estimated": f"{facts['delta_norm']:.4g}",

@@ -325,23 +325,24 @@ def describe_update(update: Update, header: FileHeader, nbytes: int) -> dict[str
         "delta_norm": rms * parameters**0.5,
         "sampled_survivors": len(magnitudes),
         "values_nmse": find_values(header.values).nmse,
-        "directions": _described(header),
+        **_described(header),
     }
 
 
-def _described(header: FileHeader) -> dict[str, Any] | None:
-    """Number, format and size of an update's directions."""
+def _described(header: FileHeader) -> dict[str, Any]:
+    """Number, format and size of an update's directions, under that name; nothing without any."""
     plan = header.directions
     if plan is None:
-        return None
+        return {}
     nbytes = plan.nbytes(header.layout)
-    return {
+    found = {
         "tensors": len(plan.tensors),
         "rank": max(tensor.rank for tensor in plan.tensors),
         "values": plan.values,
         "bytes": nbytes,
         "bits_per_parameter": 8 * nbytes / max(1, header.layout.size),
     }
+    return {"directions": found}
 
 
 def _sample(update: Update) -> tuple[FloatVector, FloatVector | None]:

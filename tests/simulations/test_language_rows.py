@@ -10,6 +10,7 @@ from typing import Any
 import numpy as np
 import pytest
 
+from dare_agg.codec.update import HEADER_BYTES
 from simulations.pages import language
 from simulations.run import run_row, run_scenario
 from simulations.runs.adapters import own_start, products
@@ -104,8 +105,8 @@ def test_averaged_products_are_exact_and_averaged_factors_are_not(row, own):
     assert language.adapters_table([found]).count("\n") == 1 + len(points)
     assert points["product", "0"]["nmse"] < 1e-10 < points["factors", "0"]["nmse"]
     assert points["product", "0.5"]["nmse"] > 0.01
-    assert points["product", "0"]["bytes"] == 4 * found["product_parameters"]
-    assert points["factors", "0"]["bytes"] == 4 * found["factor_parameters"]
+    assert points["product", "0"]["bytes"] == HEADER_BYTES + 4 * found["product_parameters"]
+    assert points["factors", "0"]["bytes"] == HEADER_BYTES + 4 * found["factor_parameters"]
     assert points["product", "0"]["loss"] < points["untouched base", "1"]["loss"]
     if own:  # with a start of each client's own, averaged factors mean almost nothing
         assert points["factors", "0"]["nmse"] > 0.3

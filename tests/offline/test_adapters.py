@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import json
 import shutil
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -36,6 +37,22 @@ FORMS: dict[str, dict[str, Any]] = {
 }
 
 
+@contextmanager
+def exact_svd() -> Iterator[None]:
+    """PEFT's singular vectors in float64: in float32 those of near values differ from processor to
+    processor, and what PiSSA takes out of the base by more than 1e-6."""
+    import torch
+
+    usual = torch.linalg.svd
+
+    def exact(matrix: Any, *words: Any, **more: Any) -> Any:
+        return tuple(found.to(matrix.dtype) for found in usual(matrix.double(), *words, **more))
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(torch.linalg, "svd", exact)
+        yield
+
+
 def adapted(base: Path, out: Path, settings: dict[str, Any], make: Any = None) -> dict[str, Any]:
     """Save a trained adapter at ``out``; returns the tensors of PEFT's merged model."""
     import torch
@@ -51,7 +68,8 @@ def adapted(base: Path, out: Path, settings: dict[str, Any], make: Any = None) -
             if parameter.requires_grad:
                 parameter += 1e-2 * torch.randn_like(parameter)
     model.save_pretrained(out)
-    whole = PeftModel.from_pretrained(load(base), out).merge_and_unload()
+    with exact_svd():
+        whole = PeftModel.from_pretrained(load(base), out).merge_and_unload()
     return {name: value.detach().numpy().copy() for name, value in whole.state_dict().items()}
 
 

@@ -5,6 +5,7 @@ Run as ``python federated_ranks.py RANK COUNT FOLDER``.
 
 from __future__ import annotations
 
+import os
 import sys
 from pathlib import Path
 
@@ -101,9 +102,12 @@ def main(rank: int, count: int, folder: Path) -> None:
             pass
     except DareError as error:
         (folder / f"refused-{rank}").write_text(str(error))
+    dist.barrier()  # who goes first takes the others' store along
     dist.destroy_process_group()
 
 
 if __name__ == "__main__":
     torch.set_num_threads(1)
     main(int(sys.argv[1]), int(sys.argv[2]), Path(sys.argv[3]))
+    sys.stderr.flush()
+    os._exit(0)  # threads of gloo now and then abort a process that ends by itself

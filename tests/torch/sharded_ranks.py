@@ -5,6 +5,7 @@ Run as ``python sharded_ranks.py RANK COUNT FOLDER DTYPE``.
 
 from __future__ import annotations
 
+import os
 import sys
 from pathlib import Path
 
@@ -93,9 +94,12 @@ def main(rank: int, count: int, folder: Path, dtype: torch.dtype) -> None:
         measure_shared(delta, ranks)
     except DareError as error:
         (folder / f"refused-{rank}").write_text(str(error))
+    dist.barrier()  # who goes first takes the others' store along
     dist.destroy_process_group()
 
 
 if __name__ == "__main__":
     torch.set_num_threads(1)
     main(int(sys.argv[1]), int(sys.argv[2]), Path(sys.argv[3]), getattr(torch, sys.argv[4]))
+    sys.stderr.flush()
+    os._exit(0)  # threads of gloo now and then abort a process that ends by itself

@@ -1,9 +1,6 @@
 """Adapters as they are exported: PEFT loads and merges them into our merged model."""
 
-import importlib.util
 import json
-import sys
-from pathlib import Path
 
 import numpy as np
 import pytest
@@ -15,16 +12,6 @@ from dare_agg.errors import ConfigError
 from dare_agg.offline.adapters.serving import vllm_word
 from server.config import DEFAULTS
 from server.export import export_model
-
-HERE = Path(__file__).resolve().parent
-_SPEC = importlib.util.spec_from_file_location(
-    "client_files", HERE.parent / "client" / "conftest.py"
-)
-FILES = importlib.util.module_from_spec(_SPEC)
-sys.modules["client_files"] = FILES
-_SPEC.loader.exec_module(FILES)
-tiny_model, review_files = FILES.tiny_model, FILES.review_files
-tiny_language_model = FILES.tiny_language_model
 
 
 def exported(model, data, out, **words):

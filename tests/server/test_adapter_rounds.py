@@ -1,10 +1,7 @@
 """Nodes of ranks 2, 4 and 8 in the real app: what is merged, what it errs by, what is said."""
 
-import importlib.util
 import json
 import logging
-import sys
-from pathlib import Path
 
 import numpy as np
 import pytest
@@ -21,14 +18,6 @@ from server.app import main as run_server
 from server.config import DEFAULTS, read_config
 from simulations.runs.memory_grid import MemoryGrid, pretend_task
 
-HERE = Path(__file__).resolve().parent
-_SPEC = importlib.util.spec_from_file_location(
-    "client_files", HERE.parent / "client" / "conftest.py"
-)
-FILES = importlib.util.module_from_spec(_SPEC)
-sys.modules["client_files"] = FILES
-_SPEC.loader.exec_module(FILES)
-tiny_language_model, review_files = FILES.tiny_language_model, FILES.review_files
 RANKS = (2, 4, 8)
 
 

@@ -1,10 +1,7 @@
 """Runs that go on from an adapter, and nodes whose base is another."""
 
-import importlib.util
 import json
 import shutil
-import sys
-from pathlib import Path
 
 import numpy as np
 import pytest
@@ -16,16 +13,6 @@ from dare_agg.errors import ConfigError
 from server.app import main as run_server
 from server.config import DEFAULTS, check_here
 from simulations.runs.memory_grid import MemoryGrid, pretend_task
-
-HERE = Path(__file__).resolve().parent
-_SPEC = importlib.util.spec_from_file_location(
-    "client_files", HERE.parent / "client" / "conftest.py"
-)
-FILES = importlib.util.module_from_spec(_SPEC)
-sys.modules["client_files"] = FILES
-_SPEC.loader.exec_module(FILES)
-tiny_model, review_files = FILES.tiny_model, FILES.review_files
-tiny_language_model = FILES.tiny_language_model
 
 
 @pytest.fixture

@@ -13,6 +13,7 @@ import sysconfig
 import zlib
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
+from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
@@ -33,8 +34,23 @@ _TRAIN_SHARE, _TUNING_SHARE = 70, 15
 # Read of a split at most: a run needs a hundred kilobytes.
 _MOST_CHARACTERS = 1 << 21
 _MOST_PROBLEMS = 4096
+# Turns for a base model, which has no template of its own; its end token ends an answer.
+_PLAIN_TURNS = (
+    "{{ bos_token }}{% for turn in messages %}{{ turn.role }}:\n{{ turn.content }}"
+    "{{ eos_token if turn.role == 'assistant' else '\n' }}{% endfor %}"
+    "{% if add_generation_prompt %}assistant:\n{% endif %}"
+)
 # Kept out: tests of the library itself, and tables of code points and the like.
 _NOT_PROSE = ("test", "tests", "site-packages", "idlelib", "lib2to3", "encodings", "pydoc_data")
+
+
+@lru_cache(maxsize=2)
+def ability_tokenizer(model: str) -> Any:
+    """A model's tokenizer; a base model's gets plain turns for a chat template."""
+    tokenizer = causal_lm.load_tokenizer(model)
+    if not tokenizer.chat_template:
+        tokenizer.chat_template = _PLAIN_TURNS
+    return tokenizer
 
 
 @dataclass(frozen=True)
@@ -178,7 +194,7 @@ def find_ability(name: str) -> tuple[Task, Callable[[TaskConfig, Any, str], Rows
 def ability_data(name: str, config: TaskConfig, splits: Sequence[str] = SPLITS) -> dict[str, Rows]:
     """Return an ability's rows by split; those to measure on are at most ``test_rows``."""
     _, load = find_ability(name)
-    tokenizer = causal_lm.load_tokenizer(config.model)
+    tokenizer = ability_tokenizer(config.model)
     found = {split: load(config, tokenizer, split) for split in splits}
     return {
         split: rows if split == "train" else rows.take(np.arange(min(len(rows), config.test_rows)))

@@ -24,7 +24,12 @@ from dare_agg.files.atomic import file_draft
 from dare_agg.files.cache import cache_folder
 from dare_agg.files.trust import own_folder
 from dare_agg.vectors.layout import FloatVector, Layout, layout_of
-from simulations.runs.ability_data import ability_data, find_ability, training_data
+from simulations.runs.ability_data import (
+    ability_data,
+    ability_tokenizer,
+    find_ability,
+    training_data,
+)
 
 NEW_TOKENS = 12  # of an answer: an equation and the end of the turn
 _AT_ONCE = 50  # questions answered together
@@ -79,7 +84,7 @@ class Decoder:
         self._config = ability_config(task, {}, seed)
         self.network = causal_lm.language_model(self._config, 0)
         self.network.eval()
-        self.tokenizer = causal_lm.load_tokenizer(self._config.model)
+        self.tokenizer = ability_tokenizer(self._config.model)
         self._named = dict(self.network.named_parameters())
         self.layout = layout_of({n: tuple(p.shape) for n, p in self._named.items()})
         self.start: FloatVector = self.layout.flatten(

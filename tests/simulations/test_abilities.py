@@ -225,3 +225,18 @@ def _able(rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
             if point.get("model") == "arithmetic":
                 point["scores"]["arithmetic"]["exact"] = 0.5
     return rows
+
+
+def test_a_base_model_without_a_template_answers_in_plain_turns(model):
+    from client.tasks import causal_lm
+
+    bare = causal_lm.load_tokenizer(str(model))
+    bare.chat_template = None
+    bare.save_pretrained(model / "bare")
+    (model / "bare" / "chat_template.jinja").unlink(missing_ok=True)
+    tokenizer = ability_data.ability_tokenizer(str(model / "bare"))
+    talk = (("user", "2+3?"), ("assistant", "5"))
+    row = ability_data.coded_exchanges(tokenizer, [talk])[0]
+    assert tokenizer.decode(row.ids) == "user:\n2+3?\nassistant:\n5<end>"
+    assert tokenizer.decode(row.ids[row.prompt :]) == "5<end>"
+    assert ability_data.ability_tokenizer(str(model)).chat_template == TEMPLATE

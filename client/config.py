@@ -25,7 +25,7 @@ class TaskConfig:
     model: a row of `client.models.MODELS`, a Hugging Face name, a folder or a GGUF file.
     data: see the task's ``load``, such as `client.data.load_text` or `client.images.load_images`.
     delimiter: what divides the columns of a CSV file, a character or a word of
-        `client.tables.DELIMITERS`; none: told from the file.
+        `client.tables.delimited.DELIMITERS`; none: told from the file.
     encoding: of text files; none: told from the file, or refused.
     labels: names of the labels; none: all that the data have.
     partition_by: the column by whose values rows are divided among simulated clients.

@@ -15,7 +15,8 @@ from typing import Any
 from client.cells import MAYBE_MISSING, label_of, text_of
 from client.missing_columns import no_column
 from client.rows import Data, RawRow, RawSets, make_data
-from client.tables import SUFFIXES, Table, read_table
+from client.tables.read import SUFFIXES, read_table
+from client.tables.table import Table
 from client.text_files import kind_of, read_text
 from client.text_sets import BUILT_IN, load_built_in
 from dare_agg.errors import ConfigError, did_you_mean

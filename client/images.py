@@ -19,7 +19,7 @@ import numpy as np
 from client.cells import label_of
 from client.pixels import Pixels, check_image
 from client.rows import Data, RawRow, RawSets, make_data
-from client.tables import read_table
+from client.tables.read import read_table
 from dare_agg.errors import ConfigError, did_you_mean
 from dare_agg.files.json_text import read_json
 

@@ -11,7 +11,8 @@ from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
-from client.tables import DELIMITERS, SUFFIXES
+from client.tables.delimited import DELIMITERS
+from client.tables.read import SUFFIXES
 from client.text_files import kind_of
 from dare_agg.files.json_text import parse_json, read_settings
 

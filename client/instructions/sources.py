@@ -23,7 +23,8 @@ from client.instructions.conversations import (
 )
 from client.missing_columns import likely_pair, no_column
 from client.rows import RawRow, RawSets
-from client.tables import SUFFIXES, Table, read_table
+from client.tables.read import SUFFIXES, read_table
+from client.tables.table import Table
 from client.text_files import kind_of
 from dare_agg.errors import ConfigError
 

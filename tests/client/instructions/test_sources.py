@@ -89,6 +89,19 @@ def test_every_form_holds_the_same_conversations_and_auto_knows_it(kind, tmp_pat
     assert find_task(config).name == "instructions"
 
 
+@pytest.mark.parametrize("indent", [None, 1])
+@pytest.mark.parametrize("beside", [{}, {"tools": [], "meta": {"a": 1}}])
+def test_one_conversation_alone_is_one_row_and_no_list_of_turns(indent, beside, tmp_path):
+    path = tmp_path / "one.jsonl"
+    path.write_text(json.dumps({"messages": messages(ROWS[0]), **beside}, indent=indent))
+    (train, _), _ = load_conversations(configure(data=str(path)))
+    assert [row[0] for row in train] == TALKS[:1]
+    columns = {"messages": [messages(row) for row in ROWS]}  # a list a column, as before
+    path.write_text(json.dumps(columns, indent=indent))
+    (train, _), _ = load_conversations(configure(data=str(path)))
+    assert [row[0] for row in train] == TALKS
+
+
 def test_other_columns_are_named(tmp_path):
     rows = [{"instruction": r["prompt"], "output": r["answer"], "kind": "sum"} for r in ROWS]
     path = str(write_csv(tmp_path / "a.csv", rows))

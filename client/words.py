@@ -8,6 +8,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
+from client.adapters.cuda_codes import why_no_four_bits
 from dare_agg.deploy.devices import PRECISIONS, parse_device
 from dare_agg.errors import ConfigError, did_you_mean
 
@@ -93,9 +94,10 @@ def check_words(settled: Mapping[str, Any]) -> None:
             "multiplied in bfloat16: leave precision out"
         )
     if settled["weights"] == "nf4" and settled["train"] != "lora":
+        lacks = why_no_four_bits(str(settled["device"]))
         raise ConfigError(
-            f'weights = "nf4" with train = "{settled["train"]}"; adapters alone are trained on a '
-            'base of four bits: set train = "lora"'
+            f'weights = "nf4" with train = "{settled["train"]}": adapters alone are trained on a '
+            f"base of four bits{f', and {lacks}' if lacks else '; set train = lora'}"
         )
     for name in ("held_out", "early_stop_rows"):
         held = settled[name]

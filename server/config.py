@@ -27,6 +27,7 @@ from dare_agg.runs.ending import COMPLETED
 from dare_agg.secure.aggregates import SECURE_METHODS
 from dare_agg.secure.settings import SecureSettings
 from dare_agg.vectors.patterns import compile_patterns
+from server.adapter_words import refuse_idle_words
 
 
 @dataclass(frozen=True)
@@ -277,6 +278,8 @@ def read_config(raw: Mapping[str, Any]) -> RunConfig:
     _check_secure(config)
     _check_base(config)
     _check_adapters(config)
+    if not config.resume:  # a run begun with such words goes on
+        refuse_idle_words(raw, DEFAULTS, {config.train_by(name) for name in config.methods})
     parse_drop_rate(config.drop_rate)
     config.step()
     config.budget()

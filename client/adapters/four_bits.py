@@ -2,11 +2,10 @@
 
 from __future__ import annotations
 
-import importlib.util
 from typing import Any
 
+from client.adapters.cuda_codes import why_no_four_bits
 from client.config import TaskConfig
-from dare_agg.deploy.devices import AUTO, parse_device, seen_by_driver
 from dare_agg.errors import ConfigError
 
 FOUR_BITS = "nf4"
@@ -16,17 +15,8 @@ def check_four_bits(config: TaskConfig) -> None:
     """Raise `ConfigError` where a base is wanted in four bits and cannot be; loads no torch."""
     if config.weights != FOUR_BITS:
         return
-    kind, _ = parse_device(config.device)
-    other = f'weights = "bfloat16" holds the base in 16 bits on any device ({kind!r} here)'
-    if kind not in (AUTO, "cuda"):
-        raise ConfigError(f'weights = "nf4" needs a CUDA device, and device is {kind!r}; {other}')
-    if seen_by_driver("cuda") == 0:
-        raise ConfigError(f'weights = "nf4" needs a CUDA device, and there is none here; {other}')
-    if importlib.util.find_spec("bitsandbytes") is None:
-        raise ConfigError(
-            'weights = "nf4" needs the package bitsandbytes; install it with: pip install '
-            f"bitsandbytes; {other}"
-        )
+    if lacks := why_no_four_bits(config.device):
+        raise ConfigError(f'weights = "nf4": {lacks}')
 
 
 def four_bit_words(config: TaskConfig) -> dict[str, Any]:

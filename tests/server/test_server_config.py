@@ -92,3 +92,23 @@ def test_adapters_are_sent_whole_in_one_bit_unless_a_rate_is_said():
     assert terms() == ("0", "b1")
     assert terms(train="full") == terms(**{"drop-rate": "0.9"}) == ("0.9", "b1")
     assert terms(**{"drop-rate": 0.99}) == ("0.99", "b1")
+
+
+ADAPTER_WORDS = {
+    "lora-rank": 4, "lora-alpha": 3, "lora-targets": "q_proj", "lora-bias": "all",
+    "lora-whole": "norm", "lora-rslora": True, "lora-dora": True, "lora-ranks": "2,4",
+}  # fmt: skip
+
+
+def test_words_of_adapters_are_refused_by_name_where_none_is_trained():
+    assert {*ADAPTER_WORDS, "lora-merge"} == {key for key in DEFAULTS if key.startswith("lora-")}
+    for key, word in ADAPTER_WORDS.items():
+        for others in ({}, {"train": "head"}, {"methods": "head-only", "train": "lora"}):
+            does = "head" if others else "full"
+            with pytest.raises(DareError, match=f"^{key}, and train = {does} trains no adapters"):
+                read_config({key: word, **others})
+        read_config({key: word, "train": "lora"})
+        read_config({key: word, "train": "lora", "methods": "fedavg,head-only"})
+        read_config({key: DEFAULTS[key]})
+    with pytest.raises(DareError, match=r"^lora-alpha, lora-rank, and.*or leave them out"):
+        read_config({"lora-rank": 4, "lora-alpha": 3})

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 
 from client import check
-from client.adapters import four_bits
+from client.adapters import cuda_codes
 from client.adapters.four_bits import check_four_bits, check_loaded
 from client.config import configure
 from client.training import build_task
@@ -18,7 +18,7 @@ def settings(**words):
 
 
 def test_it_is_refused_without_cuda_before_anything_is_loaded(monkeypatch):
-    monkeypatch.setattr(four_bits, "seen_by_driver", lambda kind: 0)
+    monkeypatch.setattr(cuda_codes, "seen_by_driver", lambda kind: 0)
     for call in (check_four_bits, build_task):
         with pytest.raises(ConfigError, match="a CUDA device, and there is none here"):
             call(settings(model="nobody/nothing"))
@@ -29,13 +29,28 @@ def test_it_is_refused_without_cuda_before_anything_is_loaded(monkeypatch):
 
 
 def test_it_is_refused_without_the_package_and_on_what_trains_more_than_adapters(monkeypatch):
-    monkeypatch.setattr(four_bits, "seen_by_driver", lambda kind: 1)
+    monkeypatch.setattr(cuda_codes, "seen_by_driver", lambda kind: 1)
     monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
     with pytest.raises(ConfigError, match="pip install bitsandbytes"):
         check_four_bits(settings())
     with pytest.raises(ConfigError, match='"nf4" with train = "full"'):
         configure(weights="nf4")
     check_four_bits(configure(weights="bfloat16"))
+
+
+def test_the_remedy_of_four_bits_without_adapters_is_one_that_works_here(monkeypatch):
+    words = {"model": "smollm2", "task": "causal-lm", "data": "friends"}
+    for gpus, lacking in ((0, "there is none here"), (1, "pip install bitsandbytes")):
+        monkeypatch.setattr(cuda_codes, "seen_by_driver", lambda kind, gpus=gpus: gpus)
+        monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
+        with pytest.raises(ConfigError, match=f'{lacking}.*weights = "bfloat16" holds') as said:
+            configure(**words, weights="nf4")
+        assert "set train" not in str(said.value)  # that would be refused, too
+        check_four_bits(configure(**words, weights="bfloat16"))
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name: True)
+    with pytest.raises(ConfigError, match=r"of four bits; set train = lora$"):
+        configure(**words, weights="nf4")
+    check_four_bits(configure(**words, weights="nf4", train="lora"))
 
 
 def test_a_task_that_loads_otherwise_is_told(tiny_model):

@@ -21,9 +21,12 @@ class TaskConfig:
 
     Attributes
     ----------
-    task: a row of `client.tasks.table.TASKS`, or "auto" to tell it from ``data`` and ``model``.
-    model: a row of `client.models.MODELS`, a Hugging Face name, a folder or a GGUF file.
-    data: see the task's ``load``, such as `client.data.load_text` or `client.images.load_images`.
+    task: what is learned; "auto" tells it from ``data`` and ``model``.
+    model: a built-in model, a Hugging Face name, a folder or a GGUF file.
+    data: a built-in set, a file, a folder, or the name of a `datasets` data set; several, by
+        commas, are taken by simulated clients in turn.
+    text_column: the column of the texts.
+    label_column: the column of the labels.
     delimiter: what divides the columns of a CSV file, a character or a word of
         `client.tables.delimited.DELIMITERS`; none: told from the file.
     encoding: of text files; none: told from the file, or refused.
@@ -38,8 +41,9 @@ class TaskConfig:
     generate_tokens: the most tokens of an answer.
     answer_form: how answers are compared, "text" or "number" (the last one in them).
     train: "full" fine-tuning, "lora" adapters, or "head" only.
-    lora_rank, lora_alpha: rank r of the run's adapters, and α; their product counts α/r, or α/√r
-        with ``lora_rslora`` (arXiv 2312.03732).
+    lora_rank: rank r of the run's adapters.
+    lora_alpha: α; the product of an adapter's factors counts α/r, or α/√r with ``lora_rslora``.
+    lora_rslora: whether adapters count α/√r (rsLoRA, arXiv 2312.03732).
     lora_targets: modules that get adapters: ends of names, regular expressions of whole names,
         "all-linear" (none: PEFT's choice for the model).
     lora_bias: which biases learn too: "none", "all", or "lora_only" (of adapted modules).
@@ -50,7 +54,12 @@ class TaskConfig:
     pooling: "mean" over tokens, or "cls".
     length: tokens a text is cut to; for language models, tokens of a block of joined texts.
     image_size: pixels an image is scaled to, each way (0: the model's own).
-    steps: optimizer steps a round; epochs, where above 0, wins over it.
+    batch: rows of an optimizer step.
+    steps: optimizer steps a round.
+    epochs: passes over a client's rows a round; above 0 it wins over ``steps``.
+    learning_rate: of AdamW, for what is pretrained and for adapters.
+    head_learning_rate: of AdamW, for the head.
+    weight_decay: of AdamW, decoupled.
     warm_up: steps in which the learning rate rises to its own; below 1 a share of all.
     schedule: a row of `client.schedule.SCHEDULES`, how the rate goes on from there.
     schedule_over: "round": anew each round; "run": once, over all rounds.
@@ -170,6 +179,12 @@ _MACHINE = (
     "checkpointing",
     "keep-optimizer",
 )
+# The run config's keys that a node's own config may say too, and words that it alone has.
+NODE_KEYS = (*_OWN, *_MACHINE, "labels")
+NODE_WORDS: Mapping[str, tuple[str, str]] = {
+    "data-path": ("the run's data", "this node's own data, whole: a file or folder; as `data`"),
+    "lora-rank": ("the run's", "how many of the rank's components this node learns"),
+}
 
 
 def task_config(

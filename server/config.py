@@ -81,14 +81,21 @@ def _as_typed(value: Any) -> Any:
 NumberText = Annotated[str, BeforeValidator(_as_typed)]
 
 
-def one_of(what: str, known: Iterable[str]) -> AfterValidator:
-    """A validator for the names of a table."""
+@dataclass(frozen=True)
+class OneOf:
+    """A check for the names of a table."""
 
-    def check(value: str) -> str:
-        check_choice(what, value, known)
+    what: str
+    known: tuple[str, ...]
+
+    def __call__(self, value: str) -> str:
+        check_choice(self.what, value, self.known)
         return value
 
-    return AfterValidator(check)
+
+def one_of(what: str, known: Iterable[str]) -> AfterValidator:
+    """A validator for the names of a table."""
+    return AfterValidator(OneOf(what, tuple(known)))
 
 
 def _known_device(word: str) -> str:
@@ -104,7 +111,66 @@ class RunConfig(BaseModel):
     """Every key of ``[tool.flwr.app.config]``, in kebab-case there, where the defaults stand.
 
     Keys from ``task`` on are read by the clients too; they are checked here so that a typo
-    fails before anyone trains. Which tasks there are, clients know and say when asked.
+    fails before anyone trains. Which tasks there are, clients know and say when asked; what their
+    keys mean stands at `client.config.TaskConfig`. ``docs/CONFIG.md`` is made of both.
+
+    Attributes
+    ----------
+    num_rounds: rounds of each method.
+    methods: what is run, one method after another on the same data and seeds, to compare.
+    drop_rate: share of the changes that are dropped at random, 0 to 1; auto: by what is trained.
+    values: how a survivor is written.
+    upload_budget: the most bytes that a client sends in a round, such as 300kB: it lowers to them
+        drop rate and value format; none: no bound.
+    upload_seconds: the most seconds that a client's update takes over the uplink it tells
+        (``uplink-kbit-s`` of its node config); 0: no bound.
+    mask: how survivors are drawn: one in each run of neighbours, or each by itself.
+    keep_rates: "uniform": of every tensor the same share survives; "own": in proportion to its
+        change, as each client finds it; "last": as it was in the round before.
+    scaling: λ, what the merged change is multiplied by.
+    dense: patterns (RE2) of the tensors that travel whole beside the update, such as a head.
+    dense_values: how a value of those tensors is written.
+    exclude: patterns (RE2) of tensors that stay at each client: neither sent nor merged.
+    statistics_examples: rows from which a client makes Fisher values or Gram matrices.
+    weighting: what a client counts by.
+    weight_bound: how many times the round's median weight a client counts at most; 0: no bound.
+    server_step: what the server does with the merged change; with numbers: adam(beta1=0.8).
+    server_learning_rate: that step's learning rate; 0: its own.
+    fraction_train: share of the clients online that train in a round.
+    min_clients: clients without which no round begins.
+    deadline: seconds after which a round goes on without whoever has not answered; 0: it waits.
+    node_timeout: seconds that a client has for one message.
+    min_replies: updates without which a round changes nothing.
+    max_empty_rounds: rounds in a row that may change nothing before the run fails.
+    evaluate: whether clients evaluate each round's model.
+    seed: of data, batches, the head's start and masks: the same seed, the same bits.
+    output: folder of the run; none: one below runs/.
+    save_model: whether the final model of each method is written, as a Hugging Face folder.
+    downlink: how the model reaches clients.
+    keep_state: whether each round is kept, so that the run can be resumed.
+    resume: whether to go on with the run in ``output`` (dare-agg run --resume says it).
+    identities: file with the clients' public keys; with it every update must be signed.
+    initial: file, or folder of an adapter, that the run starts from; none: the first client's.
+    base: checkpoint on disk that server and clients start from, a folder or a hub's name: it never
+        travels (docs/LARGE.md).
+    verify_every: with ``base``: clients compare all values each so many rounds; 0: never.
+    prometheus_port: port of the run's measurements for Prometheus; 0: none.
+    prometheus_host: address that it listens on.
+    secure: what is summed, so that the server sees no single update; none: a plain run.
+    secure_merge: one merge of models that parties have, instead of rounds.
+    secure_roster: file that lists the parties and who vouches for them (dare-agg keys).
+    secure_models: models of the simulated parties of a merge.
+    secure_bits: bits of a summed value; 0: 16, 24 for a mean weighed by examples, or what fits.
+    secure_clip: largest magnitude of a value; what is beyond is cut, and the share of it told.
+    secure_min_parties: fewest parties in a sum.
+    secure_threshold: parties who must stay to the end of a sum; 0: two thirds and one more.
+    secure_stage_seconds: seconds that a stage of the protocol waits for its parties.
+    partition: how rows are divided among simulated clients: at random, by labels in unlike
+        shares, or by the values of a column.
+    alpha: of the Dirichlet division; the smaller, the less alike the clients.
+    lora_ranks: ranks that simulated clients learn, in turn; none: all the run's.
+    lora_merge: "factors": adapters are merged as they are; "product": by the mean of their
+        products.
     """
 
     model_config = ConfigDict(extra="forbid", strict=True, alias_generator=_kebab, frozen=True)

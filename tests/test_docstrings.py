@@ -16,6 +16,7 @@ from typing import Any
 import pytest
 
 from dare_agg.merge.methods import METHODS
+from simulations.pages import config_words
 
 ROOT = Path(__file__).resolve().parent.parent
 FILES = sorted((ROOT / "dare_agg").rglob("*.py"))
@@ -115,3 +116,8 @@ def test_the_walk_through_of_contributing_runs(monkeypatch: pytest.MonkeyPatch) 
         exec(code, shown)
     monkeypatch.setitem(METHODS, shown["ROW"].name, shown["ROW"])
     shown["test_an_outlier_does_not_move_the_median"]()
+
+
+def test_the_page_of_all_words_is_of_this_code() -> None:
+    """Mend it with: python -m simulations.pages.config_words."""
+    assert config_words.PAGE.read_text(encoding="utf-8") == config_words.page()

@@ -12,6 +12,7 @@ from typer.core import TyperCommand, TyperGroup
 
 from dare_agg import __version__
 from dare_agg.cli import signals
+from dare_agg.cli.examples import examples_text
 from dare_agg.errors import DareError, did_you_mean
 
 # name -> one-line help; the command lives in dare_agg/cli/<name>.py as function <name>,
@@ -34,6 +35,12 @@ COMMANDS: dict[str, str] = {
     "doctor": "Check versions, ports, bundle and environment.",
 }
 
+_FIRST = """\
+  dare-agg doctor                   is everything here that a run needs?
+  dare-agg demo                     a real model over ten clients, in minutes
+  dare-agg run -c drop-rate=0.99    your own run; dare-agg run --help has every key
+  dare-agg --install-completion     Tab completes commands, options and run config"""
+
 # extra -> the packages that commands import from it
 EXTRAS: dict[str, tuple[str, ...]] = {
     "flower": ("flwr", "grpc"),
@@ -43,12 +50,31 @@ EXTRAS: dict[str, tuple[str, ...]] = {
 }
 
 
+def _whole_help(command: str, text: str) -> str:
+    """A help text without typer's escapes for rich, and the examples below it."""
+    words = command.removeprefix("dare-agg ")
+    more = ""
+    if words == "run":
+        from dare_agg.cli.run_words import config_text
+
+        more = config_text()
+    return text.replace("\\[", "[") + examples_text(words) + more
+
+
 class PlainCommand(TyperCommand):
-    """A command whose help is plain: typer escapes brackets for rich where rich shows nothing."""
+    """A command whose help is plain and ends in examples."""
 
     def get_help(self, ctx: click.Context) -> str:
         """The text of ``--help``."""
-        return super().get_help(ctx).replace("\\[", "[")
+        return _whole_help(ctx.command_path, super().get_help(ctx))
+
+
+class PlainGroup(TyperGroup):
+    """A group of commands, with the same help."""
+
+    def get_help(self, ctx: click.Context) -> str:
+        """The text of ``--help``."""
+        return _whole_help(ctx.command_path, super().get_help(ctx))
 
 
 def load_command(name: str) -> click.Command:
@@ -58,6 +84,7 @@ def load_command(name: str) -> click.Command:
     target = getattr(module, attribute)
     if isinstance(target, typer.Typer):
         commands = target
+        commands.info.cls = PlainGroup
     else:
         commands = typer.Typer(add_completion=False, rich_markup_mode=None)
         commands.command(name=name)(target)
@@ -70,6 +97,10 @@ def load_command(name: str) -> click.Command:
 
 class LazyGroup(TyperGroup):
     """A group that lists its commands from the table and imports one only to run it."""
+
+    def get_help(self, ctx: click.Context) -> str:
+        """The text of ``--help``."""
+        return super().get_help(ctx) + f"\n\nFirst steps:\n{_FIRST}"
 
     def list_commands(self, ctx: click.Context) -> list[str]:
         """Names of the commands, in the table's order; imports none of them."""
@@ -93,7 +124,6 @@ class LazyGroup(TyperGroup):
 
 app = typer.Typer(
     cls=LazyGroup,
-    add_completion=False,
     pretty_exceptions_enable=False,
     rich_markup_mode=None,
     no_args_is_help=True,

@@ -15,7 +15,8 @@ import typer
 from dare_agg.cli.app_check import ask_app, check_kinds, check_words
 from dare_agg.cli.ending import ended_whole
 from dare_agg.cli.gpus import check_gpus
-from dare_agg.cli.run_config import absolute_paths, run_settings
+from dare_agg.cli.run_config import absolute_paths, as_texts, run_settings
+from dare_agg.cli.run_words import complete_config
 from dare_agg.errors import ConfigError
 from dare_agg.files.app_config import Scalar, absent_words, app_defaults, find_app
 from dare_agg.runs.claim import (
@@ -46,6 +47,7 @@ def run(
             "-c",
             "--run-config",
             help="Run config as key=value, or a TOML file; may be repeated.",
+            autocompletion=complete_config,
         ),
     ] = None,
     clients: Annotated[
@@ -153,6 +155,7 @@ def execute(
     _need("flwr" if federation else "ray")
     source = find_app(app)
     usual = app_defaults(source)
+    overrides = as_texts(overrides, usual)
     check_words(overrides, usual, absent_words(source))
     resume = overrides.get("resume") is True
     if not resume:

@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import re
 import tomllib
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from datetime import date, time
 from pathlib import Path
 from typing import Any
 
+from dare_agg.cli.run_words import typed
 from dare_agg.errors import ConfigError, StateError
 from dare_agg.files.app_config import Scalar, flat
 from dare_agg.files.json_text import read_json
@@ -74,7 +76,23 @@ def _is_several(word: str) -> bool:
 
 def _value(text: str) -> Scalar:
     found: Scalar | None = _toml(text)
-    return text if found is None else found
+    if found is None:
+        # Quotes of TOML around what TOML cannot read, such as "^head\\.": the quotes are meant.
+        quoted = len(text) > 1 and text[0] == text[-1] and text[0] in "\"'"
+        return text[1:-1] if quoted else text
+    return found
+
+
+def as_texts(given: Mapping[str, Any], usual: Mapping[str, Scalar]) -> dict[str, Any]:
+    """Words with numbers, dates and truth values as texts where the app's default is a text.
+
+    So nobody has to quote a column that is called 1, or a label true.
+    """
+    found = {}
+    for key, value in given.items():
+        plain = isinstance(value, bool | int | float | date | time)
+        found[key] = typed(value) if plain and isinstance(usual.get(key), str) else value
+    return found
 
 
 def _toml(text: str) -> Any:

@@ -84,3 +84,23 @@ def config_defaults(path: Path) -> dict[str, Scalar]:
     if folder is None:
         raise FileNotFoundError(f"no pyproject.toml with [tool.flwr.app] above {path}")
     return app_defaults(folder)
+
+
+def key_groups(folder: Path) -> dict[str, list[str]]:
+    """The run config's keys by heading: ``[tool.dare-agg.groups]`` names each one's first key.
+
+    Keys before any heading stand under "Run config". Raises `ConfigError` where a heading names
+    a key that the app has not.
+    """
+    named = app_project(folder).get("tool", {}).get("dare-agg", {}).get("groups", {})
+    usual = app_defaults(folder)
+    for heading, key in named.items():
+        if key not in usual:
+            raise ConfigError(f"[tool.dare-agg.groups]: {heading!r} begins with {key!r}, no key")
+    starts = {key: heading for heading, key in named.items()}
+    groups: dict[str, list[str]] = {}
+    heading = "Run config"
+    for key in usual:
+        heading = starts.get(key, heading)
+        groups.setdefault(heading, []).append(key)
+    return groups

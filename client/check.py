@@ -16,7 +16,7 @@ from client.config import DEFAULTS, ConfigValue, TaskConfig, data_sources, task_
 from client.data import FILE_READERS
 from client.images import BUILT_IN_IMAGES
 from client.instructions.sources import BUILT_IN_CONVERSATIONS
-from client.models import MODELS, package_path
+from client.models import MODELS, package_path, refuse_pickled_model
 from client.tasks.table import find_task
 from client.text_files import kind_of
 from client.text_sets import BUILT_IN, built_in_folder
@@ -80,6 +80,8 @@ def _check_model(word: str) -> None:
                 f"model {word!r} is no folder here, not in the hub's cache, and no hub is asked "
                 f"({_offline()} is set); where one can be reached: hf download {word}"
             )
+    else:
+        refuse_pickled_model(word)
 
 
 def _is_path(word: str, suffixes: Sequence[str]) -> bool:

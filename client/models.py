@@ -11,6 +11,7 @@ from pathlib import Path
 from client.unpack import SUFFIXES, file_digest, unpack
 from dare_agg.checkpoint import refuse_quantised
 from dare_agg.checkpoint.quantised import Quantisation, declared_in, refusal
+from dare_agg.checkpoint.weight_files import PICKLES, weight_files
 from dare_agg.errors import ConfigError
 
 # What a built-in model is.
@@ -123,6 +124,18 @@ def refuse_quantised_model(name: str) -> None:
         fp8 = declared.kind.startswith("FP8")
         said = Quantisation(declared.kind, "its config.json says", codes=True, dequantises=fp8)
         raise refusal(name, said)
+
+
+def refuse_pickled_model(name: str) -> None:
+    """Raise `CheckpointError` for a folder whose weights are pickles alone, and say what helps.
+
+    Of a hub's model safetensors alone are asked for when it is loaded.
+    """
+    folder = Path(name)
+    if not folder.is_dir() or any(folder.glob("*.safetensors")):
+        return
+    if any(path.suffix in PICKLES for path in folder.iterdir()):
+        weight_files(folder)
 
 
 @cache

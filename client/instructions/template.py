@@ -18,10 +18,12 @@ import numpy as np
 from numpy.typing import NDArray
 
 from client.instructions.conversations import ASSISTANT, SYSTEM, Conversation
+from client.instructions.rendering import Rendered, render
 from client.models import model_path
 from dare_agg.errors import ConfigError
 from dare_agg.files.json_text import read_settings
 
+Asked = tuple[Conversation, bool]  # turns, and whether the model is asked to speak
 Ids = NDArray[np.int32]
 Mask = NDArray[np.bool_]
 
@@ -97,7 +99,7 @@ def coded_all(tokenizer: Any, conversations: Sequence[Conversation]) -> Iterator
     blocks = bool(_GENERATION.search(_template(tokenizer)))
     for lo in range(0, len(conversations), _TOGETHER):
         some = conversations[lo : lo + _TOGETHER]
-        yield from map(_by_blocks(tokenizer), some) if blocks else _by_prefixes(tokenizer, some)
+        yield from _by_blocks(tokenizer, some) if blocks else _by_prefixes(tokenizer, some)
 
 
 def prompt_ids(tokenizer: Any, turns: Conversation) -> list[int]:
@@ -112,17 +114,17 @@ def tokens(tokenizer: Any, texts: Sequence[str]) -> list[list[int]]:
 
 def text_of_turns(tokenizer: Any, turns: Conversation, *, ask: bool = False) -> str:
     """What the template makes of turns; with ``ask``, up to where an answer begins."""
-    return str(_apply(tokenizer, turns, tokenize=False, add_generation_prompt=ask))
+    return _rendered(tokenizer, [(turns, ask)])[0].text
 
 
-def _apply(tokenizer: Any, turns: Conversation, **words: Any) -> Any:
-    from jinja2.exceptions import TemplateError
-
-    messages = [{"role": role, "content": content} for role, content in turns]
-    try:
-        return tokenizer.apply_chat_template(messages, **words)
-    except (TemplateError, TypeError, ValueError, KeyError, IndexError) as error:
-        raise ConfigError(_refusal(tokenizer, turns, str(error))) from error
+def _rendered(tokenizer: Any, asked: Sequence[Asked], *, blocks: bool = False) -> list[Rendered]:
+    """What the template makes of all these; raises `ConfigError` where it refuses one."""
+    template, words = _template(tokenizer), tokenizer.special_tokens_map
+    found = render(template, words, asked, blocks=blocks)
+    for (turns, _), one in zip(asked, found, strict=True):
+        if one.refusal:
+            raise ConfigError(_refusal(tokenizer, turns, one.refusal))
+    return found
 
 
 def _refusal(tokenizer: Any, turns: Conversation, said: str) -> str:
@@ -147,72 +149,63 @@ def _refusal(tokenizer: Any, turns: Conversation, said: str) -> str:
 
 
 def _takes(tokenizer: Any, turns: Conversation) -> bool:
-    from jinja2.exceptions import TemplateError
-
-    messages = [{"role": role, "content": content} for role, content in turns]
-    try:
-        tokenizer.apply_chat_template(messages, tokenize=False)
-    except (TemplateError, TypeError, ValueError, KeyError, IndexError):
-        return False
-    return True
+    (found,) = render(_template(tokenizer), tokenizer.special_tokens_map, [(turns, False)])
+    return not found.refusal
 
 
 # --- by the template's own blocks ------------------------------------------------------------
 
 
-def _by_blocks(tokenizer: Any) -> Any:
-    def code(conversation: Conversation) -> Coded:
-        found = _apply(
-            tokenizer,
-            conversation,
-            tokenize=True,
-            return_dict=True,
-            return_assistant_tokens_mask=True,
-        )
-        mask = np.array(found["assistant_masks"], np.bool_)
+def _by_blocks(tokenizer: Any, some: Sequence[Conversation]) -> Iterator[Coded]:
+    made = _rendered(tokenizer, [(talk, False) for talk in some], blocks=True)
+    found = tokenizer([one.text for one in made], add_special_tokens=False)
+    for row, one in enumerate(made):
+        ids = np.array(found["input_ids"][row], np.int32)
+        mask = np.zeros(ids.size, np.bool_)
+        for lo, hi in one.spans:  # of characters, the last of them at hi - 1
+            first, last = found.char_to_token(row, lo), found.char_to_token(row, hi - 1)
+            if first is None:
+                break
+            mask[first : last + 1 if last else None] = True
         starts = np.flatnonzero(mask & ~np.concatenate(([False], mask[:-1])))
-        return Coded(np.array(found["input_ids"], np.int32), mask, int(starts[-1:].sum()))
-
-    return code
+        yield Coded(ids, mask, int(starts[-1:].sum()))
 
 
 # --- by prefixes -----------------------------------------------------------------------------
 
 
 def _by_prefixes(tokenizer: Any, some: Sequence[Conversation]) -> Iterator[Coded]:
-    plans = [_prefixes(tokenizer, conversation) for conversation in some]
-    every = list(dict.fromkeys(text for texts, _ in plans for text in texts))
+    asked = list(dict.fromkeys(one for talk in some for one in _prefixes(talk)))
+    made = zip(asked, _rendered(tokenizer, asked), strict=True)
+    texts = {one: found.text for one, found in made}
+    every = list(dict.fromkeys(texts.values()))
     ids = dict(zip(every, tokens(tokenizer, every), strict=True))
-    for texts, spans in plans:
-        whole = ids[texts[0]]
+    for talk in some:
+        text = texts[talk, False]
+        whole = ids[text]
         mask = np.zeros(len(whole), np.bool_)
-        asked = 0
-        for before, through in spans:
-            lo = _common(ids[before], whole)
-            hi = _common(ids[through], whole)
-            asked = lo
-            mask[lo : _spoken(tokenizer, whole, lo, hi)] = True
-        yield Coded(np.array(whole, np.int32), mask, asked)
+        begins = 0
+        for place in _answers(talk):
+            before, through = texts[talk[:place], True], texts[talk[: place + 1], False]
+            for prefix in (before, through):
+                if not text.startswith(prefix):
+                    raise ConfigError(_no_prefix(text, prefix, place))
+            begins = _common(ids[before], whole)
+            end = _common(ids[through], whole)
+            mask[begins : _spoken(tokenizer, whole, begins, end)] = True
+        yield Coded(np.array(whole, np.int32), mask, begins)
 
 
-def _prefixes(
-    tokenizer: Any, conversation: Conversation
-) -> tuple[list[str], list[tuple[str, str]]]:
-    """All texts that are needed, the whole first; per answer the text before and through it."""
-    whole = text_of_turns(tokenizer, conversation)
-    texts, spans = [whole], []
-    for place, (role, _) in enumerate(conversation):
-        if role != ASSISTANT:
-            continue
-        before = text_of_turns(tokenizer, conversation[:place], ask=True)
-        last = place + 1 == len(conversation)
-        through = whole if last else text_of_turns(tokenizer, conversation[: place + 1])
-        for text in (before, through):
-            if not whole.startswith(text):
-                raise ConfigError(_no_prefix(whole, text, place))
-        spans.append((before, through))
-        texts += (before, through)
-    return texts, spans
+def _answers(talk: Conversation) -> list[int]:
+    return [place for place, (role, _) in enumerate(talk) if role == ASSISTANT]
+
+
+def _prefixes(talk: Conversation) -> Iterator[Asked]:
+    """All texts that are needed: the whole, and those before and through each answer."""
+    yield talk, False
+    for place in _answers(talk):
+        yield talk[:place], True
+        yield talk[: place + 1], False
 
 
 def _no_prefix(whole: str, text: str, place: int) -> str:

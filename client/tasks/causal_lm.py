@@ -21,6 +21,7 @@ from client.models import (
     built_in,
     built_in_kind,
     model_path,
+    refuse_pickled_model,
     refuse_quantised_model,
 )
 from client.rows import Data, Indices, Rows
@@ -163,10 +164,15 @@ def language_model(config: TaskConfig, labels: int) -> Any:
     logging.disable_progress_bar()
     folder = model_path(config.model)
     refuse_quantised_model(folder)
+    refuse_pickled_model(folder)
     torch.manual_seed(config.seed)  # for what the checkpoint lacks
     try:
         network = AutoModelForCausalLM.from_pretrained(
-            folder, dtype=torch.float32, trust_remote_code=False, **four_bit_words(config)
+            folder,
+            dtype=torch.float32,
+            use_safetensors=True,
+            trust_remote_code=False,
+            **four_bit_words(config),
         )
     except (OSError, ValueError) as error:
         raise _not_loaded(config.model, error) from error

@@ -17,6 +17,7 @@ from client.models import (
     built_in,
     built_in_kind,
     model_path,
+    refuse_pickled_model,
     refuse_quantised_model,
 )
 from client.pixels import read_image
@@ -133,10 +134,11 @@ def _hugging_face(config: TaskConfig) -> tuple[Any, int, Callable[[Any, Any], An
 
     logging.disable_progress_bar()
     refuse_quantised_model(config.model)
+    refuse_pickled_model(config.model)
     torch.manual_seed(config.seed)  # for what the checkpoint lacks, such as a pooler
     try:
         model = AutoModel.from_pretrained(
-            config.model, dtype=torch.float32, trust_remote_code=False
+            config.model, dtype=torch.float32, use_safetensors=True, trust_remote_code=False
         )
     except (OSError, ValueError) as error:
         raise ConfigError(

@@ -8,7 +8,13 @@ from typing import Any
 from client.config import TaskConfig
 from client.data import load_text
 from client.head import linear_head, with_adapters
-from client.models import IMAGE_ENCODER, built_in_kind, model_path, refuse_quantised_model
+from client.models import (
+    IMAGE_ENCODER,
+    built_in_kind,
+    model_path,
+    refuse_pickled_model,
+    refuse_quantised_model,
+)
 from client.rows import Data, Indices, Rows
 from client.tasks.task import Batch, Reader, Task, test_share
 from client.text_files import is_small
@@ -69,10 +75,15 @@ def text_model(config: TaskConfig, labels: int) -> Any:
     logging.disable_progress_bar()
     folder = model_path(config.model)
     refuse_quantised_model(folder)
+    refuse_pickled_model(folder)
     torch.manual_seed(config.seed)  # for what the checkpoint lacks, such as a pooler
     try:
         encoder = AutoModel.from_pretrained(
-            folder, dtype=torch.float32, attn_implementation="eager", trust_remote_code=False
+            folder,
+            dtype=torch.float32,
+            attn_implementation="eager",
+            use_safetensors=True,
+            trust_remote_code=False,
         )
     except (OSError, ValueError) as error:
         raise ConfigError(

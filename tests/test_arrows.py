@@ -36,6 +36,7 @@ ARROWS = {
     "merge": "codec vectors",
     "downlink": "codec files vectors",
     "secure": "codec checkpoint files vectors",
+    "privacy": "codec files vectors",
     "rounds": "codec downlink files merge vectors",
     "offline": "checkpoint codec files merge vectors",
     "flower": "checkpoint codec deploy downlink files merge rounds secure vectors",
@@ -53,7 +54,7 @@ SIMULATIONS = {
     "run": "runs",
 }
 # The most entries that may stand side by side at the library's root.
-MOST_ENTRIES = 15
+MOST_ENTRIES = 18
 # Rooms of arithmetic: numpy and cryptography (and RE2 for patterns of names), and nothing else
 # from outside.
 ARITHMETIC = ("vectors", "codec", "merge")

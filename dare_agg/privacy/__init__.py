@@ -1,0 +1,1 @@
+"""Differential privacy: what clients and records are promised, what it costs, what was spent."""

@@ -286,7 +286,7 @@ def make_strategy(config: RunConfig, name: str, record: Any, state: Path) -> Rou
 
 
 # Keys of a row that stand there only where there is something to say.
-_WHERE_ANY = ("away", "refused", "evaluate_failed", "weights_cut")
+_WHERE_ANY = ("away", "refused", "evaluate_failed", "weights_cut", "noise_warning")
 
 
 def _secure_facts(measured: Mapping[str, Any]) -> dict[str, Any]:
@@ -294,6 +294,19 @@ def _secure_facts(measured: Mapping[str, Any]) -> dict[str, Any]:
     found = measured.get("secure", {})
     names = ("lone_share", "conflict_share", "clipped_share", "bits", "word_bits")
     return {f"secure_{name}": found[name] for name in names if name in found}
+
+
+def _sent(measured: Mapping[str, Any]) -> dict[str, Any]:
+    """What clients sent of each value, and the noise of what they did not; of a plain round."""
+    rates = measured.get("drop_rates")
+    if not rates or "noise" not in measured:
+        return {}
+    return {
+        "drop_rate": math.fsum(rates) / len(rates),
+        "value_format": ", ".join(sorted(set(measured["values"]))),
+        "noise": measured["noise"],
+        "noise_of_change": measured["noise_of_change"],
+    }
 
 
 def _row(method: str, outcome: RoundOutcome, seconds: float, stepwise: bool) -> RunRow:
@@ -334,6 +347,7 @@ def _row(method: str, outcome: RoundOutcome, seconds: float, stepwise: bool) -> 
         download_bytes=down,
         message_upload_bytes=sum(measured["upload_bytes"]),
         evaluate_download_bytes=evaluated,
+        **_sent(measured),
         survivors_per_element=measured.get("survivors_per_element"),
         sign_conflict=merge.get("sign_conflict"),
         touched=merge.get("touched"),

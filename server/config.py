@@ -19,9 +19,10 @@ from dare_agg.errors import ConfigError, did_you_mean
 from dare_agg.files.app_config import absent_words, config_defaults
 from dare_agg.offline.adapters.folder import is_adapter
 from dare_agg.rounds.adapters import MEANS
+from dare_agg.rounds.auto import AUTO
 from dare_agg.rounds.settings import WEIGHTINGS, check_weight_bound
 from dare_agg.rounds.step import ServerStep, server_step
-from dare_agg.rounds.terms import KEEP_RATES, check_choice
+from dare_agg.rounds.terms import KEEP_RATES, UpdateTerms, check_choice
 from dare_agg.runs.claim import run_state
 from dare_agg.runs.ending import COMPLETED
 from dare_agg.secure.aggregates import SECURE_METHODS
@@ -118,10 +119,11 @@ class RunConfig(BaseModel):
     ----------
     num_rounds: rounds of each method.
     methods: what is run, one method after another on the same data and seeds, to compare.
-    drop_rate: share of the changes that are dropped at random, 0 to 1; auto: by what is trained.
-    values: how a survivor is written.
-    upload_budget: the most bytes that a client sends in a round, such as 300kB: it lowers to them
-        drop rate and value format; none: no bound.
+    drop_rate: share of the changes that are dropped at random, 0 to 1; auto: each round chooses
+        what the model bears (docs/FLOWER_APP.md).
+    values: how a survivor is written; auto: chosen with the drop rate, b1 beside a number.
+    upload_budget: the most bytes that a client sends in a round, such as 300kB: drop rate and value
+        format are the finest that fit, with auto no finer than chosen; none: no bound.
     upload_seconds: the most seconds that a client's update takes over the uplink it tells
         (``uplink-kbit-s`` of its node config); 0: no bound.
     mask: how survivors are drawn: one in each run of neighbours, or each by itself.
@@ -346,11 +348,13 @@ def read_config(raw: Mapping[str, Any]) -> RunConfig:
     _check_adapters(config)
     if not config.resume:  # a run begun with such words goes on
         refuse_idle_words(raw, DEFAULTS, {config.train_by(name) for name in config.methods})
-    parse_drop_rate(config.drop_rate)
+    if config.drop_rate != AUTO:
+        parse_drop_rate(config.drop_rate)
     config.step()
     config.budget()
     check_weight_bound(config.weight_bound)
-    find_values(config.values)
+    if config.values != AUTO:
+        find_values(config.values)
     find_values(config.dense_values)
     compile_patterns([*config.dense, *config.exclude])
     if config.partition == "column" and not config.partition_by:
@@ -359,15 +363,20 @@ def read_config(raw: Mapping[str, Any]) -> RunConfig:
 
 
 def _with_rate(raw: Mapping[str, Any]) -> dict[str, Any]:
-    """The config with ``drop-rate`` = "auto" settled: adapters are small, and all of them travels.
+    """The config with those of ``drop-rate`` and ``values`` settled that no round can choose.
 
-    docs/RESULTS.md, "Text, and LoRA": in one bit a value a drop of factors costs more rounds than
-    it saves bytes.
+    A secure run's server sees sums alone, whose noise it cannot judge; adapters are small, and all
+    of them travels (docs/RESULTS.md, "Text, and LoRA": in one bit a value a drop of factors costs
+    more rounds than it saves bytes).
     """
-    if raw["drop-rate"] != "auto":
-        return dict(raw)
-    adapters = raw["train"] == "lora" and not raw["secure"]
-    return {**raw, "drop-rate": "0" if adapters else "0.9"}
+    rate, values = raw["drop-rate"], raw["values"]
+    if rate == AUTO and raw["secure"]:
+        rate = "0.9"
+    elif rate == AUTO and raw["train"] == "lora":
+        rate = "0"
+    if rate != AUTO and values == AUTO:
+        values = UpdateTerms.values
+    return {**raw, "drop-rate": rate, "values": values}
 
 
 # What a resumed run may be told anew: how long, how patiently and on what it goes on, who takes
@@ -392,16 +401,20 @@ def check_resumed(config: RunConfig, folder: Path) -> None:
     stored = state.get("config")
     if not isinstance(stored, dict):  # whether there is a run at all, `claim` says
         return
-    begun = _begun_with(stored)
-    different = [
-        f"{key} {_shown(begun[key])} → {_shown(new)}"
+    begun, usual = _begun_with(stored), _plain(read_config({}))
+    changed = {
+        key: new
         for key, new in _plain(config).items()
         if key not in _MAY_CHANGE and begun[key] != new
-    ]
-    if not different:
+    }
+    if not changed:
         return
+    different = [f"{key} {_shown(begun[key])} → {_shown(new)}" for key, new in changed.items()]
     these = "these" if len(different) > 1 else "this"
     go_on = f"leave {these} out to go on as before, or begin another run"
+    if any(new == usual[key] for key, new in changed.items()):
+        # What a run was begun with is not always today's default.
+        go_on = f"set {these} as before to go on, or begin another run"
     if state.get("status") == COMPLETED:
         go_on = "the run is finished: begin another one"
     raise ConfigError(

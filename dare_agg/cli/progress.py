@@ -12,7 +12,7 @@ from dare_agg.files.json_text import read_json
 from dare_agg.runs.by_task import TASK_COLUMNS, TASK_TITLE, task_cells
 from dare_agg.runs.log import Mirror, planned_rounds, rejections, seconds_left
 from dare_agg.runs.missed import MISSED_COLUMNS, MISSED_TITLE, missed_cells
-from dare_agg.runs.rows import METRICS_FILE, STATE_FILE, RunRow, read_rows
+from dare_agg.runs.rows import METRICS_FILE, STATE_FILE, RunRow, read_rows, sent_words
 from dare_agg.runs.words import human_bytes, human_seconds
 
 if TYPE_CHECKING:
@@ -120,13 +120,14 @@ def summary_table(rows: list[RunRow]) -> Table:
 
     last = last_rows(rows)
     language = any(row.perplexity is not None for row in last.values())
+    said = any(sent_words(row) for row in last.values())
     matched = any(row.exact_match is not None for row in last.values())
     table = Table(title="After the last round")
     table.add_column("method")
     first = "perplexity" if language else "accuracy"
     for name in (
-        first, *(["exact match"] if matched else []), "rounds", "update up", "head up", "ratio",
-        "down", "seconds",
+        first, *(["exact match"] if matched else []), "rounds",
+        *(["sent"] if said else []), "update up", "head up", "ratio", "down", "seconds",
     ):  # fmt: skip
         table.add_column(name, justify="right")
     dense = last["fedavg"].update_bytes_per_client if "fedavg" in last else 0
@@ -139,6 +140,7 @@ def summary_table(rows: list[RunRow]) -> Table:
             _shown(row.perplexity, ",.2f") if language else _shown(row.accuracy, ".3f"),
             *([_shown(row.exact_match, ".3f")] if matched else []),
             str(row.round),
+            *([sent_words(row) or "–"] if said else []),
             human_bytes(update) if own else "–",
             human_bytes(row.dense_bytes_per_client if own else update),
             ratio,

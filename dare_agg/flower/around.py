@@ -12,6 +12,7 @@ import inspect
 import logging
 from collections import Counter
 from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
@@ -19,6 +20,7 @@ from flwr.app import ArrayRecord, ConfigRecord, Message, MetricRecord, RecordDic
 from flwr.serverapp import Grid
 from flwr.serverapp.strategy import FedAdagrad, FedAdam, FedAvg, FedYogi, Result, Strategy
 
+from dare_agg.codec.mask import parse_drop_rate
 from dare_agg.errors import ConfigError, LayoutError, did_you_mean
 from dare_agg.flower.app_records import with_content
 from dare_agg.flower.clients import Client
@@ -28,6 +30,8 @@ from dare_agg.flower.round_outcome import RoundOutcome, round_measurements
 from dare_agg.flower.strategy import DareStrategy
 from dare_agg.flower.transport import to_record
 from dare_agg.flower.wrapped import MOST_ERROR, check_wrapped, compares
+from dare_agg.rounds.auto import AUTO
+from dare_agg.rounds.auto_state import AutoState
 from dare_agg.rounds.noise import error_of
 from dare_agg.rounds.plan import RoundPlan
 from dare_agg.rounds.server import Rejection, round_weights
@@ -71,9 +75,15 @@ class DareTransport(DareStrategy):
         own = {name: getattr(strategy, name) for name in named if hasattr(strategy, name)}
         super().__init__(**own, weight_bound=0, **words)
         self._check_own_start()
+        if self.chooser is not None:
+            self.chooser.compared = compares(strategy)
         if self.upload_budget is None and self.client_terms is None:
             terms = self.settings.terms
-            _check_error(strategy, error_of(terms.drop_rate, terms.values))
+            error = error_of(terms.drop_rate, terms.values)
+            if self.chooser is not None:
+                values = "b4" if self.chooser.values == AUTO else self.chooser.values
+                error = error_of(parse_drop_rate(0), values)
+            _check_error(strategy, error)
         elif compares(strategy):
             raise ConfigError(
                 f"{type(strategy).__name__} compares clients' updates, which upload_budget and "
@@ -167,12 +177,12 @@ class DareTransport(DareStrategy):
             return None, metrics
         self._go_on(arrays)
         measured = round_measurements(opened, taken, rejections, {})
-        measured["noise"] = self._noise_of(opened, taken, plans, measured)
+        auto = self._auto_after(opened, taken, plans, measured)
         self._say_round(opened, taken)
         outcome = RoundOutcome(
             opened.number,
             self.broadcasting.model,
-            self.step_state,
+            replace(self.step_state, auto=auto),
             measured,
             rejections,
             plans,
@@ -206,16 +216,17 @@ class DareTransport(DareStrategy):
             if kept is arrays:  # FedAvgM goes on from what it returned
                 setattr(self.strategy, name, self.broadcasting.arrays)
 
-    def _noise_of(
+    def _auto_after(
         self,
         opened: OpenRound,
         taken: Sequence[TrainReply],
         plans: Sequence[RoundPlan],
-        measured: Mapping[str, Any],
-    ) -> float | None:
-        """The noise of the drop, where the strategy takes a mean as it is."""
+        measured: dict[str, Any],
+    ) -> AutoState:
+        """Judge the noise of the drop where the strategy takes a mean as it is."""
         if isinstance(self.strategy, _ADAPTIVE) or not isinstance(self.strategy, FedAvg):
-            return None
+            measured["noise"] = measured["noise_of_change"] = None
+            return self.step_state.auto
         weights = round_weights([reply.accepted for reply in taken], self.settings.weighting)
         moved = self.broadcasting.model
         return self._watch_noise(measured, plans, weights, opened.model, moved)

@@ -6,7 +6,7 @@ must be that mean.
 
 Clipped on the server, the arrays that are merged are those that were clipped, at any drop rate.
 Clipped on the client, what comes after the clipping counts: an update of error ω
-(`dare_agg.rounds.noise.error_of`) arrives with norm C·√(1 + ω), 4·C at the defaults. Noise that a
+(`dare_agg.rounds.noise.error_of`) arrives with norm C·√(1 + ω), 4·C at p = .9, "b1". Noise that a
 client adds itself (`LocalDpMod`, behind `dare_mod`) loses nothing on the way: what is sent is
 made of noised values alone.
 """

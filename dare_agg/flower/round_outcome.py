@@ -67,6 +67,7 @@ def round_measurements(
         "download_bytes": [opened.download[client.node] for client in opened.clients],
         "examples": [reply.accepted.weight for reply in replies],
         "drop_rates": [_dropped(reply.accepted.plan) for reply in replies],
+        "values": [reply.accepted.plan.terms.values for reply in replies],
         "delta_norms": [reply.receipt.delta_norm for reply in replies],
         "delta_max": [reply.receipt.delta_max for reply in replies],
         "share_above": [reply.receipt.share_above for reply in replies],

@@ -6,19 +6,24 @@ import logging
 import os
 from collections import Counter
 from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import replace
 from typing import Any
 
+import numpy as np
 from flwr.app import ArrayRecord, ConfigRecord, Message, MetricRecord
 from flwr.serverapp import Grid
+from numpy.typing import NDArray
 
 from dare_agg.codec.budget import ClientTerms, UploadBudget
 from dare_agg.codec.derive import derive_key
+from dare_agg.codec.fitted_rates import tensor_squares
 from dare_agg.codec.mask import DropRate, parse_drop_rate
 from dare_agg.codec.payload import payload_bytes
 from dare_agg.codec.update import HEADER_BYTES
 from dare_agg.downlink.protocol import Downlink
 from dare_agg.errors import ConfigError
 from dare_agg.flower import arguments
+from dare_agg.flower.choosing import Chooser
 from dare_agg.flower.clients import Client
 from dare_agg.flower.differential_privacy import check_privacy
 from dare_agg.flower.limits import OWN_BYTES
@@ -29,8 +34,16 @@ from dare_agg.flower.records import ASK_TRAIN, Hello
 from dare_agg.flower.replies import Inbox, TrainReply
 from dare_agg.flower.round_outcome import RoundOutcome, round_measurements
 from dare_agg.flower.round_strategy import ROUND_WORD, RoundStrategy
+from dare_agg.rounds.auto import AUTO, judge, within
+from dare_agg.rounds.auto_state import AutoState
 from dare_agg.rounds.chain import Passed, StepContext, UpdateStep, chain
-from dare_agg.rounds.noise import NoiseWatch, norm_of, round_noise
+from dare_agg.rounds.noise import (
+    NoiseWatch,
+    error_of_plan,
+    is_held_by_weights,
+    norm_of,
+    round_noise,
+)
 from dare_agg.rounds.plan import RoundPlan, make_plans
 from dare_agg.rounds.server import (
     Accepted,
@@ -61,8 +74,12 @@ class DareStrategy(RoundStrategy):
         merge method ("task-arithmetic", "ties", "average", "fisher",
         "regmean"), λ, and the method's own options. For the last two the training code must
         return statistics (``dare_agg.flower.STATISTICS_KEY``).
-    drop_rate, values, mask
-        of the clients' updates (0.9, "b1", "stratified").
+    drop_rate, values
+        of the clients' updates. "auto" has each round choose what the model bears: small models
+        send every value in a few bits, large ones begin with a drop of 0.9 in one bit
+        (`dare_agg.rounds.auto`). With a drop rate, ``values`` are "b1" unless said.
+    mask
+        "stratified" or "bernoulli".
     keep_rates
         "uniform" keeps the same share of every tensor; "own" and "last" keep it in proportion to
         the tensor's change, as each client finds it or as it was in the round before, in as many
@@ -94,8 +111,8 @@ class DareStrategy(RoundStrategy):
     client_terms
         gives a client (by its `Hello`) its own drop rate and value format.
     upload_budget
-        bytes (and seconds, by a node's own uplink) of a client's upload a round;
-        chooses drop rate and format of each client instead of ``drop_rate`` and ``values``.
+        most bytes (and seconds, by a node's own uplink) of a client's upload a round. Beside a
+        drop rate it chooses rate and format of each client instead, the finest that fit.
     identities
         public keys (hex) of the clients by name; their replies must be signed.
     downlink
@@ -135,8 +152,8 @@ class DareStrategy(RoundStrategy):
         *,
         method: str = FederatedSettings.method,
         scaling: float = FederatedSettings.scaling,
-        drop_rate: DropRate | float | str = UpdateTerms.drop_rate,
-        values: str = UpdateTerms.values,
+        drop_rate: DropRate | float | str = AUTO,
+        values: str = AUTO,
         mask: str = UpdateTerms.mask,
         keep_rates: str = UpdateTerms.keep_rates,
         dense: Sequence[str] = UpdateTerms.dense,
@@ -166,10 +183,11 @@ class DareStrategy(RoundStrategy):
         reply_room: int = OWN_BYTES,
         round_hook: Callable[[RoundOutcome], bool | None] | None = None,
     ) -> None:
+        chosen = drop_rate == AUTO
         settings = FederatedSettings(
             UpdateTerms(
-                drop_rate=parse_drop_rate(drop_rate),
-                values=values,
+                drop_rate=UpdateTerms.drop_rate if chosen else parse_drop_rate(drop_rate),
+                values=UpdateTerms.values if values == AUTO else values,
                 mask=mask,
                 dense=dense,  # type: ignore[arg-type]
                 exclude=exclude,  # type: ignore[arg-type]
@@ -218,6 +236,11 @@ class DareStrategy(RoundStrategy):
         self.upload_budget = upload_budget
         if client_terms is not None and upload_budget is not None:
             raise ConfigError("client_terms and upload_budget both choose; give one of them")
+        self.chooser: Chooser | None = None
+        if chosen:
+            limits = ("upload_budget", upload_budget), ("client_terms", client_terms)
+            limit = next((name for name, value in limits if value is not None), "")
+            self.chooser = Chooser(self.CALLED, values, limit=limit)
         self._open: OpenRound | None = None
 
     def summary(self) -> None:
@@ -238,11 +261,11 @@ class DareStrategy(RoundStrategy):
     def _summarise_updates(self) -> None:
         terms = self.settings.terms
         LOG.info(
-            "\t├── Updates: drop rate %.6g, keep rates %s, values %s, mask %s; dense %s as %s; "
-            "local %s",
-            terms.drop_rate.p,
+            "\t├── Updates: %s; keep rates %s, mask %s; dense %s as %s; local %s",
+            "as each round's noise allows"
+            if self.chooser
+            else f"drop rate {terms.drop_rate.p:.6g}, values {terms.values}",
             terms.keep_rates,
-            terms.values,
             terms.mask,
             list(terms.dense),
             terms.dense_values,
@@ -351,12 +374,17 @@ class DareStrategy(RoundStrategy):
         return self._open
 
     def _terms(self, hello: Hello) -> ClientTerms | None:
-        """What a client is given of its own: by its budget, or by the app's function."""
+        """What a client is given of its own: by the rounds' choice, its budget, the app."""
+        wanted = None
+        if self.chooser is not None:
+            layout = self.broadcasting.model.groups.layout
+            wanted = self.chooser.wanted(layout, self.step_state.auto)
         if self.upload_budget is None:
-            return self.client_terms(hello) if self.client_terms else None
+            return (self.client_terms(hello) if self.client_terms else None) or wanted
         ref, terms = self.broadcasting.model.ref, self.settings.terms
         dense = ref.dense_size and HEADER_BYTES + payload_bytes(terms.dense_values, ref.dense_size)
-        return self.upload_budget.terms(ref.size, dense, hello.uplink_kbit_s, mask=terms.mask)
+        allowed = self.upload_budget.terms(ref.size, dense, hello.uplink_kbit_s, mask=terms.mask)
+        return allowed if wanted is None else within(wanted, allowed, ref.size)
 
     def aggregate_train(
         self, server_round: int, replies: Iterable[Message]
@@ -408,7 +436,15 @@ class DareStrategy(RoundStrategy):
             bound_weights([reply.accepted for reply in taken], self.settings),
             self.settings.weighting,
         )
-        measurements["noise"] = self._watch_noise(measurements, plans, weights, model, moved)
+        auto = self._watch_noise(
+            measurements,
+            plans,
+            weights,
+            model,
+            moved,
+            merged.tensor_squares if isinstance(merged, StreamedRound) else None,
+        )
+        step_state = replace(step_state, auto=auto)
         metrics = aggregate_metrics(
             self.train_metrics_aggr_fn,
             [reply.content for reply in taken],
@@ -461,32 +497,65 @@ class DareStrategy(RoundStrategy):
 
     def _watch_noise(
         self,
-        measured: Mapping[str, Any],
+        measured: dict[str, Any],
         plans: Sequence[RoundPlan],
         weights: Sequence[float],
         model: GlobalModel,
         moved: GlobalModel,
-    ) -> float | None:
-        """Measure the noise of a round's drop; once, warn of what would ruin the model."""
-        norms = measured["delta_norms"]
+        sums: NDArray[np.float64] | None = None,
+    ) -> AutoState:
+        """Measure the noise of a round's drop, and warn once of what would ruin the model.
+
+        ``sums`` are the squares of each tensor's change where both versions are not at hand.
+        Returns what is kept of it for the next round's terms.
+        """
+        settings, norms, state = self.settings, measured["delta_norms"], self.step_state.auto
+        layout = model.groups.layout
         # On disk the version before is no more, and fine-tuning leaves the base's norm as it is.
         size = norm_of(model.delta) if self.store is None else self.store.base_norm
         size = size or norm_of(moved.delta)
-        noise = round_noise(plans, norms, weights, self.settings, model.groups, size)
+        noise = round_noise(plans, norms, weights, settings, model.groups, size)
+        errors = [error_of_plan(plan) for plan in plans]
+        held = size if is_held_by_weights(settings, model.groups) else None
+        judged = judge(norms, weights, errors, settings, held, measured.get("merged_norm"))
+        if noise is None and judged is not None:
+            noise = judged.of_weights(judged.error)
+        measured["noise"] = noise
+        measured["noise_of_change"] = judged.of_change(judged.error) if judged else None
+
+        def squares() -> NDArray[np.float64]:
+            if sums is not None:
+                return sums
+            return tensor_squares(layout.sizes, (model.delta[:], moved.delta[:]))
+
+        if self.chooser is not None:
+            state, said = self.chooser.after(layout, state, judged, measured, squares)
+        else:
+            said = self._too_loud(noise, plans, measured, moved)
+        if said:
+            LOG.warning("round %d: %s", measured["round"], said)
+            measured["noise_warning"] = said
+        return state
+
+    def _too_loud(
+        self,
+        noise: float | None,
+        plans: Sequence[RoundPlan],
+        measured: Mapping[str, Any],
+        moved: GlobalModel,
+    ) -> str:
+        """What is to be warned of at terms that the app chose, "" for nothing."""
         remedy = self.noise_watch.look(noise, plans)
-        if remedy is not None:
-            nbytes = remedy.nbytes(moved.delta.size) + max(measured["dense_bytes"])
-            budget = f"an upload_budget of at least {nbytes} bytes"
-            LOG.warning(
-                "round %d: the drop's noise is %.0f %% of the weights' own size: the model changes "
-                "too much a round for what is sent of it, as in training from scratch, and may end "
-                "far below FedAvg's; give %s %s",
-                measured["round"],
-                100 * self.noise_watch.loudest,
-                self.CALLED,
-                budget if self.upload_budget else remedy,
-            )
-        return noise
+        if remedy is None:
+            return ""
+        nbytes = remedy.nbytes(moved.delta.size) + max(measured["dense_bytes"])
+        budget = f"an upload_budget of at least {nbytes} bytes"
+        return (
+            f"the drop's noise is {100 * self.noise_watch.loudest:.0f} % of the weights' own size: "
+            "the model changes too much a round for what is sent of it, as in training from "
+            f"scratch, and may end far below FedAvg's; give {self.CALLED} "
+            f"{budget if self.upload_budget else remedy}"
+        )
 
     def _pass_steps(self, number: int, accepted: Sequence[Accepted]) -> Passed:
         """What the steps before the merge let through; their draws are no client's to know."""

@@ -69,8 +69,7 @@ def round_noise(
     where the noise cannot be judged, also since a client told a norm that is no number.
     """
     step = settings.server_step
-    adapters = any("lora_" in name for name in groups.layout.names)
-    if adapters or step.name not in ("plain", "momentum"):
+    if not is_held_by_weights(settings, groups):
         return None
     squares = [
         (weight * norm) ** 2 * error_of_plan(plan)
@@ -78,6 +77,15 @@ def round_noise(
     ]
     noise = abs(settings.scaling) * step.numbers["lr"] * math.sqrt(math.fsum(squares))
     return noise / size if math.isfinite(noise) and size > 0 else None
+
+
+def is_held_by_weights(settings: FederatedSettings, groups: Groups) -> bool:
+    """Whether noise can be held against ‖W‖.
+
+    Adapters begin at zero, and the adaptive server steps rescale what they get.
+    """
+    adapters = any("lora_" in name for name in groups.layout.names)
+    return not adapters and settings.server_step.name in ("plain", "momentum")
 
 
 def norm_of(vector: AnyVector) -> float:

@@ -18,6 +18,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from dare_agg.errors import ConfigError, StateError, did_you_mean
+from dare_agg.rounds.auto_state import NAMES, AutoState, auto_from_arrays
 from dare_agg.rounds.server_steps import SERVER_STEPS
 from dare_agg.vectors.layout import MAX_TENSORS, FloatVector
 
@@ -30,12 +31,14 @@ class StepState:
     """Rounds taken so far and the step's vectors (none before the first round).
 
     ``levels`` say how much each tensor changed in the last round, where plans are to tell
-    (`dare_agg.rounds.levels`).
+    (`dare_agg.rounds.levels`); ``auto`` what the next round sends where the rounds choose it
+    (`dare_agg.rounds.auto`).
     """
 
     count: int = 0
     vectors: Mapping[str, FloatVector] = field(default_factory=dict)
     levels: bytes = b""
+    auto: AutoState = AutoState()  # noqa: RUF009 (frozen)
 
 
 @dataclass(frozen=True)
@@ -149,7 +152,7 @@ def state_to_arrays(state: StepState) -> dict[str, NDArray[np.generic]]:
     arrays.update({f"vector.{name}": vector for name, vector in state.vectors.items()})
     if state.levels:
         arrays["levels"] = np.frombuffer(state.levels, np.uint8)
-    return arrays
+    return arrays | state.auto.to_arrays()
 
 
 def state_from_arrays(arrays: Mapping[str, NDArray[np.generic]]) -> StepState:
@@ -162,7 +165,7 @@ def state_from_arrays(arrays: Mapping[str, NDArray[np.generic]]) -> StepState:
     if levels.dtype != np.uint8 or levels.ndim != 1 or levels.size > MAX_TENSORS:
         raise StateError("server step state has no valid 'levels'; resume from an older round")
     for name, array in arrays.items():
-        if name in ("count", "levels"):
+        if name in ("count", "levels", *NAMES):
             continue
         if not name.startswith("vector.") or array.dtype != np.float32 or array.ndim != 1:
             raise StateError(
@@ -170,4 +173,4 @@ def state_from_arrays(arrays: Mapping[str, NDArray[np.generic]]) -> StepState:
                 "only flat float32 vectors belong there: resume from an older round"
             )
         vectors[name.removeprefix("vector.")] = np.asarray(array, np.float32)
-    return StepState(int(count[0]), vectors, levels.tobytes())
+    return StepState(int(count[0]), vectors, levels.tobytes(), auto_from_arrays(arrays))

@@ -41,10 +41,14 @@ _NORM_PIECE = 1 << 16
 
 @dataclass(frozen=True)
 class StreamedRound:
-    """What is left of a round that was merged in one pass: its weights and measurements."""
+    """What is left of a round that was merged in one pass: its weights and measurements.
+
+    ``tensor_squares`` are the sums of squares of each tensor's merged change.
+    """
 
     weights: tuple[float, ...]
     measurements: dict[str, Any]
+    tensor_squares: NDArray[np.float64]
 
 
 def advance_streamed(
@@ -70,15 +74,16 @@ def advance_streamed(
     )
     dense = merge_dense_group(model, ordered, weights, settings)
     stream = _stepped(store, state, settings.server_step, _Merged(merge))
-    if settings.terms.keep_rates == "last":
-        stream.stops = np.cumsum(np.array(model.groups.layout.sizes, np.int64))
+    stream.stops = np.cumsum(np.array(model.groups.layout.sizes, np.int64))
     moved = store.advance_streamed(model, stream, dense, plans, settings.server_step.vectors)
     norm = math.sqrt(math.fsum(stream.squares))
     measurements = round_measured(ordered, weights, norm, merge.measured())
+    assert stream.sums is not None
     levels = b""
-    if stream.sums is not None:
+    if settings.terms.keep_rates == "last":
         levels = levels_told(model.groups.layout.sizes, stream.sums, plans)
-    return moved, StepState(state.count + 1, levels=levels), StreamedRound(weights, measurements)
+    merged = StreamedRound(weights, measurements, stream.sums)
+    return moved, StepState(state.count + 1, levels=levels), merged
 
 
 def advance_merged(

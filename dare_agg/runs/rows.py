@@ -60,7 +60,9 @@ class RunRow:
 
     Byte counts are those of encoded payloads; ``_per_client`` ones are means, without the
     messages around them. ``update_bytes`` are the delta group's, ``dense_bytes`` the small
-    dense group's. ``lora_errors`` say by module what the common rank of adapters could not hold
+    dense group's. ``drop_rate`` is the mean over the clients, ``value_format`` those that they had;
+    ``noise`` is that of what was not sent relative to ‖W‖, ``noise_of_change`` to the merged
+    change. ``lora_errors`` say by module what the common rank of adapters could not hold
     of the mean of their products, ``lora_error`` the largest. ``secure_…`` are a secure run's
     alone. ``by_task`` has an object for each client and task, where clients tell metrics task by
     task: see `dare_agg.runs.by_task`.
@@ -93,6 +95,11 @@ class RunRow:
     download_bytes = Key(0)
     message_upload_bytes = Key(0)
     evaluate_download_bytes = Key(0)
+    drop_rate = Key[float | None](None)
+    value_format = Key[str | None](None, str)
+    noise = Key[float | None](None)
+    noise_of_change = Key[float | None](None)
+    noise_warning = Key[str | None](None, str)
     survivors_per_element = Key[float | None](None)
     sign_conflict = Key[float | None](None)
     touched = Key[float | None](None)
@@ -145,3 +152,10 @@ def parse_row(line: str | bytes) -> RunRow:
     if not isinstance(values, dict):
         raise FormatError("a row is no JSON object")
     return RunRow(values)
+
+
+def sent_words(row: RunRow) -> str:
+    """What clients sent of each value in a round: "p = 0.9, b1"; "" where the row does not say."""
+    if row.drop_rate is None or row.value_format is None:
+        return ""
+    return f"p = {row.drop_rate:.4g}, {row.value_format}"

@@ -68,6 +68,11 @@ class SecureSettings:
                 f"secure = {self.method!r}: no such secure sum"
                 f"{did_you_mean(self.method, SECURE_METHODS)}"
             )
+        if self.drop_rate == "auto":
+            raise ConfigError(
+                "drop rate 'auto' in a secure sum: it is chosen by the norms of single clients' "
+                "changes, which the server of a sum never sees; give a number, for example 0.9"
+            )
         if not isinstance(self.drop_rate, DropRate):
             object.__setattr__(self, "drop_rate", parse_drop_rate(self.drop_rate))
         for name in ("trim", "density"):

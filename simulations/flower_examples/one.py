@@ -12,6 +12,7 @@ import logging
 import os
 import random
 import shutil
+import statistics
 import sys
 import tempfile
 import time
@@ -72,7 +73,7 @@ def run(app: App, folder: Path, options: argparse.Namespace) -> dict[str, Any]:
     pretend_task()
     server = load(components["serverapp"])
     client = load(components["clientapp"])
-    results, noise = record_results(sys.modules[components["serverapp"].split(":")[0]])
+    results, rounds_of_dare = record_results(sys.modules[components["serverapp"].split(":")[0]])
     grid = MemoryGrid(client, app.clients, shuffle=options.seed, run_config=config)
     grid.sent = grid.received = deque(maxlen=0)  # type: ignore[assignment]
     context = Context(0, 0, {}, RecordDict(), config)
@@ -84,6 +85,10 @@ def run(app: App, folder: Path, options: argparse.Namespace) -> dict[str, Any]:
     curve = [float(r[k]) for _, r in sorted(found.items()) for k in r if metric(app, k)]
     if app.folder == "flowertune-llm":  # it has no evaluation of its own
         curve = [answers_right(result.arrays, config, app, data)]
+
+    def told(key: str) -> list[Any]:
+        return [measured[key] for measured in rounds_of_dare]
+
     row = {
         "example": app.folder,
         "form": options.form,
@@ -95,7 +100,12 @@ def run(app: App, folder: Path, options: argparse.Namespace) -> dict[str, Any]:
         "accuracy": curve[-1] if app.central else ask_all(grid, app, result.arrays, rounds),
         "by_round": [round(value, 4) for value in curve],
         "parameters": sum(array.numpy().size for array in result.arrays.values()),
-        "noise": [value if value is None else round(value, 4) for value in noise],
+        "noise": [value if value is None else round(value, 4) for value in told("noise")],
+        "sent": [
+            f"{statistics.fmean(rates):g} {'/'.join(sorted(set(values)))}"
+            for rates, values in zip(told("drop_rates"), told("values"), strict=True)
+        ],
+        "update_bytes": [round(statistics.fmean(sizes)) for sizes in told("update_bytes")],
         "warnings": said,
         "seconds": round(time.monotonic() - started),
     }
@@ -220,13 +230,14 @@ class Accuracy:
         return {"accuracy": float(np.mean(self.right))}
 
 
-def record_results(module: Any) -> tuple[list[Result], list[float | None]]:
-    """Keep what the example's strategy returns, of whatever class it is, and its rounds' noise."""
+def record_results(module: Any) -> tuple[list[Result], list[Mapping[str, Any]]]:
+    """Keep what the example's strategy returns, of whatever class, and what rounds measured."""
     found: list[Result] = []
-    noise: list[float | None] = []
+    rounds: list[Mapping[str, Any]] = []
 
-    def keep_noise(outcome: RoundOutcome) -> None:
-        noise.append(outcome.measurements["noise"])
+    def keep_round(outcome: RoundOutcome) -> None:
+        if outcome.measurements["accepted"]:
+            rounds.append(outcome.measurements)
 
     for name, kind in list(vars(module).items()):
         if isinstance(kind, type) and issubclass(kind, Strategy):
@@ -237,14 +248,14 @@ def record_results(module: Any) -> tuple[list[Result], list[float | None]]:
                 def start(self, *args: Any, **kwargs: Any) -> Result:
                     """As the example's."""
                     if isinstance(self, DareStrategy):
-                        self.round_hook = keep_noise
+                        self.round_hook = keep_round
                     result = super().start(*args, **kwargs)
                     found.append(result)
                     return result
 
             Recorded.__name__ = kind.__name__
             setattr(module, name, Recorded)
-    return found, noise
+    return found, rounds
 
 
 @contextmanager

@@ -40,7 +40,7 @@ COMMAND = "python -m simulations.pages.config_words"
 # What a text may be where a table says it; a word behind it stands for any other.
 CHOICES: Mapping[str, Iterable[str]] = {
     "methods": METHODS,
-    "values": VALUE_FORMATS,
+    "values": (AUTO, *VALUE_FORMATS),
     "dense-values": VALUE_FORMATS,
     "downlink": DOWNLINKS,
     "secure": SECURE_METHODS,

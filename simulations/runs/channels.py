@@ -129,14 +129,16 @@ class DareChannel:
         from dare_agg.codec.derive import seed_secret
         from dare_agg.codec.mask import parse_drop_rate
         from dare_agg.downlink.ways import make_downlink
+        from dare_agg.rounds.auto import AUTO, choices
         from dare_agg.rounds.settings import FederatedSettings
         from dare_agg.rounds.step import StepState, server_step
         from dare_agg.rounds.terms import UpdateTerms
         from dare_agg.vectors.model import global_model
 
+        chosen = settings["drop_rate"] == AUTO
         self._settings = FederatedSettings(
             UpdateTerms(
-                drop_rate=parse_drop_rate(str(settings["drop_rate"])),
+                drop_rate=parse_drop_rate("0.9" if chosen else str(settings["drop_rate"])),
                 values=settings["values"],
                 mask=settings["mask"],
                 dense=(HEAD,),
@@ -155,6 +157,9 @@ class DareChannel:
         self._downlink = make_downlink(settings["downlink"], **settings["downlink_options"])
         self._model = self._downlink.start(global_model(state, dense=(HEAD,)))
         self._step_state = StepState()
+        self._choices = choices(self._model.groups.layout) if chosen else None
+        self._wanted = self._choices.first if self._choices else None
+        self._norms: list[float] = []
         self.size = self._model.delta.size
         self.head_size = self._model.dense.size
         self._have = [self._model.ref.version] * clients
@@ -173,7 +178,7 @@ class DareChannel:
         plans = make_plans(
             derive_key(self._secret, "round", number),
             number,
-            [None] * len(clients),
+            [self._wanted] * len(clients),
             self._settings.terms,
             self._model.ref,
             shared_mask=self._settings.shared_mask,
@@ -217,6 +222,7 @@ class DareChannel:
         if self._fed:
             self._keep_residual(client, tuned, reply.update)
         self._accepted.append(reply)
+        self._norms.append(sent.delta_norm)
         return Traffic(len(sent.blob), len(sent.dense_blob or b""))
 
     def _with_residual(self, client: int, tuned: State) -> State:
@@ -240,12 +246,40 @@ class DareChannel:
         passed = chain(*self._steps)(self._accepted, context)
         merged = merge_round(self._model, passed.accepted, self._settings)
         plans = [reply.plan for reply in self._accepted]
+        noise = self._judge(merged, plans)
         self._model, self._step_state = advance(
             self._model, self._step_state, merged, self._settings, self._downlink, plans
         )
         kept = ("survivors_per_element", "merged_norm")
-        self._measured.append({k: round(merged.measurements[k], 6) for k in kept})
-        self._accepted = []
+        measured = {k: round(merged.measurements[k], 6) for k in kept}
+        self._measured.append(measured | noise)
+        self._accepted, self._norms = [], []
+
+    def _judge(self, merged: Any, plans: Sequence[Any]) -> dict[str, Any]:
+        """The noise of the round, and what was sent; the next round's terms where it chooses."""
+        from dare_agg.rounds.auto import judge, next_terms
+        from dare_agg.rounds.noise import error_of_plan, is_held_by_weights, norm_of
+
+        held = is_held_by_weights(self._settings, self._model.groups)
+        judged = judge(
+            self._norms,
+            merged.weights,
+            [error_of_plan(plan) for plan in plans],
+            self._settings,
+            norm_of(self._model.delta) if held else None,
+            merged.measurements["merged_norm"],
+        )
+        if judged is None:
+            return {}
+        noise = {
+            "noise": judged.of_weights(judged.error),
+            "noise_of_change": judged.of_change(judged.error),
+        }
+        found: dict[str, Any] = {k: round(v, 5) for k, v in noise.items() if v is not None}
+        if self._choices is not None and self._wanted is not None:
+            found["sent"] = f"{self._wanted.drop_rate} {self._wanted.values}"
+            self._wanted = next_terms(self._choices, self._wanted, judged)
+        return found
 
     def fingerprint(self) -> str:
         return self._model.ref.version

@@ -159,6 +159,7 @@ STRATEGIES: dict[str, dict[str, Any]] = {
         "downlink": "dense-i8",
         "server_step": "plain",
         "method": "average",
+        "drop_rate": "0.9",
         "values": "i8",
         "exclude": ["^norm"],
     },

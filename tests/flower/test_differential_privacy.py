@@ -90,7 +90,8 @@ def flat(arrays: ArrayRecord) -> np.ndarray:
 @pytest.mark.parametrize(
     ("words", "factor"),
     [
-        ({}, "3.96"),
+        ({"drop_rate": 0.9}, "3.96"),
+        ({}, "about 1 times"),
         ({"drop_rate": 0.99}, "12.5"),
         ({"drop_rate": 0.5, "values": "f32"}, "1.41"),
         *(({"drop_rate": 0, "values": v}, "") for v in VALUE_FORMATS if v != "f32"),
@@ -108,10 +109,10 @@ def test_a_norm_clipped_on_the_client_that_would_not_hold_is_refused(wrap, mod, 
 
 
 def test_what_is_refused_would_not_hold(monkeypatch):
-    """One client at the defaults: clipped to 1, 4 is what would be merged."""
+    """One client at 0.9 in one bit: clipped to 1, 4 is what would be merged."""
     monkeypatch.setattr("dare_agg.flower.strategy.check_privacy", lambda *_: None)
     one = {"min_train_nodes": 1, "min_available_nodes": 1, "fraction_evaluate": 0.0}
-    strategy = ClientFixed(DareStrategy(seed=5, **one), 0.0, CLIP, 1)
+    strategy = ClientFixed(DareStrategy(seed=5, drop_rate=0.9, **one), 0.0, CLIP, 1)
     grid = MemoryGrid(app([dare_mod, fixedclipping_mod]), 1)
     arrays = strategy.start(grid, start_arrays(), num_rounds=1).arrays
     assert 3.5 < np.linalg.norm(flat(arrays)) < 4.5

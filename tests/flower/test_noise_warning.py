@@ -24,7 +24,7 @@ def run(memory_grid, toys, caplog, *, moved, rounds=4, **words):
         seed=1,
         fraction_evaluate=0.0,
         round_hook=lambda outcome: told.append(outcome.measurements["noise"]),
-        **words,
+        **{"drop_rate": 0.9, **words},
     )
     with caplog.at_level(logging.WARNING, "flwr"):
         strategy.start(

@@ -17,7 +17,7 @@ def test_a_round_of_different_uplinks(memory_grid, toys):
     outcomes = []
     strategy = DareStrategy(
         seed=1, fraction_evaluate=0.0, min_evaluate_nodes=0, round_hook=outcomes.append,
-        upload_budget=UploadBudget(seconds=3.0), weighting="equal",
+        upload_budget=UploadBudget(seconds=3.0), weighting="equal", drop_rate=0.9,
     )  # fmt: skip
     grid = memory_grid(toys.app(), 3, node_config=node_config)
     strategy.start(grid, toys.record(toys.arrays()), num_rounds=1, timeout=30)

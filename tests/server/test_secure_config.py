@@ -7,6 +7,7 @@ from typing import Any
 import pytest
 
 from dare_agg.errors import ConfigError
+from dare_agg.secure.settings import SecureSettings
 from server.config import read_config
 
 
@@ -40,3 +41,10 @@ def test_safe_ones_are_not() -> None:
     assert (settings.method, settings.weighting, settings.bits_for(5)) == ("ties", "equal", 16)
     mean = read_config({"secure": "mean", "secure-roster": "r"}).secure_settings()
     assert mean.weighting == "examples"
+
+
+def test_auto_is_a_number_here_since_no_norms_are_seen() -> None:
+    config = read_config({"secure": "ties", "secure-roster": "r"})
+    assert config.drop_rate == "0.9" and config.secure_settings().drop_rate.p == 0.9
+    with pytest.raises(ConfigError, match="never sees; give a number"):
+        SecureSettings("ties", drop_rate="auto")

@@ -1,16 +1,16 @@
 import inspect
+import json
 from dataclasses import MISSING, fields
 
 import pytest
 
 from client.config import TaskConfig
-from dare_agg.codec.mask import parse_drop_rate
 from dare_agg.errors import DareError
 from dare_agg.flower import DareStrategy
 from dare_agg.rounds.settings import FederatedSettings
 from dare_agg.rounds.step import server_step
 from dare_agg.rounds.terms import UpdateTerms
-from server.config import DEFAULTS, METHODS, RunConfig, read_config
+from server.config import DEFAULTS, METHODS, RunConfig, check_resumed, read_config
 
 # Whose default differs on purpose: in the run config lists and "none" are text or 0, the app's
 # own models have a head, and its "steps" are the optimizer's.
@@ -35,8 +35,7 @@ def test_the_apps_defaults_are_the_librarys():
     shared = (set(words) & set(RunConfig.model_fields)) - OWN_DEFAULTS
     assert {"drop_rate", "values", "scaling", "server_step", "weighting"} < shared
     for name in sorted(shared):
-        value, default = getattr(usual, name), words[name].default
-        assert (parse_drop_rate(value) if name == "drop_rate" else value) == default, name
+        assert getattr(usual, name) == words[name].default, name
     (method,) = (METHODS[name].words["method"] for name in usual.methods)
     assert method == words["method"].default
 
@@ -90,7 +89,7 @@ def test_adapters_are_sent_whole_in_one_bit_unless_a_rate_is_said():
         return config.drop_rate, config.values
 
     assert terms() == ("0", "b1")
-    assert terms(train="full") == terms(**{"drop-rate": "0.9"}) == ("0.9", "b1")
+    assert terms(**{"drop-rate": "0.9"}) == ("0.9", "b1")
     assert terms(**{"drop-rate": 0.99}) == ("0.99", "b1")
 
 
@@ -112,3 +111,25 @@ def test_words_of_adapters_are_refused_by_name_where_none_is_trained():
         read_config({key: DEFAULTS[key]})
     with pytest.raises(DareError, match=r"^lora-alpha, lora-rank, and.*or leave them out"):
         read_config({"lora-rank": 4, "lora-alpha": 3})
+
+
+def test_rounds_choose_rate_and_format_where_neither_is_said():
+    def terms(**raw):
+        config = read_config(raw)
+        return config.drop_rate, config.values
+
+    assert terms() == ("auto", "auto")
+    assert terms(values="i8") == ("auto", "i8")
+    assert terms(**{"drop-rate": 0.9}) == ("0.9", "b1")
+    assert terms(**{"drop-rate": "0.9", "values": "i8"}) == ("0.9", "i8")
+
+
+def test_a_run_that_an_earlier_default_began_is_told_how_to_go_on(tmp_path):
+    begun = {"status": "failed", "config": {"drop-rate": "0.9", "values": "b1"}}
+    (tmp_path / "run.json").write_text(json.dumps(begun))
+    words = {"output": str(tmp_path), "resume": True}
+    with pytest.raises(DareError, match=r"drop-rate '0.9' → 'auto'.*set these as before to go on"):
+        check_resumed(read_config(words), tmp_path)
+    check_resumed(read_config({**words, "drop-rate": "0.9"}), tmp_path)
+    with pytest.raises(DareError, match="leave this out to go on"):
+        check_resumed(read_config({**words, "drop-rate": "0.9", "alpha": 9.0}), tmp_path)

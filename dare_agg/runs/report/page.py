@@ -27,11 +27,13 @@ from dare_agg.runs.report.pictures import (
     sign_conflict,
 )
 from dare_agg.runs.report.records import RunRecord
+from dare_agg.runs.rows import sent_words
 from dare_agg.runs.words import human_bytes
 from dare_agg.vectors.sources import SAFE_DELTA
 
 _BYTES = ("Upload / client / round", "Smaller by")
 _HEAD = "Dense head, extra"
+_SENT = "Sent, last round"
 _REST = ("Download / client / round", "Seconds")
 
 
@@ -39,7 +41,12 @@ def table_columns(runs: Sequence[RunRecord]) -> tuple[str, ...]:
     """The columns of a table of runs, the method's name first."""
     measures = (measure_of(runs), *further_measures(runs))
     head = () if measures[0] is PERPLEXITY else (_HEAD,)
-    return ("Method", *(measure.title for measure in measures), *_BYTES, *head, *_REST)
+    sent = (_SENT,) if any(map(_sent, runs)) else ()
+    return ("Method", *(measure.title for measure in measures), *sent, *_BYTES, *head, *_REST)
+
+
+def _sent(run: RunRecord) -> str:
+    return sent_words(run.rows[-1]) if run.rows else ""
 
 
 def table_row(run: RunRecord, runs: Sequence[RunRecord] = ()) -> list[str]:
@@ -50,6 +57,7 @@ def table_row(run: RunRecord, runs: Sequence[RunRecord] = ()) -> list[str]:
     head = human_bytes(run.head_upload) if run.head_upload else "–"
     return [
         *(_shown_last(measure, run) for measure in measures),
+        *([_sent(run) or "–"] if any(map(_sent, runs)) else []),
         human_bytes(run.upload) if run.upload else "–",
         "–" if ratio is None else f"{ratio:,.0f}×" if ratio > 1.05 else "1×",
         *([] if measures[0] is PERPLEXITY else [head]),
@@ -172,11 +180,22 @@ def write_report(
         task_columns=TASK_COLUMNS,
         missed_title=MISSED_TITLE,
         missed_columns=MISSED_COLUMNS,
+        warnings=_warnings(runs),
         missed=missed_cells([row for run in runs for row in run.rows]),
         figures=figures,
         provenance=_provenance(runs),
         footer=f"dare-agg {__version__}" + (f" · made by: {command}" if command else ""),
     )
+
+
+def _warnings(runs: Sequence[RunRecord]) -> list[str]:
+    """What a run warned of its noise, with the round."""
+    return [
+        f"{run.name}, round {row.round}: {row.noise_warning}"
+        for run in runs
+        for row in run.rows
+        if row.noise_warning
+    ]
 
 
 def _by_task(run: RunRecord) -> list[tuple[str, ...]]:

@@ -162,8 +162,9 @@ class RunConfig(BaseModel):
     secure_merge: one merge of models that parties have, instead of rounds.
     secure_roster: file that lists the parties and who vouches for them (dare-agg keys).
     secure_models: models of the simulated parties of a merge.
-    secure_bits: bits of a summed value; 0: 16, 24 for a mean weighed by examples, or what fits.
+    secure_bits: bits of a summed value; 0: 16, 24 for wudi or a weighed mean, or what fits.
     secure_clip: largest magnitude of a value; what is beyond is cut, and the share of it told.
+    secure_directions: with secure = wudi, directions of each Linear that a party adds.
     secure_min_parties: fewest parties in a sum.
     secure_threshold: parties who must stay to the end of a sum; 0: two thirds and one more.
     secure_stage_seconds: seconds that a stage of the protocol waits for its parties.
@@ -220,6 +221,7 @@ class RunConfig(BaseModel):
     secure_models: Words
     secure_bits: int = Field(ge=0)
     secure_clip: float = Field(gt=0)
+    secure_directions: int = Field(ge=1)
     secure_min_parties: int
     secure_threshold: int = Field(ge=0)
     secure_stage_seconds: float = Field(gt=0)
@@ -318,6 +320,7 @@ class RunConfig(BaseModel):
             drop_rate=self.drop_rate,
             bits=self.secure_bits,
             clip=self.secure_clip,
+            directions=self.secure_directions,
             min_parties=self.secure_min_parties,
             threshold=self.secure_threshold,
             # Sums count parties; a mean may weigh them, in secret.

@@ -35,7 +35,7 @@ ARROWS = {
     "deploy": "files",
     "merge": "codec vectors",
     "downlink": "codec files vectors",
-    "secure": "codec checkpoint files vectors",
+    "secure": "codec checkpoint files merge vectors",
     "privacy": "codec files vectors",
     "rounds": "codec downlink files merge vectors",
     "offline": "checkpoint codec files merge vectors",

@@ -29,7 +29,7 @@ NODE_WORDS: Mapping[str, tuple[str, str]] = MappingProxyType(
         "secure-evaluate": ("false", "may report metrics of a model it is sent, of all its rows"),
         "secure-state": ("in memory", "folder of sealed session state"),
         "secure-ledger": ("beside the key", "file of what this party has put into sums"),
-        "secure-methods": ("mean,ties", "sums it takes part in"),
+        "secure-methods": ("mean,ties,wudi", "sums it takes part in"),
         "secure-min-parties": ("3", "fewest honest parties in a sum"),
         "secure-min-cohort": ("0.5", "the cohort must be more than this share of the roster"),
         "secure-min-threshold": ("2/3", "least share of the cohort that must stay to the end"),

@@ -108,6 +108,10 @@ class Aggregate:
         how those of a dense part are read.
     weighable
         whether parties may count for more or less than one.
+    usual_bits
+        of a value where a run says none.
+    sketches
+        whether parties add sketches of their Gram matrices (`dare_agg.secure.sketch`).
     shares
         (lone, conflict) of `SecureMeasurements`.
     """
@@ -122,6 +126,8 @@ class Aggregate:
     rules: Mapping[str, Rule]
     dense: Callable[[Sums, FixedPoint], FloatVector]
     weighable: bool = False
+    usual_bits: int = 16
+    sketches: bool = False
     shares: Callable[[Sums], tuple[float | None, float | None]] = lambda sums: (None, None)
 
     def most_bits(self, carry: int) -> int:

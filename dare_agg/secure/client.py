@@ -311,7 +311,7 @@ def contribute(
     random: Random = os.urandom,
 ) -> tuple[ClientState, bytes]:
     """Answer with ``values``, masked: the survivors (``state.mask.gather(delta)``), then the
-    dense part where the terms have one.
+    dense part and the sketch where the terms have them.
 
     ``examples`` counts only where the terms weigh by examples. Callers claim the delta in a
     ledger first (`dare_agg.secure.ledger`): this state cannot know of other sessions.

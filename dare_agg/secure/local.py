@@ -14,10 +14,11 @@ from dare_agg.errors import ProtocolError
 from dare_agg.secure import client
 from dare_agg.secure.aggregate import SecureMeasurements, Sums
 from dare_agg.secure.identity import Identity
+from dare_agg.secure.result import merged_sum
 from dare_agg.secure.roster import Roster
-from dare_agg.secure.server import SecureServer, merged_parts
+from dare_agg.secure.server import SecureServer
 from dare_agg.secure.terms import SecureTerms
-from dare_agg.vectors.layout import FloatVector
+from dare_agg.vectors.layout import FloatVector, Layout
 
 # Stage at which a party vanishes: before it gives this answer.
 DROP_STAGES = ("adverts", "shares", "vectors", "signatures", "reveals")
@@ -33,11 +34,14 @@ class LocalSum:
     terms: SecureTerms
 
     def merged(
-        self, rule: str | None = None, scaling: float = 1.0
+        self, rule: str | None = None, scaling: float = 1.0, layout: Layout | None = None
     ) -> tuple[FloatVector, SecureMeasurements]:
-        """The merged delta over the whole vector, rescaled, times ``scaling``."""
-        delta, _, measurements = merged_parts(self.sums, self.terms, self.mask, rule, scaling)
-        return delta, measurements
+        """The merged delta over the whole vector, rescaled, times ``scaling``.
+
+        ``layout``, the delta's, is needed where Gram matrices were summed.
+        """
+        found = merged_sum(self.sums, self.terms, self.mask, rule, scaling, layout)
+        return found.vector(), found.measured
 
 
 def secure_sum(
@@ -53,7 +57,7 @@ def secure_sum(
     """Run all five stages among ``identities`` (by roster id).
 
     ``survivors(party, mask)`` gives a party's unscaled survivors, ``mask.gather(delta)``,
-    followed by its dense values where the terms have such.
+    followed by its dense values and its sketch where the terms have such.
     ``dropped`` says who vanishes before which of `DROP_STAGES`. Raises `ProtocolError` as
     the parties and the server do.
     """

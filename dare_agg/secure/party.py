@@ -37,6 +37,8 @@ Deltas = Callable[[SecureTerms], "Contribution"]
 class Contribution:
     """What a party puts in: its full delta, the dense part after it, and its examples.
 
+    ``sketch`` is what it adds where Gram matrices are summed (`dare_agg.secure.sketch`).
+
     ``tensors`` names the model it was taken from, where that may be asked for again
     (`dare_agg.secure.ledger.tensor_claim`).
     """
@@ -45,6 +47,7 @@ class Contribution:
     dense: FloatVector = field(repr=False, default_factory=lambda: np.empty(0, np.float32))
     examples: float = 1.0
     tensors: tuple[bytes, ...] = field(repr=False, default=())
+    sketch: FloatVector = field(repr=False, default_factory=lambda: np.empty(0, np.float32))
 
 
 @dataclass(frozen=True)
@@ -119,7 +122,7 @@ class Party:
         state = client.open_shares(state, request)
         terms = state.terms
         if deltas is None or self.vault.holds(terms.session, _DELTA):
-            given = _decode(self.vault.get(terms.session, _DELTA))
+            given = _decode(self.vault.get(terms.session, _DELTA), terms.dense)
         else:
             given = deltas(terms)
         if given.delta.shape != (terms.size,) or given.dense.shape != (terms.dense,):
@@ -127,8 +130,12 @@ class Party:
                 f"a delta of {given.delta.size} and {given.dense.size} values; the terms have "
                 f"{terms.size} and {terms.dense}"
             )
+        if given.sketch.shape != (terms.sketch,):
+            raise LayoutError(
+                f"a sketch of {given.sketch.size} values; the terms have {terms.sketch}"
+            )
         self._check_moved(given)
-        values = np.concatenate([state.mask.gather(given.delta), given.dense])
+        values = np.concatenate([state.mask.gather(given.delta), given.dense, given.sketch])
         state, answer = client.contribute(
             self.identity, state, values, examples=given.examples, random=self.random
         )
@@ -170,10 +177,12 @@ def _encode(given: Contribution) -> bytes:
         head
         + given.delta.astype("<f4", copy=False).tobytes()
         + given.dense.astype("<f4", copy=False).tobytes()
+        + given.sketch.astype("<f4", copy=False).tobytes()
     )
 
 
-def _decode(data: bytes) -> Contribution:
+def _decode(data: bytes, dense: int) -> Contribution:
     examples, size = _LENGTHS.unpack_from(data)
     values = np.frombuffer(data, "<f4", offset=_LENGTHS.size).astype(np.float32, copy=False)
-    return Contribution(values[:size], values[size:], examples)
+    behind = size + dense
+    return Contribution(values[:size], values[size:behind], examples, sketch=values[behind:])

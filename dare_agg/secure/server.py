@@ -20,7 +20,7 @@ from cryptography.hazmat.primitives.asymmetric.x25519 import X25519PrivateKey
 from dare_agg.codec.mask import Mask
 from dare_agg.errors import ConfigError, ProtocolError
 from dare_agg.secure import messages as wire
-from dare_agg.secure.aggregate import SecureMeasurements, Sums
+from dare_agg.secure.aggregate import Sums
 from dare_agg.secure.keys import (
     agree,
     masking_secret,
@@ -31,7 +31,7 @@ from dare_agg.secure.keys import (
     self_commitment,
     self_mask_key,
 )
-from dare_agg.secure.packing import merge_dense, merge_sums, unpack_sums
+from dare_agg.secure.packing import unpack_sums
 from dare_agg.secure.roster import Roster
 from dare_agg.secure.shamir import correct, recover
 from dare_agg.secure.stream import (
@@ -43,7 +43,6 @@ from dare_agg.secure.stream import (
     word_type,
 )
 from dare_agg.secure.terms import SecureTerms
-from dare_agg.vectors.layout import FloatVector
 
 LOG = logging.getLogger(__name__)
 SERVER_STAGES = ("adverts", "shares", "vectors", "signatures", "reveals", "finished")
@@ -337,25 +336,3 @@ def check_weight_sum(sums: Sums, terms: SecureTerms) -> None:
             "a party sent another weight than it may, nothing was merged",
             reason="words",
         )
-
-
-def merged_values(
-    sums: Sums, terms: SecureTerms, rule: str | None = None, scaling: float = 1.0
-) -> tuple[FloatVector, FloatVector | None, SecureMeasurements]:
-    """Return ``(values, dense, measurements)``: the merged delta of the mask's survivors, times
-    ``scaling`` and not rescaled yet; and the merged dense part (None where there is none)."""
-    count = terms.survivors
-    values, measured = merge_sums(sums.part(0, count), terms.quantiser, rule)
-    values *= np.float32(scaling)
-    dense = None
-    if terms.dense:
-        dense = merge_dense(sums.part(count, terms.values), terms.quantiser)
-    return values, dense, measured
-
-
-def merged_parts(
-    sums: Sums, terms: SecureTerms, mask: Mask, rule: str | None = None, scaling: float = 1.0
-) -> tuple[FloatVector, FloatVector | None, SecureMeasurements]:
-    """As `merged_values`, with the delta over the whole vector, rescaled."""
-    values, dense, measured = merged_values(sums, terms, rule, scaling)
-    return mask.scatter(values), dense, measured

@@ -8,14 +8,18 @@ from typing import Any
 
 from dare_agg.codec.mask import DropRate, parse_drop_rate
 from dare_agg.errors import ConfigError, did_you_mean
+from dare_agg.merge.directions import check_rank
 from dare_agg.secure.aggregate import MAX_BITS
 from dare_agg.secure.aggregates import AGGREGATES, SECURE_METHODS
 from dare_agg.secure.packing import Quantiser
 from dare_agg.secure.roster import Roster
+from dare_agg.secure.sketch import sketch_words
 from dare_agg.secure.stream import MAX_WORD_BITS
 from dare_agg.secure.terms import MIN_PARTIES, NO_TRAINING, SecureTerms, secure_terms
+from dare_agg.vectors.layout import Layout
 
-DEFAULT_BITS = 16
+# Of each Linear's Gram matrix, where a party adds one: chosen by measurement (docs/SECURE.md).
+DIRECTIONS = 8
 # A weight of few examples beside max_weight shrinks its party's values: bits to make up for it.
 WEIGHTED_BITS = MAX_BITS
 
@@ -27,11 +31,11 @@ class SecureSettings:
     Attributes
     ----------
     method
-        a row of `SECURE_METHODS`: Σwx/Σw, λΣx, or TIES.
+        a row of `SECURE_METHODS`: Σwx/Σw, λΣx, TIES, or WUDI.
     drop_rate
         of the one mask all parties share.
     bits
-        of a value; 0 takes 16 (24 where values are weighed), or what fits the word.
+        of a value; 0 takes 16 (24 where values are weighed, and with WUDI), or what fits the word.
     clip
         largest magnitude of a value; more is cut off, and the share reported.
     min_parties
@@ -45,6 +49,8 @@ class SecureSettings:
         bound by how much one dishonest weight can scale the mean.
     colluding
         share of parties assumed to collude, beyond 100 parties.
+    directions
+        leading directions of each Linear's change that a party adds, for WUDI.
     options
         merge options; a magnitude trim is refused.
     """
@@ -60,6 +66,7 @@ class SecureSettings:
     max_weight: float = 1000.0
     scaling: float = 1.0
     colluding: float = 0.20
+    directions: int = DIRECTIONS
     options: Mapping[str, Any] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
@@ -91,6 +98,7 @@ class SecureSettings:
                 f"secure-min-parties = {self.min_parties}; at least {MIN_PARTIES} are needed: a "
                 "sum of two shows each the other's delta"
             )
+        check_rank(self.directions)
         row = AGGREGATES[self.aggregate]
         least = row.least_bits
         if self.bits and not least <= self.bits <= MAX_BITS:
@@ -122,7 +130,7 @@ class SecureSettings:
         if self.bits:
             return Quantiser(self.aggregate, self.bits, self.clip, parties).bits
         row = AGGREGATES[self.aggregate]
-        wanted = WEIGHTED_BITS if self.weighting == "examples" else DEFAULT_BITS
+        wanted = WEIGHTED_BITS if self.weighting == "examples" else row.usual_bits
         bits = min(wanted, row.most_bits(parties.bit_length()))
         if bits < row.least_bits:
             raise ConfigError(
@@ -163,10 +171,20 @@ class SecureSettings:
         dense_patterns: Sequence[str] = (),
         exclude: Sequence[str] = (),
         training: bytes = NO_TRAINING,
+        model: Layout | None = None,
     ) -> SecureTerms:
-        """The terms of one sum among ``cohort``. Raises `ConfigError`."""
+        """The terms of one sum among ``cohort``; ``model`` is the delta's layout, for sketches.
+
+        Raises `ConfigError`.
+        """
         self.check(len(cohort))
         assert isinstance(self.drop_rate, DropRate)
+        sketch = directions = 0
+        if AGGREGATES[self.aggregate].sketches:
+            if model is None:
+                raise ConfigError(f"secure {self.method} needs the layout of the model: model=")
+            directions = self.directions
+            sketch = sketch_words(model, directions, len(cohort))
         return secure_terms(
             run=run,
             round_number=round_number,
@@ -188,4 +206,6 @@ class SecureSettings:
             dense_patterns=dense_patterns,
             exclude=exclude,
             training=training,
+            directions=directions,
+            sketch=sketch,
         )

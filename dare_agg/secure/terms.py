@@ -12,8 +12,10 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from itertools import pairwise
+from typing import Any
 
 from dare_agg.codec.derive import derive_key
+from dare_agg.codec.directions import MAX_RANK
 from dare_agg.codec.mask import DropRate, Mask
 from dare_agg.errors import ConfigError, ProtocolError
 from dare_agg.secure.aggregate import TRAILER_WORDS
@@ -32,6 +34,8 @@ from dare_agg.secure.encoding import (
 from dare_agg.secure.graph import COLLUDING, COMPLETE_UP_TO, degree_for, share_threshold_for
 from dare_agg.secure.packing import Quantiser
 from dare_agg.secure.roster import MAX_MEMBERS
+from dare_agg.secure.sketch import SketchPlan, sketch_words
+from dare_agg.vectors.layout import Layout
 
 PROTOCOL_VERSION = 2
 MIN_PARTIES = 3
@@ -55,7 +59,8 @@ class SecureTerms:
     common head); ``base`` and ``layout`` then name both parts. ``dense_patterns`` and
     ``exclude`` are the patterns that cut the model into these parts. ``training`` is the
     digest of everything that enters the training (`dare_agg.secure.training`), `NO_TRAINING`
-    where nothing is trained.
+    where nothing is trained. Where the aggregate sums sketches of Gram matrices
+    (`dare_agg.secure.sketch`), each has so many ``directions`` a party, and ``sketch`` values.
     """
 
     run: str
@@ -79,6 +84,8 @@ class SecureTerms:
     dense_patterns: tuple[str, ...] = ()
     exclude: tuple[str, ...] = ()
     training: bytes = NO_TRAINING
+    directions: int = 0
+    sketch: int = 0
 
     def __post_init__(self) -> None:
         n = len(self.cohort)
@@ -117,6 +124,7 @@ class SecureTerms:
             )
         _check(0 < self.size < 1 << 40, f"size {self.size}", "1 to 2**40 - 1")
         _check(0 <= self.dense < MAX_WORDS, f"dense {self.dense}", f"0 to {MAX_WORDS - 1}")
+        _check(0 <= self.sketch < MAX_WORDS, f"sketch {self.sketch}", f"0 to {MAX_WORDS - 1}")
         _check(self.words <= MAX_WORDS, f"{self.words} words", f"at most {MAX_WORDS}: raise p")
         row = AGGREGATES[self.quantiser.aggregate]  # with bounds of its own
         _check(self.weighting in WEIGHTINGS, f"weighting {self.weighting!r}", ", ".join(WEIGHTINGS))
@@ -124,6 +132,11 @@ class SecureTerms:
             self.weighting == "equal" or row.weighable,
             f"weighting by examples with {row.title}",
             f"equal: {row.title} counts parties",
+        )
+        _check(
+            row.sketches == (self.sketch > 0) == (1 <= self.directions <= MAX_RANK),
+            f"{self.directions} directions and a sketch of {self.sketch} with {row.title}",
+            f"1 to {MAX_RANK} and a sketch above 0" if row.sketches else "none",
         )
         _check(
             0 < self.min_weight <= self.max_weight < 1 << 53,
@@ -161,8 +174,24 @@ class SecureTerms:
 
     @property
     def values(self) -> int:
-        """Values a party contributes: the survivors, then the dense part."""
-        return self.survivors + self.dense
+        """Values a party contributes: the survivors, the dense part, then the sketch."""
+        return self.survivors + self.dense + self.sketch
+
+    def sketch_plan(self, layout: Layout) -> SketchPlan:
+        """The sketches over ``layout``, the delta's.
+
+        Raises `ConfigError` for a model without Linears, `ProtocolError` (reason "terms") where it
+        has another sketch than these terms say.
+        """
+        plan = SketchPlan(layout, self.directions, len(self.cohort), self.clip, self.session)
+        words = sketch_words(layout, self.directions, plan.parties)
+        if words != self.sketch:
+            raise ProtocolError(
+                f"the terms have a sketch of {self.sketch} values, this model's has {words}; run "
+                "the same dare-agg at every party",
+                reason="terms",
+            )
+        return plan
 
     @property
     def words(self) -> int:
@@ -202,6 +231,8 @@ class SecureTerms:
                 texts(self.dense_patterns),
                 texts(self.exclude),
                 self.training,
+                # Terms of other aggregates end here: their bytes are those of all versions.
+                u32(self.directions) + u64(self.sketch) if self.sketch else b"",
             )
         )
 
@@ -238,6 +269,8 @@ def secure_terms(
     dense_patterns: Sequence[str] = (),
     exclude: Sequence[str] = (),
     training: bytes = NO_TRAINING,
+    directions: int = 0,
+    sketch: int = 0,
 ) -> SecureTerms:
     """Terms with the defaults that follow from the number of parties.
 
@@ -269,6 +302,8 @@ def secure_terms(
         dense_patterns=tuple(dense_patterns),
         exclude=tuple(exclude),
         training=training,
+        directions=directions,
+        sketch=sketch,
     )
 
 
@@ -287,29 +322,32 @@ def decode_terms(data: bytes) -> SecureTerms:
             reason="version",
         )
     try:
-        terms = SecureTerms(
-            run=read.blob(128).decode(),
-            round=read.u32(),
-            roster=read.take(DIGEST_BYTES),
-            cohort=read.identifiers(MAX_MEMBERS),
-            threshold=read.u32(),
-            degree=read.u32(),
-            share_threshold=read.u32(),
-            base=read.take(32).hex(),
-            layout=read.take(32).hex(),
-            size=read.u64(),
-            drop_rate=DropRate(read.u32(), read.u32()),
-            aggregate=_row(tuple(AGGREGATES), read),
-            bits=read.u8(),
-            clip=read.f64(),
-            weighting=_row(WEIGHTINGS, read),
-            min_weight=read.f64(),
-            max_weight=read.f64(),
-            dense=read.u64(),
-            dense_patterns=read.texts(MAX_PATTERNS, MAX_PATTERN_BYTES),
-            exclude=read.texts(MAX_PATTERNS, MAX_PATTERN_BYTES),
-            training=read.take(DIGEST_BYTES),
-        )
+        fields: dict[str, Any] = {
+            "run": read.blob(128).decode(),
+            "round": read.u32(),
+            "roster": read.take(DIGEST_BYTES),
+            "cohort": read.identifiers(MAX_MEMBERS),
+            "threshold": read.u32(),
+            "degree": read.u32(),
+            "share_threshold": read.u32(),
+            "base": read.take(32).hex(),
+            "layout": read.take(32).hex(),
+            "size": read.u64(),
+            "drop_rate": DropRate(read.u32(), read.u32()),
+            "aggregate": _row(tuple(AGGREGATES), read),
+            "bits": read.u8(),
+            "clip": read.f64(),
+            "weighting": _row(WEIGHTINGS, read),
+            "min_weight": read.f64(),
+            "max_weight": read.f64(),
+            "dense": read.u64(),
+            "dense_patterns": read.texts(MAX_PATTERNS, MAX_PATTERN_BYTES),
+            "exclude": read.texts(MAX_PATTERNS, MAX_PATTERN_BYTES),
+            "training": read.take(DIGEST_BYTES),
+        }
+        if AGGREGATES[fields["aggregate"]].sketches:
+            fields |= {"directions": read.u32(), "sketch": read.u64()}
+        terms = SecureTerms(**fields)
     except (ConfigError, UnicodeDecodeError) as error:
         raise ProtocolError(f"terms: {error}", reason="terms") from error
     read.done()

@@ -82,13 +82,13 @@ _ODD: dict[str, Sequence[Any]] = {
                range(1, MAX_MEMBERS + 1), range(1, MAX_MEMBERS + 2), (1, 2, 3, (1 << 32) - 1)),
     "threshold": _COUNTS, "degree": _COUNTS, "share_threshold": _COUNTS,
     "base": ("0" * 64, "f" * 64), "layout": ("0" * 64, "f" * 64),
-    "size": _SIZES, "dense": _SIZES,
+    "size": _SIZES, "dense": _SIZES, "sketch": _SIZES, "directions": (0, 1, 2, 4096, 4097),
     "drop_rate": (DropRate(1, 1), DropRate(10, 1), DropRate(1 << 20, 1)),
     "bits": (0, 3, 4, 8, 24, 25, 255), "clip": _NUMBERS,
     "min_weight": _NUMBERS, "max_weight": _NUMBERS,
     "dense_patterns": _PATTERNS, "exclude": _PATTERNS,
     "training": (bytes(32), b"\1" * 32),
-    "aggregate": ("mean", "ties"), "weighting": ("equal", "examples"),
+    "aggregate": ("mean", "ties", "wudi"), "weighting": ("equal", "examples"),
 }  # fmt: skip
 
 
@@ -264,6 +264,7 @@ def recordings(seed: int) -> list[Recording]:
         (4, "vectors", {"weighting": "examples", "min_weight": 10.0, "max_weight": 100.0,
                         "dense": 7, "dense_patterns": ("head.*",), "exclude": ("own.*",)}),
         (5, "signatures", {"aggregate": "ties"}),
+        (3, "", {"aggregate": "wudi", "bits": 16, "directions": 2, "sketch": 40}),
     )  # fmt: skip
     for parties, leaves, words in settings:
         own = [Identity(f"party {number}", rng.randbytes(32)) for number in range(parties)]
@@ -273,7 +274,7 @@ def recordings(seed: int) -> list[Recording]:
             terms = secure_terms(
                 run="run", round_number=number, roster=roster.digest, cohort=sorted(identities),
                 base="ab" * 32, layout="cd" * 32, size=300, drop_rate=parse_drop_rate("0.9"),
-                bits=8, clip=1.0, training=b"\1" * 32, **words,
+                clip=1.0, training=b"\1" * 32, **{"bits": 8, **words},
             )  # fmt: skip
             found.append(record(terms, roster, identities, leaves, rng.randrange(1 << 32)))
     return found
@@ -532,7 +533,10 @@ class PartySide(Mutants):
 
 def _delta(terms: SecureTerms) -> Contribution:
     return Contribution(
-        np.full(terms.size, 0.25, np.float32), np.full(terms.dense, 0.5, np.float32), 20.0
+        np.full(terms.size, 0.25, np.float32),
+        np.full(terms.dense, 0.5, np.float32),
+        20.0,
+        sketch=np.full(terms.sketch, 0.125, np.float32),
     )
 
 

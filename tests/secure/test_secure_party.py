@@ -20,7 +20,7 @@ from dare_agg.secure.kept_state import decode_state, encode_state
 from dare_agg.secure.ledger import FileLedger
 from dare_agg.secure.party import REQUESTS, Contribution, Party
 from dare_agg.secure.practice import practice_consortium
-from dare_agg.secure.server import merged_parts
+from dare_agg.secure.result import merged_sum
 from dare_agg.secure.settings import SecureSettings
 from dare_agg.secure.vault import Vault, default_folder
 
@@ -68,7 +68,8 @@ def test_a_session_over_fresh_processes_with_a_dense_part(tmp_path: Path, aggreg
             assert group.identities[p].secret not in on_disk
             assert contribution(p, group).delta[:8].tobytes() not in on_disk
     sums = server.finish()
-    delta, dense, measured = merged_parts(sums, group.terms, server.mask)
+    found = merged_sum(sums, group.terms, server.mask)
+    delta, dense, measured = found.vector(), found.dense, found.measured
     given = [contribution(p, group) for p in group.terms.cohort]
     mean = np.mean([g.dense for g in given], axis=0)
     assert dense is not None and np.abs(dense - mean).max() < 1e-4

@@ -73,7 +73,9 @@ def run(tiny_model: Path, review_files: Any, tmp_path: Path, monkeypatch: Any) -
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize(("method", "downlink"), [("mean", "auto"), ("ties", "full")])
+@pytest.mark.parametrize(
+    ("method", "downlink"), [("mean", "auto"), ("ties", "full"), ("wudi", "full")]
+)
 def test_secure_training_learns(run: Any, method: str, downlink: str) -> None:
     changes = {"secure": method, "drop-rate": "0.5", "num-rounds": 4, "secure-clip": 0.2}
     changes["downlink"] = downlink
@@ -82,7 +84,7 @@ def test_secure_training_learns(run: Any, method: str, downlink: str) -> None:
     assert [row["accepted"] for row in rows] == [4] * 4
     assert all(row["method"] == f"secure-{method}" and not row["rejected"] for row in rows)
     assert rows[-1]["accuracy"] > 0.8
-    assert (rows[-1].get("secure_lone_share") is None) == (method == "mean")
+    assert (rows[-1].get("secure_lone_share") is None) == (method != "ties")
     down = [row["download_bytes_per_client"] for row in rows]
     # Parties make the public base themselves: no model travels, only steps.
     assert (max(down) < rows[0]["parameters"]) == (downlink == "auto")

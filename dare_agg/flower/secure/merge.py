@@ -1,7 +1,7 @@
 """A one-shot merge of models that parties already have: one secure sum, no training.
 
 The base is public: server and parties each read their own copy. The server learns the sums
-and writes base + merged delta; each party gets the merged survivors and puts its own head
+and writes base + merged delta; each party gets the merged delta and puts its own head
 on (``merged-path`` in its node config).
 """
 
@@ -15,7 +15,6 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 from flwr.app import Message
 from flwr.serverapp import Grid
 
@@ -42,7 +41,7 @@ from dare_agg.flower.secure.session import (
 from dare_agg.flower.transport import message_bytes
 from dare_agg.flower.waiting import Waiting
 from dare_agg.secure.own_model import open_public
-from dare_agg.secure.packing import merge_sums
+from dare_agg.secure.result import merged_sum
 from dare_agg.secure.roster import Roster
 from dare_agg.secure.server import SecureServer
 from dare_agg.secure.settings import SecureSettings
@@ -96,6 +95,7 @@ def secure_merge(
         layout=layout.fingerprint,
         size=layout.size,
         exclude=tuple(exclude),
+        model=layout,
     )
     server, log = SecureServer(terms, roster), SessionLog()
 
@@ -114,16 +114,15 @@ def secure_merge(
         model=model,
         begin_with=needed,
     )
-    values, measured = merge_sums(sums, terms.quantiser, settings.rule)
+    found = merged_sum(sums, terms, server.mask, settings.rule, settings.scaling, layout)
+    measured = found.measured
     warn_of_clipping(measured, settings.clip)
-    values *= np.float32(settings.scaling)
     merged = public.vector()
-    merged += server.mask.scatter(values)
+    merged += found.vector()
     if out is not None:
         public.write(out, merged)
     alive = {party: nodes[party] for party in server.alive}
-    message = values.astype("<f4").tobytes()
-    told = _tell(grid, alive, terms.session, message, model, log, stage_seconds)
+    told = _tell(grid, alive, terms.session, found.message(), model, log, stage_seconds)
     name = fingerprint(layout, merged)
     for party, theirs in told.items():
         if theirs != name:
@@ -140,6 +139,8 @@ def secure_merge(
             "result_at": [roster[party].name for party in sorted(told) if told[party] == name],
             "parameters": layout.size,
             "words": terms.words,
+            "directions": terms.directions,
+            "sketch": terms.sketch,
             "bits": terms.quantiser.bits,
             "word_bits": terms.quantiser.word_bits,
             "drop_rate": terms.drop_rate.p,

@@ -80,8 +80,10 @@ from dare_agg.flower.secure.records import (
 from dare_agg.flower.secure.training import own_tensors, training_of
 from dare_agg.secure.own_model import OwnModel, open_own
 from dare_agg.secure.party import Contribution, Party
+from dare_agg.secure.result import read_result, result_bytes, vector_of
+from dare_agg.secure.sketch import sketch_of
 from dare_agg.secure.terms import SecureTerms, decode_terms
-from dare_agg.vectors.layout import check_finite, fingerprint
+from dare_agg.vectors.layout import FloatVector, Layout, check_finite, fingerprint
 from dare_agg.vectors.model import Arrays, GlobalModel, global_model
 from dare_agg.vectors.returned import returned_tensors
 
@@ -136,8 +138,9 @@ def _answer(
 
     def deltas(terms: SecureTerms) -> Contribution:
         opened = own.agreed(terms)
-        delta = opened.delta()
-        return Contribution(delta, tensors=opened.claims(delta))
+        delta, layout = opened.delta(), opened.base.layout
+        sketch = _sketch(terms, layout, delta)
+        return Contribution(delta, tensors=opened.claims(delta), sketch=sketch)
 
     message = read_message(content, MAX_MESSAGE)
     answer = party.answer(request.stage, request.session, message, deltas)
@@ -147,16 +150,12 @@ def _answer(
 
 
 def _take_result(content: RecordDict, step: Step, party: Party, own: _OwnFiles) -> RecordDict:
-    """Put the merged survivors on this party's model; says what it then holds."""
+    """Put the merged delta on this party's model; says what it then holds."""
     terms, mask = party.seen_through(step.session)
     opened = own.agreed(terms)
-    data = read_message(content, 4 * terms.survivors)
-    if len(data) != 4 * terms.survivors:
-        raise ProtocolError(
-            f"a result of {len(data)} bytes; {4 * terms.survivors} are due", reason="malformed"
-        )
-    delta = mask.scatter(np.frombuffer(data, "<f4").astype(np.float32))
     base = opened.base
+    data = read_message(content, result_bytes(terms))
+    delta = vector_of(read_result(terms, mask, base.layout, data))
     check_finite(base.layout, delta, "in the result")
     _, out = node_models(own.context)
     if out is not None:
@@ -275,7 +274,7 @@ def _train(
         returned = returned_tensors(arrays, trained, terms.exclude)
         tuned = model.groups.completed({**arrays, **own_arrays}, returned)
         examples = _examples(reply.content, request.weighted_by_key)
-        contribution = _contribution(model, tuned, examples)
+        contribution = _contribution(model, tuned, examples, terms)
         advert = party.advertise(request.terms, policy, contribution)
         set_local_aside(model.groups.local, terms.exclude, tuned, terms.session, ctxt)
     except Exception as error:
@@ -321,10 +320,20 @@ def _examples(content: RecordDict, key: str) -> float:
     )
 
 
-def _contribution(model: GlobalModel, tuned: Arrays, examples: float) -> Contribution:
+def _contribution(
+    model: GlobalModel, tuned: Arrays, examples: float, terms: SecureTerms
+) -> Contribution:
     groups = model.groups
     delta, dense = groups.layout.flatten(tuned), groups.flatten_dense(tuned)
     check_finite(groups.layout, delta, "after training")
     if dense.size:
         check_finite(groups.dense_layout, dense, "after training")
-    return Contribution(delta - model.delta[:], dense - model.dense, examples)
+    delta -= model.delta[:]
+    sketch = _sketch(terms, groups.layout, delta)
+    return Contribution(delta, dense - model.dense, examples, sketch=sketch)
+
+
+def _sketch(terms: SecureTerms, layout: Layout, delta: FloatVector) -> FloatVector:
+    if not terms.sketch:
+        return np.empty(0, np.float32)
+    return sketch_of(terms.sketch_plan(layout), delta)

@@ -16,8 +16,7 @@ from typing import Any
 from flwr.app import ArrayRecord, ConfigRecord, Message, MessageType, MetricRecord, RecordDict
 from flwr.serverapp import Grid
 
-from dare_agg.codec.mask import parse_drop_rate
-from dare_agg.codec.masked import MaskedSource
+from dare_agg.codec.mask import DropRate, parse_drop_rate
 from dare_agg.downlink.protocol import SharedMask
 from dare_agg.errors import ConfigError, ProtocolError, RunError
 from dare_agg.flower import arguments
@@ -40,12 +39,14 @@ from dare_agg.rounds.step import ServerStep
 from dare_agg.rounds.streamed import advance_merged
 from dare_agg.rounds.terms import UpdateTerms
 from dare_agg.secure.packing import SecureMeasurements
+from dare_agg.secure.result import merged_sum
 from dare_agg.secure.roster import Roster
-from dare_agg.secure.server import SecureServer, merged_values
+from dare_agg.secure.server import SecureServer
 from dare_agg.secure.settings import SecureSettings
 from dare_agg.secure.terms import SecureTerms
 
 LOG = logging.getLogger("flwr")
+EVERY = DropRate(1, 1)
 
 
 class SecureStrategy(RoundStrategy):
@@ -211,6 +212,10 @@ class SecureStrategy(RoundStrategy):
                 stage_seconds=self.stage_seconds,
                 again=again,
             )
+            layout = model.groups.layout
+            found = merged_sum(
+                sums, terms, server.mask, self.secure.rule, self.secure.scaling, layout
+            )
         except ProtocolError as error:
             self._no_sum(number, error, log, began)
             return None, None
@@ -221,12 +226,13 @@ class SecureStrategy(RoundStrategy):
                     self._settled.pop(rejection.client, None)
             for party in log.upload:
                 self.broadcasting.have[nodes[party]] = model.ref.version
-        values, dense, measured = merged_values(sums, terms, self.secure.rule, self.secure.scaling)
+        dense, measured, merged = found.dense, found.measured, found.delta
         warn_of_clipping(measured, terms.clip)
-        merged = MaskedSource(server.mask, values)
-        plans = [SharedMask(number, terms.drop_rate, server.mask.key)]
+        # Merged Linears have no mask: all of their elements move.
+        moving = EVERY if terms.sketch else terms.drop_rate
+        plans = [SharedMask(number, moving, server.mask.key)]
         if self.store is None:
-            whole = MergedRound(server.mask.scatter(values), dense, (), {})
+            whole = MergedRound(found.vector(), dense, (), {})
             moved, step_state = advance(
                 model, self.step_state, whole, self.settings, self.downlink, plans
             )
@@ -286,6 +292,7 @@ class SecureStrategy(RoundStrategy):
             dense_patterns=self.settings.terms.dense,
             exclude=self.settings.terms.exclude,
             training=training,
+            model=self.broadcasting.model.groups.layout,
         )
 
     def _after(self, cohort: Sequence[int]) -> bytes:

@@ -2,22 +2,25 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
 import pytest
 
+from dare_agg.cli.progress import summary_table
 from dare_agg.errors import StateError
 from dare_agg.offline.diagnose import diagnose_deltas
 from dare_agg.runs.report import (
     RoundRecord,
     RunRecord,
     histogram_of,
+    table_columns,
     table_row,
     write_diagnosis,
     write_report,
 )
-from dare_agg.runs.rows import read_rows
+from dare_agg.runs.rows import RunRow, read_rows
 from dare_agg.vectors.layout import layout_of
 from dare_agg.vectors.sources import array_source
 
@@ -57,6 +60,30 @@ def test_report_is_one_file_with_pictures_and_escaped_names(tmp_path: Path) -> N
     assert "-1.0 points" in text and "+39.0 points" in text
     for outside in ("<script", "<link", 'src="http', "@import"):
         assert outside not in text
+
+
+def test_what_was_sent_and_what_was_warned_of_stand_in_table_and_page(tmp_path: Path) -> None:
+    said = "the noise is 91 % of the weights' own size in 'w<1>'"
+    rows = [
+        RunRow.of("dare", number, {"accuracy": 0.5}, drop_rate=rate, value_format=form, **more)
+        for number, rate, form, more in (
+            (1, 0.9, "b1", {"noise": 1.0, "noise_of_change": 3.8}),
+            (2, 0, "b2, b4", {"noise_warning": said}),
+        )
+    ]
+    chosen = replace(_run("DARE", 40.0, (0.5,)), rows=tuple(rows))
+    older = _run("FedAvg", 4000.0, (0.5,))
+    runs = [older, chosen]
+    place = table_columns(runs).index("Sent, last round") - 1
+    assert [table_row(run, runs)[place] for run in runs] == ["–", "p = 0, b2, b4"]
+    assert len(table_columns(runs)) == len(table_row(older, runs)) + 1
+    assert "Sent, last round" not in table_columns([older])
+    text = write_report(tmp_path / "report.html", runs, title="t", lead="l").read_text("utf-8")
+    assert "DARE, round 2: the noise is 91 %" in text and "w&lt;1&gt;" in text
+    table = summary_table(rows)
+    assert [c.header for c in table.columns][3] == "sent"
+    assert [*table.columns[3].cells] == ["p = 0, b2, b4"]
+    assert "sent" not in [c.header for c in summary_table([RunRow({"method": "a"})]).columns]
 
 
 def test_same_runs_give_the_same_page(tmp_path: Path) -> None:

@@ -76,6 +76,21 @@ def last(rows, method):
     return [row for row in rows if row["method"] == method][-1]
 
 
+def test_rounds_choose_what_is_sent_rows_tell_it_and_a_resumed_run_goes_on(run):
+    words = {"drop_rate": "auto", "steps": 2, "evaluate": False, "save_model": False}
+    _, rows, state = run(num_rounds=3, **words)
+    assert state["config"]["drop-rate"] == state["config"]["values"] == "auto"
+    assert (rows[0]["drop_rate"], rows[0]["value_format"]) == (0, "b4")
+    assert all(row["noise"] < 0.1 and row["noise_of_change"] < 1 for row in rows)
+    run(num_rounds=1, into="again", **words)
+    _, again, resumed = run(num_rounds=3, into="again", resume=True, **words)
+    assert resumed["fingerprints"] == state["fingerprints"]
+    told = ("drop_rate", "value_format", "noise", "noise_of_change")
+    assert [[row[key] for key in told] for row in again] == [
+        [row[key] for key in told] for row in rows
+    ]
+
+
 @pytest.mark.slow
 def test_methods_run_one_after_another_on_the_same_start(run):
     folder, rows, status = run(

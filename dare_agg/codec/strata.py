@@ -23,24 +23,37 @@ from dare_agg.vectors.layout import FloatVector
 Positions = NDArray[np.int64]
 Factors = FloatVector | np.float32
 Words = NDArray[np.uint32]
+# Lows, widths, and widths as rescale factors.
+Uneven = tuple[Positions, NDArray[np.uint64], FloatVector]
 
 # Strata drawn at a time by numpy, which goes over each several times, and by compiled loops.
 _CHUNK = 1 << 14
 _COMPILED_CHUNK = 1 << 16
 # Denominators of strides by tensor divide it.
 PATTERN = 32
-_LONG_PATTERN = 1 << 10
 # Parts in a step from which on numpy draws them all at once.
 _MANY = 12
 
 
 class _Scratch:
-    """What drawing a step is done in; the ramp is 0, num, 2·num, … of the stride met last."""
+    """What drawing a step is done in; the ramp is 0, num, 2·num, … of the stride met last.
+
+    So are the lows and widths of uneven strata: a part's steps begin at one phase but the first.
+    """
 
     def __init__(self, flat: NDArray[np.int64], room: int) -> None:
         self.positions, self.spare = flat[:room], flat[room : 2 * room]
         self._ramp, self._stride = flat[2 * room : 3 * room], 0
         self.keystream = flat[3 * room :].view(np.uint8)
+        self._uneven: tuple[tuple[int, int, int], Uneven] | None = None
+
+    def uneven(self, part: Strata, first: int, count: int) -> Uneven:
+        """`_uneven` of these strata, as long as it was needed since the stride changed."""
+        what = (part.num, part.den, first % part.den)
+        if self._uneven is None or self._uneven[0] != what or self._uneven[1][0].size < count:
+            self._uneven = what, _uneven(part, first, count)
+        lows, widths, factors = self._uneven[1]
+        return lows[:count], widths[:count], factors[:count]
 
     def ramp(self, stride: int, count: int) -> Positions:
         """The first ``count`` multiples of ``stride``."""
@@ -110,9 +123,8 @@ class Strata:
                 )
             return positions, factors
         drawn = positions.view(np.uint64)
-        np.copyto(drawn, words)
-        if even:
-            drawn *= np.uint64(num)
+        if den == 1:
+            np.multiply(words, np.uint64(num), out=drawn)
             drawn >>= np.uint64(32)
             if self.rank % num:
                 positions += self.rank % num
@@ -123,22 +135,36 @@ class Strata:
             else:
                 positions += scratch.ramp(num, count)
                 positions += origin + first * num
-            return positions, np.float32(num)
-        if self.has_pattern:
-            return positions, self._patterned(words, first, positions)
-        bounds = np.arange(first, last + 1, dtype=np.int64)
-        bounds *= num
-        bounds //= den
-        np.minimum(bounds, self.size, out=bounds)
-        widths = np.subtract(bounds[1:], bounds[:-1], out=spare)
-        drawn *= widths.view(np.uint64)
+            if even:
+                return positions, np.float32(num)
+            widths = np.full(count, num, np.float32)
+            self._draw_cut(words, first, positions, widths)
+            return positions, widths
+        find = _uneven if scratch is None else scratch.uneven
+        lows, wide, factors = find(self, first, count)
+        np.multiply(words, wide, out=drawn)
         drawn >>= np.uint64(32)
         if self.rank:
             positions += self.rank
-            positions %= widths
-        positions += bounds[:-1]
-        positions += origin
-        return positions, widths.astype(np.float32)
+            if self.rank < num // den:
+                _wrap(drawn, wide, spare)
+            else:
+                drawn %= wide
+        positions += lows
+        positions += origin + first * num // den
+        if last * num > self.size * den:
+            factors = factors.copy()
+            self._draw_cut(words, first, positions, factors)
+        return positions, factors
+
+    def _draw_cut(
+        self, words: Words, first: int, positions: Positions, factors: FloatVector
+    ) -> None:
+        """Draw the last stratum again where the part ends inside it, maybe below the rank."""
+        lo = (first + positions.size - 1) * self.num // self.den
+        if (width := self.size - lo) < factors[-1]:
+            drawn = (int(words[-1]) * width >> 32) + self.rank
+            positions[-1], factors[-1] = self.origin + lo + drawn % width, width
 
     def row(self) -> tuple[int, ...]:
         """What loops over many parts need of each: `draw_parts` of the compiled ones."""
@@ -149,35 +175,16 @@ class Strata:
         """Whether 32 strata lie as the 32 before them, and the rank turns by less than one."""
         return PATTERN % self.den == 0 and self.rank < self.num // self.den
 
-    def _patterned(self, words: Words, first: int, positions: Positions) -> FloatVector:
-        """Write positions, in rows of strata that lie alike; returns the widths."""
-        count = positions.size
-        length = PATTERN if count < 4 * _LONG_PATTERN else _LONG_PATTERN
-        phase = first % length
-        rows = -(-(phase + count) // length)
-        bounds = np.arange(0, (length + 1) * self.num, self.num) >> (self.den.bit_length() - 1)
-        widths = np.diff(bounds)
-        span = int(bounds[-1])
-        begin = self.origin + first // length * span
-        with borrowed(length * rows, np.int64) as flat, borrowed(length * rows, np.int64) as room:
-            grid, spare = flat.reshape(rows, length), room.reshape(rows, length)
-            flat[:phase], flat[phase + count :] = 0, 0
-            flat[phase : phase + count] = words
-            grid *= widths
-            grid >>= 32
-            if self.rank:
-                grid += self.rank
-                _wrap(grid.view(np.uint64), widths.view(np.uint64), spare)
-            grid += bounds[:-1]
-            grid += np.arange(begin, begin + rows * span, span)[:, None]
-            positions[:] = flat[phase : phase + count]
-        factors = np.tile(widths.astype(np.float32), rows)[phase : phase + count]
-        lo = (first + count - 1) * self.num // self.den
-        if (width := self.size - lo) < factors[-1]:
-            # The last stratum is cut, maybe to less than the rank.
-            drawn = (int(words[-1]) * width >> 32) + self.rank
-            positions[-1], factors[-1] = self.origin + lo + drawn % width, width
-        return factors
+
+def _uneven(part: Strata, first: int, count: int) -> Uneven:
+    """Where strata from number ``first`` on begin, from the first one's low, and their widths."""
+    phase = first % part.den
+    bounds = np.arange(phase, phase + count + 1, dtype=np.int64)
+    bounds *= part.num
+    bounds //= part.den
+    widths = np.diff(bounds)
+    bounds -= bounds[0]
+    return bounds[:-1], widths.view(np.uint64), widths.astype(np.float32)
 
 
 def _wrap(drawn: NDArray[np.uint64], width: Any, spare: Positions) -> None:

@@ -8,8 +8,14 @@ from collections.abc import Iterable
 from dataclasses import dataclass, replace
 
 import numpy as np
+from numpy.typing import NDArray
 
-from dare_agg.codec.fitted_rates import fitted_rates, levels_of, tensor_squares
+from dare_agg.codec.fitted_rates import (
+    add_squares,
+    fitted_rates,
+    levels_of,
+    tensor_squares,
+)
 from dare_agg.codec.update import UpdateSpec, encode_update
 from dare_agg.errors import (
     BaseMismatchError,
@@ -58,11 +64,15 @@ class ClientUpdate:
 
 @dataclass(frozen=True)
 class Measured:
-    """What is measured of a full delta: its norm, largest size, share above `SAFE_DELTA`."""
+    """What is measured of a full delta: its norm, largest size, share above `SAFE_DELTA`.
+
+    ``squares`` are those of each tensor (`tensor_squares`), where they were asked for.
+    """
 
     norm: float
     largest: float
     above: float
+    squares: NDArray[np.float64] | None = None
 
 
 def make_client_update(
@@ -129,22 +139,31 @@ def client_update(
     """
     check_same_code(plan.codec, plan.package, "the round plan", "this client")
     check_start(plan, start)
+    layout = start.groups.layout
     if measured is None:
-        measured = measure(start.groups.layout, start.delta, tuned)
+        measured = measure(layout, start.delta, tuned, by_tensor=plan.terms.keep_rates == "own")
     change = DifferenceSource(CachedSource(_source(start.delta)), tuned)
-    blob = encode_update(settled_spec(plan, start.groups.layout, change), change)
+    blob = encode_update(settled_spec(plan, layout, change, measured.squares), change)
     return completed_update(plan, start, blob, tuned_dense, measured, statistics)
 
 
-def settled_spec(plan: RoundPlan, layout: Layout, change: DeltaSource) -> UpdateSpec:
+def settled_spec(
+    plan: RoundPlan,
+    layout: Layout,
+    change: DeltaSource,
+    squares: NDArray[np.float64] | None = None,
+) -> UpdateSpec:
     """What the update of ``change`` must be, with this client's own keep rates where it has them.
 
-    For these the change is read once more. Raises as `RoundPlan.spec`.
+    For these the change is read once more, unless its tensors' ``squares`` are known. Raises as
+    `RoundPlan.spec`.
     """
     spec = plan.spec(layout)
     if spec.rates is None or spec.rates.told:
         return spec
-    levels = levels_of(layout.sizes, tensor_squares(layout.sizes, change))
+    if squares is None:
+        squares = tensor_squares(layout.sizes, change)
+    levels = levels_of(layout.sizes, squares)
     return replace(spec, rates=fitted_rates(layout.sizes, levels, spec.drop_rate, spec.values))
 
 
@@ -213,9 +232,13 @@ def check_start(plan: RoundPlan, model: GlobalModel) -> None:
             )
 
 
-def measure(layout: Layout, base: AnyVector, tuned: DeltaSource) -> Measured:
+def measure(
+    layout: Layout, base: AnyVector, tuned: DeltaSource, *, by_tensor: bool = False
+) -> Measured:
     """Measure tuned − base in one pass; raises `NonFiniteError` naming what is not finite."""
     squares, largest, above = 0.0, 0.0, 0
+    sums = np.zeros(len(layout.sizes), np.float64) if by_tensor else None
+    stops = np.cumsum(np.array(layout.sizes, np.int64))
     piece = np.empty(min(_PIECE, tuned.size), np.float32)
     for lo, begun in tiles(base, _PIECE):
         delta = piece[: begun.size]
@@ -223,11 +246,16 @@ def measure(layout: Layout, base: AnyVector, tuned: DeltaSource) -> Measured:
         if not np.isfinite(delta).all():
             check_finite(layout, TiledVector(tuned), "after training")
         delta -= begun
+        if sums is not None:
+            add_squares(sums, stops, lo, delta)
         np.abs(delta, out=delta)
         largest = max(largest, float(delta.max()))
         above += int(np.count_nonzero(delta > np.float32(SAFE_DELTA)))
-        squares += float(np.sum(delta * delta, dtype=np.float64))
-    return Measured(math.sqrt(squares), largest, above / base.size)
+        if sums is None:
+            squares += float(np.sum(delta * delta, dtype=np.float64))
+    if sums is not None:
+        squares = float(sums.sum())
+    return Measured(math.sqrt(squares), largest, above / base.size, sums)
 
 
 def _source(vector: AnyVector) -> DeltaSource:

@@ -21,7 +21,7 @@ from client.text_files import kind_of, read_text
 from client.text_sets import BUILT_IN, load_built_in
 from dare_agg.errors import ConfigError, did_you_mean
 
-__all__ = ["BUILT_IN", "FILE_READERS", "load_text", "open_datasets"]
+__all__ = ["BUILT_IN", "FILE_READERS", "load_text", "open_datasets", "read_texts"]
 
 FILE_READERS = (*SUFFIXES, ".txt")
 
@@ -112,6 +112,15 @@ def _read_file(path: Path, columns: _Columns, delimiter: str, notes: list[str]) 
         )
     notes += table.notes
     return _pick(f"data file {str(path)!r}", table, columns, notes)
+
+
+def read_texts(path: Path, column: str, *, delimiter: str = "", encoding: str = "") -> list[str]:
+    """The texts of a file's column in their order, a plain text file's paragraphs.
+
+    Rows without a text are left out. Raises `ConfigError` as `load_text`.
+    """
+    columns = _Columns(column, "", "", True, encoding)
+    return [str(row[0]) for row in _read_file(path, columns, delimiter, [])]
 
 
 def _paragraphs(whole: str) -> list[str]:

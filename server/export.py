@@ -29,8 +29,13 @@ from dare_agg.offline.adapters.serving import DEFAULT_RANK, RANKS, vllm_word
 from dare_agg.offline.merging import merge_offline
 from dare_agg.offline.recipe import make_recipe
 from server.adapters import write_adapter
+from server.card import make_card
+from server.classifier import CONFIG, write_classifier, write_words
+from server.lite import NAME as LITE
+from server.lite import lite_config, lite_weights
 
 ENCODER, HEAD = "encoder.", "head."
+_RUNNING = (".running_mean", ".running_var")
 
 
 def base_folder(model: str) -> Path | None:
@@ -71,7 +76,8 @@ def export_model(
 
     Encoder tensors lose their "encoder." prefix and language models keep their names, so
     ``AutoModel`` or ``AutoModelForCausalLM.from_pretrained(folder)`` loads them; the head is in
-    head.safetensors. Of LoRA, ``adapter/`` holds the PEFT adapter and model.safetensors the base
+    head.safetensors, and in model.safetensors as `write_classifier` says, so that the folder loads
+    as a classifier. Of LoRA, ``adapter/`` holds the PEFT adapter and model.safetensors the base
     with the adapter in it, where the base is on this machine. Where no tensor of the model was
     trained, the base's own are copied. The folder appears whole or not at all.
     """
@@ -101,7 +107,12 @@ def export_model(
             draft.mkdir(exist_ok=True)
             if base is not None:
                 _copy_base(base, draft, weights=not (whole or lora))
+            lite = lite_weights(whole) if model == LITE and not lora else None
+            if lite is not None:
+                whole = lite
+                write_words(draft / CONFIG, lite_config(draft))
             if whole:
+                whole |= _buffers(base, whole)
                 save_file(whole, draft / "model.safetensors", metadata)
                 state_dtype(draft, open_tensors(draft).tensors)
         if lora:
@@ -109,18 +120,52 @@ def export_model(
         if head:
             save_file(head, draft / "head.safetensors", metadata)
         (draft / "provenance.json").write_text(json.dumps(provenance, indent=1) + "\n")
+        written = None
+        if head and not language:
+            config = provenance.get("config", {})
+            written = write_classifier(draft, head, labels=labels, config=config)
         served = served.replace(str(adapter), "adapter")
-        card = _card(model, labels, provenance, language=language, lora=bool(lora), served=served)
+        card = make_card(
+            model, labels, provenance, base=base, written=written, language=language,
+            lora=bool(lora), served=served,
+        )  # fmt: skip
         (draft / "README.md").write_text(card, encoding="utf-8")
     return folder
 
 
 def describe_model(folder: Path, *, model: str, provenance: Mapping[str, Any]) -> None:
     """Write card and provenance beside a language model that was written as its base is."""
-    card = _card(model, (), provenance, language=True, lora=False)
+    card = make_card(model, (), provenance, base=None, written=None, language=True, lora=False)
     text = json.dumps(provenance, indent=1) + "\n"
     for name, content in (("provenance.json", text), (CARD, card)):
         replace_file(folder / name, (content.encode(),))
+
+
+def _buffers(base: Path | None, trained: Mapping[str, Any]) -> dict[str, NDArray[Any]]:
+    """What the base has of normalisation that no training moves, by the names of what is trained.
+
+    Without it a convolutional net would begin with means of 0 and variances of 1.
+    """
+    if base is None:
+        return {}
+    try:
+        tensors = open_tensors(base)
+    except CheckpointError:
+        return {}
+    found: dict[str, NDArray[Any]] = {}
+    for name in tensors.names:
+        if not name.endswith(_RUNNING):
+            continue
+        layer = name.rpartition(".")[0]
+        own = next((w for w in _without_prefix(layer) if f"{w}.weight" in trained), None)
+        if own is not None:
+            found[f"{own}.{name.rpartition('.')[2]}"] = tensors.array(name)
+            found[f"{own}.num_batches_tracked"] = np.zeros((), np.int64)
+    return found
+
+
+def _without_prefix(layer: str) -> tuple[str, str]:
+    return layer, layer.partition(".")[2]
 
 
 def _copy_base(base: Path, draft: Path, *, weights: bool) -> None:
@@ -146,36 +191,3 @@ def _merged(base: Path, adapter: Path, out: Path) -> bool:
         shutil.rmtree(out, ignore_errors=True)
         return False
     return True
-
-
-def _card(
-    model: str,
-    labels: Sequence[str],
-    provenance: Mapping[str, Any],
-    *,
-    language: bool,
-    lora: bool,
-    served: str = "",
-) -> str:
-    rows = "\n".join(
-        f"| {key} | `{json.dumps(value)}` |" for key, value in provenance.items() if key != "config"
-    )
-    config = json.dumps(provenance.get("config", {}), indent=1)
-    if language:
-        usage = "`AutoModelForCausalLM.from_pretrained` loads it."
-    else:
-        usage = (
-            f"Labels, in order: {', '.join(labels)}.\n\n"
-            "`AutoModel.from_pretrained` loads the encoder; `head.safetensors` holds the head, "
-            "applied to the pooled token states."
-        )
-    if lora:
-        usage += " `adapter/` is the LoRA adapter alone, for PEFT."
-    if served:
-        usage += f" {served}."
-    return (
-        "---\nlibrary_name: transformers\ntags: [federated-learning, dare-agg]\n---\n"
-        f"# {model}, fine-tuned by federated learning\n\n"
-        f"Made by dare-agg {__version__}. {usage}\n\n"
-        f"| provenance | |\n|---|---|\n{rows}\n\n## Run config\n```json\n{config}\n```\n"
-    )

@@ -20,6 +20,12 @@ EXAMPLES: Mapping[str, Sequence[tuple[str, str]]] = MappingProxyType(
             ("run -c settings.toml -o runs/first", "words from a file, into a folder"),
             ("run --resume runs/first", "go on where a run stopped"),
         ),
+        "predict": (
+            ("predict runs/first 'A warm, clever film.'", "a text: label and probability"),
+            ("predict runs/first reviews.csv --text-column review --json", "a file of texts"),
+            ("predict runs/photos photo.jpg", "an image"),
+        ),
+        "push": (("push runs/first me/reviews --private", "the model with its card"),),
         "diff": (
             ("diff BASE TUNED -o tuned.dare --drop-rate 0.99", "an update of one value in 100"),
         ),

@@ -20,6 +20,8 @@ from dare_agg.errors import DareError, did_you_mean
 COMMANDS: dict[str, str] = {
     "demo": "Fine-tune a real model over 10 clients on this machine and compare methods.",
     "run": "Run the Flower app (simulation or deployment); exit with the run's true status.",
+    "predict": "Label texts, files or images with a run's model.",
+    "push": "Put a run's model onto a hub.",
     "diff": "Write the update that leads from BASE to TUNED.",
     "inspect": "Show what an update file holds.",
     "apply": "Apply an update file to its BASE.",
@@ -45,7 +47,16 @@ _FIRST = """\
 EXTRAS: dict[str, tuple[str, ...]] = {
     "flower": ("flwr", "grpc"),
     "simulation": ("ray",),
-    "train": ("torch", "transformers", "peft", "flwr_datasets", "datasets", "pyarrow", "PIL"),
+    "train": (
+        "torch",
+        "transformers",
+        "peft",
+        "flwr_datasets",
+        "datasets",
+        "pyarrow",
+        "PIL",
+        "huggingface_hub",
+    ),
     "report": ("matplotlib", "jinja2", "tensorboard", "prometheus_client"),
 }
 

@@ -17,6 +17,8 @@ VARIABLES: Mapping[str, tuple[str, str]] = MappingProxyType(
         "NO_COLOR": ("none", "with any value: no colour and no bold"),
         "HF_HUB_OFFLINE": ("none", "1: no hub is asked"),
         "HF_DATASETS_OFFLINE": ("none", "1: no hub is asked for data sets"),
+        "HF_TOKEN": ("what hf auth login keeps", "token of the hub, for dare-agg push"),
+        "HF_ENDPOINT": ("https://huggingface.co", "the hub"),
         "HF_HUB_CACHE": ("HF_HOME/hub", "the hub's cache, also as HUGGINGFACE_HUB_CACHE"),
         "HUGGINGFACE_HUB_CACHE": ("HF_HOME/hub", "older name of HF_HUB_CACHE"),
         "HF_HOME": ("XDG_CACHE_HOME/huggingface", "folder of Hugging Face's libraries"),

@@ -2,6 +2,10 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
 
 def human_bytes(count: float) -> str:
     """Format a number of bytes with a decimal unit.
@@ -25,3 +29,23 @@ def human_seconds(seconds: float) -> str:
     if seconds < 90:
         return f"{seconds:.0f} s"
     return f"{seconds / 60:.0f} min" if seconds < 5400 else f"{seconds / 3600:.1f} h"
+
+
+def without_paths(value: Any) -> Any:
+    """A value in which each path of this machine is its last part.
+
+    >>> without_paths({"data": "/home/me/rows.csv", "model": "OWNER/NAME"})
+    {'data': 'rows.csv', 'model': 'OWNER/NAME'}
+    """
+    if isinstance(value, Mapping):
+        return {key: without_paths(item) for key, item in value.items()}
+    if isinstance(value, list | tuple):
+        return [without_paths(item) for item in value]
+    if isinstance(value, str) and "/" in value:
+        return ",".join(map(_last_part, value.split(",")))
+    return value
+
+
+def _last_part(word: str) -> str:
+    path = Path(word.strip()).expanduser()
+    return path.name if path.is_absolute() or word.startswith((".", "~")) else word

@@ -1,0 +1,40 @@
+"""Which exported model a command means: a folder of one, or a run's folder with several."""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+
+from dare_agg.errors import ConfigError, did_you_mean
+
+_PREFIX = "model-"
+PROVENANCE = "provenance.json"
+
+
+def exported_model(run: Path, method: str = "") -> Path:
+    """The model's folder that ``run`` means; of a run with several, ``method`` or the last.
+
+    Which one was taken is said on stderr. Raises `ConfigError` where there is none.
+    """
+    if (run / PROVENANCE).is_file() and not method:
+        return run
+    found = {
+        path.name.removeprefix(_PREFIX): path
+        for path in sorted(run.glob(f"{_PREFIX}*"), key=lambda p: p.stat().st_mtime)
+        if (path / PROVENANCE).is_file()
+    }
+    if not found:
+        why = (
+            "save-model was off, or it is not finished"
+            if run.is_dir()
+            else "there is no such folder"
+        )
+        raise ConfigError(f"{run} holds no model of a run: {why}; give a run's folder")
+    if method:
+        if method not in found:
+            raise ConfigError(f"{run} has no model of {method!r}{did_you_mean(method, found)}")
+        return found[method]
+    path = list(found.values())[-1]
+    if len(found) > 1:
+        sys.stderr.write(f"{path.name} of {', '.join(found)}; --method chooses\n")
+    return path

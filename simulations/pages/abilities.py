@@ -9,8 +9,9 @@ from typing import Any
 
 import numpy as np
 
+from dare_agg.runs.words import human_bytes
 from simulations.pages.plots import COLOURS, save
-from simulations.pages.tables import Rows, markdown, mean_and_interval
+from simulations.pages.tables import Rows, by_cell, markdown, mean_and_interval
 from simulations.runs.ability_data import ABILITIES
 
 Point = Mapping[str, Any]
@@ -152,6 +153,44 @@ def pairs_table(rows: Rows) -> str:
         pairs[what, method][which] = " / ".join(_percent([s[n] for s in shares]) for n in which)
     lines = [(*key, *(own.get(which, "–") for which in sets)) for key, own in pairs.items()]
     return markdown(("What each model sends", "Method", *map(" + ".join, sets)), lines)
+
+
+def rounds_table(rows: Rows) -> str:
+    """What each ability is at after the last round of a federation, and the bytes it took.
+
+    In brackets the share of FedAvg's gain of the same seed.
+    """
+    dense = {row["seed"]: row["curve"] for row in rows if row["method"] == "fedavg"}
+    lines = [("before", "–", "–", *_after([row["curve"][0] for row in rows], rows, {}), "")]
+    for cell, own in by_cell(rows).items():
+        first = own[0]
+        upload = first["upload_bytes_per_client_round"]
+        lines.append(
+            (
+                cell,
+                human_bytes(upload),
+                f"{4 * first['parameters'] / upload:,.0f}×",
+                *_after([row["curve"][-1] for row in own], own, dense),
+                str(len(own)),
+            )
+        )
+    names = ("Arithmetic, exact match, %", "Code, loss", "Dialogue, loss")
+    return markdown(("", "Upload a client and round", "less by", *names, "Seeds"), lines)
+
+
+def _after(points: Sequence[Point], rows: Rows, dense: Mapping[int, Sequence[Point]]) -> list[str]:
+    cells = []
+    for name in ABILITIES:
+        text = _cell([value(name, point["scores"]) for point in points], name)
+        shares = [
+            (value(name, point["scores"]) - base) / (value(name, end["scores"]) - base)
+            for point, row in zip(points, rows, strict=True)
+            if row["seed"] in dense and row["method"] != "fedavg"
+            for end in [dense[row["seed"]][-1]]
+            for base in [value(name, row["curve"][0]["scores"])]
+        ]
+        cells.append(f"{text} ({_percent(shares)})" if shares else text)
+    return cells
 
 
 def abilities_plot(rows: Rows, path: Path) -> Path:

@@ -127,6 +127,16 @@ def ability_pairs() -> str:
     return ability_pages.pairs_table(_of_scenario("abilities"))
 
 
+def ability_sizes() -> str:
+    """The same abilities in a larger model."""
+    return ability_pages.abilities_table(_of_scenario("abilities-gemma"))
+
+
+def ability_rounds() -> str:
+    """The same abilities learned in rounds, a client each."""
+    return ability_pages.rounds_table(_of_scenario("abilities-federated"))
+
+
 def lm_single() -> str:
     rows = _rows("lm-single")
     curve = language.loss_plot(rows, PLOTS / "lm-single.svg")
@@ -278,6 +288,8 @@ SECTIONS: Mapping[str, Callable[[], str]] = {
         gram,
         abilities,
         ability_pairs,
+        ability_sizes,
+        ability_rounds,
         lm_single,
         lm,
         adapters,

@@ -240,3 +240,23 @@ def test_a_base_model_without_a_template_answers_in_plain_turns(model):
     assert tokenizer.decode(row.ids) == "user:\n2+3?\nassistant:\n5<end>"
     assert tokenizer.decode(row.ids[row.prompt :]) == "5<end>"
     assert ability_data.ability_tokenizer(str(model)).chat_template == TEMPLATE
+
+
+def test_rounds_are_told_by_what_fedavg_gained_and_what_was_sent():
+    def row(cell, method, upload, ends):
+        begin = {"arithmetic": {"exact": 0.0}, "code": {"loss": 3.0}, "dialogue": {"loss": 5.0}}
+        end = {"arithmetic": {"exact": ends[0]}, "code": {"loss": ends[1]},
+               "dialogue": {"loss": ends[2]}}  # fmt: skip
+        return {
+            "cell": cell, "method": method, "seed": 0, "parameters": 1000,
+            "upload_bytes_per_client_round": upload, "curve": [{"scores": begin}, {"scores": end}],
+        }  # fmt: skip
+
+    rows = [
+        row("FedAvg", "fedavg", 4000, (0.5, 2.8, 4.0)),
+        row("DARE", "dare", 40, (0.4, 3.1, 4.5)),
+    ]
+    before, dense, dare = pages.rounds_table(rows).splitlines()[2:]
+    assert before.split(" | ")[3:6] == ["0.0", "3.000", "5.000"]
+    assert dense.split(" | ")[2:6] == ["1×", "50.0", "2.800", "4.000"]
+    assert dare.split(" | ")[2:6] == ["100×", "40.0 (80)", "3.100 (-50)", "4.500 (50)"]

@@ -17,9 +17,14 @@ import numpy as np
 from client.config import TaskConfig
 from client.instructions.conversations import last_exchange
 from client.instructions.generation import exact_match, generate_answers, last_number
+from client.instructions.length_check import refuse_cut
 from client.instructions.lengths import Example, check_taught, cut, lengths
 from client.instructions.packing import batch_arrays, check_apart
-from client.instructions.sources import holds_conversations, load_conversations
+from client.instructions.sources import (
+    BUILT_IN_CONVERSATIONS,
+    holds_conversations,
+    load_conversations,
+)
 from client.instructions.template import coded_all, open_tokenizer, refuse_without_template
 from client.models import model_path
 from client.rows import Data, Indices, Rows, make_data
@@ -53,11 +58,15 @@ def load_examples(config: TaskConfig) -> Data:
 
 
 def look_at_conversations(config: TaskConfig) -> None:
-    """Refuse a small file without conversations, and a model's folder without a template."""
+    """Refuse small data without an answer to learn, and a model's folder without a template."""
     causal_lm.check_model(config)
     refuse_without_template(config.model)
     if is_small(Path(config.data)):
         load_conversations(config)
+    elif config.data not in BUILT_IN_CONVERSATIONS:
+        return
+    if Path(model_path(config.model)).exists():
+        refuse_cut(config)
 
 
 def _examples(

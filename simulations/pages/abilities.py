@@ -161,7 +161,8 @@ def rounds_table(rows: Rows) -> str:
     In brackets the share of FedAvg's gain of the same seed.
     """
     dense = {row["seed"]: row["curve"] for row in rows if row["method"] == "fedavg"}
-    lines = [("before", "–", "–", *_after([row["curve"][0] for row in rows], rows, {}), "")]
+    seeds = list({row["seed"]: row for row in rows}.values())  # all begin alike
+    lines = [("before", "–", "–", *_after([row["curve"][0] for row in seeds], seeds, {}), "–")]
     for cell, own in by_cell(rows).items():
         first = own[0]
         upload = first["upload_bytes_per_client_round"]

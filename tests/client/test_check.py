@@ -9,6 +9,7 @@ from client import check
 from client.config import DEFAULTS
 from client.tasks import text_classification
 from dare_agg.errors import ConfigError
+from tests.chat import as_messages, make_model, talk
 
 TALKS = [
     {"messages": [{"role": r, "content": f"{n}"} for r in ("user", "assistant")]} for n in range(4)
@@ -83,6 +84,21 @@ def test_a_folder_without_a_chat_template_is_refused(tmp_path, chat):
     assert "has no chat template" in refusal(data=data, model=str(chat))
     (chat / "chat_template.jinja").write_text("{{ messages }}")
     check.check({"data": data, "model": str(chat)})
+
+
+def test_conversations_that_do_not_fit_are_refused_and_the_length_said_is_enough(tmp_path):
+    folder = str(make_model(tmp_path / "model"))
+    data = talks(tmp_path / "a.jsonl", [{"messages": as_messages(talk(n))} for n in range(8)])
+    words = {"data": data, "model": folder, "length": 8}
+    said = refusal(**words)
+    assert "the question alone fills length 8" in said
+    (enough,) = re.findall(r"set length = (\d+), which keeps all", said)
+    check.check({**words, "length": int(enough)})
+    assert "context of model" in refusal(**words | {"length": 4096})
+    rows = [{"messages": as_messages((("user", "hi"), ("assistant", "none")))}] * 9
+    words = {**words, "length": int(enough), "data": talks(tmp_path / "b.jsonl", rows)}
+    wordy = refusal(**words, generate_rows=2, answer_form="number")
+    assert "answer-form = number, and the answer 'none'" in wordy
 
 
 def test_large_and_packed_files_are_left_to_the_clients(tmp_path, monkeypatch):

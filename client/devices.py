@@ -16,6 +16,10 @@ from dare_agg.errors import ConfigError
 
 # Without it cuBLAS has no sums in a fixed order; it is read when a process first uses a GPU.
 _CUBLAS = ("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
+# Products in bfloat16 on the CPU: oneDNN keeps scratch of a weight's size for each of 1,024 shapes,
+# and batches have another length each step. This many hold the layers of one step; it is read when
+# a process first multiplies.
+_ONEDNN = ("ONEDNN_PRIMITIVE_CACHE_CAPACITY", "64")
 
 
 @dataclass(frozen=True)
@@ -35,6 +39,7 @@ class Compute:
         """Set this process up: threads, and on a GPU sums in a fixed order where torch has them."""
         import torch
 
+        os.environ.setdefault(*_ONEDNN)
         torch.set_num_threads(self.threads)
         _keep_freed_memory()
         if self.kind == "cuda":

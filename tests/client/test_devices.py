@@ -1,5 +1,6 @@
 """Devices: the words, what is missing here, and what a GPU keeps of a CPU's promises."""
 
+import os
 import subprocess
 import sys
 import time
@@ -225,3 +226,46 @@ def test_on_a_gpu_training_repeats_and_is_near_the_cpus(tiny_model, review_files
         here.statistics("gram", first, rows, examples=16)["head.weight"],
         atol=0.01,
     )
+
+
+SHAPES = """
+import torch
+from client.devices import Compute
+
+compute = Compute("cpu", 1, "bfloat16")
+compute.begin()
+weights = torch.nn.Parameter(torch.zeros(8192, 256))
+
+def held():
+    return int(open("/proc/self/statm").read().split()[1]) * 4096
+
+def step(rows):
+    with compute.autocast():
+        scores = torch.nn.functional.linear(torch.zeros(rows, 256), weights)
+    scores.float().logsumexp(-1).mean().backward()
+    weights.grad = None
+
+for rows in (200, 201, 202):
+    step(rows)
+first = held()
+for rows in range(20, 200):
+    step(rows)
+print(held() - first)
+"""
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="memory is read from /proc")
+def test_batches_of_many_lengths_in_bfloat16_do_not_hold_more_and_more_memory():
+    """What oneDNN keeps a shape of a product, beside a process that keeps it as oneDNN would."""
+
+    def grown(**words):
+        environment = {**os.environ, "PYTHONPATH": os.pathsep.join(sys.path), **words}
+        environment = {k: v for k, v in environment.items() if v}
+        command = [sys.executable, "-c", SHAPES]
+        return int(subprocess.run(command, env=environment, stdout=-1, check=True).stdout) >> 20
+
+    word = "ONEDNN_PRIMITIVE_CACHE_CAPACITY"
+    as_it_would = grown(**{word: "1024"})
+    if as_it_would < 200:
+        pytest.skip("this processor's kernels keep little")
+    assert grown(**{word: ""}) < as_it_would / 2

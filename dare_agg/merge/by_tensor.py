@@ -9,9 +9,9 @@ import numpy as np
 from numpy.typing import NDArray
 
 from dare_agg.errors import MergeError
-from dare_agg.merge.one_thread import one_blas_thread
 from dare_agg.merge.task import Kernel, MergeTask, Scratch
 from dare_agg.vectors.layout import Entry, FloatVector
+from dare_agg.vectors.one_thread import one_blas_thread
 from dare_agg.vectors.sources import DeltaSource
 
 Matrix = NDArray[np.floating]

@@ -11,7 +11,7 @@ from dare_agg.codec.directions import MAX_RANK
 from dare_agg.errors import ConfigError
 from dare_agg.merge.by_tensor import Matrix, read_matrix
 from dare_agg.merge.linears import Linear
-from dare_agg.merge.one_thread import one_blas_thread
+from dare_agg.vectors.one_thread import one_blas_thread
 from dare_agg.vectors.sources import DeltaSource
 
 # Steps of subspace iteration, and vectors beyond the rank: the error of direction j falls by

@@ -25,8 +25,8 @@ from dare_agg.errors import ConfigError
 from dare_agg.merge.by_tensor import Matrix, read_matrix
 from dare_agg.merge.directions import check_rank, leading_directions
 from dare_agg.merge.linears import Linear, model_linears
-from dare_agg.merge.one_thread import one_blas_thread
 from dare_agg.vectors.layout import FloatVector, Layout
+from dare_agg.vectors.one_thread import one_blas_thread
 from dare_agg.vectors.sources import array_source
 
 # Columns beyond the directions of all parties: the error of the fixed point falls with them.

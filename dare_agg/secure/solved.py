@@ -23,10 +23,10 @@ from numpy.typing import NDArray
 from dare_agg.codec.masked import MaskedSource
 from dare_agg.merge.by_tensor import Matrix, read_matrix
 from dare_agg.merge.methods import METHODS
-from dare_agg.merge.one_thread import one_blas_thread
 from dare_agg.secure.aggregate import FixedPoint, bad_words
 from dare_agg.secure.sketch import SketchPlan
 from dare_agg.vectors.layout import FloatVector
+from dare_agg.vectors.one_thread import one_blas_thread
 from dare_agg.vectors.tiled import TiledVector, tiles
 
 RIDGE = float(METHODS["wudi"].options["ridge"].default)

@@ -51,6 +51,7 @@ REASONS: Mapping[str, str] = {
     "no-examples": "a client without data: it reports 0 examples and counts for nothing",
     "statistics": "statistics that are missing or cannot be",
     "outlier": "a step before the merge left the update out",
+    "quorum": "fewer updates than a robust rule needs",
     "left-out": "the app's own code left the update out",
     "signature": "the signature does not fit",
     # who replied, and when

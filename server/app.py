@@ -266,6 +266,8 @@ def make_strategy(config: RunConfig, name: str, record: Any, state: Path) -> Rou
         exclude=config.exclude,
         weighting=config.weighting,
         weight_bound=config.weight_bound,
+        robust=config.robust,
+        byzantine=config.byzantine,
         seed=config.seed,
         run=str(config.seed),
         # The result is the same whatever the number of threads.
@@ -286,7 +288,7 @@ def make_strategy(config: RunConfig, name: str, record: Any, state: Path) -> Rou
 
 
 # Keys of a row that stand there only where there is something to say.
-_WHERE_ANY = ("away", "refused", "evaluate_failed", "weights_cut", "noise_warning")
+_WHERE_ANY = ("away", "refused", "evaluate_failed", "weights_cut", "noise_warning", "robust")
 
 
 def _secure_facts(measured: Mapping[str, Any]) -> dict[str, Any]:

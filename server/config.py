@@ -29,6 +29,7 @@ from dare_agg.secure.aggregates import SECURE_METHODS
 from dare_agg.secure.settings import SecureSettings
 from dare_agg.vectors.patterns import compile_patterns
 from server.adapter_words import refuse_idle_words
+from server.robust import check_robust_words
 
 
 @dataclass(frozen=True)
@@ -136,6 +137,9 @@ class RunConfig(BaseModel):
     statistics_examples: rows from which a client makes Fisher values or Gram matrices.
     weighting: what a client counts by.
     weight_bound: how many times the round's median weight a client counts at most; 0: no bound.
+    robust: the rule that bears Byzantine clients, such as nnm+trimmed-mean (docs/ROBUST.md); none:
+        the merge method's mean.
+    byzantine: how many clients of a round may send anything at all, where robust is set.
     server_step: what the server does with the merged change; with numbers: adam(beta1=0.8).
     server_learning_rate: that step's learning rate; 0: its own.
     fraction_train: share of the clients online that train in a round.
@@ -193,6 +197,8 @@ class RunConfig(BaseModel):
     statistics_examples: int = Field(ge=1)
     weighting: Annotated[str, one_of("weighting", WEIGHTINGS)]
     weight_bound: float
+    robust: str
+    byzantine: int = Field(ge=0)
     server_step: str
     server_learning_rate: float = Field(ge=0)
     fraction_train: float = Field(gt=0, le=1)
@@ -356,6 +362,7 @@ def read_config(raw: Mapping[str, Any]) -> RunConfig:
     config.step()
     config.budget()
     check_weight_bound(config.weight_bound)
+    check_robust_words(config, {name: METHODS[name].words["method"] for name in config.methods})
     if config.values != AUTO:
         find_values(config.values)
     find_values(config.dense_values)

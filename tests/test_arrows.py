@@ -37,13 +37,15 @@ ARROWS = {
     "downlink": "codec files vectors",
     "secure": "codec checkpoint files merge vectors",
     "privacy": "codec files vectors",
-    "rounds": "codec downlink files merge vectors",
+    "robust": "codec vectors",
+    "rounds": "codec downlink files merge robust vectors",
     "offline": "checkpoint codec files merge vectors",
-    "flower": "checkpoint codec deploy downlink files merge rounds secure vectors",
+    "flower": "checkpoint codec deploy downlink files merge robust rounds secure vectors",
     "torch": "codec files flower rounds vectors",
     "runs": "files offline vectors",
     # All but torch, which apps import.
-    "cli": "checkpoint codec deploy downlink files flower merge offline rounds runs secure vectors",
+    "cli": "checkpoint codec deploy downlink files flower merge offline robust rounds runs secure "
+    "vectors",
 }
 # The same for simulations/: run.py stands on top, and nothing imports it.
 SIMULATIONS = {
@@ -57,7 +59,7 @@ SIMULATIONS = {
 MOST_ENTRIES = 18
 # Rooms of arithmetic: numpy and cryptography (and RE2 for patterns of names), and nothing else
 # from outside.
-ARITHMETIC = ("vectors", "codec", "merge")
+ARITHMETIC = ("vectors", "codec", "merge", "robust")
 # Imported by nothing at module level: `dare_agg.codec.kernels` loads it when it pays.
 COMPILED = ROOT / "dare_agg" / "codec" / "numba_loops.py"
 

@@ -88,6 +88,8 @@ def _round_line(row: RunRow, rows: list[RunRow], config: dict[str, Any]) -> str:
     left_out = f" ({len(row.rejected)} left out: {rejections(row)})" if row.rejected else ""
     if row.weights_cut:
         left_out += f" (weight cut: {', '.join(row.weights_cut)})"
+    if unheard := row.robust.get("unheard"):
+        left_out += f" (hardly heard: {', '.join(map(str, unheard))})"
     left = seconds_left(rows, config)
     up, down = map(human_bytes, (row.upload_bytes_per_client, row.download_bytes_per_client))
     return (

@@ -40,7 +40,17 @@ LOG = logging.getLogger("flwr")
 # What the wrapped strategy is asked to do, through the methods it had when it was wrapped.
 _STEPS = ("configure_train", "aggregate_train", "configure_evaluate", "aggregate_evaluate")
 # Words of `DareStrategy` that say how to merge: the wrapped strategy's own to say.
-_ARITHMETIC = ("method", "scaling", "options", "weighting", "server_step", "weight_bound", "steps")
+_ARITHMETIC = (
+    "method",
+    "scaling",
+    "options",
+    "weighting",
+    "server_step",
+    "weight_bound",
+    "steps",
+    "robust",
+    "byzantine",
+)
 _ADAPTIVE = (FedAdagrad, FedAdam, FedYogi)
 _UNLIKE = (
     "its records have other names than those of most clients, and Flower's strategies want them "

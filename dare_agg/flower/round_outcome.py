@@ -49,7 +49,8 @@ def round_measurements(
 
     ``update_bytes`` and ``dense_bytes`` are the encoded payloads, ``upload_bytes`` and
     ``download_bytes`` the whole messages around them. ``weights_cut`` names who claimed more
-    than the round's bound.
+    than the round's bound, ``robust`` by which rule the round was merged, if by one, and who was
+    hardly heard.
     """
     names = {client.node: client.hello.name for client in opened.clients}
     cut = [c for of_step in merged.get("steps", ()) for c in of_step.get("weights_cut", ())]
@@ -75,7 +76,25 @@ def round_measurements(
         "rejected": [{**asdict(r), "name": by_number.get(r.client, "")} for r in rejections],
         **merged,
         "weights_cut": [by_number.get(client, "") for client in cut],
+        **_robust(merged, by_number),
     }
+
+
+def _robust(merged: Mapping[str, Any], names: Mapping[int, str]) -> dict[str, Any]:
+    """What a robust rule did, with the names of those of whom it took less than half a share."""
+    for of_step in merged.get("steps", ()):
+        if (found := of_step.get("robust")) is None:
+            continue
+        heard = found.get("shares", found["factors"])
+        usual = 0.5 * sum(heard) / len(heard)
+        unheard = [
+            names.get(client, "")
+            for client, share in zip(found["clients"], heard, strict=True)
+            if share < usual
+        ]
+        told = {name: found[name] for name in ("rule", "byzantine", "shared_mask")}
+        return {"robust": {**told, "unheard": unheard}}
+    return {}
 
 
 def _dropped(plan: RoundPlan) -> float:

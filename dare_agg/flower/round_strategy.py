@@ -327,8 +327,12 @@ class RoundStrategy(Strategy):
         groups = self.broadcasting.model.groups
         if groups.layout != before.layout and groups.names == before.names:
             vectors = {n: groups.relaid(v, before) for n, v in self.step_state.vectors.items()}
+            momenta = {
+                name: replace(one, vector=groups.relaid(one.vector, before))
+                for name, one in self.step_state.momenta.items()
+            }
             # How much each tensor changed is of other tensors then: clients find it themselves.
-            self.step_state = replace(self.step_state, vectors=vectors, levels=b"")
+            self.step_state = replace(self.step_state, vectors=vectors, levels=b"", momenta=momenta)
 
     @abstractmethod
     def train_round(

@@ -34,6 +34,7 @@ from dare_agg.flower.records import ASK_TRAIN, Hello
 from dare_agg.flower.replies import Inbox, TrainReply
 from dare_agg.flower.round_outcome import RoundOutcome, round_measurements
 from dare_agg.flower.round_strategy import ROUND_WORD, RoundStrategy
+from dare_agg.robust.rule import check_robust
 from dare_agg.rounds.auto import AUTO, judge, within
 from dare_agg.rounds.auto_state import AutoState
 from dare_agg.rounds.chain import Passed, StepContext, UpdateStep, chain
@@ -45,6 +46,7 @@ from dare_agg.rounds.noise import (
     round_noise,
 )
 from dare_agg.rounds.plan import RoundPlan, make_plans
+from dare_agg.rounds.robust import check_one_mask, robust_step
 from dare_agg.rounds.server import (
     Accepted,
     MergedRound,
@@ -130,6 +132,9 @@ class DareStrategy(RoundStrategy):
         most bytes of the app's own records in a reply, metrics and others (1 MiB).
     steps
         what stands between checking and merging, in order (`dare_agg.rounds.chain`).
+    robust, byzantine
+        the rule that bears so many Byzantine clients a round, last of the steps
+        (docs/ROBUST.md); the clients of a round then share one mask and one drop rate.
     round_hook
         called with each `RoundOutcome`; returning True ends the run early.
     """
@@ -180,6 +185,8 @@ class DareStrategy(RoundStrategy):
         verify_every: int = 0,
         send_base: bool = False,
         steps: Sequence[UpdateStep] = (),
+        robust: str = "",
+        byzantine: int = 0,
         reply_room: int = OWN_BYTES,
         round_hook: Callable[[RoundOutcome], bool | None] | None = None,
     ) -> None:
@@ -202,6 +209,7 @@ class DareStrategy(RoundStrategy):
             weight_bound=weight_bound,
             server_step=arguments.as_step(server_step),
             threads=threads,
+            robust=check_robust(robust, byzantine),
         )
         super().__init__(
             settings,
@@ -230,7 +238,7 @@ class DareStrategy(RoundStrategy):
         )
         self.train_metrics_aggr_fn = train_metrics_aggr_fn or mean_metrics
         self.min_replies = arguments.count("min_replies", min_replies, least=1)
-        self.steps = chain(bound_step, *steps)
+        self.steps = chain(bound_step, *steps, *self._robust_steps())
         self.noise_watch = NoiseWatch()
         self.client_terms = client_terms
         self.upload_budget = upload_budget
@@ -242,6 +250,21 @@ class DareStrategy(RoundStrategy):
             limit = next((name for name, value in limits if value is not None), "")
             self.chooser = Chooser(self.CALLED, values, limit=limit)
         self._open: OpenRound | None = None
+
+    def _robust_steps(self) -> tuple[UpdateStep, ...]:
+        """The robust rule as a step, where there is one and rounds have enough clients for it."""
+        rule = self.settings.robust
+        if rule is None:
+            return ()
+        fewest = max(int(self.min_available_nodes * self.fraction_train), self.min_train_nodes)
+        rule.check_clients(fewest, "raise min_available_nodes (min-clients) or fraction_train")
+        if rule.beta and self.store is not None:
+            raise ConfigError(
+                f"robust = {str(rule)!r} with a base on disk: momentum keeps a whole model for "
+                "every client; leave momentum out"
+            )
+        self.min_replies = max(self.min_replies, rule.least)
+        return (robust_step(rule),)
 
     def summary(self) -> None:
         """Log what the run is set to."""
@@ -271,6 +294,14 @@ class DareStrategy(RoundStrategy):
             terms.dense_values,
             list(terms.exclude),
         )
+        if (rule := self.settings.robust) is not None:
+            LOG.info(
+                "\t├── Robust: %s bears %d Byzantine clients of at least %d a round%s",
+                rule,
+                rule.byzantine,
+                rule.least,
+                "; one mask for all clients of a round" if rule.votes else "",
+            )
 
     def train_round(
         self, number: int, arrays: ArrayRecord, config: ConfigRecord, grid: Grid, limit: float
@@ -340,6 +371,8 @@ class DareStrategy(RoundStrategy):
             layout=model.groups.layout,
             levels=self.step_state.levels,
         )
+        if self.settings.robust is not None and self.settings.robust.votes:
+            check_one_mask(plans)
         check_privacy(self.train_config, self.settings, self.downlink, plans, model.groups)
         by_node = {client.node: plan for client, plan in zip(chosen, plans, strict=True)}
         signers = {
@@ -400,7 +433,8 @@ class DareStrategy(RoundStrategy):
         if opened is None:
             return None, None
         every = opened.passed_on(given)
-        passed = self._pass_steps(opened.number, [reply.accepted for reply in every])
+        names = {opened.plans[c.node].client: c.hello.name for c in opened.clients}
+        passed = self._pass_steps(opened.number, [reply.accepted for reply in every], names)
         rejections = [*opened.inbox.all_rejections(), *passed.rejections]
         lost = {rejection.client for rejection in passed.rejections}
         taken = [reply for reply in every if reply.accepted.plan.client not in lost]
@@ -419,6 +453,8 @@ class DareStrategy(RoundStrategy):
             moved, step_state, merged = advance_streamed(
                 model, self.step_state, passed.accepted, self.settings, self.store, plans
             )
+        momenta = {**self.step_state.momenta, **passed.momenta}
+        step_state = replace(step_state, momenta=momenta)
         self.broadcasting.have.update(opened.held)
         measured = dict(merged.measurements)
         if passed.measurements:
@@ -557,11 +593,15 @@ class DareStrategy(RoundStrategy):
             f"{budget if self.upload_budget else remedy}"
         )
 
-    def _pass_steps(self, number: int, accepted: Sequence[Accepted]) -> Passed:
+    def _pass_steps(
+        self, number: int, accepted: Sequence[Accepted], names: Mapping[int, str]
+    ) -> Passed:
         """What the steps before the merge let through; their draws are no client's to know."""
         secret = derive_key(self.secret, "round", number, length=32)
         key = derive_key(secret, "steps", length=32)
-        context = StepContext(self.broadcasting.model, self.settings, number, key)
+        context = StepContext(
+            self.broadcasting.model, self.settings, number, key, names, self.step_state.momenta
+        )
         passed = self.steps(accepted, context)
         for one in passed.rejections:
             LOG.warning("rejected client %d: %s: %s", one.client, one.reason, one.detail)

@@ -14,19 +14,21 @@ client can do (`scaled`), a *pre-aggregate* makes fewer of many (`pooled`)::
     passed = chain(at_most(1.0), drop_outliers)(accepted, context)
     merged = merge_round(model, passed.accepted, settings)
 
-Steps read deltas tile by tile and keep nothing from round to round; what they draw at random
-comes from the context's key. So a round gives the same bits in whatever order replies came.
+Steps read deltas tile by tile and keep nothing from round to round by themselves: momenta of
+clients come in with the context and go out with what passed. What they draw at random comes from
+the context's key. So a round gives the same bits in whatever order replies came.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 from dare_agg.codec.derive import derive_key
 from dare_agg.errors import REASONS, ConfigError, MergeError, did_you_mean
 from dare_agg.merge.wrapped import FactorSource, SumSource
+from dare_agg.robust.momentum import Momentum
 from dare_agg.rounds.server import Accepted, Rejection
 from dare_agg.rounds.settings import FederatedSettings
 from dare_agg.vectors.model import GlobalModel
@@ -36,22 +38,30 @@ from dare_agg.vectors.model import GlobalModel
 class StepContext:
     """What a step may know: the model the updates are of, the settings, the round's number.
 
-    ``key`` (32 bytes) is known to no client, and each step of a chain gets its own.
+    ``key`` (32 bytes) is known to no client, and each step of a chain gets its own. ``names`` are
+    those of the clients, by their place in the round, and ``momenta`` what the rounds before left
+    of each name.
     """
 
     model: GlobalModel
     settings: FederatedSettings
     round: int
     key: bytes
+    names: Mapping[int, str] = field(default_factory=dict)
+    momenta: Mapping[str, Momentum] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)
 class Passed:
-    """What a step or a chain lets through, whom it rejects, and what each step measured."""
+    """What a step or a chain lets through, whom it rejects, and what each step measured.
+
+    ``momenta`` are those of the round's clients after it, by name; others stay as they were.
+    """
 
     accepted: tuple[Accepted, ...]
     rejections: tuple[Rejection, ...] = ()
     measurements: tuple[Mapping[str, Any], ...] = ()
+    momenta: Mapping[str, Momentum] = field(default_factory=dict)
 
 
 UpdateStep = Callable[[Sequence[Accepted], StepContext], Passed]
@@ -69,6 +79,7 @@ def chain(*steps: UpdateStep) -> UpdateStep:
         left = tuple(sorted(accepted, key=lambda reply: reply.plan.client))
         rejections: list[Rejection] = []
         measurements: list[Mapping[str, Any]] = []
+        momenta: dict[str, Momentum] = {}
         for place, step in enumerate(steps):
             if not left:
                 break
@@ -78,7 +89,8 @@ def chain(*steps: UpdateStep) -> UpdateStep:
             left = passed.accepted
             rejections += passed.rejections
             measurements += passed.measurements
-        return Passed(left, tuple(rejections), tuple(measurements))
+            momenta.update(passed.momenta)
+        return Passed(left, tuple(rejections), tuple(measurements), momenta)
 
     return run
 

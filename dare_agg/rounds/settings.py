@@ -9,11 +9,15 @@ from typing import Any
 from dare_agg.errors import ConfigError
 from dare_agg.merge.methods import MEAN, federated_methods, find_method
 from dare_agg.merge.row import Method
+from dare_agg.robust.rule import RobustRule
 from dare_agg.rounds.step import ServerStep, server_step
 from dare_agg.rounds.terms import UpdateTerms, check_choice, check_positive
 
 # Whether a client's update weighs as much as the number it reports; else all weigh the same.
 WEIGHTINGS: Mapping[str, bool] = {"examples": True, "equal": False}
+
+# Merge methods that are a mean, which a robust rule takes the place of.
+ROBUST_METHODS = ("task-arithmetic", "average")
 
 
 @dataclass(frozen=True)
@@ -39,7 +43,11 @@ class FederatedSettings:
         what the server does with the merged delta.
     shared_mask
         all clients of a round use one mask (secure sums need it; a method
-        whose statistics are of survivors alone sets it).
+        whose statistics are of survivors alone sets it, and a robust rule that compares
+        clients).
+    robust
+        the rule that bears Byzantine clients (`dare_agg.robust`), in place of the merge
+        method's mean; None for none.
     """
 
     terms: UpdateTerms = UpdateTerms()  # noqa: RUF009 (frozen)
@@ -50,6 +58,7 @@ class FederatedSettings:
     weight_bound: float = 100.0
     server_step: ServerStep = field(default_factory=server_step)
     shared_mask: bool = False
+    robust: RobustRule | None = None
     tile: int = 1 << 16
     threads: int = 1
 
@@ -65,7 +74,24 @@ class FederatedSettings:
                 f"{self.method} needs the same elements of all clients, and keep rates "
                 f"{terms.keep_rates!r} keep others of each; set keep_rates='uniform'"
             )
-        object.__setattr__(self, "shared_mask", self.shared_mask or self.row.shared_mask)
+        votes = self.robust is not None and self.robust.votes
+        object.__setattr__(self, "shared_mask", self.shared_mask or self.row.shared_mask or votes)
+        self._check_robust()
+
+    def _check_robust(self) -> None:
+        if self.robust is None:
+            return
+        if self.method not in ROBUST_METHODS and not self.robust.bounds_only:
+            raise ConfigError(
+                f"robust = {str(self.robust)!r} with method {self.method!r}: the rule takes the "
+                f"place of a mean; set the method to {' or '.join(ROBUST_METHODS)}"
+            )
+        if self.robust.votes and self.terms.keep_rates != "uniform":
+            raise ConfigError(
+                f"robust = {str(self.robust)!r} compares the same elements of all clients, and "
+                f"keep rates {self.terms.keep_rates!r} keep others of each; set "
+                "keep_rates='uniform'"
+            )
 
     @property
     def row(self) -> Method:

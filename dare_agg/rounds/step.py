@@ -18,11 +18,14 @@ import numpy as np
 from numpy.typing import NDArray
 
 from dare_agg.errors import ConfigError, StateError, did_you_mean
+from dare_agg.robust.momentum import Momentum
 from dare_agg.rounds.auto_state import NAMES, AutoState, auto_from_arrays
 from dare_agg.rounds.server_steps import SERVER_STEPS
 from dare_agg.vectors.layout import MAX_TENSORS, FloatVector
 
 _TILE = 1 << 16
+# Prefixes of a client's momentum and of how many rounds it is made of.
+_MOMENTUM, _ROUNDS = "momentum.", "momentum-rounds."
 _CALL = re.compile(r"\s*([\w-]+)\s*(?:\((.*)\)\s*)?")
 
 
@@ -32,13 +35,15 @@ class StepState:
 
     ``levels`` say how much each tensor changed in the last round, where plans are to tell
     (`dare_agg.rounds.levels`); ``auto`` what the next round sends where the rounds choose it
-    (`dare_agg.rounds.auto`).
+    (`dare_agg.rounds.auto`); ``momenta`` those of the clients by name, where a robust rule keeps
+    any (`dare_agg.robust.momentum`).
     """
 
     count: int = 0
     vectors: Mapping[str, FloatVector] = field(default_factory=dict)
     levels: bytes = b""
     auto: AutoState = AutoState()  # noqa: RUF009 (frozen)
+    momenta: Mapping[str, Momentum] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)
@@ -152,6 +157,9 @@ def state_to_arrays(state: StepState) -> dict[str, NDArray[np.generic]]:
     arrays.update({f"vector.{name}": vector for name, vector in state.vectors.items()})
     if state.levels:
         arrays["levels"] = np.frombuffer(state.levels, np.uint8)
+    for name, momentum in state.momenta.items():
+        arrays[f"{_MOMENTUM}{name}"] = momentum.vector
+        arrays[f"{_ROUNDS}{name}"] = np.asarray([momentum.rounds], np.int64)
     return arrays | state.auto.to_arrays()
 
 
@@ -165,7 +173,7 @@ def state_from_arrays(arrays: Mapping[str, NDArray[np.generic]]) -> StepState:
     if levels.dtype != np.uint8 or levels.ndim != 1 or levels.size > MAX_TENSORS:
         raise StateError("server step state has no valid 'levels'; resume from an older round")
     for name, array in arrays.items():
-        if name in ("count", "levels", *NAMES):
+        if name in ("count", "levels", *NAMES) or name.startswith((_MOMENTUM, _ROUNDS)):
             continue
         if not name.startswith("vector.") or array.dtype != np.float32 or array.ndim != 1:
             raise StateError(
@@ -173,4 +181,24 @@ def state_from_arrays(arrays: Mapping[str, NDArray[np.generic]]) -> StepState:
                 "only flat float32 vectors belong there: resume from an older round"
             )
         vectors[name.removeprefix("vector.")] = np.asarray(array, np.float32)
-    return StepState(int(count[0]), vectors, levels.tobytes(), auto_from_arrays(arrays))
+    return StepState(
+        int(count[0]), vectors, levels.tobytes(), auto_from_arrays(arrays), _momenta(arrays)
+    )
+
+
+def _momenta(arrays: Mapping[str, NDArray[np.generic]]) -> dict[str, Momentum]:
+    found: dict[str, Momentum] = {}
+    for key, array in arrays.items():
+        if not key.startswith(_MOMENTUM):
+            continue
+        name = key.removeprefix(_MOMENTUM)
+        rounds = arrays.get(_ROUNDS + name)
+        told = rounds is not None and rounds.shape == (1,) and rounds.dtype == np.int64
+        count = int(rounds[0]) if rounds is not None and told else 0
+        if count < 1 or array.dtype != np.float32 or array.ndim != 1:
+            raise StateError(
+                f"server step state has no valid momentum of client {name!r}; resume from an older "
+                "round"
+            )
+        found[name] = Momentum(np.asarray(array, np.float32), count)
+    return found

@@ -64,7 +64,8 @@ class RunRow:
     ``noise`` is that of what was not sent relative to ‖W‖, ``noise_of_change`` to the merged
     change. ``lora_errors`` say by module what the common rank of adapters could not hold
     of the mean of their products, ``lora_error`` the largest. ``secure_…`` are a secure run's
-    alone. ``by_task`` has an object for each client and task, where clients tell metrics task by
+    alone. ``robust`` says by which rule, and which clients were hardly heard. ``by_task``
+    has an object for each client and task, where clients tell metrics task by
     task: see `dare_agg.runs.by_task`.
     """
 
@@ -84,6 +85,7 @@ class RunRow:
     refused = Key[Sequence[Mapping[str, Any]]]((), (list, tuple), each=Mapping)
     evaluate_failed = Key[Sequence[Mapping[str, Any]]]((), (list, tuple), each=Mapping)
     weights_cut = Key[Sequence[str]]((), (list, tuple), each=str)
+    robust = Key[Mapping[str, Any]]({}, Mapping)
     by_task = Key[Sequence[Mapping[str, Any]]]((), (list, tuple), each=Mapping)
     parameters = Key[int | None](None)
     update_bytes_per_client = Key(0)

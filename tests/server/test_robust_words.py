@@ -1,0 +1,47 @@
+"""robust and byzantine in the run config: refused, with a remedy, before anything starts."""
+
+from __future__ import annotations
+
+import pytest
+
+from dare_agg.errors import ConfigError
+from server.config import read_config
+
+DEFAULT = {"robust": "norm-bound+nnm+trimmed-mean", "byzantine": 2, "min-clients": 10}
+
+
+def test_a_rule_is_taken():
+    config = read_config(DEFAULT)
+    assert (config.robust, config.byzantine) == (DEFAULT["robust"], 2)
+    assert read_config({}).robust == ""
+
+
+@pytest.mark.parametrize(
+    ("words", "said"),
+    [
+        ({"robust": "nmm+median"}, "did you mean 'nnm'"),
+        ({"robust": ""}, "byzantine = 2 without robust"),
+        ({"byzantine": 0}, "say of how many clients"),
+        ({"byzantine": -1}, "byzantine = -1"),
+        ({"byzantine": 5}, "at least 11 clients a round, and a round may have 10; raise min-cli"),
+        ({"fraction-train": 0.4}, "may have 4; raise min-clients"),
+        ({"methods": "dare-ties,dare-average"}, "with dare-ties: the rule takes the place"),
+        ({"methods": "dare-regmean"}, "with dare-regmean"),
+        ({"keep-rates": "own"}, "keep-rates = own keep others of each"),
+        ({"upload-budget": "300kB", "upload-seconds": 3.0}, "upload-seconds gives each its own"),
+        ({"robust": "momentum+median", "base": "base"}, "leave momentum out"),
+        ({"train": "lora", "lora-merge": "product"}, "set lora-merge = factors"),
+    ],
+)
+def test_what_cannot_be_is_refused(words, said):
+    with pytest.raises(ConfigError, match=said):
+        read_config({**DEFAULT, **words})
+
+
+def test_a_bound_alone_goes_with_any_method():
+    assert read_config({**DEFAULT, "robust": "norm-bound", "methods": "dare-ties"}).robust
+
+
+def test_secure_sums_and_rules_exclude_each_other():
+    with pytest.raises(ConfigError, match="sees sums alone cannot compare"):
+        read_config({**DEFAULT, "secure": "mean", "secure-roster": "roster.json"})

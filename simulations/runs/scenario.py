@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import itertools
 import json
 import tomllib
 from collections.abc import Iterator, Mapping
@@ -102,9 +103,25 @@ KINDS: Mapping[str, tuple[str, Mapping[str, Any]]] = {
             "test_rows": 200,
         },
     ),
+    "robust": (
+        "simulations.runs.robust",
+        {
+            "rule": "mean",
+            "attack": "none",
+            "n": 10,
+            "f": 2,
+            "drop_rate": "0.9",
+            "values": "f32",
+            "rounds": 60,
+            "steps": 5,
+            "batch": 32,
+            "rate": 0.1,
+            "alpha": 0.5,
+        },
+    ),
 }
 SCENARIOS = Path(__file__).parents[1] / "scenarios"
-TOP_LEVEL = ("name", "kind", "title", "seeds", "defaults", "cells")
+TOP_LEVEL = ("name", "kind", "title", "seeds", "defaults", "cells", "grids")
 
 
 @dataclass(frozen=True)
@@ -164,7 +181,7 @@ def read_scenario(path: Path, task: Mapping[str, Any] | None = None) -> Scenario
     _check_keys(defaults, known, f"[defaults] of {path.name}")
     cells: dict[str, dict[str, Any]] = {}
     own_seeds: dict[str, tuple[int, ...]] = {}
-    for cell in raw.get("cells", []):
+    for cell in [*raw.get("cells", []), *_crossed(raw.get("grids", []), path.name)]:
         own = {key: value for key, value in cell.items() if key not in ("name", "seeds")}
         if "name" not in cell or cell["name"] in cells:
             raise ConfigError(f"{path.name}: every [[cells]] needs a name of its own")
@@ -184,6 +201,25 @@ def read_scenario(path: Path, task: Mapping[str, Any] | None = None) -> Scenario
                 f"{path.name}: cell {cell!r} has seeds {list(chosen)}; choose from {list(seeds)}"
             )
     return Scenario(raw.get("name", path.stem), kind, raw.get("title", ""), seeds, cells, own_seeds)
+
+
+def _crossed(grids: list[dict[str, Any]], where: str) -> Iterator[dict[str, Any]]:
+    """The cells of ``[[grids]]``: every combination of the lists of a grid's ``cross``.
+
+    A cell is named by the grid's ``name``, in which {key} stands for a setting. One that an earlier
+    grid has named is left out.
+    """
+    met: set[str] = set()
+    for grid in grids:
+        _check_keys(grid, ("name", "cross", "settings", "seeds"), f"[[grids]] of {where}")
+        cross = grid.get("cross", {})
+        for values in itertools.product(*cross.values()):
+            settings = {**grid.get("settings", {}), **dict(zip(cross, values, strict=True))}
+            name = str(grid.get("name", "")).format_map(settings)
+            if name not in met:
+                met.add(name)
+                seeds = {"seeds": grid["seeds"]} if "seeds" in grid else {}
+                yield {"name": name, **settings, **seeds}
 
 
 def _check_keys(found: Mapping[str, Any], known: Any, where: str) -> None:

@@ -91,17 +91,20 @@ class Chooser:
             "upload_budget": f"an upload_budget of at least {nbytes} bytes",
             "client_terms": f"client_terms of at most that error: {terms_words(needed)}",
         }.get(self.limit, 'values="auto"')
-        loudest, total = int(np.argmax(squares)), float(squares.sum())
-        where = (
-            f", {100 * squares[loudest] / total:.0f} % of it in {layout.names[loudest]!r}"
-            if total
-            else ""
-        )
         return (
-            f"the noise of what is not sent is {noise_words(judged)}{where}: models end below "
+            f"the noise of what is not sent is {noise_words(judged)}"
+            f"{loudest_words(layout, squares)}: models end below "
             f"FedAvg's above {100 * LOUD:.0f} % and {OF_CHANGE:g} times; give {self.called} "
             f"{remedy}"
         )
+
+
+def loudest_words(layout: Layout, squares: NDArray[np.float64]) -> str:
+    """Which tensor has the most of a round's noise: its squares are most of the merged change's."""
+    loudest, total = int(np.argmax(squares)), float(squares.sum())
+    if not total:
+        return ""
+    return f", {100 * squares[loudest] / total:.0f} % of it in {layout.names[loudest]!r}"
 
 
 def noise_words(judged: Judged) -> str:

@@ -23,7 +23,7 @@ from dare_agg.codec.update import HEADER_BYTES
 from dare_agg.downlink.protocol import Downlink
 from dare_agg.errors import ConfigError
 from dare_agg.flower import arguments
-from dare_agg.flower.choosing import Chooser
+from dare_agg.flower.choosing import Chooser, Squares, loudest_words
 from dare_agg.flower.clients import Client
 from dare_agg.flower.differential_privacy import check_privacy
 from dare_agg.flower.limits import OWN_BYTES
@@ -567,7 +567,7 @@ class DareStrategy(RoundStrategy):
         if self.chooser is not None:
             state, said = self.chooser.after(layout, state, judged, measured, squares)
         else:
-            said = self._too_loud(noise, plans, measured, moved)
+            said = self._too_loud(noise, plans, measured, moved, squares)
         if said:
             LOG.warning("round %d: %s", measured["round"], said)
             measured["noise_warning"] = said
@@ -579,6 +579,7 @@ class DareStrategy(RoundStrategy):
         plans: Sequence[RoundPlan],
         measured: Mapping[str, Any],
         moved: GlobalModel,
+        squares: Squares,
     ) -> str:
         """What is to be warned of at terms that the app chose, "" for nothing."""
         remedy = self.noise_watch.look(noise, plans)
@@ -587,9 +588,10 @@ class DareStrategy(RoundStrategy):
         nbytes = remedy.nbytes(moved.delta.size) + max(measured["dense_bytes"])
         budget = f"an upload_budget of at least {nbytes} bytes"
         return (
-            f"the drop's noise is {100 * self.noise_watch.loudest:.0f} % of the weights' own size: "
-            "the model changes too much a round for what is sent of it, as in training from "
-            f"scratch, and may end far below FedAvg's; give {self.CALLED} "
+            f"the drop's noise is {100 * self.noise_watch.loudest:.0f} % of the weights' own size"
+            f"{loudest_words(moved.groups.layout, squares())}: the model changes too much a round "
+            "for what is sent of it, as in training from scratch, and may end far below FedAvg's; "
+            f"give {self.CALLED} "
             f"{budget if self.upload_budget else remedy}"
         )
 

@@ -105,6 +105,11 @@ def single() -> str:
     )
 
 
+def hard() -> str:
+    """A delta in few bits where DARE alone breaks the model, by way."""
+    return tables.hard_table(_of_scenario("hard"))
+
+
 def merging() -> str:
     return tables.merging_table(_rows("merging"))
 
@@ -284,6 +289,7 @@ SECTIONS: Mapping[str, Callable[[], str]] = {
         frontier_text_mixtures,
         engine,
         single,
+        hard,
         merging,
         gram,
         abilities,

@@ -156,6 +156,28 @@ def single_table(rows: Rows) -> str:
     return markdown(("points from tuned", *(f"p = {rate}" for rate in SINGLE_RATES)), lines)
 
 
+def hard_table(rows: Rows) -> str:
+    """Change of accuracy by way and bits a parameter, paired by seed, one block a task."""
+    budgets = sorted({p["bits"] for row in rows for p in row["points"][2:]}, reverse=True)
+    lines = []
+    for cell, own in by_cell(rows).items():
+        gaps: dict[str, dict[float, list[float]]] = defaultdict(lambda: defaultdict(list))
+        ends = [[100 * row["points"][end]["accuracy"] for row in own] for end in (0, 1)]
+        for row in own:
+            tuned, _, *points = row["points"]
+            for point in points:
+                gap = point["accuracy"] - tuned["accuracy"]
+                gaps[point["way"]][point["bits"]].append(gap)
+        tuned, base = (f"{sum(values) / len(values):.1f}" for values in ends)
+        seeds = f"{len(own)} seed{'s' if len(own) > 1 else ''}"
+        lines.append((f"**{cell}**: tuned {tuned}, base {base}; {seeds}", *("" for _ in budgets)))
+        for way, found in gaps.items():
+            cells = (shown(found[b], signed=True) if b in found else "–" for b in budgets)
+            lines.append((way, *cells))
+    columns = ("points from tuned", *(f"{b:g} bit a parameter" for b in budgets))
+    return markdown(columns, lines)
+
+
 def delta_table(rows: Rows) -> str:
     """The range of each tuned model's delta, mean over the seeds."""
     lines = []

@@ -52,6 +52,7 @@ KINDS: Mapping[str, tuple[str, Mapping[str, Any]]] = {
         "simulations.runs.single",
         {"sweeps": [], "drop_rates": [], "task": {}, "wrong_base": {}},
     ),
+    "hard": ("simulations.runs.hard", {"ways": [], "bits": [], "task": {}}),
     "adapters": (
         "simulations.runs.adapters",
         {

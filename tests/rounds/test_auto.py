@@ -145,6 +145,16 @@ def test_what_clients_have_in_common_is_what_the_merge_has_beyond_its_noise():
     assert apart.of_change(error(LARGE.first)) < OF_CHANGE
 
 
+def test_one_mask_for_all_makes_noise_of_what_clients_have_in_common():
+    for n, common in ((4, 1.0), (16, 0.3)):
+        merged = common * math.sqrt(1 + 14.7)
+        found = told([1.0] * n, merged=merged, method="fisher")
+        assert found.spread == pytest.approx(common)
+        assert found.of_change(14.7) == pytest.approx(math.sqrt(14.7))
+    assert told([1.0] * 4, merged=1e30, method="fisher").spread == pytest.approx(1.0)
+    assert told([1.0] * 4, method="fisher").spread == pytest.approx(1.0)
+
+
 def test_adaptive_steps_are_held_against_the_change_alone():
     found = told([1.0] * 4, merged=5.0, server_step=server_step("adam"))
     assert found.size is None and found.change is not None

@@ -25,6 +25,7 @@ REASONS: Mapping[str, str] = {
     "quantised": "a model's weights are codes of a quantiser, not numbers",
     "format": "a text or header from outside is malformed or larger than what is read",
     "budget": "no drop rate and value format fit the budget",
+    "privacy": "a privacy budget that is spent, lost, rolled back or another's",
     "state": "persisted state is missing, corrupt, or cannot be written",
     "protocol": "a participant of a secure sum does not go on",
     "run": "a federated run did not reach its end",
@@ -206,6 +207,12 @@ class BudgetError(DareError):
     """No drop rate and value format fit the budget."""
 
     reason = "budget"
+
+
+class PrivacyError(DareError):
+    """A privacy budget is spent, lost, rolled back or another's."""
+
+    reason = "privacy"
 
 
 class StateError(DareError):

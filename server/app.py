@@ -33,6 +33,7 @@ from server.adapter_facts import adapter_facts, say_adapters
 from server.asking import agree_on_labels, ask, wait_for_nodes
 from server.config import METHODS, RunConfig, check_resumed, read_config
 from server.export import describe_model, export_model
+from server.privacy import client_privacy, privacy_facts, promised
 from server.recorder import Recorder
 from server.secure import merge_models, secure_strategy
 from server.start import read_start, secure_start
@@ -173,6 +174,7 @@ def run_method(
             **totals,
             "seed": config.seed,
             "metrics": facts["metrics"],
+            **promised(strategy),
             "config": config.model_dump(by_alias=True),
         }
         out = recorder.folder / f"model-{name}"
@@ -276,6 +278,7 @@ def make_strategy(config: RunConfig, name: str, record: Any, state: Path) -> Rou
         node_timeout=config.node_timeout,
         min_replies=config.min_replies,
         max_empty_rounds=config.max_empty_rounds,
+        privacy=client_privacy(config, state),
         round_hook=record,
         # FedAvg and the head alone are there to compare with: they send what they send.
         upload_budget=config.budget() if "drop_rate" not in METHODS[name].words else None,
@@ -354,6 +357,7 @@ def _row(method: str, outcome: RoundOutcome, seconds: float, stepwise: bool) -> 
         sign_conflict=merge.get("sign_conflict"),
         touched=merge.get("touched"),
         **_secure_facts(measured),
+        **privacy_facts(measured),
         **adapter_facts(measured),
         merged_norm=measured.get("merged_norm"),
         delta_max=max(measured["delta_max"], default=None),

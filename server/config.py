@@ -29,6 +29,7 @@ from dare_agg.secure.aggregates import SECURE_METHODS
 from dare_agg.secure.settings import SecureSettings
 from dare_agg.vectors.patterns import compile_patterns
 from server.adapter_words import refuse_idle_words
+from server.privacy import check_privacy_words
 from server.robust import check_robust_words
 
 
@@ -162,6 +163,15 @@ class RunConfig(BaseModel):
     verify_every: with ``base``: clients compare all values each so many rounds; 0: never.
     prometheus_port: port of the run's measurements for Prometheus; 0: none.
     prometheus_host: address that it listens on.
+    dp: whom the run promises differential privacy (docs/PRIVACY.md): "clients", whose updates the
+        server clips and adds noise to; none: nobody.
+    dp_epsilon: the budget ε; the run ends when it is spent.
+    dp_delta: its δ, below 1/dp-members; 0: dp-members^−1.1, at most a tenth of 1/dp-members.
+    dp_members: how many clients there are; everyone may know it.
+    dp_clip: largest norm of what a client adds to the sum, survivors rescaled.
+    dp_quantile: share of clients that should lie below the norm, which then follows; 0: it stays.
+    dp_noise: noise multiplier; 0: the least with which all rounds keep ε.
+    dp_weak: admit an ε above 50, which promises next to nothing.
     secure: what is summed, so that the server sees no single update; none: a plain run.
     secure_merge: one merge of models that parties have, instead of rounds.
     secure_roster: file that lists the parties and who vouches for them (dare-agg keys).
@@ -220,6 +230,15 @@ class RunConfig(BaseModel):
     verify_every: int = Field(ge=0)
     prometheus_port: int = Field(ge=0, lt=1 << 16)
     prometheus_host: str
+
+    dp: Literal["", "clients"]
+    dp_epsilon: float
+    dp_delta: float
+    dp_members: int = Field(ge=0)
+    dp_clip: float
+    dp_quantile: float
+    dp_noise: float
+    dp_weak: bool
 
     secure: str
     secure_merge: bool
@@ -353,6 +372,8 @@ def read_config(raw: Mapping[str, Any]) -> RunConfig:
     if config.resume and not (config.output and config.keep_state):
         raise ConfigError("resume needs output, the folder of the run, and keep-state = true")
     _check_secure(config)
+    merges = {name: str(METHODS[name].words["method"]) for name in config.methods}
+    check_privacy_words(config, merges, DEFAULTS)
     _check_base(config)
     _check_adapters(config)
     if not config.resume:  # a run begun with such words goes on

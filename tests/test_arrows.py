@@ -38,14 +38,14 @@ ARROWS = {
     "secure": "codec checkpoint files merge vectors",
     "privacy": "codec files vectors",
     "robust": "codec vectors",
-    "rounds": "codec downlink files merge robust vectors",
+    "rounds": "codec downlink files merge privacy robust vectors",
     "offline": "checkpoint codec files merge vectors",
-    "flower": "checkpoint codec deploy downlink files merge robust rounds secure vectors",
+    "flower": "checkpoint codec deploy downlink files merge privacy robust rounds secure vectors",
     "torch": "codec files flower rounds vectors",
     "runs": "files offline vectors",
     # All but torch, which apps import.
-    "cli": "checkpoint codec deploy downlink files flower merge offline robust rounds runs secure "
-    "vectors",
+    "cli": "checkpoint codec deploy downlink files flower merge offline privacy robust rounds runs "
+    "secure vectors",
 }
 # The same for simulations/: run.py stands on top, and nothing imports it.
 SIMULATIONS = {

@@ -84,6 +84,7 @@ def save(
             outcome.step_state,
             {
                 **(facts or {}),
+                **strategy.kept_facts(),
                 "secret": strategy.secret.hex(),
                 _BY_FORM: groups.by_form,
                 _APART: list(groups.apart),
@@ -124,6 +125,7 @@ def resume(strategy: RoundStrategy, folder: StateFolder) -> Resumed | None:
     if strategy.named_base is not None:
         strategy.broadcasting.move(model)
     strategy.secret = state.raw("secret")
+    strategy.take_up(state.facts)
     LOG.info("resuming after round %d, version %s", state.round, model.ref.version[:12])
     named = strategy.named_base is not None
     arrays = strategy.broadcasting.arrays if named else record_of(model)

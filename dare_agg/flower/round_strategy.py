@@ -13,6 +13,7 @@ from abc import abstractmethod
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
+from typing import Any
 
 from flwr.app import ArrayRecord, ConfigRecord, Message, MetricRecord, RecordDict
 from flwr.serverapp import Grid
@@ -205,6 +206,7 @@ class RoundStrategy(Strategy):
         # A store goes on where it is, and so do the moments in it.
         self.step_state = step_state or (StepState() if self.store is None else self.step_state)
         self.empty_rounds, self._tally = 0, Tally()
+        self.ready_for(num_rounds - start_round + 1)
         self._in_own_loop = True
         limit = min(timeout, self.deadline) if self.deadline else timeout
         started = time.monotonic()
@@ -214,6 +216,8 @@ class RoundStrategy(Strategy):
             if metrics is not None:
                 result.evaluate_metrics_serverapp[0] = metrics
         for number in range(start_round, num_rounds + 1):
+            if not self.may_go_on(number, number == start_round):
+                break
             LOG.info("")
             LOG.info("[ROUND %d/%d]", number, num_rounds)
             merged, train_metrics = self.train_round(number, arrays, train_config, grid, limit)
@@ -333,6 +337,20 @@ class RoundStrategy(Strategy):
             }
             # How much each tensor changed is of other tensors then: clients find it themselves.
             self.step_state = replace(self.step_state, vectors=vectors, levels=b"", momenta=momenta)
+
+    def ready_for(self, rounds: int) -> None:
+        """Prepare for so many rounds, before anyone is asked."""
+
+    def may_go_on(self, number: int, first: bool) -> bool:
+        """Whether there is to be this round, the ``first`` one of a start."""
+        return True
+
+    def kept_facts(self) -> dict[str, Any]:
+        """What a round's state keeps of a strategy besides."""
+        return {}
+
+    def take_up(self, facts: Mapping[str, Any]) -> None:
+        """Look at the facts of the state that a run goes on from."""
 
     @abstractmethod
     def train_round(

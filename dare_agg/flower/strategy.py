@@ -21,7 +21,7 @@ from dare_agg.codec.mask import DropRate, parse_drop_rate
 from dare_agg.codec.payload import payload_bytes
 from dare_agg.codec.update import HEADER_BYTES
 from dare_agg.downlink.protocol import Downlink
-from dare_agg.errors import ConfigError
+from dare_agg.errors import ConfigError, PrivacyError
 from dare_agg.flower import arguments
 from dare_agg.flower.choosing import Chooser, Squares, loudest_words
 from dare_agg.flower.clients import Client
@@ -29,11 +29,13 @@ from dare_agg.flower.differential_privacy import check_privacy
 from dare_agg.flower.limits import OWN_BYTES
 from dare_agg.flower.metrics import MetricsFn, aggregate_metrics, mean_metrics
 from dare_agg.flower.open_round import OpenRound
+from dare_agg.flower.private_rounds import RELEASES, PrivateRounds
 from dare_agg.flower.receiving import Lent
 from dare_agg.flower.records import ASK_TRAIN, Hello
 from dare_agg.flower.replies import Inbox, TrainReply
 from dare_agg.flower.round_outcome import RoundOutcome, round_measurements
 from dare_agg.flower.round_strategy import ROUND_WORD, RoundStrategy
+from dare_agg.privacy.clients import ClientPrivacy
 from dare_agg.robust.rule import check_robust
 from dare_agg.rounds.auto import AUTO, judge, within
 from dare_agg.rounds.auto_state import AutoState
@@ -135,6 +137,10 @@ class DareStrategy(RoundStrategy):
     robust, byzantine
         the rule that bears so many Byzantine clients a round, last of the steps
         (docs/ROBUST.md); the clients of a round then share one mask and one drop rate.
+    privacy
+        what clients are promised (`ClientPrivacy`): a round releases the clipped and noised
+        sum of all their updates, ``fraction_train`` is the probability with which a client takes
+        part, and the run ends when its budget is spent.
     round_hook
         called with each `RoundOutcome`; returning True ends the run early.
     """
@@ -187,6 +193,7 @@ class DareStrategy(RoundStrategy):
         steps: Sequence[UpdateStep] = (),
         robust: str = "",
         byzantine: int = 0,
+        privacy: ClientPrivacy | None = None,
         reply_room: int = OWN_BYTES,
         round_hook: Callable[[RoundOutcome], bool | None] | None = None,
     ) -> None:
@@ -210,6 +217,7 @@ class DareStrategy(RoundStrategy):
             server_step=arguments.as_step(server_step),
             threads=threads,
             robust=check_robust(robust, byzantine),
+            shared_mask=privacy is not None,
         )
         super().__init__(
             settings,
@@ -250,6 +258,14 @@ class DareStrategy(RoundStrategy):
             limit = next((name for name, value in limits if value is not None), "")
             self.chooser = Chooser(self.CALLED, values, limit=limit)
         self._open: OpenRound | None = None
+        self.private: PrivateRounds | None = None
+        if privacy is not None:
+            others = {
+                "steps": steps, "client_terms": client_terms, "upload_budget": upload_budget,
+                "base": base, "robust": robust,
+                "drop_rate='auto' (set one: its choice shows norms)": self.chooser,
+            }  # fmt: skip
+            self.private = PrivateRounds(privacy, settings, self.fraction_train, others)
 
     def _robust_steps(self) -> tuple[UpdateStep, ...]:
         """The robust rule as a step, where there is one and rounds have enough clients for it."""
@@ -303,6 +319,36 @@ class DareStrategy(RoundStrategy):
                 "; one mask for all clients of a round" if rule.votes else "",
             )
 
+    def ready_for(self, rounds: int) -> None:
+        """Open the privacy budget, if the run has one."""
+        if self.private is not None:
+            self.private.begin(rounds)
+
+    def may_go_on(self, number: int, first: bool) -> bool:
+        """Whether the privacy budget bears the round; raises `PrivacyError` for the first."""
+        return self.private is None or self.private.may_go_on(number, first)
+
+    def kept_facts(self) -> dict[str, Any]:
+        """How many releases there were, where privacy is kept."""
+        return {} if self.private is None else self.private.facts()
+
+    def take_up(self, facts: Mapping[str, Any]) -> None:
+        """Go on from a state; raises `PrivacyError` where it was of another privacy."""
+        if self.private is not None:
+            self.private.take_up(facts)
+        elif RELEASES in facts:
+            raise PrivacyError(
+                "the run was begun with privacy of its clients, and is to go on without; give the "
+                "strategy the same privacy, or begin another run"
+            )
+
+    def choose(self, grid: Grid, what: str, number: int) -> list[Client]:
+        """As every strategy; where privacy is kept each client is drawn by itself to train."""
+        if self.private is None or what != ASK_TRAIN:
+            return super().choose(grid, what, number)
+        least = max(self.min_available_nodes, self.min_train_nodes, 1)
+        return self.private.drawn(number, self.meet(grid, number, least))
+
     def train_round(
         self, number: int, arrays: ArrayRecord, config: ConfigRecord, grid: Grid, limit: float
     ) -> tuple[ArrayRecord | None, MetricRecord | None]:
@@ -310,7 +356,8 @@ class DareStrategy(RoundStrategy):
         self._open = None
         messages = list(self.configure_train(number, arrays, config, grid))
         if not messages:
-            self._open = None
+            if self.private is None:  # else noise alone is released
+                self._open = None
             return self.aggregate_train(number, [])
         opened = self._opened_for(messages, number, arrays, grid)
         self.give_back()
@@ -360,10 +407,11 @@ class DareStrategy(RoundStrategy):
     def _open_round(self, number: int, chosen: Sequence[Client]) -> OpenRound:
         """A round of these clients, with a plan for each."""
         model = self.broadcasting.model
+        own = [self._terms(client.hello) for client in chosen]
         plans = make_plans(
             derive_key(self.secret, "round", number, length=32),
             number,
-            [self._terms(client.hello) for client in chosen],
+            own or ([None] if self.private else []),
             self.settings.terms,
             model.ref,
             run=self.run,
@@ -374,7 +422,9 @@ class DareStrategy(RoundStrategy):
         if self.settings.robust is not None and self.settings.robust.votes:
             check_one_mask(plans)
         check_privacy(self.train_config, self.settings, self.downlink, plans, model.groups)
-        by_node = {client.node: plan for client, plan in zip(chosen, plans, strict=True)}
+        if self.private is not None:
+            self.private.open(model, plans[0])
+        by_node = {c.node: plan for c, plan in zip(chosen, plans[: len(chosen)], strict=True)}
         signers = {
             client.node: (client.hello.name, self.identities[client.hello.name])
             for client in chosen
@@ -438,14 +488,18 @@ class DareStrategy(RoundStrategy):
         rejections = [*opened.inbox.all_rejections(), *passed.rejections]
         lost = {rejection.client for rejection in passed.rejections}
         taken = [reply for reply in every if reply.accepted.plan.client not in lost]
-        if len(taken) < self.min_replies:
+        if len(taken) < self.min_replies and self.private is None:
             self._count_empty_round(opened, taken, rejections)
             return None, None
         model = self.broadcasting.model
         plans = [reply.accepted.plan for reply in taken]
         merged: MergedRound | StreamedRound
         if self.store is None:
-            merged = merge_round(model, passed.accepted, self.settings)
+            if self.private is None:
+                merged = merge_round(model, passed.accepted, self.settings)
+            else:
+                merged = self.private.merge(model, passed.accepted)
+                plans = plans or [self.private.plan]  # type: ignore[list-item]
             moved, step_state = advance(
                 model, self.step_state, merged, self.settings, self.downlink, plans
             )
@@ -472,21 +526,25 @@ class DareStrategy(RoundStrategy):
             bound_weights([reply.accepted for reply in taken], self.settings),
             self.settings.weighting,
         )
-        auto = self._watch_noise(
-            measurements,
-            plans,
-            weights,
-            model,
-            moved,
-            merged.tensor_squares if isinstance(merged, StreamedRound) else None,
-        )
-        step_state = replace(step_state, auto=auto)
-        metrics = aggregate_metrics(
-            self.train_metrics_aggr_fn,
-            [reply.content for reply in taken],
-            weights,
-            self.weighted_by_key,
-        )
+        measurements["noise"] = None
+        if self.private is None:
+            auto = self._watch_noise(
+                measurements,
+                plans,
+                weights,
+                model,
+                moved,
+                merged.tensor_squares if isinstance(merged, StreamedRound) else None,
+            )
+            step_state = replace(step_state, auto=auto)
+        metrics = None
+        if taken:
+            metrics = aggregate_metrics(
+                self.train_metrics_aggr_fn,
+                [reply.content for reply in taken],
+                weights,
+                self.weighted_by_key,
+            )
         self._say_round(opened, taken)
         outcome = RoundOutcome(
             opened.number, moved, step_state, measurements, rejections, plans, metrics

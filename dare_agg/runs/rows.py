@@ -64,9 +64,10 @@ class RunRow:
     ``noise`` is that of what was not sent relative to ‖W‖, ``noise_of_change`` to the merged
     change. ``lora_errors`` say by module what the common rank of adapters could not hold
     of the mean of their products, ``lora_error`` the largest. ``secure_…`` are a secure run's
-    alone. ``robust`` says by which rule, and which clients were hardly heard. ``by_task``
-    has an object for each client and task, where clients tell metrics task by
-    task: see `dare_agg.runs.by_task`.
+    alone, ``privacy_…`` a private one's: what is spent, and the clipping norm of the next round.
+    ``robust`` says by which rule, and which clients were hardly heard. ``by_task`` has an object
+    for each client and task, where clients tell metrics task by task: see
+    `dare_agg.runs.by_task`.
     """
 
     values: Mapping[str, Any]
@@ -111,6 +112,10 @@ class RunRow:
     secure_bits = Key[int | None](None)
     secure_word_bits = Key[int | None](None)
     secure_results = Key[int | None](None)
+    privacy_epsilon = Key[float | None](None)
+    privacy_delta = Key[float | None](None)
+    privacy_noise = Key[float | None](None)
+    privacy_next_norm = Key[float | None](None)
     lora_error = Key[float | None](None)
     lora_errors = Key[Mapping[str, float]]({}, Mapping)
     merged_norm = Key[float | None](None)

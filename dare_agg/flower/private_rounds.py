@@ -1,0 +1,125 @@
+"""Rounds that keep clients' privacy: who is drawn, what is released, when the run ends."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from dare_agg.errors import ConfigError, PrivacyError
+from dare_agg.flower.clients import Client
+from dare_agg.privacy.clients import ClientPrivacy, PrivateRun
+from dare_agg.rounds.plan import RoundPlan
+from dare_agg.rounds.private import check_private_model, check_private_settings, private_round
+from dare_agg.rounds.server import Accepted, MergedRound
+from dare_agg.rounds.settings import FederatedSettings
+from dare_agg.vectors.model import GlobalModel
+
+LOG = logging.getLogger("flwr")
+# Of a round's state: how many releases the run had made.
+RELEASES = "privacy-releases"
+
+
+class PrivateRounds:
+    """What a strategy asks about privacy in each of its rounds.
+
+    Raises `ConfigError` for settings, and words of the strategy (``others``), that break the
+    promise.
+    """
+
+    def __init__(
+        self,
+        privacy: ClientPrivacy,
+        settings: FederatedSettings,
+        rate: float,
+        others: Mapping[str, object],
+    ) -> None:
+        check_private_settings(settings)
+        if not rate > 0:
+            raise ConfigError(f"privacy of clients with fraction_train = {rate!r}: nobody is drawn")
+        for word, value in others.items():
+            if value:
+                raise ConfigError(
+                    f"privacy of clients with {word}: what a client does to the sum is no longer "
+                    f"bounded by the norm, or not clipped; leave {word} out"
+                )
+        self.privacy, self.settings, self.rate = privacy, settings, rate
+        self.run: PrivateRun | None = None
+        self.plan: RoundPlan | None = None
+        self._releases: object = 0
+
+    def take_up(self, facts: Mapping[str, Any]) -> None:
+        """Go on with the run whose state has these facts: its budget must know its releases."""
+        self._releases = facts.get(RELEASES)
+
+    def facts(self) -> dict[str, Any]:
+        """What a round's state keeps."""
+        return {RELEASES: len(self.run.budget.charges) if self.run else 0}
+
+    def begin(self, rounds: int) -> None:
+        """Open the budget, with the noise of so many rounds; raises as `ClientPrivacy.begin`."""
+        self.run = self.privacy.begin(max(1, rounds), self.rate)
+        self.run.budget.check_resumed(self._releases)
+        said = self.run.statement()
+        LOG.info(
+            "\t├── Privacy: unit %s; neighbours: %s; sampling: %s; %s",
+            said["unit"],
+            said["neighbours"],
+            said["sampling"],
+            said["mechanism"],
+        )
+        LOG.info(
+            "\t├── Privacy: ε %.4g of %.4g spent at δ %.2g among %d clients; noise multiplier %.4g",
+            said["epsilon"],
+            said["epsilon_budget"],
+            said["delta"],
+            said["members"],
+            said["noise_multiplier"],
+        )
+        if self.privacy.ledger is None:
+            LOG.warning("the privacy budget is kept in memory alone; name a ledger to resume by")
+
+    @property
+    def running(self) -> PrivateRun:
+        """The run; in a loop of an app's own it begins with its first round."""
+        if self.run is None:
+            if not self.privacy.noise:
+                raise ConfigError(
+                    "privacy of clients in a loop of your own: how many rounds share the budget "
+                    "is not known; give ClientPrivacy its noise"
+                )
+            self.begin(1)
+        assert self.run is not None
+        return self.run
+
+    def may_go_on(self, number: int, first: bool) -> bool:
+        """Whether the budget bears a round; raises `PrivacyError` where not even the first."""
+        run = self.running
+        charges = run.budget.charges
+        if run.may_go_on or (charges and charges[-1].round >= number):
+            return True
+        said = (
+            f"round {number} would spend more than ε = {run.budget.epsilon:g} at δ = "
+            f"{run.budget.delta:.2g}; spent: {run.epsilon:.4g}"
+        )
+        if first:
+            raise PrivacyError(f"{said}; the model as it is is what the budget allows")
+        LOG.warning("%s; the run ends with the model it has", said)
+        return False
+
+    def drawn(self, number: int, clients: Sequence[Client]) -> list[Client]:
+        """The clients that take part in a round, each by a draw of its own; may be none."""
+        drawn = self.running.drawn(number, [client.hello.name for client in clients])
+        chosen = [client for client, takes in zip(clients, drawn, strict=True) if takes]
+        LOG.info("train: %d of %d clients, each drawn by itself", len(chosen), len(clients))
+        return chosen
+
+    def open(self, model: GlobalModel, plan: RoundPlan) -> None:
+        """Take a round's plan, whose mask is that of all clients; checks the model."""
+        check_private_model(model)
+        self.plan = plan
+
+    def merge(self, model: GlobalModel, accepted: Sequence[Accepted]) -> MergedRound:
+        """Release the round; raises as `private_round`."""
+        assert self.plan is not None
+        return private_round(model, self.plan, accepted, self.settings, self.running)

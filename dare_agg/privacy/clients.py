@@ -1,0 +1,176 @@
+"""Privacy of whole clients, kept by the server: what a run is set to, and its rounds.
+
+Promise: what the run releases, the model of each round, is (ε, δ)-differentially private. Unit:
+one client with all its data. Neighbours: with the client and without it. Trust: the server sees
+single updates, and keeps the seed of its noise to itself.
+"""
+
+from __future__ import annotations
+
+import math
+import os
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+from dare_agg.codec.derive import derive_key
+from dare_agg.errors import ConfigError
+from dare_agg.privacy.accountant import (
+    LEAST_NOISE,
+    MOST_NOISE,
+    check_budget,
+    default_delta,
+    noise_for,
+)
+from dare_agg.privacy.central import Clipping, Contribution, Release, release
+from dare_agg.privacy.ledger import Budget, Charge, open_budget
+
+
+@dataclass(frozen=True)
+class ClientPrivacy:
+    """What clients are promised; checked when made.
+
+    Attributes
+    ----------
+    members
+        how many clients there are, known to everyone; sums are divided by the
+        number of them that a round expects, whoever answers.
+    epsilon, delta
+        the budget; a δ of 0 is members^−1.1, at most a tenth of 1/members. When ε is
+        spent the run ends with the model it has.
+    clip
+        largest norm of a client's survivors, as they are summed (rescaled), with its
+        dense values.
+    quantile
+        share of the clients that should lie below the norm, which then follows them from
+        ``clip`` on; 0 leaves it where it is.
+    noise
+        noise multiplier, standard deviation by norm; 0 takes the least with which all
+        rounds of the run keep ε.
+    weak
+        admit an ε above 50, which promises next to nothing.
+    ledger
+        file of the budget and of the noise's secret seed; without one a run cannot be
+        resumed.
+    """
+
+    members: int
+    epsilon: float = 8.0
+    delta: float = 0.0
+    clip: float = 1.0
+    quantile: float = 0.0
+    noise: float = 0.0
+    weak: bool = False
+    ledger: str | os.PathLike[str] | None = None
+
+    def __post_init__(self) -> None:
+        if self.delta == 0 and isinstance(self.members, int) and self.members > 1:
+            object.__setattr__(self, "delta", default_delta(self.members))
+        check_budget(self.epsilon, self.delta, self.members, weak=self.weak)
+        check_number("clip", self.clip, 1e-9, 1e9)
+        if self.quantile:
+            check_number("quantile", self.quantile, 0.01, 0.99)
+        if self.noise:
+            check_number("noise", self.noise, LEAST_NOISE, MOST_NOISE)
+
+    def begin(self, rounds: int, rate: float) -> PrivateRun:
+        """The run, at the start or where its ledger left it, with the noise of its rounds."""
+        path = None if self.ledger is None else Path(self.ledger)
+        budget = open_budget(path, self.epsilon, self.delta, self.members)
+        if not budget.noise:
+            noise = self.noise or noise_for(self.epsilon, self.delta, rounds, rate)
+            budget = replace(budget, noise=noise)
+            budget.write()
+        elif self.noise and self.noise != budget.noise:
+            raise ConfigError(
+                f"noise = {self.noise:g}, and the run was begun with {budget.noise:g}; leave it "
+                "out to go on as before"
+            )
+        return PrivateRun(self, budget, rate)
+
+
+class PrivateRun:
+    """A run under way: draws its clients, releases its rounds, and knows when to end."""
+
+    def __init__(self, settings: ClientPrivacy, budget: Budget, rate: float) -> None:
+        self.settings, self.budget, self.rate = settings, budget, rate
+
+    @property
+    def epsilon(self) -> float:
+        """What is spent so far."""
+        return self.budget.spent.epsilon(self.budget.delta)
+
+    @property
+    def may_go_on(self) -> bool:
+        """Whether the budget bears another round."""
+        return self.budget.allows(self.budget.noise, self.rate)
+
+    def drawn(self, number: int, names: Sequence[str]) -> list[bool]:
+        """Which of the clients take part in a round: each by itself, with the sampling rate."""
+        if self.rate >= 1:
+            return [True] * len(names)
+        least = math.floor(self.rate * 2**64)
+        keys = (
+            derive_key(self.budget.seed, "privacy sample", number, name.encode(), length=8)
+            for name in names
+        )
+        return [int.from_bytes(key, "little") < least for key in keys]
+
+    def release(self, number: int, contributions: Sequence[Contribution], size: int) -> Release:
+        """Release the noised mean of a round's vectors, charged before it is returned.
+
+        Raises `PrivacyError` where the budget does not bear it.
+        """
+        settings = self.settings
+        norm = self.budget.norm(number, settings.clip)
+        made = release(
+            contributions,
+            size,
+            self.rate * settings.members,
+            Clipping(norm, self.budget.noise, settings.quantile),
+            self.budget.seed,
+            number,
+        )
+        charge = Charge(number, made.commitment, made.noise, self.rate, made.next_norm)
+        self.budget = self.budget.charged(charge)
+        return made
+
+    def measured(self, made: Release) -> dict[str, Any]:
+        """What a round reports; the share of clipped clients is no part of it."""
+        return {
+            "epsilon": self.epsilon,
+            "delta": self.budget.delta,
+            "noise": self.budget.noise,
+            "rate": self.rate,
+            "deviation": made.deviation,
+            "next_norm": made.next_norm,
+            "releases": len(self.budget.charges),
+        }
+
+    def statement(self) -> Mapping[str, Any]:
+        """The promise in words and numbers, for cards and reports."""
+        sampled = "every client in each round"
+        if self.rate < 1:
+            sampled = f"Poisson, rate {self.rate:g}"
+        return {
+            "unit": "a client with all its data",
+            "neighbours": "add or remove one client",
+            "sampling": sampled,
+            "mechanism": "Gaussian noise on the clipped sum, by a trusted server",
+            "epsilon": self.epsilon,
+            "epsilon_budget": self.budget.epsilon,
+            "delta": self.budget.delta,
+            "members": self.budget.members,
+            "noise_multiplier": self.budget.noise,
+            "releases": len(self.budget.charges),
+        }
+
+
+def check_number(name: str, value: object, least: float, most: float) -> None:
+    """Raise `ConfigError` for what is no number from ``least`` to ``most``."""
+    good = isinstance(value, int | float) and not isinstance(value, bool)
+    if not good or not least <= value <= most:  # type: ignore[operator]
+        raise ConfigError(
+            f"privacy: {name} = {value!r}; a number from {least:g} to {most:g} is needed"
+        )

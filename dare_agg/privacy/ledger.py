@@ -1,0 +1,178 @@
+"""The privacy budget of a run: what was released so far, in a file that is written before it is.
+
+The file has the secret seed of the run's noise and sampling, and one entry for each release.
+It is replaced on disk before the release leaves the server, so that a crash in between costs
+budget and never privacy. A release that is made again after a crash, to the bit, is none.
+"""
+
+from __future__ import annotations
+
+import math
+import os
+from collections.abc import Mapping
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from dare_agg.errors import PrivacyError, StateError
+from dare_agg.files.state_file import read_state, write_state
+from dare_agg.privacy.accountant import Spent, spent
+
+SEED_BYTES = 32
+_KIND = "dare-agg privacy budget 1"
+_MOST_RELEASES = 1_000_000
+
+
+@dataclass(frozen=True)
+class Charge:
+    """One release: its round, what it was of, its noise and sampling, and the norm after it."""
+
+    round: int
+    commitment: bytes
+    noise: float
+    rate: float
+    norm: float
+
+
+@dataclass(frozen=True)
+class Budget:
+    """ε at δ, and what was charged to it so far; ``path`` is its file, None for memory alone."""
+
+    epsilon: float
+    delta: float
+    members: int
+    path: Path | None = None
+    seed: bytes = field(default_factory=lambda: os.urandom(SEED_BYTES), repr=False)
+    noise: float = 0.0
+    charges: tuple[Charge, ...] = ()
+
+    @property
+    def spent(self) -> Spent:
+        """All that was released."""
+        return spent((charge.noise, charge.rate) for charge in self.charges)
+
+    def allows(self, noise: float, rate: float) -> bool:
+        """Whether a further release of this noise and sampling rate keeps ε."""
+        return self.spent.add(noise, rate).epsilon(self.delta) <= self.epsilon
+
+    def charged(self, charge: Charge) -> Budget:
+        """With a release, written before this returns; the very one again costs nothing.
+
+        Raises `PrivacyError` where the budget does not bear it.
+        """
+        if self.made_before(charge):
+            return self
+        if not self.allows(charge.noise, charge.rate):
+            raise PrivacyError(
+                f"round {charge.round} would spend more than ε = {self.epsilon:g} at δ = "
+                f"{self.delta:.2g}, of which {self.spent.epsilon(self.delta):.4g} are spent; the "
+                "model so far is what the budget allows"
+            )
+        found = replace(self, charges=(*self.charges, charge))
+        found.write()
+        return found
+
+    def made_before(self, charge: Charge) -> bool:
+        """Whether this very release is the last one, made again after a crash."""
+        last = self.charges[-1] if self.charges else None
+        return last is not None and (last.round, last.commitment) == (
+            charge.round,
+            charge.commitment,
+        )
+
+    def norm(self, number: int, first: float) -> float:
+        """The clipping norm of round ``number``: as the rounds before left it, else ``first``."""
+        before = [charge for charge in self.charges if charge.round < number]
+        return before[-1].norm if before else first
+
+    def write(self) -> None:
+        """Replace the file, if there is one; raises `StateError` where it cannot be written."""
+        if self.path is None:
+            return
+        facts = {
+            "kind": _KIND,
+            "epsilon": self.epsilon,
+            "delta": self.delta,
+            "members": self.members,
+            "noise": self.noise,
+            "seed": self.seed.hex(),
+        }
+        charges = self.charges
+        write_state(
+            self.path,
+            {
+                "rounds": np.array([charge.round for charge in charges], np.int64),
+                "commitments": np.frombuffer(
+                    b"".join(charge.commitment for charge in charges), np.uint8
+                ),
+                "noises": np.array([charge.noise for charge in charges], np.float64),
+                "rates": np.array([charge.rate for charge in charges], np.float64),
+                "norms": np.array([charge.norm for charge in charges], np.float64),
+            },
+            facts,
+            remedy="nothing was released: free space or fix the permissions, then resume",
+        )
+
+    def check_resumed(self, charges: object) -> None:
+        """Raise `PrivacyError` unless the budget knows all releases of the run that goes on."""
+        if not isinstance(charges, int) or len(self.charges) < charges:
+            known = charges if isinstance(charges, int) else "no"
+            raise PrivacyError(
+                f"the run had made {known} releases and its privacy budget "
+                f"({self.path or 'in memory'}) knows {len(self.charges)}: it was lost, rolled "
+                "back or is another run's; put it back, or begin another run with less ε"
+            )
+
+
+def open_budget(path: Path | None, epsilon: float, delta: float, members: int) -> Budget:
+    """The budget in a file, or a new one where there is none.
+
+    Raises `PrivacyError` for one that was begun with another ε, δ or number of members, or that
+    cannot be read: it is never begun anew by itself.
+    """
+    if path is None or not path.exists():
+        return Budget(epsilon, delta, members, path)
+    try:
+        arrays, facts = read_state(path)
+        budget = _parsed(path, arrays, facts)
+    except (StateError, KeyError, TypeError, ValueError) as error:
+        raise PrivacyError(
+            f"the privacy budget {path} cannot be read ({str(error)[:200]}); what was spent is "
+            "not known: put its last good copy back, or begin another run with less ε"
+        ) from error
+    for what, begun, now in (
+        ("ε", budget.epsilon, epsilon),
+        ("δ", budget.delta, delta),
+        ("a number of members", budget.members, members),
+    ):
+        if begun != now:
+            raise PrivacyError(
+                f"the privacy budget {path} was begun with {what} of {begun:.6g}, and the run is "
+                f"set to {now:.6g}; go on with {begun:.6g}, or begin another run"
+            )
+    return budget
+
+
+def _parsed(path: Path, arrays: Mapping[str, Any], facts: Mapping[str, Any]) -> Budget:
+    if facts.get("kind") != _KIND:
+        raise ValueError("it is no privacy budget")
+    rounds, commitments = arrays["rounds"], arrays["commitments"].tobytes()
+    count = rounds.size
+    columns = [arrays[name].astype(np.float64) for name in ("noises", "rates", "norms")]
+    if count > _MOST_RELEASES or len(commitments) != 32 * count:
+        raise ValueError(f"{len(commitments)} bytes of commitments for {count} releases")
+    if any(column.shape != (count,) or not np.isfinite(column).all() for column in columns):
+        raise ValueError("its columns differ in length or hold no numbers")
+    seed = bytes.fromhex(facts["seed"])
+    numbers = [float(facts[name]) for name in ("epsilon", "delta", "noise")]
+    if len(seed) != SEED_BYTES or not all(map(math.isfinite, numbers)):
+        raise ValueError("its seed or numbers are none")
+    charges = tuple(
+        Charge(int(number), commitments[32 * i : 32 * i + 32], *(float(c[i]) for c in columns))
+        for i, number in enumerate(rounds)
+    )
+    budget = Budget(numbers[0], numbers[1], int(facts["members"]), path, seed, numbers[2], charges)
+    _ = budget.spent  # noises and rates that can be accounted for
+    return budget

@@ -1,0 +1,99 @@
+"""Privacy in the run config: what its words promise, and with what they do not go together."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from dare_agg.errors import ConfigError
+from dare_agg.flower.round_strategy import RoundStrategy
+from dare_agg.flower.strategy import DareStrategy
+from dare_agg.privacy.clients import ClientPrivacy
+
+CLIENTS = "clients"
+BUDGET_FILE = "privacy.budget"
+_MEANS = ("task-arithmetic", "average")
+
+
+def check_privacy_words(
+    config: Any, methods: Mapping[str, Any], defaults: Mapping[str, Any]
+) -> None:
+    """Refuse what breaks the promise of ``dp``, and words of it where there is none.
+
+    ``methods`` are the merge methods by what the run compares. Raises `ConfigError`.
+    """
+    if not config.dp:
+        for name in ("epsilon", "delta", "members", "clip", "quantile", "noise", "weak"):
+            value = getattr(config, f"dp_{name}")
+            if value != defaults[f"dp-{name}"]:
+                raise ConfigError(
+                    f"dp-{name} = {value!r} without dp, which promises nothing; set "
+                    f'dp = "{CLIENTS}", or leave dp-{name} out'
+                )
+        return
+    refusals: tuple[tuple[object, str], ...] = (
+        (not config.dp_members, "needs dp-members, how many clients there are; everyone may know "
+         "it"),
+        (config.secure, "with secure: the server that is to clip sees no single update; leave "
+         "one of them out"),
+        (config.weighting != "equal", f"with weighting = {config.weighting!r}, which gives a "
+         'client with more examples more than the norm: set weighting = "equal"'),
+        (config.keep_rates != "uniform", f"with keep-rates = {config.keep_rates!r}, which keep "
+         "other elements of each client: leave keep-rates out"),
+        (config.budget() is not None, "with an upload budget, which gives clients masks of their "
+         "own: set drop-rate"),
+        (config.drop_rate == "auto", "with drop-rate = auto, whose choice shows norms of single "
+         "clients: set drop-rate, to 0.9 for example"),
+        (config.robust, f"with robust = {config.robust!r}: one client moves its result by more "
+         "than the norm; leave one of them out"),
+        (config.base, "with base: a version on disk is merged tile by tile, and a norm is of the "
+         "whole; leave base out"),
+        (config.lora_merge == "product", "with lora-merge = product, which bounds no norm; leave "
+         "it out"),
+    )  # fmt: skip
+    for bad, why in refusals:
+        if bad:
+            raise ConfigError(f"dp = {config.dp!r} {why}")
+    for name in config.methods:
+        if methods[name] not in _MEANS:
+            raise ConfigError(
+                f"dp = {config.dp!r} with {name}: one client moves its result by more than the "
+                "norm; use dare-task-arithmetic, dare-average or fedavg"
+            )
+    client_privacy(config, None)
+
+
+def client_privacy(config: Any, state: Path | None) -> ClientPrivacy | None:
+    """What the run promises its clients, None for nothing; ``state`` keeps the budget's file.
+
+    Raises `ConfigError` for numbers that promise nothing.
+    """
+    if config.dp != CLIENTS:
+        return None
+    kept = state is not None and config.keep_state
+    return ClientPrivacy(
+        members=config.dp_members,
+        epsilon=config.dp_epsilon,
+        delta=config.dp_delta,
+        clip=config.dp_clip,
+        quantile=config.dp_quantile,
+        noise=config.dp_noise,
+        weak=config.dp_weak,
+        ledger=state / BUDGET_FILE if kept and state is not None else None,
+    )
+
+
+def promised(strategy: RoundStrategy) -> dict[str, Any]:
+    """What a run's model card says of privacy: nothing where none was promised."""
+    private = strategy.private if isinstance(strategy, DareStrategy) else None
+    if private is None or private.run is None:
+        return {}
+    return {"privacy": dict(private.run.statement())}
+
+
+def privacy_facts(measured: Mapping[str, Any]) -> dict[str, Any]:
+    """What a round's row says of privacy."""
+    found = measured.get("privacy", {})
+    names = ("epsilon", "delta", "noise", "next_norm")
+    return {f"privacy_{name}": found[name] for name in names if name in found}

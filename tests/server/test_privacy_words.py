@@ -1,0 +1,50 @@
+"""Words of privacy in the run config: what they make, and what they refuse before a run."""
+
+import pytest
+
+from dare_agg.errors import ConfigError
+from server.config import read_config
+from server.privacy import BUDGET_FILE, client_privacy, privacy_facts
+
+WORDS = {"dp": "clients", "dp-members": 100, "weighting": "equal", "drop-rate": "0.9"}
+
+
+def test_the_words_make_the_promise(tmp_path):
+    config = read_config({**WORDS, "dp-epsilon": 4.0, "dp-quantile": 0.5})
+    privacy = client_privacy(config, tmp_path)
+    assert (privacy.members, privacy.epsilon, privacy.quantile) == (100, 4.0, 0.5)
+    assert privacy.delta == pytest.approx(0.001)
+    assert privacy.ledger == tmp_path / BUDGET_FILE
+    assert client_privacy(read_config({}), tmp_path) is None
+
+
+@pytest.mark.parametrize(
+    ("words", "said"),
+    [
+        ({"dp-epsilon": 0.0}, "above 0"),
+        ({"dp-epsilon": 70333.0}, "dp-weak"),
+        ({"dp-delta": 0.01}, "less than 1/100"),
+        ({"dp-members": 0}, "dp-members"),
+        ({"dp-clip": -1.0}, "clip"),
+        ({"weighting": "examples"}, "equal"),
+        ({"methods": "dare-ties"}, "dare-task-arithmetic"),
+        ({"drop-rate": "auto"}, "set drop-rate"),
+        ({"keep-rates": "last"}, "keep-rates"),
+        ({"upload-budget": "300kB"}, "upload budget"),
+        ({"dp": "client"}, "dp"),
+    ],
+)
+def test_what_promises_nothing_is_refused(words, said):
+    with pytest.raises(ConfigError, match=said):
+        read_config({**WORDS, **words})
+
+
+def test_words_of_privacy_alone_are_refused():
+    with pytest.raises(ConfigError, match="without dp"):
+        read_config({"dp-epsilon": 1.0})
+
+
+def test_a_row_says_what_is_spent():
+    found = privacy_facts({"privacy": {"epsilon": 1.0, "delta": 1e-5, "noise": 2.0}})
+    assert found == {"privacy_epsilon": 1.0, "privacy_delta": 1e-5, "privacy_noise": 2.0}
+    assert privacy_facts({}) == {}

@@ -92,6 +92,24 @@ KINDS: Mapping[str, tuple[str, Mapping[str, Any]]] = {
         "simulations.runs.federated_abilities",
         {**_FEDERATED, "abilities": {}, "each": 1},
     ),
+    "private": (
+        "simulations.runs.private",
+        {
+            "way": "central",
+            "epsilon": 8.0,
+            "clients": 1000,
+            "rate": 0.1,
+            "drop_rate": "0",
+            "values": "f32",
+            "clip": 0.5,
+            "quantile": 0.5,
+            "rounds": 30,
+            "alpha": 0.5,
+            "steps": 10,
+            "batch": 20,
+            "learning_rate": 0.1,
+        },
+    ),
     "gram": (
         "simulations.runs.gram",
         {

@@ -120,6 +120,11 @@ def _enlarged(plan: RoundPlan) -> str:
 
 def _check_mean(name: str, settings: FederatedSettings, downlink: Downlink) -> None:
     step = settings.server_step
+    if settings.robust is not None:
+        raise ConfigError(
+            f"{name}: its noise covers the mean of what clients changed, and robust = "
+            f"{str(settings.robust)!r} makes something else of it; leave one of them out"
+        )
     if (
         settings.method not in _MEANS
         or settings.options

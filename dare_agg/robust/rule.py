@@ -6,7 +6,7 @@ import itertools
 import math
 import re
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from types import MappingProxyType
 
 from dare_agg.errors import ConfigError, did_you_mean
@@ -66,6 +66,16 @@ class RobustRule:
     def bounds_only(self) -> bool:
         """Whether it does nothing but bound each client: what is left is merged by any method."""
         return all(c.row.kind == BOUND or c.name == "mean" for c in self.stages)
+
+    def without_bounds(self) -> RobustRule:
+        """The rule for the dense group, where it bears f without bounds; else itself.
+
+        There counters stand among running statistics and heads: a bound would shorten them too,
+        and a counter that counts less than 1 a round stands still.
+        """
+        if not self.rule.row.guards:
+            return self
+        return replace(self, stages=tuple(c for c in self.stages if c.row.kind != BOUND))
 
     @property
     def beta(self) -> float:

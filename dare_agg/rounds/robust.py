@@ -1,7 +1,8 @@
 """The step before the merge that bears Byzantine clients: a rule of `dare_agg.robust` in a round.
 
 Of all accepted updates one is made, which is then merged by itself. The dense group (heads, running
-statistics) goes through the same rule by itself, without momentum: no drop makes it noisy.
+statistics) goes through the same rule by itself, without bounds where the rule needs none, and
+without momentum: no drop makes it noisy.
 """
 
 from __future__ import annotations
@@ -100,7 +101,7 @@ def _pooled(
     one = Accepted(
         plan=plans[0],
         update=merged.delta,
-        dense=aggregate(dense, weights, rule, seed).delta if dense else None,
+        dense=aggregate(dense, weights, rule.without_bounds(), seed).delta if dense else None,
         weight=sum(weights),
         others=tuple(plans[1:]),
     )

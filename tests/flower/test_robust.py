@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import numpy as np
 import pytest
+from flwr.serverapp.strategy import DifferentialPrivacyServerSideFixedClipping
 
+from dare_agg.checkpoint import write_checkpoint
 from dare_agg.downlink.ways import make_downlink
 from dare_agg.errors import ConfigError, RunError
-from dare_agg.flower import DareStrategy
+from dare_agg.flower import DareStrategy, reception
 from dare_agg.flower.resume import keep_base, resume, save
 from dare_agg.rounds.state import StateFolder
 
@@ -103,6 +105,46 @@ def test_a_resumed_run_ends_with_the_same_bits(memory_grid, toys, tmp_path, text
     assert resumed == straight
     assert again.momenta.keys() == state.momenta.keys()
     assert bool(state.momenta) == ("momentum" in text)
+
+
+def test_a_base_on_disk_is_moved_by_the_rule_as_one_in_memory(
+    memory_grid, toys, tmp_path, monkeypatch
+):
+    monkeypatch.setenv("DARE_AGG_CACHE", str(tmp_path / "cache"))
+    monkeypatch.setattr(reception, "_OFFERS", [])
+    write_checkpoint(tmp_path / "base", toys.arrays())
+    words = {
+        "robust": DEFAULT, "byzantine": F, "fraction_evaluate": 0.0, "seed": 7,
+        "min_available_nodes": CLIENTS, "min_train_nodes": CLIENTS, "drop_rate": 0.5,
+        "values": "f32",
+    }  # fmt: skip
+
+    def nodes(partition):
+        own = {"partition-id": partition, "num-partitions": CLIENTS}
+        return {**own, "base": str(tmp_path / "base")}
+
+    lossless = make_downlink("lossless")
+    on_disk = DareStrategy(
+        base=tmp_path / "base", state=tmp_path / "state", downlink=lossless, **words
+    )
+    grid = memory_grid(toys.app(edit=lying), CLIENTS, node_config=nodes)
+    result = on_disk.start(grid, num_rounds=3)
+    in_memory = DareStrategy(**words)
+    grid = memory_grid(toys.app(edit=lying), CLIENTS)
+    wanted = in_memory.start(grid, toys.record(toys.arrays()), num_rounds=3)
+    for name, array in wanted.arrays.items():
+        assert np.abs(result.arrays[name].numpy() - array.numpy()).max() < 1e-5, name
+    with pytest.raises(ConfigError, match="leave momentum out"):
+        DareStrategy(base=tmp_path / "base", state=tmp_path / "other",
+                     **{**words, "robust": "momentum+median"})  # fmt: skip
+
+
+def test_flowers_privacy_around_a_rule_is_refused(memory_grid, toys):
+    words = {"min_available_nodes": CLIENTS, "min_train_nodes": CLIENTS, "drop_rate": 0}
+    inner = DareStrategy(robust=DEFAULT, byzantine=F, fraction_evaluate=0.0, **words)
+    wrapped = DifferentialPrivacyServerSideFixedClipping(inner, 0.1, 1.0, CLIENTS)
+    with pytest.raises(ConfigError, match="makes something else of it"):
+        wrapped.start(memory_grid(toys.app(), CLIENTS), toys.record(toys.arrays()), num_rounds=1)
 
 
 def test_a_round_of_too_few_leaves_the_model_as_it_is(memory_grid, toys):

@@ -1,0 +1,81 @@
+"""The tables of docs/ROBUST.md: ``python -m simulations.pages.robust`` writes them in place."""
+
+from __future__ import annotations
+
+import argparse
+from collections import defaultdict
+from collections.abc import Iterable, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from simulations.runs.attacks import ATTACKS
+from simulations.runs.flower_rules import FLOWER_RULES
+from simulations.runs.rows import RESULTS, read_rows
+
+PAGE = Path(__file__).parents[2] / "docs" / "ROBUST.md"
+BEGIN, END = "<!-- tables -->", "<!-- end -->"
+DEFAULT = "norm-bound+nnm+trimmed-mean"
+Cell = tuple[int, int, str, str]
+
+
+def mean(values: Sequence[float]) -> float:
+    """The mean."""
+    return sum(values) / len(values)
+
+
+def by_cell(rows: Iterable[Mapping[str, Any]]) -> dict[Cell, dict[str, list[Mapping[str, Any]]]]:
+    """Rows by (n, f, drop rate, rule), then by attack."""
+    found: dict[Cell, dict[str, list[Mapping[str, Any]]]] = defaultdict(lambda: defaultdict(list))
+    for row in rows:
+        key = (row["n"], row["f"], row["drop_rate"], row["rule"])
+        found[key][row["attack"]].append(row)
+    return found
+
+
+def lost(rows: Sequence[Mapping[str, Any]]) -> float:
+    """Points lost against the plain mean without an attack, mean of the seeds."""
+    return 100 * mean([row["clean"] - row["accuracy"] for row in rows])
+
+
+def tables(rows: Sequence[Mapping[str, Any]]) -> str:
+    """The page's tables as Markdown, of the attacks that were run."""
+    cells = by_cell(rows)
+    met = {attack for of_cell in cells.values() for attack in of_cell}
+    attacks = [attack for attack in ATTACKS if attack in met]
+    seeds = sorted({row["seed"] for row in rows})
+    head = "| n, f | p | rule | mean, no attack | " + " | ".join(attacks) + " | worst |"
+    lines = [head, "|---|---|---|---:|" + "---:|" * (len(attacks) + 1)]
+    for (n, f, rate, rule), of_cell in sorted(cells.items(), key=_order):
+        every = [row for of_attack in of_cell.values() for row in of_attack]
+        losses = {attack: lost(found) for attack, found in of_cell.items()}
+        worst = max((loss for attack, loss in losses.items() if attack != "none"), default=None)
+        shown = [f"{losses[a]:.1f}" if a in losses else "–" for a in attacks]
+        last = "–" if worst is None else f"**{worst:.1f}**"
+        clean = 100 * mean([row["clean"] for row in every])
+        lines.append(
+            f"| {n}, {f} | {rate} | `{rule}` | {clean:.1f} | {' | '.join(shown)} | {last} |"
+        )
+    counts = f"{len(rows)} runs, seeds {', '.join(map(str, seeds))}."
+    return "\n".join([counts, "", *lines])
+
+
+def _order(item: tuple[Cell, Any]) -> tuple[Any, ...]:
+    (n, f, rate, rule), _ = item
+    return n, f, rule != DEFAULT, rule in FLOWER_RULES, rule, rate
+
+
+def main() -> None:
+    """Put the tables between the page's marks."""
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--results", type=Path, default=RESULTS / "robust.jsonl")
+    given = parser.parse_args()
+    page = PAGE.read_text(encoding="utf-8")
+    before, _, rest = page.partition(BEGIN)
+    _, _, after = rest.partition(END)
+    text = tables(read_rows(given.results))
+    PAGE.write_text(f"{before}{BEGIN}\n{text}\n{END}{after}", encoding="utf-8")
+    print(text)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,122 @@
+"""Attacks, digits, crossed cells, and the page of robust rules."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from dare_agg.errors import ConfigError
+from simulations.pages.robust import DEFAULT, tables
+from simulations.runs import digits
+from simulations.runs.attacks import ATTACKS, SEARCHED, Known
+from simulations.runs.flower_rules import FLOWER_RULES, flower_merge
+from simulations.runs.scenario import read_scenario
+
+PIXELS, ROWS = 64, 300
+
+
+@pytest.fixture(autouse=True)
+def few_digits(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Ten kinds of made-up images in place of scikit-learn's, which need not be here."""
+    rng = np.random.default_rng(0)
+    labels = np.arange(ROWS) % digits.CLASSES
+    kinds = rng.random((digits.CLASSES, PIXELS))
+    pixels = (kinds[labels] + rng.normal(0, 0.1, (ROWS, PIXELS))).clip(0, 1).astype(np.float32)
+    made = digits.Digits(pixels[100:], labels[100:], pixels[:100], labels[:100])
+    monkeypatch.setattr(digits, "load_digits", lambda: made)
+
+
+def row(rule: str, attack: str, **words):
+    from simulations.runs.robust import _run
+
+    local = {"drop_rate": "0.9", "values": "f32", "rounds": 8, "steps": 3, "batch": 8,
+             "rate": 0.2, "alpha": 5.0, **words}  # fmt: skip
+    _run.cache_clear()
+    return _run(rule, attack, 7, 2, 0, tuple(local.items()))
+
+
+def test_ten_times_the_opposite_ruins_the_mean_and_not_the_rule():
+    clean = row("mean", "none")["accuracy"]
+    assert clean > 0.8
+    assert row("mean", "flip-10")["accuracy"] < clean - 0.3
+    assert row(DEFAULT, "flip-10")["accuracy"] > clean - 0.15
+
+
+def test_a_run_repeats_to_the_digit():
+    assert row(DEFAULT, "ipm-best") == row(DEFAULT, "ipm-best")
+
+
+@pytest.mark.parametrize("attack", ATTACKS)
+def test_every_attack_sends_a_delta_for_each_of_its_clients(attack):
+    rng = np.random.default_rng(1)
+    honest = rng.normal(0.1, 1, (5, 40)).astype(np.float32)
+    own = rng.normal(0.1, 1, (2, 40)).astype(np.float32)
+    known = Known(honest, own, rng, lambda delta: float(np.linalg.norm(delta)))
+    sent = ATTACKS[attack].send(known)
+    assert sent.shape == own.shape
+    assert sent.dtype == np.float32
+    assert np.isfinite(sent).all()
+
+
+@pytest.mark.parametrize("attack", SEARCHED)
+def test_a_search_takes_the_scale_that_goes_farthest(attack):
+    rng = np.random.default_rng(1)
+    honest = rng.normal(0.1, 1, (5, 40)).astype(np.float32)
+    nearest = Known(honest, honest[:2], rng, lambda delta: -float(np.linalg.norm(delta)))
+    farthest = Known(honest, honest[:2], rng, lambda delta: float(np.linalg.norm(delta)))
+    send = ATTACKS[attack].send
+    assert np.linalg.norm(send(nearest)) < np.linalg.norm(send(farthest))
+
+
+def test_momentum_is_attacked_with_its_state():
+    assert row("momentum+trimmed-mean", "ipm-best")["accuracy"] > 0.2
+
+
+@pytest.mark.parametrize("name", [n for n in FLOWER_RULES if n != "flower:Bulyan"])
+def test_flowers_rules_are_flowers_own(name):
+    rng = np.random.default_rng(2)
+    models = [{"w": rng.normal(size=(3, 4)).astype(np.float32)} for _ in range(7)]
+    merged = flower_merge(name, models, [1.0] * 7, 2)["w"]
+    stack = np.stack([model["w"] for model in models])
+    expected = {
+        "flower:FedMedian": np.median(stack, axis=0),
+        "flower:FedTrimmedAvg": np.sort(stack, axis=0)[2:5].mean(axis=0),
+    }
+    if name in expected:
+        assert np.allclose(merged, expected[name], atol=1e-6)
+    if name == "flower:Krum":
+        assert any(np.array_equal(merged, one) for one in stack)
+
+
+def test_a_grid_is_crossed_and_names_a_cell_once(tmp_path: Path) -> None:
+    path = tmp_path / "grid.toml"
+    path.write_text(
+        'kind = "robust"\nseeds = [1]\n'
+        '[[grids]]\nname = "{rule} {attack}"\nsettings = { f = 1 }\n'
+        '[grids.cross]\nrule = ["median", "krum"]\nattack = ["none", "flip"]\n'
+        '[[grids]]\nname = "{rule} {attack}"\n'
+        '[grids.cross]\nrule = ["krum"]\nattack = ["flip", "ipm"]\n'
+    )
+    cells = read_scenario(path).cells
+    assert list(cells) == ["median none", "median flip", "krum none", "krum flip", "krum ipm"]
+    assert cells["krum flip"]["f"] == 1
+    path.write_text('kind = "robust"\n[[grids]]\nname = "a"\ncros = { f = [1] }\n')
+    with pytest.raises(ConfigError, match="did you mean 'cross'"):
+        read_scenario(path)
+
+
+def test_the_page_tells_what_was_lost_and_the_worst():
+    told = {"n": 10, "f": 2, "drop_rate": "0.9", "clean": 0.9}
+    text = tables(
+        [
+            {**told, "rule": DEFAULT, "attack": "none", "seed": 0, "accuracy": 0.9},
+            {**told, "rule": DEFAULT, "attack": "flip", "seed": 0, "accuracy": 0.88},
+            {**told, "rule": DEFAULT, "attack": "flip", "seed": 1, "accuracy": 0.86},
+            {**told, "rule": "mean", "attack": "flip", "seed": 0, "accuracy": 0.1},
+        ]
+    )
+    assert "4 runs, seeds 0, 1." in text
+    assert f"| 10, 2 | 0.9 | `{DEFAULT}` | 90.0 | 0.0 | 3.0 | **3.0** |" in text
+    assert "| 10, 2 | 0.9 | `mean` | 90.0 | – | 80.0 | **80.0** |" in text

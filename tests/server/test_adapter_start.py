@@ -25,6 +25,8 @@ def run(review_files, tmp_path):
             "lora-rank": 2, "methods": "fedavg", "output": str(tmp_path / into),
         }  # fmt: skip
         raw |= {key.replace("_", "-"): value for key, value in changes.items()}
+        if raw["train"] != "lora":
+            del raw["lora-rank"]
         pretend_task()
         grid = MemoryGrid(client_app, 2, run_config=raw)
         for node, number in grid.partitions.items():  # one path means another model there

@@ -87,8 +87,11 @@ def client_privacy(config: Any, state: Path | None) -> ClientPrivacy | None:
 def promised(strategy: RoundStrategy) -> dict[str, Any]:
     """What a run's model card says of privacy: nothing where none was promised."""
     private = strategy.private if isinstance(strategy, DareStrategy) else None
-    if private is None or private.run is None:
+    if private is None:
         return {}
+    if private.run is None:  # the run was finished before it was resumed
+        private.begin(1)
+    assert private.run is not None
     return {"privacy": dict(private.run.statement())}
 
 

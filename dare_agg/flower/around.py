@@ -50,6 +50,7 @@ _ARITHMETIC = (
     "steps",
     "robust",
     "byzantine",
+    "privacy",
 )
 _ADAPTIVE = (FedAdagrad, FedAdam, FedYogi)
 _UNLIKE = (

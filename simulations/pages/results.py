@@ -15,7 +15,7 @@ from pathlib import Path
 
 from simulations.pages import abilities as ability_pages
 from simulations.pages import gram as gram_pages
-from simulations.pages import language, large, plots, tables
+from simulations.pages import language, large, plots, private, tables
 from simulations.pages import weights as weight_pages
 from simulations.runs.rows import RESULTS, read_rows
 from simulations.runs.scenario import SCENARIOS, read_scenario
@@ -254,6 +254,15 @@ def fine_tuning() -> str:
     return large.fine_tuning_table(_rows("fine_tuning"))
 
 
+def privacy() -> str:
+    """Accuracy by ε, number of clients and drop rate, beside Flower's wrapper."""
+    return private.private_table(_of_scenario("private"))
+
+
+def audit() -> str:
+    return private.audit_table(_rows("audit"))
+
+
 def cost() -> str:
     """CPU hours and versions of everything above; a run that two tables share counts once."""
     lines = []
@@ -306,6 +315,8 @@ SECTIONS: Mapping[str, Callable[[], str]] = {
         scale,
         large_models,
         fine_tuning,
+        privacy,
+        audit,
         cost,
     )
 }

@@ -4,10 +4,11 @@ from __future__ import annotations
 
 import numpy as np
 import pytest
+from flwr.serverapp.strategy import FedAvg
 
 from dare_agg.downlink.ways import make_downlink
 from dare_agg.errors import ConfigError, PrivacyError
-from dare_agg.flower import DareStrategy
+from dare_agg.flower import DareStrategy, dare
 from dare_agg.flower.resume import keep_base, resume, save
 from dare_agg.privacy.clients import ClientPrivacy
 from dare_agg.rounds.state import StateFolder
@@ -162,3 +163,8 @@ def test_attack_the_noise_cannot_be_taken_off_with_the_runs_seed(memory_grid, to
     assert 100 <= kept.sum() <= 103  # the mask is that of the seed
     left = (moved[0] - moved[1])[kept] * 50
     assert np.std(left) == pytest.approx(0.1 * np.sqrt(2), rel=0.3)
+
+
+def test_a_wrapped_strategy_takes_no_privacy_that_nobody_would_keep():
+    with pytest.raises(ConfigError, match="privacy is the wrapped strategy's own"):
+        dare(FedAvg(), privacy=ClientPrivacy(50))

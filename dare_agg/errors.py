@@ -50,6 +50,7 @@ REASONS: Mapping[str, str] = {
     # what a reply says
     "weight": "an absurd weight",
     "no-examples": "a client without data: it reports 0 examples and counts for nothing",
+    "directions": "directions that no change of a Linear has",
     "statistics": "statistics that are missing or cannot be",
     "outlier": "a step before the merge left the update out",
     "quorum": "fewer updates than a robust rule needs",

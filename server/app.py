@@ -259,6 +259,8 @@ def make_strategy(config: RunConfig, name: str, record: Any, state: Path) -> Rou
         "dense": config.dense_by(name),
         **METHODS[name].words,
     }
+    if words["method"] == "wudi":
+        words |= {"directions": config.directions, "direction_bits": config.direction_bits}
     return DareStrategy(
         fraction_train=config.fraction_train,
         fraction_evaluate=1.0 if config.evaluate else 0.0,

@@ -29,6 +29,7 @@ from dare_agg.secure.aggregates import SECURE_METHODS
 from dare_agg.secure.settings import SecureSettings
 from dare_agg.vectors.patterns import compile_patterns
 from server.adapter_words import refuse_idle_words
+from server.direction_words import check_directions_words
 from server.privacy import check_privacy_words
 from server.robust import check_robust_words
 
@@ -52,6 +53,7 @@ METHODS: Mapping[str, Compared] = {
     "dare-average": Compared({"method": "average"}),
     "dare-fisher": Compared({"method": "fisher"}),
     "dare-regmean": Compared({"method": "regmean"}),
+    "dare-wudi": Compared({"method": "wudi"}),
     "head-only": Compared({"method": "task-arithmetic", **_WHOLE}, train="head"),
 }
 
@@ -131,6 +133,9 @@ class RunConfig(BaseModel):
     mask: how survivors are drawn: one in each run of neighbours, or each by itself.
     keep_rates: "uniform": of every tensor the same share survives; "own": in proportion to its
         change, as each client finds it; "last": as it was in the round before.
+    directions: with dare-wudi, leading directions of each Linear's change beside the survivors;
+        0: 8.
+    direction_bits: bits of an element of a direction.
     scaling: λ, what the merged change is multiplied by.
     dense: patterns (RE2) of the tensors that travel whole beside the update, such as a head.
     dense_values: how a value of those tensors is written.
@@ -200,6 +205,8 @@ class RunConfig(BaseModel):
     upload_seconds: float = Field(ge=0)
     mask: Annotated[str, one_of("mask", MASK_KINDS)]
     keep_rates: Annotated[str, one_of("keep rates", KEEP_RATES)]
+    directions: int = Field(ge=0, le=4096)
+    direction_bits: Literal[1, 2, 4, 8, 16, 32]
     scaling: float = Field(gt=0)
     dense: Words
     dense_values: str
@@ -378,6 +385,9 @@ def read_config(raw: Mapping[str, Any]) -> RunConfig:
     _check_adapters(config)
     if not config.resume:  # a run begun with such words goes on
         refuse_idle_words(raw, DEFAULTS, {config.train_by(name) for name in config.methods})
+    check_directions_words(
+        raw, DEFAULTS, {METHODS[n].words["method"]: config.train_by(n) for n in config.methods}
+    )
     if config.drop_rate != AUTO:
         parse_drop_rate(config.drop_rate)
     config.step()

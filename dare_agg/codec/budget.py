@@ -179,9 +179,9 @@ class UploadBudget:
     def _left(self, nbytes: int, dense_bytes: int) -> int:
         if nbytes <= dense_bytes:
             raise BudgetError(
-                f"an upload budget of {nbytes} bytes leaves nothing beside the dense tensors' "
-                f"{dense_bytes}; allow more, or send those in fewer bits (dense-values = "
-                f"{_SMALLEST})"
+                f"an upload budget of {nbytes} bytes leaves nothing beside the {dense_bytes} of "
+                "dense tensors and directions; allow more, or send those in fewer bits "
+                f"(dense-values = {_SMALLEST}) or fewer of them"
             )
         return nbytes - dense_bytes
 

@@ -30,6 +30,7 @@ from dare_agg.flower.records import (
     read_payload,
 )
 from dare_agg.flower.transport import message_bytes
+from dare_agg.rounds.directions import most_bytes
 from dare_agg.rounds.plan import RoundPlan
 from dare_agg.rounds.server import Accepted, Rejection, check_reply
 from dare_agg.rounds.settings import WEIGHTINGS
@@ -230,10 +231,13 @@ def judge(
 def _read_statistics(
     plan: RoundPlan, layout: Layout | None, content: RecordDict, names: tuple[str, ...]
 ) -> StatisticsUpdate | None:
-    """Read the statistics' payload where the plan asks for one."""
-    if not plan.terms.statistics or layout is None:
+    """Read the payload of statistics or directions where the plan asks for one."""
+    if layout is None or not (plan.terms.statistics or plan.terms.directions):
         return None
-    limit = _limit(statistics_spec(plan, layout, names))
+    if plan.terms.directions:
+        limit = most_bytes(plan.terms, layout)
+    else:
+        limit = _limit(statistics_spec(plan, layout, names))
     blob = read_payload(content, STATISTICS_KEY, limit)
     return None if blob is None else StatisticsUpdate(blob, names)
 
@@ -241,10 +245,13 @@ def _read_statistics(
 def _payload_bytes(plan: RoundPlan, layout: Layout | None) -> int:
     """Most bytes that the payloads of a reply to this plan can have together."""
     specs = [plan.spec(layout), plan.dense_spec()]
+    carried = 0
+    if plan.terms.directions and layout is not None:
+        carried = most_bytes(plan.terms, layout)
     if plan.terms.statistics and layout is not None:
         matrices = [entry.name for entry in layout.entries if len(entry.shape) == 2]
         specs.append(statistics_spec(plan, layout, matrices))
-    return sum(_limit(spec) for spec in specs if spec is not None)
+    return carried + sum(_limit(spec) for spec in specs if spec is not None)
 
 
 def _limit(spec: UpdateSpec) -> int:

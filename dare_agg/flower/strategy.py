@@ -40,6 +40,7 @@ from dare_agg.robust.rule import check_robust
 from dare_agg.rounds.auto import AUTO, judge, within
 from dare_agg.rounds.auto_state import AutoState
 from dare_agg.rounds.chain import Passed, StepContext, UpdateStep, chain
+from dare_agg.rounds.directions import linears_of_round, most_bytes
 from dare_agg.rounds.noise import (
     NoiseWatch,
     error_of_plan,
@@ -75,9 +76,9 @@ class DareStrategy(RoundStrategy):
     Parameters
     ----------
     method, scaling, options
-        merge method ("task-arithmetic", "ties", "average", "fisher",
-        "regmean"), λ, and the method's own options. For the last two the training code must
-        return statistics (``dare_agg.flower.STATISTICS_KEY``).
+        merge method ("task-arithmetic", "ties", "average", "fisher", "regmean", "wudi"), λ, and
+        the method's own options. For Fisher and RegMean the training code must return statistics
+        (``dare_agg.flower.STATISTICS_KEY``).
     drop_rate, values
         of the clients' updates. "auto" has each round choose what the model bears: small models
         send every value in a few bits, large ones begin with a drop of 0.9 in one bit
@@ -90,6 +91,9 @@ class DareStrategy(RoundStrategy):
         bytes.
     dense, dense_values
         patterns of tensors that travel whole, and their value format.
+    directions, direction_bits
+        for "wudi": leading directions of each Linear's change that travel beside the survivors (0:
+        8), and bits of an element.
     exclude
         patterns of tensors that never leave a client.
     weighting
@@ -167,6 +171,8 @@ class DareStrategy(RoundStrategy):
         values: str = AUTO,
         mask: str = UpdateTerms.mask,
         keep_rates: str = UpdateTerms.keep_rates,
+        directions: int = UpdateTerms.directions,
+        direction_bits: int = UpdateTerms.direction_bits,
         dense: Sequence[str] = UpdateTerms.dense,
         exclude: Sequence[str] = UpdateTerms.exclude,
         dense_values: str = UpdateTerms.dense_values,
@@ -207,6 +213,8 @@ class DareStrategy(RoundStrategy):
                 exclude=exclude,  # type: ignore[arg-type]
                 dense_values=dense_values,
                 keep_rates=keep_rates,
+                directions=directions,
+                direction_bits=direction_bits,
                 max_weight=max_weight,
             ),
             method=method,
@@ -408,6 +416,8 @@ class DareStrategy(RoundStrategy):
         """A round of these clients, with a plan for each."""
         model = self.broadcasting.model
         own = [self._terms(client.hello) for client in chosen]
+        if self.settings.terms.directions:
+            linears_of_round(model.groups.layout)
         plans = make_plans(
             derive_key(self.secret, "round", number, length=32),
             number,
@@ -466,6 +476,8 @@ class DareStrategy(RoundStrategy):
             return (self.client_terms(hello) if self.client_terms else None) or wanted
         ref, terms = self.broadcasting.model.ref, self.settings.terms
         dense = ref.dense_size and HEADER_BYTES + payload_bytes(terms.dense_values, ref.dense_size)
+        if terms.directions:
+            dense += most_bytes(terms, self.broadcasting.model.groups.layout)
         allowed = self.upload_budget.terms(ref.size, dense, hello.uplink_kbit_s, mask=terms.mask)
         return allowed if wanted is None else within(wanted, allowed, ref.size)
 

@@ -156,6 +156,8 @@ METHODS: dict[str, Method] = {
             },
             mean=True,
             own_grams=True,
+            # Of the directions that clients send.
+            federated={},
         ),
         Method(
             "iso-c",

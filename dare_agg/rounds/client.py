@@ -19,8 +19,10 @@ from dare_agg.codec.fitted_rates import (
 from dare_agg.codec.update import UpdateSpec, encode_update
 from dare_agg.errors import (
     BaseMismatchError,
+    ConfigError,
     LayoutError,
 )
+from dare_agg.rounds.directions import encode_round_directions
 from dare_agg.rounds.plan import RoundPlan
 from dare_agg.rounds.same_code import check_same_code
 from dare_agg.rounds.statistics import (
@@ -57,7 +59,7 @@ class ClientUpdate:
 
     @property
     def nbytes(self) -> int:
-        """Bytes of the payloads that travel: update, dense part and statistics."""
+        """Bytes of the payloads that travel: update, dense part, statistics or directions."""
         statistics = self.statistics.blob if self.statistics else b""
         return len(self.blob) + len(self.dense_blob or b"") + len(statistics)
 
@@ -144,7 +146,7 @@ def client_update(
         measured = measure(layout, start.delta, tuned, by_tensor=plan.terms.keep_rates == "own")
     change = DifferenceSource(CachedSource(_source(start.delta)), tuned)
     blob = encode_update(settled_spec(plan, layout, change, measured.squares), change)
-    return completed_update(plan, start, blob, tuned_dense, measured, statistics)
+    return completed_update(plan, start, blob, tuned_dense, measured, statistics, change)
 
 
 def settled_spec(
@@ -174,8 +176,13 @@ def completed_update(
     tuned_dense: FloatVector,
     measured: Measured,
     statistics: Statistics | None = None,
+    change: DeltaSource | None = None,
 ) -> ClientUpdate:
-    """The whole answer to a plan around the delta group's update, ``blob``; raises so too."""
+    """The whole answer to a plan around the delta group's update, ``blob``; raises so too.
+
+    ``change`` is the whole delta, of which the plan may ask directions. Raises `ConfigError` where
+    it does and there is none.
+    """
     groups = start.groups
     dense_spec, dense_blob = plan.dense_spec(), None
     if dense_spec is not None:
@@ -188,6 +195,13 @@ def completed_update(
             if copy in found:
                 found.setdefault(first, found.pop(copy))
         encoded = encode_statistics(plan, groups.layout, found)
+    if plan.terms.directions:
+        if change is None:
+            raise ConfigError(
+                "directions of a change that lies in several processes are not made; train the "
+                "model in one, or merge by a method that needs none (task-arithmetic, ties)"
+            )
+        encoded = StatisticsUpdate(encode_round_directions(plan, groups.layout, change))
     return ClientUpdate(blob, dense_blob, measured.norm, measured.largest, measured.above, encoded)
 
 

@@ -147,6 +147,8 @@ class RoundPlan:
             del record["statistics-values"]
         if self.terms.keep_rates == "uniform":
             del record["keep-rates"]
+        if not self.terms.directions:
+            del record["directions"], record["direction-bits"]
         # Flower's byte counters raise on empty strings and lists.
         return {key: value for key, value in record.items() if value not in ("", b"", [])}
 
@@ -181,14 +183,17 @@ _FIELDS: Mapping[str, tuple[type | tuple[type, ...], str]] = {
     "statistics-values": (str, "terms.statistics_values"),
     "keep-rates": (str, "terms.keep_rates"),
     "told-rates": (bytes, "told"),
+    "directions": (int, "terms.directions"),
+    "direction-bits": (int, "terms.direction_bits"),
 }
 # Bytes of the keep rates of the most tensors.
 _MAX_TOLD = 4 + MAX_TENSORS
 # What an absent field means; the others are needed.
-_ABSENT: Mapping[str, str | bytes | list[str]] = {
+_ABSENT: Mapping[str, str | bytes | int | list[str]] = {
     "run": "", "dense-base": "", "dense-layout": "", "dense": [], "exclude": [],
     "statistics": "", "statistics-values": UpdateTerms.statistics_values,
     "keep-rates": UpdateTerms.keep_rates, "told-rates": b"",
+    "directions": 0, "direction-bits": UpdateTerms.direction_bits,
 }  # fmt: skip
 
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from typing import Any
 
@@ -17,6 +17,7 @@ from dare_agg.errors import (
 )
 from dare_agg.merge.engine import MergeMeasurements, merge_deltas
 from dare_agg.merge.methods import MEAN
+from dare_agg.rounds.directions import decode_round_directions
 from dare_agg.rounds.levels import levels_told
 from dare_agg.rounds.noise import norm_of
 from dare_agg.rounds.plan import RoundPlan
@@ -44,7 +45,7 @@ class Accepted:
     update: DeltaSource
     dense: DeltaSource | None
     weight: float
-    statistics: DeltaSource | GramMatrices | None = None
+    statistics: DeltaSource | GramMatrices | Mapping[str, FloatVector] | None = None
     others: tuple[RoundPlan, ...] = ()
 
     @property
@@ -78,8 +79,8 @@ def check_reply(
 ) -> Accepted | Rejection:
     """Check one client's reply against its plan; a bad one becomes a `Rejection`.
 
-    ``layout``, the delta group's, is needed where the plan asks for statistics, or for keep rates
-    by tensor.
+    ``layout``, the delta group's, is needed where the plan asks for statistics, directions, or keep
+    rates by tensor.
     """
     try:
         checked = check_weight(weight, plan.terms.max_weight)
@@ -95,7 +96,11 @@ def check_reply(
             if dense_blob is None:
                 raise UpdateError("the dense group's update is missing", reason="truncated")
             dense = decode_update(dense_blob, dense_spec)
-        found = None
+        found: DeltaSource | GramMatrices | Mapping[str, FloatVector] | None = None
+        if plan.terms.directions:
+            if statistics is None or layout is None:
+                raise UpdateError("the directions are missing", reason="directions")
+            found = decode_round_directions(plan, layout, statistics.blob)
         if plan.terms.statistics:
             if statistics is None or layout is None:
                 raise UpdateError(
@@ -245,9 +250,9 @@ def round_measured(
 
 def _statistics(
     ordered: Sequence[Accepted], settings: FederatedSettings
-) -> list[DeltaSource | GramMatrices]:
+) -> list[DeltaSource | GramMatrices | Mapping[str, FloatVector]]:
     """The statistics of a round's updates, of the same elements where the method needs that."""
-    if not settings.terms.statistics:
+    if not settings.terms.statistics and not settings.terms.directions:
         return []
     first = ordered[0].plan
     if settings.row.shared_mask:

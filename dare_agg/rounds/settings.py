@@ -10,6 +10,7 @@ from dare_agg.errors import ConfigError
 from dare_agg.merge.methods import MEAN, federated_methods, find_method
 from dare_agg.merge.row import Method
 from dare_agg.robust.rule import RobustRule
+from dare_agg.rounds.directions import DIRECTIONS, check_directions
 from dare_agg.rounds.step import ServerStep, server_step
 from dare_agg.rounds.terms import UpdateTerms, check_choice, check_positive
 
@@ -68,6 +69,14 @@ class FederatedSettings:
         check_positive("scaling", self.scaling)
         check_weight_bound(self.weight_bound)
         terms = replace(self.terms, statistics=self.row.statistics or "")
+        if self.row.own_grams:
+            terms = replace(terms, directions=terms.directions or DIRECTIONS)
+            check_directions(terms)
+        elif terms.directions:
+            raise ConfigError(
+                f"directions = {terms.directions}, and {self.method} does not merge by them; set "
+                "method='wudi', or leave them out"
+            )
         object.__setattr__(self, "terms", terms)
         if terms.keep_rates != "uniform" and (self.row.shared_mask or self.row.statistics):
             raise ConfigError(

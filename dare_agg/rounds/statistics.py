@@ -37,7 +37,10 @@ Statistics = Mapping[str, NDArray[np.generic]]
 
 @dataclass(frozen=True)
 class StatisticsUpdate:
-    """What a client sends beside its update: bytes, and the Linears of Gram matrices."""
+    """What a client sends beside its update: bytes, and the Linears of Gram matrices.
+
+    Directions (`dare_agg.rounds.directions`) are bytes alone.
+    """
 
     blob: bytes
     names: tuple[str, ...] = ()

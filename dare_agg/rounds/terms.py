@@ -48,6 +48,9 @@ class UpdateTerms:
         value format of the statistics.
     keep_rates
         a row of `KEEP_RATES`; the drop rate then says how many bytes there are in all.
+    directions, direction_bits
+        leading directions of each Linear's change that travel beside the survivors (0: none), and
+        bits of an element: for methods that merge by the deltas' own Gram matrices.
 
     Raises `ConfigError` naming the first value that is out of bounds.
     """
@@ -63,6 +66,8 @@ class UpdateTerms:
     statistics: str = ""
     statistics_values: str = "bf16"
     keep_rates: str = "uniform"
+    directions: int = 0
+    direction_bits: int = 4
 
     def __post_init__(self) -> None:
         check_choice("value format", self.values, VALUE_FORMATS)

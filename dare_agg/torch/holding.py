@@ -59,7 +59,7 @@ class HeldModel:
         measured = Measured(found.norm, found.largest, found.above / layout.size)
         blob = encode_update(settled_spec(plan, layout, delta), delta)
         dense = dense_vector(self.start, tensors)
-        return completed_update(plan, self.start, blob, dense, measured, statistics)
+        return completed_update(plan, self.start, blob, dense, measured, statistics, delta)
 
     def tensors(self) -> dict[str, Tensor]:
         """The model's tensors as they are now, by their names in the global model."""

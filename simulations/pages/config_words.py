@@ -107,7 +107,7 @@ def values_of(key: str) -> str:
         return _choices(CHOICES[key])
     kind = field.annotation
     if get_origin(kind) is Literal:
-        return _choices(get_args(kind))
+        return _choices(map(str, get_args(kind)))
     for check in field.metadata:
         if isinstance(check, AfterValidator) and isinstance(check.func, OneOf):
             return _choices(check.func.known)

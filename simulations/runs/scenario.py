@@ -110,6 +110,21 @@ KINDS: Mapping[str, tuple[str, Mapping[str, Any]]] = {
             "learning_rate": 0.1,
         },
     ),
+    "gram-rounds": (
+        "simulations.runs.gram_rounds",
+        {
+            "clients": [],
+            "drop_rate": "0.95",
+            "values": "b1",
+            "directions": [],
+            "merge": "task-arithmetic",
+            "merge_options": {},
+            "scaling": 1.0,
+            "rounds": 10,
+            "task": {},
+            "test_rows": 300,
+        },
+    ),
     "gram": (
         "simulations.runs.gram",
         {

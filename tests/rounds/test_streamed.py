@@ -26,7 +26,7 @@ CLIENTS = 3
 def base_model() -> GlobalModel:
     rng = np.random.default_rng(0)
     arrays = {
-        "encoder": rng.normal(size=(300, 50)).astype(np.float32),
+        "encoder.weight": rng.normal(size=(300, 50)).astype(np.float32),
         "head": rng.normal(size=30).astype(np.float32),
     }
     return global_model(arrays, dense=["head"])
@@ -54,7 +54,7 @@ def replies(model, number, settings) -> list[Accepted]:
         statistics = None
         if kind := settings.terms.statistics:
             own = rng.random((50, 50) if kind == "gram" else (300, 50)).astype(np.float32)
-            statistics = {"encoder": own @ own.T if kind == "gram" else own}
+            statistics = {"encoder.weight": own @ own.T if kind == "gram" else own}
         update = update_of_arrays(plan, model, tuned, statistics)
         reply = check_reply(
             plan, update.blob, update.dense_blob, plan.client + 1,

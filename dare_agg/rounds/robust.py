@@ -7,6 +7,7 @@ without momentum: no drop makes it noisy.
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
 
@@ -95,7 +96,11 @@ def _pooled(
         check_one_mask(plans)
     names = [context.names.get(reply.plan.client, str(reply.plan.client)) for reply in accepted]
     seed = np.frombuffer(context.key, np.uint32).tolist()
-    before = [context.momenta.get(name) for name in names] if rule.beta else None
+    # Who goes by a name that another client of the round has too has no past, and leaves none: else
+    # one could put its own momentum in another's place.
+    alone = {name for name, count in Counter(names).items() if count == 1}
+    momenta = {name: one for name, one in context.momenta.items() if name in alone}
+    before = [momenta.get(name) for name in names] if rule.beta else None
     merged = aggregate([reply.update for reply in accepted], weights, rule, seed, before)
     dense = [reply.dense for reply in accepted if reply.dense is not None]
     one = Accepted(
@@ -105,8 +110,8 @@ def _pooled(
         weight=sum(weights),
         others=tuple(plans[1:]),
     )
-    momenta = dict(zip(names, merged.momenta, strict=True)) if merged.momenta else {}
-    return (one,), merged.measured, momenta
+    moved = dict(zip(names, merged.momenta, strict=True)) if merged.momenta else {}
+    return (one,), merged.measured, {name: moved[name] for name in moved if name in alone}
 
 
 def check_one_mask(plans: Sequence[RoundPlan]) -> None:

@@ -11,15 +11,17 @@ from __future__ import annotations
 
 import re
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, Protocol
 
 import numpy as np
 from numpy.typing import NDArray
 
 from dare_agg.errors import ConfigError
+from dare_agg.robust.rule import check_robust
 from dare_agg.rounds.adapters import merge_products
 from dare_agg.rounds.chain import UpdateStep
+from dare_agg.rounds.robust import robust_step
 from dare_agg.vectors.layout import FloatVector, fingerprint, layout_of
 from simulations.runs.feedback import unsent
 
@@ -136,6 +138,7 @@ class DareChannel:
         from dare_agg.vectors.model import global_model
 
         chosen = settings["drop_rate"] == AUTO
+        rule = settings.get("robust", "")
         self._settings = FederatedSettings(
             UpdateTerms(
                 drop_rate=parse_drop_rate("0.9" if chosen else str(settings["drop_rate"])),
@@ -151,6 +154,7 @@ class DareChannel:
             server_step=server_step(settings["server_step"], **settings["server_step_numbers"]),
             options=settings["merge_options"],
             shared_mask=settings["masks"] == "shared",
+            robust=check_robust(rule, settings["byzantine"]) if rule else None,
         )
         self._independent = settings["masks"] == "independent"
         self._secret = seed_secret(seed)
@@ -165,13 +169,20 @@ class DareChannel:
         self._have = [self._model.ref.version] * clients
         self._fed = settings["feedback"]
         self._steps = STEPS[settings.get("lora_merge", "factors")]
+        if self._settings.robust is not None:
+            self._steps = (*self._steps, robust_step(self._settings.robust))
+        self._attack = settings.get("attack", "none")
+        draw = np.random.default_rng(np.random.SeedSequence([seed, 70]))
+        liars = draw.permutation(clients)[: settings.get("byzantine", 0)]
+        self._liars = set() if self._attack == "none" else set(map(int, liars))
+        self._seed = seed
+        # What each client of a round learned, while some of them lie, and what they claim.
+        self._learned: dict[int, tuple[dict[str, FloatVector], float]] = {}
         self._residual: dict[int, FloatVector] = {}
         self._measured: list[dict[str, Any]] = []
         self._first = True
 
     def begin(self, number: int, clients: Sequence[int]) -> Traffic:
-        from dataclasses import replace
-
         from dare_agg.codec.derive import derive_key
         from dare_agg.rounds.plan import make_plans
 
@@ -221,7 +232,17 @@ class DareChannel:
             raise ConfigError(f"client {client} rejected: {reply.reason}: {reply.detail}")
         if self._fed:
             self._keep_residual(client, tuned, reply.update)
-        self._accepted.append(reply)
+        if self._liars:
+            groups = self._model.groups
+            whole = {
+                "delta": groups.layout.flatten(tuned),
+                "dense": groups.dense_layout.flatten(tuned),
+            }
+            whole["delta"] -= self._model.delta
+            whole["dense"] -= self._model.dense
+            self._learned[client] = whole, weight
+        if client not in self._liars:
+            self._accepted.append(reply)
         self._norms.append(sent.delta_norm)
         return Traffic(len(sent.blob), len(sent.dense_blob or b""))
 
@@ -238,11 +259,48 @@ class DareChannel:
         wanted -= self._model.delta
         self._residual[client] = unsent(update, wanted)
 
+    def _lie(self) -> None:
+        """Let the round's liars answer, now that they have seen what all others learned."""
+        from dare_agg.rounds.client import make_client_update
+        from dare_agg.rounds.server import Accepted, check_reply
+        from simulations.runs.attacks import ATTACKS, Known
+
+        liars = [client for client in self._learned if client in self._liars]
+        honest = [client for client in self._learned if client not in self._liars]
+        groups, row = self._model.groups, ATTACKS[self._attack]
+        sent: dict[int, dict[str, NDArray[Any]]] = {client: {} for client in liars}
+        for name, layout in (("delta", groups.layout), ("dense", groups.dense_layout)):
+            known = Known(
+                np.stack([self._learned[client][0][name] for client in honest]),
+                np.stack([self._learned[client][0][name] for client in liars]),
+                np.random.default_rng(np.random.SeedSequence([self._seed, 71, self._number])),
+                lambda delta: 0.0,
+            )
+            base = self._model.delta[:] if name == "delta" else self._model.dense
+            for client, delta in zip(liars, row.send(known), strict=True):
+                sent[client].update(layout.unflatten(base + delta))
+        for client in liars:
+            update = make_client_update(
+                self._plans[client], self._arrays, {**self._arrays, **sent[client]}
+            )
+            weight = self._learned[client][1] * row.weight
+            reply = check_reply(self._plans[client], update.blob, update.dense_blob, weight)
+            assert isinstance(reply, Accepted)
+            self._accepted.append(reply)
+        self._accepted.sort(key=lambda accepted: accepted.plan.client)
+        self._learned.clear()
+
     def finish(self) -> None:
         from dare_agg.rounds.chain import StepContext, chain
         from dare_agg.rounds.server import advance, merge_round
 
-        context = StepContext(self._model, self._settings, self._number, self._secret)
+        if self._liars:
+            self._lie()
+        names = {plan.client: str(client) for client, plan in self._plans.items()}
+        momenta = self._step_state.momenta
+        context = StepContext(
+            self._model, self._settings, self._number, self._secret, names, momenta
+        )
         passed = chain(*self._steps)(self._accepted, context)
         merged = merge_round(self._model, passed.accepted, self._settings)
         plans = [reply.plan for reply in self._accepted]
@@ -250,6 +308,8 @@ class DareChannel:
         self._model, self._step_state = advance(
             self._model, self._step_state, merged, self._settings, self._downlink, plans
         )
+        momenta = {**momenta, **passed.momenta}
+        self._step_state = replace(self._step_state, momenta=momenta)
         kept = ("survivors_per_element", "merged_norm")
         measured = {k: round(merged.measurements[k], 6) for k in kept}
         self._measured.append(measured | noise)
@@ -259,11 +319,13 @@ class DareChannel:
         """The noise of the round, and what was sent; the next round's terms where it chooses."""
         from dare_agg.rounds.auto import judge, next_terms
         from dare_agg.rounds.noise import error_of_plan, is_held_by_weights, norm_of
+        from dare_agg.rounds.server import round_weights
 
         held = is_held_by_weights(self._settings, self._model.groups)
         judged = judge(
             self._norms,
-            merged.weights,
+            # Of the clients: a step may have made one update of several.
+            round_weights(self._accepted, self._settings.weighting),
             [error_of_plan(plan) for plan in plans],
             self._settings,
             norm_of(self._model.delta) if held else None,

@@ -33,20 +33,23 @@ _FEDERATED: Mapping[str, Any] = {
     "evaluate_every": 2,
     "task": {},
 }
+_ROUNDS: Mapping[str, Any] = {
+    **_FEDERATED,
+    "clients": 10,
+    "sample": 0,
+    "partition": "dirichlet",
+    "alpha": 0.5,
+    "evaluate_rows": 600,
+    "milestones": [],
+}
 # The kinds of experiment: module of this package that has ``run_row(row) -> dict``, and the
 # settings a cell may carry with their defaults.
 KINDS: Mapping[str, tuple[str, Mapping[str, Any]]] = {
-    "federated": (
+    "federated": ("simulations.runs.federated", _ROUNDS),
+    # A kind of its own, so that its words do not change the keys of rows that are there.
+    "federated-robust": (
         "simulations.runs.federated",
-        {
-            **_FEDERATED,
-            "clients": 10,
-            "sample": 0,
-            "partition": "dirichlet",
-            "alpha": 0.5,
-            "evaluate_rows": 600,
-            "milestones": [],
-        },
+        {**_ROUNDS, "method": "dare", "robust": "", "byzantine": 0, "attack": "none"},
     ),
     "single": (
         "simulations.runs.single",

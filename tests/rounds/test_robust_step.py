@@ -144,6 +144,16 @@ def test_keep_rates_by_tensor_are_refused(rates):
         FederatedSettings(UpdateTerms(keep_rates=rates), robust=robust_rule("median", 1))
 
 
+def test_a_client_under_anothers_name_cannot_touch_its_momentum():
+    accepted, context = play("momentum+median")
+    _, passed = merged(accepted, context)
+    names = {**context.names, 5: "client 3"}
+    again = replace(context, names=names, momenta=passed.momenta)
+    _, after = merged(accepted, again)
+    assert "client 3" not in after.momenta
+    assert after.momenta["client 4"].rounds == 2
+
+
 def test_momenta_go_through_a_state_file():
     accepted, context = play("momentum+median")
     _, passed = merged(accepted, context)

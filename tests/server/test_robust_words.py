@@ -5,6 +5,7 @@ from __future__ import annotations
 import pytest
 
 from dare_agg.errors import ConfigError
+from server.app import make_strategy
 from server.config import read_config
 
 DEFAULT = {"robust": "norm-bound+nnm+trimmed-mean", "byzantine": 2, "min-clients": 10}
@@ -40,6 +41,15 @@ def test_what_cannot_be_is_refused(words, said):
 
 def test_a_bound_alone_goes_with_any_method():
     assert read_config({**DEFAULT, "robust": "norm-bound", "methods": "dare-ties"}).robust
+
+
+def test_the_strategy_is_made_with_it(tmp_path):
+    config = read_config({**DEFAULT, "methods": "fedavg,dare-task-arithmetic"})
+    for name in config.methods:
+        strategy = make_strategy(config, name, lambda outcome: None, tmp_path)
+        assert str(strategy.settings.robust) == DEFAULT["robust"]
+        assert strategy.settings.shared_mask
+        assert strategy.min_replies == 5
 
 
 def test_secure_sums_and_rules_exclude_each_other():

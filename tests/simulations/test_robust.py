@@ -120,3 +120,35 @@ def test_the_page_tells_what_was_lost_and_the_worst():
     assert "4 runs, seeds 0, 1." in text
     assert f"| 10, 2 | 0.9 | `{DEFAULT}` | 90.0 | 0.0 | 3.0 | **3.0** |" in text
     assert "| 10, 2 | 0.9 | `mean` | 90.0 | – | 80.0 | **80.0** |" in text
+
+
+def test_liars_answer_in_the_real_channel_once_they_have_seen_the_others():
+    from simulations.runs.channels import make_channel
+    from simulations.runs.scenario import KINDS
+
+    rng = np.random.default_rng(0)
+    base = {
+        "encoder.w": rng.standard_normal((40, 50)).astype(np.float32),
+        "head.weight": np.zeros((2, 3), np.float32),
+    }
+
+    def moved(**words) -> tuple[float, float]:
+        cell = {**KINDS["federated-robust"][1], "values": "f32", "drop_rate": "0.5", **words}
+        channel = make_channel(cell, base, 0, 7)
+        for number in (1, 2):
+            channel.begin(number, range(7))
+            for client in range(7):
+                tuned = {
+                    name: array + rng.normal(0.01, 0.001, array.shape).astype(np.float32)
+                    for name, array in channel.state().items()
+                }
+                channel.send(client, tuned, 1.0)
+            channel.finish()
+        step = {name: channel.state()[name] - base[name] for name in base}
+        return float(step["encoder.w"].mean()), float(step["head.weight"].mean())
+
+    assert moved(attack="flip-10", byzantine=2)[0] < -0.01
+    for attack in ("flip-10", "ipm", "alie", "mimic", "gaussian"):
+        body, head = moved(attack=attack, byzantine=2, robust=DEFAULT)
+        assert 0.01 < body < 0.03
+        assert 0.01 < head < 0.03

@@ -149,7 +149,7 @@ def check_robust(text: str, byzantine: int) -> RobustRule | None:
     if byzantine or isinstance(byzantine, bool) or not isinstance(byzantine, int):
         raise ConfigError(
             f"byzantine = {byzantine!r} without robust; name the rule that is to bear them, for "
-            'example robust = "nnm+trimmed-mean", or leave it out'
+            'example robust = "norm-bound+nnm+trimmed-mean", or leave it out'
         )
     return None
 

@@ -125,7 +125,8 @@ def run_method(
             totals[key] += getattr(row, key)
         recorder.row(row)
         say_adapters(outcome.round, outcome.measurements)
-        if not outcome.measurements["accepted"]:  # nothing to go on from
+        released = "privacy" in outcome.measurements  # noise alone, too
+        if not outcome.measurements["accepted"] and not released:  # nothing to go on from
             return
         moved[:] = [outcome]
         if config.keep_state:

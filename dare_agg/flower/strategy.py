@@ -538,7 +538,7 @@ class DareStrategy(RoundStrategy):
             bound_weights([reply.accepted for reply in taken], self.settings),
             self.settings.weighting,
         )
-        measurements["noise"] = None
+        measurements["noise"] = measurements["noise_of_change"] = None
         if self.private is None:
             auto = self._watch_noise(
                 measurements,

@@ -75,12 +75,9 @@ class Budget:
         return found
 
     def made_before(self, charge: Charge) -> bool:
-        """Whether this very release is the last one, made again after a crash."""
-        last = self.charges[-1] if self.charges else None
-        return last is not None and (last.round, last.commitment) == (
-            charge.round,
-            charge.commitment,
-        )
+        """Whether this very release was made already: rounds made again after a crash."""
+        found = (charge.round, charge.commitment)
+        return any((one.round, one.commitment) == found for one in self.charges)
 
     def norm(self, number: int, first: float) -> float:
         """The clipping norm of round ``number``: as the rounds before left it, else ``first``."""

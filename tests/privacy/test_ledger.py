@@ -46,9 +46,12 @@ def test_the_very_release_again_costs_nothing_and_another_one_does(tmp_path):
     again = resumed.release(1, [one()], 10)
     assert again.mean.tobytes() == first.mean.tobytes()
     assert len(resumed.budget.charges) == 1
+    resumed.release(2, [one()], 10)
+    resumed.release(1, [one()], 10)  # a state of two rounds before was the last that was whole
+    assert len(resumed.budget.charges) == 2
     other = resumed.release(1, [one(-1.0)], 10)
     assert other.mean.tobytes() != first.mean.tobytes()
-    assert len(resumed.budget.charges) == 2
+    assert len(resumed.budget.charges) == 3
 
 
 def test_a_spent_budget_releases_nothing(tmp_path):

@@ -69,3 +69,20 @@ def test_hours_over_a_link_are_transfer_and_message_overhead_and_compute() -> No
     # 8,000 bytes a client and round, 1,600 of the messages, 3.6 s of compute, 4 rounds.
     seconds = 4 * (8 * 9600 / 20_000 + 3.6)
     assert tables._hours_to(row, 0.89, 1000, 20) == pytest.approx(seconds / 3600)
+
+
+def test_the_hard_table_pairs_each_way_with_its_own_tuned_model():
+    def row(seed: int, tuned: float, found: float) -> dict[str, Any]:
+        points = [
+            {"way": "tuned", "accuracy": tuned},
+            {"way": "base", "accuracy": 0.5},
+            {"way": "own", "bits": 0.1, "accuracy": found},
+            {"way": "bitdelta", "bits": 1.0, "accuracy": tuned - 0.02},
+        ]
+        return {"cell": "x", "seed": seed, "points": points}
+
+    table = tables.hard_table([row(0, 0.9, 0.8), row(1, 0.7, 0.6)])
+    assert "| points from tuned | 1 bit a parameter | 0.1 bit a parameter |" in table
+    assert "| **x**: tuned 80.0, base 50.0; 2 seeds |" in table
+    assert "| own | – | -10.0 ± 0.0 |" in table
+    assert "| bitdelta | -2.0 ± 0.0 | – |" in table

@@ -25,7 +25,7 @@ from dare_agg.errors import ConfigError, PrivacyError
 from dare_agg.flower import arguments
 from dare_agg.flower.choosing import Chooser, Squares, loudest_words
 from dare_agg.flower.clients import Client
-from dare_agg.flower.differential_privacy import check_privacy
+from dare_agg.flower.differential_privacy import check_privacy, privacy_wrapper
 from dare_agg.flower.limits import OWN_BYTES
 from dare_agg.flower.metrics import MetricsFn, aggregate_metrics, mean_metrics
 from dare_agg.flower.open_round import OpenRound
@@ -635,7 +635,9 @@ class DareStrategy(RoundStrategy):
             return tensor_squares(layout.sizes, (model.delta[:], moved.delta[:]))
 
         if self.chooser is not None:
-            state, said = self.chooser.after(layout, state, judged, measured, squares)
+            # Terms that followed norms would tell of them what a wrapper's noise does not hide.
+            known = None if privacy_wrapper() is not None else judged
+            state, said = self.chooser.after(layout, state, known, measured, squares)
         else:
             said = self._too_loud(noise, plans, measured, moved, squares)
         if said:

@@ -83,6 +83,21 @@ def flat(arrays: ArrayRecord) -> np.ndarray:
     return np.concatenate([a.numpy().astype(np.float64).ravel() for a in arrays.values()])
 
 
+@pytest.mark.parametrize("wrap", SERVER_SIDE, ids=["fixed", "adaptive"])
+def test_terms_do_not_follow_norms_that_are_to_be_hidden(wrap, monkeypatch):
+    """Changes as large as the weights ask for finer terms; under a wrapper nobody answers."""
+    monkeypatch.setattr("dare_agg.rounds.auto.SMALL", 10)
+    sent = {}
+    for wrapped in (False, True):
+        rates = []
+        strategy = dare(round_hook=lambda o, r=rates: r.append(o.measurements["drop_rates"][0]))
+        moved(wrap(strategy) if wrapped else strategy, app([dare_mod]), rounds=3)
+        rates += [float(plan.drop_rate.p) for plan in strategy.outcome.plans[:1]]
+        sent[wrapped] = rates
+    assert sent[False][-1] < 0.9
+    assert set(sent[True]) == {0.9}
+
+
 # --- clipped on the client -------------------------------------------------------------------
 
 

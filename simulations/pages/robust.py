@@ -42,21 +42,30 @@ def tables(rows: Sequence[Mapping[str, Any]]) -> str:
     cells = by_cell(rows)
     met = {attack for of_cell in cells.values() for attack in of_cell}
     attacks = [attack for attack in ATTACKS if attack in met]
-    seeds = sorted({row["seed"] for row in rows})
-    head = "| n, f | p | rule | mean, no attack | " + " | ".join(attacks) + " | worst |"
-    lines = [head, "|---|---|---|---:|" + "---:|" * (len(attacks) + 1)]
+    head = "| n, f | p | rule | seeds | mean | own masks | " + " | ".join(attacks) + " | worst |"
+    lines = [head, "|---|---|---|---|---:|---:|" + "---:|" * (len(attacks) + 1)]
     for (n, f, rate, rule), of_cell in sorted(cells.items(), key=_order):
         every = [row for of_attack in of_cell.values() for row in of_attack]
         losses = {attack: lost(found) for attack, found in of_cell.items()}
         worst = max((loss for attack, loss in losses.items() if attack != "none"), default=None)
         shown = [f"{losses[a]:.1f}" if a in losses else "–" for a in attacks]
         last = "–" if worst is None else f"**{worst:.1f}**"
-        clean = 100 * mean([row["clean"] for row in every])
+        clean, own = (100 * mean([row[k] for row in every]) for k in ("clean", "clean_rotated"))
+        counts = [len({row["seed"] for row in found}) for found in of_cell.values()]
+        seeds = str(min(counts)) if len(set(counts)) == 1 else f"{min(counts)} to {max(counts)}"
         lines.append(
-            f"| {n}, {f} | {rate} | `{rule}` | {clean:.1f} | {' | '.join(shown)} | {last} |"
+            f"| {n}, {f} | {rate} | `{rule}` | {seeds} | {clean:.1f} | {own:.1f} | "
+            f"{' | '.join(shown)} | {last} |"
         )
-    counts = f"{len(rows)} runs, seeds {', '.join(map(str, seeds))}."
-    return "\n".join([counts, "", *lines])
+    opened = [
+        f"p = {rate}: {100 * mean([row['backdoor'] for row in found['backdoor']]):.0f} %"
+        for (n, f, rate, rule), found in sorted(cells.items())
+        if rule == DEFAULT and (n, f) == (10, 2) and "backdoor" in found
+    ]
+    said = (
+        f"The backdoor opens all the same: {', '.join(opened)} of stamped digits." if opened else ""
+    )
+    return "\n".join([*lines, "", f"{len(rows)} runs. {said}".strip()])
 
 
 def _order(item: tuple[Cell, Any]) -> tuple[Any, ...]:

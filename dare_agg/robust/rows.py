@@ -127,8 +127,8 @@ def _of_one_mask(sources: Sequence[DeltaSource]) -> list[Update] | None:
     masks = {
         (one.spec.mask, one.spec.mask_key, one.spec.rank, one.spec.drop_rate) for one in updates
     }
-    uniform = all(one.spec.rates is None for one in updates)
-    return updates if uniform and len(masks) == 1 else None
+    plain = all(one.spec.rates is None and one.survivors == one.mask.survivors for one in updates)
+    return updates if plain and len(masks) == 1 else None
 
 
 def squared_norm(source: DeltaSource) -> float:

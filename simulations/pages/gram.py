@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from simulations.pages.plots import COLOURS, make_axes, save
-from simulations.pages.tables import Rows, markdown, shown
+from simulations.pages.tables import Rows, by_cell, markdown, shown
 
 # (drop rate, rank, bits an element)
 Way = tuple[str, Any, int]
@@ -79,6 +79,18 @@ def gram_table(rows: Rows) -> str:
         )
     heads = ("Bits a parameter", "Smaller by", "Accuracy, %", "Over the average")
     return markdown(("p", "Merged by", *heads), lines)
+
+
+def rounds_table(rows: Rows) -> str:
+    """Rounds of clients with tasks of their own: bits up and mean accuracy, by merge."""
+    lines = []
+    for cell, own in by_cell(rows).items():
+        size = math.fsum(row["bits_per_parameter"] for row in own) / len(own)
+        half, last = ([row["curve"][at]["accuracy"] for row in own] for at in (0, -1))
+        lines.append((cell, f"{size:.4f}", str(len(own)), shown(half), shown(last)))
+    number = rows[0]["curve"][-1]["round"]
+    heads = (f"Accuracy after {number // 2} rounds, %", f"after {number}, %")
+    return markdown(("Merged by", "Bits a parameter and round", "Seeds", *heads), lines)
 
 
 def whole_scores(rows: Rows, tasks: Sequence[str]) -> dict[str, float]:

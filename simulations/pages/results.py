@@ -121,6 +121,11 @@ def gram() -> str:
     return _image(path, "accuracy by bits a parameter") + "\n\n" + gram_pages.gram_table(rows)
 
 
+def gram_rounds() -> str:
+    """Clients of different tasks in rounds, by merge."""
+    return gram_pages.rounds_table(_of_scenario("gram-rounds"))
+
+
 def abilities() -> str:
     """Three abilities of a decoder in one model, by what was sent and merge method."""
     rows = _of_scenario("abilities")
@@ -301,6 +306,7 @@ SECTIONS: Mapping[str, Callable[[], str]] = {
         hard,
         merging,
         gram,
+        gram_rounds,
         abilities,
         ability_pairs,
         ability_sizes,

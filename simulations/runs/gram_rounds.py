@@ -1,7 +1,7 @@
 """Rounds of clients with tasks of their own: merges by directions beside task arithmetic and TIES.
 
     python -m simulations.run simulations/scenarios/gram-rounds.toml
-    python -m simulations.pages.results --only gram-rounds
+    python -m simulations.pages.results --only gram_rounds
 
 Each client has a task (or a part of one) and a head that stays with it; they share an encoder.
 Every round each trains it for some steps and sends its change in few bits, with masks of its own,

@@ -14,6 +14,7 @@ from pathlib import Path
 from client.adapters.four_bits import check_four_bits
 from client.config import DEFAULTS, ConfigValue, TaskConfig, data_sources, task_config
 from client.data import FILE_READERS
+from client.division import check_division
 from client.images import BUILT_IN_IMAGES
 from client.instructions.sources import BUILT_IN_CONVERSATIONS
 from client.models import MODELS, package_path, refuse_pickled_model
@@ -33,6 +34,7 @@ _ON = {"1", "TRUE", "YES", "ON"}
 def check(run: Mapping[str, ConfigValue]) -> None:
     """Raise `ConfigError` for a run config that no client on this machine can train by."""
     sources = data_sources(str(run.get("data", DEFAULTS["data"])))
+    configs = []
     for number in range(len(sources)):
         node = {"partition-id": number, "num-partitions": len(sources)}
         config = task_config({**DEFAULTS, **run}, node)
@@ -42,6 +44,9 @@ def check(run: Mapping[str, ConfigValue]) -> None:
         task = find_task(config)
         task.check((config.train,))
         task.look(config)
+        configs.append(config)
+    if "min-clients" in run:  # how many there are, a simulation knows
+        check_division(run, configs)
 
 
 def _check_data(config: TaskConfig) -> None:

@@ -7,6 +7,8 @@ first on the path::
     [tool.dare-agg]
     check = ["server.config:check"]         # before every run
     check-here = ["client.check:check"]     # where this machine is also the clients'
+    outlook = ["server.outlook:outlook"]    # for --dry-run: of the run config and what was found
+    outlook-here = ["client.outlook:outlook"]
     [tool.dare-agg.absent]
     gpus = "an option of the command: dare-agg run --gpus 0.5"
 """
@@ -60,6 +62,16 @@ def check_kinds(given: Mapping[str, Any], usual: Mapping[str, Scalar]) -> None:
             raise ConfigError(f"run config {key} = {value!r}: {due} is needed, as {default!r} is")
 
 
+def ask_outlook(app: Path, settings: Mapping[str, Scalar], *, here: bool) -> dict[str, Any]:
+    """Have the app say what a run would do: what its functions return, one after another.
+
+    Empty for an app that has none. Raises `ConfigError` in the app's words.
+    """
+    words = app_project(app).get("tool", {}).get("dare-agg", {})
+    looks = [*(words.get("outlook-here", ()) if here else ()), *words.get("outlook", ())]
+    return _ask(app, settings, ["--outlook", *looks]) if looks else {}
+
+
 def ask_app(app: Path, settings: Mapping[str, Scalar], *, here: bool) -> bool:
     """Have the app check a run config; returns whether it has a check of its own.
 
@@ -69,29 +81,44 @@ def ask_app(app: Path, settings: Mapping[str, Scalar], *, here: bool) -> bool:
     checks = [*words.get("check", ()), *(words.get("check-here", ()) if here else ())]
     if not checks:
         return False
+    _ask(app, settings, checks)
+    return True
+
+
+def _ask(app: Path, settings: Mapping[str, Scalar], checks: list[str]) -> Any:
+    """Run functions of the app in a process of its own; returns what it prints."""
     path = os.pathsep.join(filter(None, (str(app), os.environ.get("PYTHONPATH", ""))))
     done = subprocess.run(
         [sys.executable, "-m", __name__, *checks], cwd=app, env={**os.environ, "PYTHONPATH": path},
         input=json.dumps(settings), capture_output=True, text=True, check=False,
     )  # fmt: skip
     if done.returncode == _REFUSED:
-        raise ConfigError(str(parse_json(done.stdout)))
+        raise ConfigError(str(parse_json(done.stdout.strip().splitlines()[-1])))
     if done.returncode:
         last = (done.stderr.strip().splitlines() or [f"status {done.returncode}"])[-1]
         raise ConfigError(f"the app in {app} cannot check a run config: {last.strip()}")
-    return True
+    said = done.stdout.strip().splitlines()
+    return parse_json(said[-1], most=1 << 28) if said else None
 
 
 def _main(checks: list[str]) -> int:
     """Run the checks on the config of standard input; what they refuse goes to standard output."""
     settings = parse_json(sys.stdin.read())
-    for name in checks:
+    looks = checks[:1] == ["--outlook"]
+    found: dict[str, Any] = {}
+    for name in checks[1:] if looks else checks:
         module, _, function = name.partition(":")
         try:
-            getattr(importlib.import_module(module), function)(settings)
+            call = getattr(importlib.import_module(module), function)
+            if looks:
+                found |= call(settings, found)
+            else:
+                call(settings)
         except DareError as error:
             print(json.dumps(str(error)))
             return _REFUSED
+    if looks:
+        print(json.dumps(found))
     return 0
 
 

@@ -18,6 +18,7 @@ EXAMPLES: Mapping[str, Sequence[tuple[str, str]]] = MappingProxyType(
             ("run -c data=reviews.csv -c text-column=review -c label-column=stars", "your own CSV"),
             ("run -c model=smollm2 -c data=friends -c train=lora", "adapters of a language model"),
             ("run -c settings.toml -o runs/first", "words from a file, into a folder"),
+            ("run --dry-run --clients 20 -c alpha=0.1", "who gets what, bytes and time; no start"),
             ("run --resume runs/first", "go on where a run stopped"),
         ),
         "predict": (

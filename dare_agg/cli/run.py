@@ -6,13 +6,14 @@ import contextlib
 import os
 import time
 from collections.abc import Callable, Mapping
+from dataclasses import dataclass
 from importlib.util import find_spec
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from dare_agg.cli.app_check import ask_app, check_kinds, check_words
+from dare_agg.cli.app_check import ask_app, ask_outlook, check_kinds, check_words
 from dare_agg.cli.ending import ended_whole
 from dare_agg.cli.gpus import check_gpus
 from dare_agg.cli.run_config import absolute_paths, as_texts, run_settings
@@ -73,6 +74,12 @@ def run(
     resume: Annotated[
         Path | None, typer.Option(help="Run folder to go on with, with that run's own config.")
     ] = None,
+    dry_run: Annotated[
+        bool,
+        typer.Option(
+            "--dry-run", help="Start nothing: show rows, bytes, memory and time, checked."
+        ),
+    ] = False,
     json_: Annotated[bool, typer.Option("--json", help="Print one JSON object.")] = False,
 ) -> None:
     """Run the Flower app (simulation or deployment); exit with the run's true status."""
@@ -93,20 +100,17 @@ def run(
     if resume and output and output.absolute() != folder:
         raise ConfigError(f"--output {output} beside --resume {resume}: a run goes on where it is")
     overrides = run_settings(config or [], deployed=bool(federation), resume=resume)
+    where: dict[str, Any] = {
+        "app": app, "clients": clients, "cpus": cpus, "gpus": gpus, "federation": federation,
+        "root_certificates": root_certificates,
+    }  # fmt: skip
+    if dry_run:
+        _show_dry_run(prepare(folder, overrides, **where), cpus, json_)
+        return
     log = folder / LOG_FILE
     before = run_state(folder)
     try:
-        status = execute(
-            folder,
-            overrides,
-            app=app,
-            clients=clients,
-            cpus=cpus,
-            gpus=gpus,
-            federation=federation,
-            root_certificates=root_certificates,
-            watch=follow(folder, stderr_console()),
-        )
+        status = execute(folder, overrides, watch=follow(folder, stderr_console()), **where)
     except RunError as error:
         raise RunError(f"{error}; log: {log}") from error
     if not status.ok:
@@ -135,7 +139,18 @@ def _new_folder() -> Path:
     return next(folder for folder in names if not folder.exists())
 
 
-def execute(
+@dataclass(frozen=True)
+class Prepared:
+    """A run whose words are settled and checked: nothing is started, no folder touched."""
+
+    app: Path
+    settings: dict[str, Scalar]
+    usual: Mapping[str, Scalar]
+    connection: Mapping[str, Scalar]
+    simulated: int
+
+
+def prepare(
     folder: Path,
     overrides: Mapping[str, Scalar],
     *,
@@ -145,12 +160,10 @@ def execute(
     gpus: float = 0.0,
     federation: str = "",
     root_certificates: Path | None = None,
-    watch: Callable[[str], None] | None = None,
-) -> RunStatus:
-    """Run the app into ``folder``; returns its `RunStatus`. See `run` for the words.
+) -> Prepared:
+    """Settle and check all words of a run into ``folder``; raises `DareError` for what is wrong.
 
-    All is checked before the folder is touched and Flower starts: a `DareError` until then
-    leaves the folder as it was.
+    See `run` for the words.
     """
     _need("flwr" if federation else "ray")
     source = find_app(app)
@@ -184,7 +197,24 @@ def execute(
     if not ask_app(source, settings, here=not federation):
         check_kinds(settings, usual)
     refuse_quantised_models(settings)
-    rounds = {**usual, **settings}.get("num-rounds")
+    return Prepared(source, settings, usual, connection, simulated)
+
+
+def execute(
+    folder: Path,
+    overrides: Mapping[str, Scalar],
+    *,
+    watch: Callable[[str], None] | None = None,
+    **where: Any,
+) -> RunStatus:
+    """Run the app into ``folder``; returns its `RunStatus`. ``where`` are `prepare`'s words.
+
+    All is checked before the folder is touched and Flower starts: a `DareError` until then
+    leaves the folder as it was.
+    """
+    ready = prepare(folder, overrides, **where)
+    settings, resume = ready.settings, overrides.get("resume") is True
+    rounds = {**ready.usual, **settings}.get("num-rounds")
     home = folder / "flower"
     with (
         claim(folder, COMMAND, resume=resume, rounds=rounds if type(rounds) is int else 0),
@@ -201,17 +231,35 @@ def execute(
                 if watch is not None:
                     watch(line)
 
-        if federation:
-            return _deployed(source, home, settings, connection, on_line)
-        write_simulation(folder, simulated)
+        if ready.connection:
+            return _deployed(ready.app, home, settings, ready.connection, on_line)
+        write_simulation(folder, ready.simulated)
         if settings.get("secure"):
-            os.environ.update(practice_consortium(folder / "keys", simulated, _models(settings)))
+            parties = practice_consortium(folder / "keys", ready.simulated, _models(settings))
+            os.environ.update(parties)
         federation_config: dict[str, Scalar] = {
-            "num-supernodes": simulated,
-            "client-resources-num-cpus": cpus,
-            "client-resources-num-gpus": gpus,
+            "num-supernodes": ready.simulated,
+            "client-resources-num-cpus": where.get("cpus", 1),
+            "client-resources-num-gpus": where.get("gpus", 0.0),
         }
-        return _simulated(source, home, settings, federation_config, on_line)
+        return _simulated(ready.app, home, settings, federation_config, on_line)
+
+
+def _show_dry_run(ready: Prepared, cpus: int, as_json: bool) -> None:
+    """Print what a run would do. Raises `ConfigError` where the app does not tell."""
+    from dare_agg.cli.outlook import show_outlook
+    from dare_agg.cli.output import print_json, stderr_console, stdout_console
+
+    here = not ready.connection
+    with stderr_console().status("dividing rows and timing two steps" if here else "looking"):
+        found = ask_outlook(ready.app, ready.settings, here=here)
+    if not found:
+        raise ConfigError(f"the app in {ready.app} does not tell what a run would do: no outlook")
+    if as_json:
+        print_json(found)
+        return
+    show_outlook(found, {**ready.usual, **ready.settings}, cpus, stdout_console())
+    stdout_console().print("Nothing was started: the same words without --dry-run start it")
 
 
 def _need(package: str) -> None:

@@ -10,11 +10,14 @@ import pytest
 from flwr.app import Context, Error, Message, RecordDict
 from safetensors.numpy import load_file
 
+from client import outlook as client_outlook
 from client.app import app as client_app
+from dare_agg.cli.outlook import cost_lines
 from dare_agg.cli.progress import load_rows, missed_lines
 from dare_agg.errors import ConfigError, RunError, StateError
 from dare_agg.flower.records import UPDATE_KEY
 from dare_agg.runs.by_task import task_cells
+from server import outlook as server_outlook
 from server.app import main as run_server
 from server.config import DEFAULTS
 from simulations.runs.memory_grid import pretend_task, stamp
@@ -402,3 +405,28 @@ def test_a_second_run_in_the_same_folder_changes_nothing(run, tmp_path):
     _, rows, state = run(2, num_rounds=2, resume=True)
     assert [row["round"] for row in rows] == [1, 2]
     assert state["status"] == "completed" and state["config"]["num-rounds"] == 2
+
+
+def test_what_a_dry_run_says_is_what_a_run_does(run, tmp_path):
+    words = {"methods": "fedavg,dare-ties,head-only", "num_rounds": 1, "partition": "dirichlet",
+             "drop_rate": "0.9"}  # fmt: skip
+    _, rows, status = run(clients=3, **words)
+    raw = {
+        key: ",".join(value) if isinstance(value, list) else value
+        for key, value in status["config"].items()
+    }
+    found = client_outlook.outlook(raw, {})
+    found |= server_outlook.outlook(raw, found)
+    assert [one["name"] for one in found["methods"]] == ["fedavg", "dare-ties", "head-only"]
+    for one in found["methods"]:
+        row = last(rows, one["name"])
+        assert row["upload_bytes_per_client"] == one["up"]
+        # Besides the values, the message's own words, a tensor's name and form.
+        tensors = len(found["states"][one["train"]])
+        assert 0 <= row["download_bytes_per_client"] - one["down"] <= 1500 + 256 * tensors
+        assert row["parameters"] == one["parameters"]
+    assert sum(client["rows"] for client in found["clients"]) == 192 and found["test_rows"] == 48
+    assert all(sum(c["labels"].values()) == c["rows"] for c in found["clients"])
+    assert found["step_seconds"] > 0 and found["client_bytes"] > 1e7
+    lines = cost_lines(found, raw, 1, here=2)
+    assert "2 side by side" in lines[0] and "a step" in lines[1]

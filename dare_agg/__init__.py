@@ -29,7 +29,19 @@ The rooms, from the ground up: `dare_agg.vectors` and `dare_agg.files`; `dare_ag
 `dare_agg.checkpoint` and `dare_agg.deploy`; `dare_agg.merge`, `dare_agg.downlink`,
 `dare_agg.secure` and `dare_agg.privacy`; `dare_agg.rounds` and `dare_agg.offline`;
 `dare_agg.flower` and `dare_agg.runs`; `dare_agg.cli`. No import runs back up. What is below
-`dare_agg.flower` needs neither Flower nor torch.
+`dare_agg.flower` needs neither Flower nor torch. `dare_agg.simulate` is a federation in one
+process.
 """
 
+import importlib
+
 __version__ = "0.1.0"
+
+# Of what is lent here nothing is imported before it is asked for; types stand in __init__.pyi.
+_LENT = {"simulate": "dare_agg.rounds.simulation"}
+
+
+def __getattr__(name: str) -> object:
+    if name not in _LENT:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    return getattr(importlib.import_module(_LENT[name]), name)

@@ -2,20 +2,8 @@
 
 from __future__ import annotations
 
-import os
-
-from dare_agg.codec.derive import derive_key
 from dare_agg.errors import ConfigError
 from dare_agg.rounds.step import ServerStep, server_step
-
-
-def run_secret(seed: int | None) -> bytes:
-    """32 bytes that a run's keys are derived from: by ``seed`` (0 to 2^63 − 1), else drawn."""
-    if seed is None:
-        return os.urandom(32)
-    if isinstance(seed, bool) or not isinstance(seed, int) or not 0 <= seed < 1 << 63:
-        raise ConfigError(f"seed = {seed!r}; an integer from 0 to 2^63 - 1 is needed, or None")
-    return derive_key(seed.to_bytes(8, "little"), "run", length=32)
 
 
 def as_step(step: str | ServerStep) -> ServerStep:

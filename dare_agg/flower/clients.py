@@ -30,6 +30,7 @@ from dare_agg.flower.records import (
     worker_died,
 )
 from dare_agg.flower.waiting import Waiting
+from dare_agg.rounds.draws import drawn_places
 
 LOG = logging.getLogger("flwr")
 WAIT_SECONDS = 1.0
@@ -182,8 +183,4 @@ class Clients:
 
 def sample(clients: Sequence[Client], count: int, secret: bytes, round_number: int) -> list[Client]:
     """Draw ``count`` clients, the same for the same secret, round and names; keeps order."""
-    if count >= len(clients):
-        return list(clients)
-    keys = [derive_key(secret, "sample", round_number, index) for index in range(len(clients))]
-    drawn = sorted(range(len(clients)), key=lambda index: keys[index])[:count]
-    return [clients[index] for index in sorted(drawn)]
+    return [clients[place] for place in drawn_places(len(clients), count, secret, round_number)]

@@ -37,6 +37,7 @@ from dare_agg.flower.named_base import open_base, store_for
 from dare_agg.flower.receiving import Lent, give_back, lend
 from dare_agg.flower.records import ASK_EVALUATE, ASK_TRAIN
 from dare_agg.flower.round_outcome import RoundOutcome
+from dare_agg.rounds.draws import run_secret
 from dare_agg.rounds.settings import FederatedSettings
 from dare_agg.rounds.step import StepState
 from dare_agg.vectors.model import GlobalModel, Groups
@@ -124,7 +125,7 @@ class RoundStrategy(Strategy):
         )
         self.reply_room = arguments.count("reply_room", reply_room)
         self.round_hook = round_hook
-        self.secret = arguments.run_secret(seed)
+        self.secret = run_secret(seed)
         self.identities = check_identities(identities) if identities is not None else {}
         self.named_base = None if base is None else open_base(base)
         self.store = store_for(self.named_base, state, downlink, verify_every, send_base)

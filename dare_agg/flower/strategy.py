@@ -41,6 +41,7 @@ from dare_agg.rounds.auto import AUTO, judge, within
 from dare_agg.rounds.auto_state import AutoState
 from dare_agg.rounds.chain import Passed, StepContext, UpdateStep, chain
 from dare_agg.rounds.directions import linears_of_round, most_bytes
+from dare_agg.rounds.draws import round_secret
 from dare_agg.rounds.noise import (
     NoiseWatch,
     error_of_plan,
@@ -419,7 +420,7 @@ class DareStrategy(RoundStrategy):
         if self.settings.terms.directions:
             linears_of_round(model.groups.layout)
         plans = make_plans(
-            derive_key(self.secret, "round", number, length=32),
+            round_secret(self.secret, number),
             number,
             own or ([None] if self.private else []),
             self.settings.terms,
@@ -671,7 +672,7 @@ class DareStrategy(RoundStrategy):
         self, number: int, accepted: Sequence[Accepted], names: Mapping[int, str]
     ) -> Passed:
         """What the steps before the merge let through; their draws are no client's to know."""
-        secret = derive_key(self.secret, "round", number, length=32)
+        secret = round_secret(self.secret, number)
         key = derive_key(secret, "steps", length=32)
         context = StepContext(
             self.broadcasting.model, self.settings, number, key, names, self.step_state.momenta

@@ -1,0 +1,3 @@
+from dare_agg.rounds.simulation import simulate as simulate
+
+__version__: str

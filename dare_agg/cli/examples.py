@@ -46,6 +46,7 @@ EXAMPLES: Mapping[str, Sequence[tuple[str, str]]] = MappingProxyType(
         ),
         "diagnose": (("diagnose BASE MODEL_A MODEL_B", "do they fit? which drop rate is safe?"),),
         "report": (("report runs/first", "a page of one run"),),
+        "compare": (("compare runs/first runs/second", "two runs side by side, and a page"),),
         "supernode": (
             ("supernode -- --superlink superlink:9092 --node-config 'data-path=\"rows.csv\"'",
              "a client of a deployment on its own data"),

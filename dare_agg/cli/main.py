@@ -31,6 +31,7 @@ COMMANDS: dict[str, str] = {
     "statistics": "Collect the Fisher diagonal or Gram matrices of a model on data.",
     "diagnose": "Say whether models fit BASE and which drop rate is safe.",
     "report": "Write the HTML report of a run.",
+    "compare": "Compare runs: settings, results, curves over rounds and bytes.",
     "supernode": "Run flower-supernode for this party's own copy of the app alone.",
     "keys": "Make identities and sign rosters for secure merging.",
     "certs": "Make a CA, server certificate and SuperNode keys.",

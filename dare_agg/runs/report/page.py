@@ -128,8 +128,11 @@ def write_report(
     lead: str,
     command: str = "",
     answers: Sequence[Answers] = (),
+    settings: tuple[Sequence[str], Sequence[tuple[str, Sequence[str]]]] | None = None,
 ) -> Path:
     """Write the page to ``path`` and return it; figures without data are left out.
+
+    ``settings`` are the names of runs and (key, its value in each), where runs are compared.
 
     ``answers`` to test questions, where there are any, stand side by side.
     """
@@ -173,6 +176,7 @@ def write_report(
         cells=[(run.name, table_row(run, runs)) for run in runs],
         table_note=LANGUAGE_NOTE if measure is PERPLEXITY else TABLE_NOTE,
         answers=answers,
+        settings=settings,
         tasks=[
             (run.name, cells) for run in runs if run.rows and (cells := task_cells(run.rows[-1]))
         ],

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import replace
 from difflib import get_close_matches
 from pathlib import Path
 
@@ -39,6 +40,8 @@ def check(run: Mapping[str, ConfigValue]) -> None:
         node = {"partition-id": number, "num-partitions": len(sources)}
         config = task_config({**DEFAULTS, **run}, node)
         _check_data(config)
+        if config.test_data:
+            _check_data(replace(config, data=config.test_data), "test-data")
         _check_model(config.model)
         check_four_bits(config)
         task = find_task(config)
@@ -49,7 +52,7 @@ def check(run: Mapping[str, ConfigValue]) -> None:
         check_division(run, configs)
 
 
-def _check_data(config: TaskConfig) -> None:
+def _check_data(config: TaskConfig, key: str = "data") -> None:
     word = config.data
     if word in BUILT_IN:
         built_in_folder(word)
@@ -60,11 +63,11 @@ def _check_data(config: TaskConfig) -> None:
     elif word not in BUILT_IN_CONVERSATIONS and not Path(word).exists():
         known = (*BUILT_IN, *BUILT_IN_IMAGES, *BUILT_IN_CONVERSATIONS)
         if _is_path(word, FILE_READERS):
-            raise ConfigError(f"data {word!r} does not exist; check the path")
-        _refuse_near("data", word, known)
+            raise ConfigError(f"{key} {word!r} does not exist; check the path")
+        _refuse_near(key, word, known)
         if _offline():
             raise ConfigError(
-                f"data {word!r} is no built-in set, file or folder, and no hub is asked "
+                f"{key} {word!r} is no built-in set, file or folder, and no hub is asked "
                 f"({_offline()} is set){did_you_mean(word, known)}"
             )
 

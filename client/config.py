@@ -25,6 +25,8 @@ class TaskConfig:
     model: a built-in model, a Hugging Face name, a folder or a GGUF file.
     data: a built-in set, a file, a folder, or the name of a `datasets` data set; several, by
         commas, are taken by simulated clients in turn.
+    test_data: a file or data set of test rows, with the columns of ``data``; none: the source's own
+        test rows, else a fifth of it.
     text_column: the column of the texts.
     label_column: the column of the labels.
     delimiter: what divides the columns of a CSV file, a character or a word of
@@ -88,6 +90,7 @@ class TaskConfig:
     task: str
     model: str
     data: str
+    test_data: str
     text_column: str
     label_column: str
     delimiter: str
@@ -161,6 +164,7 @@ def configure(**words: Any) -> TaskConfig:
 # entry for each of several data sources.
 _OWN = (
     "data",
+    "test-data",
     "text-column",
     "label-column",
     "prompt-column",

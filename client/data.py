@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -37,6 +37,7 @@ def load_text(
     delimiter: str = "",
     encoding: str = "",
     test_share: float = 0.2,
+    test_source: str = "",
     seed: int = 0,
 ) -> Data:
     """Load a data set by name or path.
@@ -51,21 +52,18 @@ def load_text(
     With ``label_optional`` a source without that column has one label, "", and a plain text
     file's paragraphs (its lines, where no line is empty) are rows too.
 
+    ``test_source`` is a file, name or folder of the same kinds, whose (training) rows are the test
+    rows then.
+
     Raises `ConfigError` for an unknown source, column or label, and for what cannot be read.
     """
     columns = _Columns(text_column, label_column, partition_by, label_optional, encoding)
     notes: list[str] = []
-    if source in BUILT_IN:
-        sets = load_built_in(source)
-    elif kind_of(Path(source)) in FILE_READERS:
-        sets = _read_file(Path(source), columns, delimiter, notes), None
-    elif Path(source).is_file():
-        raise ConfigError(
-            f"data {source!r} is a file of a kind that is not read; known: "
-            f"{', '.join(FILE_READERS)}: save or export it as one of them"
-        )
-    else:
-        sets = _from_datasets(source, columns, notes)
+    sets = _sets(source, columns, delimiter, notes)
+    if test_source:
+        # Who is tested on them needs no column of groups.
+        bare = replace(columns, group="")
+        sets = sets[0], _sets(test_source, bare, delimiter, notes)[0]
     return make_data(
         source,
         sets,
@@ -75,6 +73,20 @@ def load_text(
         notes=notes,
         learned=not label_optional,
     )
+
+
+def _sets(source: str, columns: _Columns, delimiter: str, notes: list[str]) -> RawSets:
+    """Training and test rows of a source."""
+    if source in BUILT_IN:
+        return load_built_in(source)
+    if kind_of(Path(source)) in FILE_READERS:
+        return _read_file(Path(source), columns, delimiter, notes), None
+    if Path(source).is_file():
+        raise ConfigError(
+            f"data {source!r} is a file of a kind that is not read; known: "
+            f"{', '.join(FILE_READERS)}: save or export it as one of them"
+        )
+    return _from_datasets(source, columns, notes)
 
 
 @dataclass(frozen=True)

@@ -22,10 +22,10 @@ PLACES = {
     "data": ("data-path", (*BUILT_IN, *BUILT_IN_IMAGES, *BUILT_IN_CONVERSATIONS)),
     "model": ("base-path", tuple(MODELS)),
 }
-# Columns are the node's, else the app's own defaults.
+# Columns are the node's, and so is its test file, else the app's own defaults.
 COLUMNS = (
     "text-column", "label-column", "delimiter", "encoding", "partition-by", "prompt-column",
-    "answer-column",
+    "answer-column", "test-data",
 )  # fmt: skip
 # Words of run or node that a sum cannot keep, and why.
 _UNSUMMED = {

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import contextlib
 import hashlib
+import logging
 import shutil
 import tempfile
 import zipfile
@@ -19,6 +20,7 @@ from dare_agg.files.cache import cache_folder
 from dare_agg.files.trust import own_folder
 from dare_agg.offline.gguf import folder_from_gguf
 
+LOG = logging.getLogger("flwr")
 SUFFIXES = (".gguf", ".zip")
 _KEPT = (".json", ".txt", ".model", ".safetensors", ".jinja")
 _CHUNK = 1 << 22
@@ -40,6 +42,7 @@ def unpack(name: str, parts: Sequence[Path], sha256: str, suffix: str, remedy: s
     own_folder(target.parent, remedy="set DARE_AGG_CACHE to a folder of this user's own")
     if target.is_dir():
         return target
+    LOG.info("unpacking model %s, once; its folder is kept", name)
     with tempfile.TemporaryDirectory(prefix=f".{target.name}.", dir=target.parent) as temporary:
         draft = Path(temporary)
         joined = parts[0] if len(parts) == 1 else draft / f"joined{suffix}"

@@ -25,10 +25,14 @@ stamp=$(cat "$root/constraints.txt" "$root/requirements-data.txt" "$root/pyproje
 if [ "$(cat "$venv/.dare-agg-stamp" 2>/dev/null)" != "$stamp" ]; then
     echo "Setting up $venv (once; a few minutes)" >&2
     "$python" -m venv "$venv"
-    "$venv/bin/python" -m pip install --quiet --disable-pip-version-check \
-        -c "$root/constraints.txt" -e "$root[$extras]"
-    "$venv/bin/python" -m pip install --quiet --disable-pip-version-check --no-deps \
-        -r "$root/requirements-data.txt"
+    quiet=--quiet # pip's own bars, where somebody looks
+    [ ! -t 2 ] || quiet=""
+    # shellcheck disable=SC2086
+    "$venv/bin/python" -m pip install $quiet --disable-pip-version-check \
+        -c "$root/constraints.txt" -e "$root[$extras]" >&2
+    # shellcheck disable=SC2086
+    "$venv/bin/python" -m pip install $quiet --disable-pip-version-check --no-deps \
+        -r "$root/requirements-data.txt" >&2
     # Compiles the codec's inner loops once; without them numpy does the same.
     "$venv/bin/python" -c 'from dare_agg.codec.kernels import choose_kernel; choose_kernel("numba")' ||
         echo "going on without compiled loops" >&2

@@ -261,6 +261,7 @@ class RunConfig(BaseModel):
     task: str
     model: str
     data: str
+    test_data: str
     text_column: str
     label_column: str
     delimiter: str

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -78,6 +78,16 @@ def _meant(seen: Sequence[Sequence[str]], config: TaskConfig) -> bool:
 
 
 def load_conversations(config: TaskConfig) -> tuple[RawSets, list[str]]:
+    """As `_load`, with the test rows of ``test-data`` where the configuration names that."""
+    sets, notes = _load(config)
+    if config.test_data:
+        tested = replace(config, data=config.test_data, test_data="", partition_by="")
+        found, more = _load(tested)
+        sets, notes = (sets[0], found[0]), [*notes, *more]
+    return sets, notes
+
+
+def _load(config: TaskConfig) -> tuple[RawSets, list[str]]:
     """The training and test rows that a configuration names, and what is to be said of them.
 
     A row is a conversation, its label (the name of the data where there is no such column) and

@@ -63,6 +63,7 @@ def load_plain_text(config: TaskConfig) -> Data:
         encoding=config.encoding,
         label_optional=True,  # labels only serve to divide rows: clients need not share them
         test_share=test_share(config),
+        test_source=config.test_data,
         seed=config.seed,
     )
 

@@ -36,6 +36,11 @@ def _recognises(config: TaskConfig) -> bool:
 
 
 def _load(config: TaskConfig) -> Data:
+    if config.test_data:
+        raise ConfigError(
+            f"test-data = {config.test_data!r} for images; put them into {config.data}/test beside "
+            f"{config.data}/train"
+        )
     return load_images(
         config.data,
         label_column=config.label_column,

@@ -54,7 +54,15 @@ def told_labels(data: Data, rows: Rows, at: Indices) -> Mapping[str, Indices]:
 
 
 def test_share(config: TaskConfig) -> float:
-    """The share of a source's rows that are test rows; none where clients hold out their own."""
+    """The share of a source's rows that are test rows; none where clients hold out their own.
+
+    Raises `ConfigError` for a file of test rows beside these, which would be passed over.
+    """
+    if config.held_out and config.test_data:
+        raise ConfigError(
+            f"held-out = {config.held_out:g} beside test-data = {config.test_data!r}: clients are "
+            "evaluated on one of them; leave the other out"
+        )
     return 0.0 if config.held_out else 0.2
 
 

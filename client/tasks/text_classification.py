@@ -32,6 +32,7 @@ def load_labelled_text(config: TaskConfig) -> Data:
         delimiter=config.delimiter,
         encoding=config.encoding,
         test_share=test_share(config),
+        test_source=config.test_data,
         seed=config.seed,
     )
 

@@ -33,16 +33,18 @@ def apply(
     import math
     from dataclasses import asdict
 
+    from dare_agg.cli.busy import busy
     from dare_agg.cli.output import print_json, print_left
     from dare_agg.errors import ConfigError
     from dare_agg.offline.diff import apply_update
 
     if not math.isfinite(scaling):
         raise ConfigError(f"--scaling {scaling}; a finite number is needed")
-    header, carried = apply_update(
-        base, update, out, scaling=scaling, dtype=dtype, overwrite=force, carry_code=carry_code,
-        tokenizer=tokenizer,
-    )  # fmt: skip
+    with busy("applying the update"):
+        header, carried = apply_update(
+            base, update, out, scaling=scaling, dtype=dtype, overwrite=force,
+            carry_code=carry_code, tokenizer=tokenizer,
+        )  # fmt: skip
     layout = header.layout
     if json_:
         print_json(

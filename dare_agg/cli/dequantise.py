@@ -27,10 +27,12 @@ def dequantise(
     """Write a quantised MODEL (FP8, GGUF) in full precision, without a GPU."""
     from dataclasses import asdict
 
+    from dare_agg.cli.busy import busy
     from dare_agg.cli.output import print_json, print_left
     from dare_agg.offline.dequantise import dequantise as write
 
-    made = write(model, out, dtype=dtype, overwrite=force, carry_code=carry_code)
+    with busy(f"writing {model.name} in full precision"):
+        made = write(model, out, dtype=dtype, overwrite=force, carry_code=carry_code)
     if json_:
         print_json(asdict(made))
         return

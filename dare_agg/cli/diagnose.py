@@ -32,6 +32,7 @@ def diagnose(
     from rich import box
     from rich.table import Table
 
+    from dare_agg.cli.busy import busy
     from dare_agg.cli.output import print_json, stderr_console, stdout_console
     from dare_agg.offline.base import open_base
     from dare_agg.offline.diagnose import QUANTILES, diagnose_deltas
@@ -55,7 +56,8 @@ def diagnose(
             model.checkpoint.check_finite(layout)
         sources.append(model.source)
         said += model.warnings
-    found = diagnose_deltas(layout, sources, names=_labels(models))
+    with busy("measuring what changed"):
+        found = diagnose_deltas(layout, sources, names=_labels(models))
     hint = bases_named_by(paths) if any("nearer to each other" in w for w in found.warnings) else ""
     more = (*ground.warnings, *said, *([hint] if hint else []))
     found = replace(found, warnings=(*found.warnings, *more))

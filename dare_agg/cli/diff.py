@@ -50,6 +50,7 @@ def diff(
     json_: Annotated[bool, typer.Option("--json", help="Print one JSON object.")] = False,
 ) -> None:
     """Write the update that leads from BASE to TUNED."""
+    from dare_agg.cli.busy import busy
     from dare_agg.cli.inspect import directions_words
     from dare_agg.cli.output import print_json
     from dare_agg.codec.update_file import read_update_file
@@ -63,11 +64,12 @@ def diff(
         raise ConfigError(
             f"--gram-bits {gram_bits} without --gram, the number of directions; add --gram 8"
         )
-    write_diff(
-        base, tuned, out, drop_rate=drop_rate, values=values, mask=mask, seed=seed, rank=rank,
-        exclude=tuple(exclude or ()), keep_rates=keep_rates, gram=gram,
-        gram_bits=2 if gram_bits is None else gram_bits, overwrite=force,
-    )  # fmt: skip
+    with busy("reading both models, encoding what changed"):
+        write_diff(
+            base, tuned, out, drop_rate=drop_rate, values=values, mask=mask, seed=seed, rank=rank,
+            exclude=tuple(exclude or ()), keep_rates=keep_rates, gram=gram,
+            gram_bits=2 if gram_bits is None else gram_bits, overwrite=force,
+        )  # fmt: skip
     facts = describe_update(*read_update_file(out), out.stat().st_size)
     if json_:
         print_json({"out": str(out), **facts})

@@ -25,7 +25,10 @@ _ROUND = re.compile(_INFO + r"\[ROUND (\d+)/(\d+)\]\s*$")
 _WARNING = re.compile(r"WARNING\s*:\s*(\S.*)")
 # What Flower warns of in every run, and in every one that fails.
 _USUAL = ("Since flwr ", "Stopping Simulation Runtime")
-_WAITING = re.compile(_INFO + r"(waiting for clients \([\w ,]+\))\s*$")
+_WAITING = re.compile(
+    _INFO
+    + r"(waiting for clients \([\w ,]+\)|unpacking model [\w.-]+, once; its folder is kept)\s*$"
+)
 
 
 def load_rows(folder: Path) -> list[RunRow]:

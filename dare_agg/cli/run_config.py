@@ -120,7 +120,7 @@ def absolute_paths(settings: dict[str, Scalar]) -> None:
     """
     from dare_agg.checkpoint.hub import located
 
-    for key in ("data", "model", "initial", "base", "identities", "secure-models"):
+    for key in ("data", "test-data", "model", "initial", "base", "identities", "secure-models"):
         words = str(settings.get(key, "")).split(",")
         found = [
             str(located(Path(word.strip()).absolute()))

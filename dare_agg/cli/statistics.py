@@ -26,16 +26,18 @@ def statistics(
     json_: Annotated[bool, typer.Option("--json", help="Print one JSON object.")] = False,
 ) -> None:
     """Collect the Fisher diagonal or the Gram matrices of MODEL on data."""
+    from dare_agg.cli.busy import busy
     from dare_agg.cli.output import print_json
     from dare_agg.errors import ConfigError
     from dare_agg.offline.statistics import statistics_of_folder, write_statistics
 
     if out.suffix != ".safetensors":
         raise ConfigError(f"{out} is no .safetensors file; name one with -o")
-    arrays = statistics_of_folder(
-        model, data, kind, text_column=text_column, examples=examples, batch_size=batch_size,
-        length=length, rule=rule, include_padding=include_padding,
-    )  # fmt: skip
+    with busy(f"measuring {kind} on {data.name}"):
+        arrays = statistics_of_folder(
+            model, data, kind, text_column=text_column, examples=examples, batch_size=batch_size,
+            length=length, rule=rule, include_padding=include_padding,
+        )  # fmt: skip
     write_statistics(out, arrays, kind, {"model": model.name, "data": data.name, "rule": rule})
     elements = sum(array.size for array in arrays.values())
     if json_:

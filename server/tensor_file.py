@@ -11,14 +11,13 @@ import numpy as np
 from numpy.typing import NDArray
 from safetensors.numpy import save_file
 
+from dare_agg.checkpoint.beside import UNUSED, beside_words
 from dare_agg.checkpoint.reader import INDEX_NAME, WEIGHTS_NAME
 from dare_agg.errors import CheckpointError
 from dare_agg.files.atomic import replace_file
 from dare_agg.files.json_text import read_json
 from dare_agg.files.safetensors_header import header_length, parse_header
 
-# What a tensor of the same name becomes: transformers loads it for nothing.
-UNUSED = "unused."
 _MORE = "classifier.safetensors"
 
 
@@ -38,7 +37,7 @@ def add_tensors(folder: Path, more: Mapping[str, NDArray[Any]]) -> None:
         places = dict(stated["weight_map"])
         if twice := sorted(set(places) & set(more)):
             raise CheckpointError(f"{index} has {twice[0]!r} already; merge its shards into one")
-        save_file(more, folder / _MORE, {"format": "pt"})
+        save_file(more, folder / _MORE, {"format": "pt", **beside_words(more)})
         stated["weight_map"] = places | dict.fromkeys(more, _MORE)
         replace_file(index, ((json.dumps(stated, indent=2) + "\n").encode(),))
     else:
@@ -50,7 +49,8 @@ def _rewrite(file: Path, more: Mapping[str, NDArray[Any]]) -> None:
     length = header_length(raw[:8], len(raw))
     places, metadata = parse_header(raw[8 : 8 + length], len(raw) - 8 - length)
     body = memoryview(raw)[8 + length :]
-    header: dict[str, Any] = {"__metadata__": {"format": "pt", **metadata}}
+    words = {"format": "pt", **metadata, **beside_words(more)}
+    header: dict[str, Any] = {"__metadata__": words}
     parts: list[Any] = []
     at = 0
     for name, place in sorted(places.items(), key=lambda pair: pair[1].start):

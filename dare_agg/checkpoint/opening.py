@@ -8,6 +8,7 @@ from __future__ import annotations
 import os
 from pathlib import Path
 
+from dare_agg.checkpoint.beside import beside_in, body_of
 from dare_agg.checkpoint.hub_names import missing_path
 from dare_agg.checkpoint.quantised import (
     GGUF_SUFFIX,
@@ -89,6 +90,8 @@ def open_tensors(where: Path) -> Checkpoint:
     for file in files:
         found, extra = _read_header(file)
         metadata.update(extra)
+        beside = beside_in(extra)
+        weight_map = {name: of for name, of in weight_map.items() if name not in beside}
         for name, info in found.items():
             if weight_map.get(name, file.name) != file.name:
                 continue
@@ -123,6 +126,6 @@ def _read_header(file: Path) -> tuple[dict[str, TensorInfo], dict[str, str]]:
             raise CheckpointError(f"{file}: tensor name {name[:80]!r} {problem}")
     tensors = {
         name: TensorInfo(name, p.dtype, p.shape, file, begin + p.start, begin + p.stop)
-        for name, p in places.items()
+        for name, p in body_of(places, metadata).items()
     }
     return tensors, metadata

@@ -60,7 +60,9 @@ def push_folder(folder: Path, name: str, *, private: bool = False) -> str:
     with tempfile.TemporaryDirectory() as aside:
         clean = Path(aside) / "model"
         shutil.copytree(folder, clean)
-        _forget_paths(clean / PROVENANCE)
+        for file in (clean / PROVENANCE, clean / "adapter" / "adapter_config.json"):
+            if file.is_file():
+                _forget_paths(file)
         api = HfApi(token=token)
         try:
             address = api.create_repo(name, private=private or None, exist_ok=True)

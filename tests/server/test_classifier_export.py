@@ -16,6 +16,9 @@ from safetensors.numpy import load_file
 from client.config import configure
 from client.rows import Data, Rows
 from client.training import build_task
+from dare_agg.checkpoint import open_tensors
+from dare_agg.offline.merging import merge_offline
+from dare_agg.offline.recipe import make_recipe
 from dare_agg.offline.yaml_text import parse_yaml
 from dare_agg.runs.words import without_paths
 from server.export import export_model
@@ -246,3 +249,20 @@ def test_the_built_in_image_model(train, tmp_path):
         transformers.AutoModelForImageClassification.from_pretrained(out, trust_remote_code=False)
     read = transformers.AutoImageProcessor.from_pretrained(out)
     assert read.crop_size["height"] == 32 and abs(read.image_std[0] - 128 / 255) < 1e-9
+
+
+@pytest.mark.parametrize("pooling", ["mean", "cls"])
+def test_to_merge_and_diff_an_export_is_its_body_alone(pooling, tiny_model, tmp_path):
+    base = make_base(tmp_path / "base", "bert", tiny_model)
+    out, _, _ = trained(base, tmp_path, task="text-classification", pooling=pooling)
+    ours, before = open_tensors(out), open_tensors(base)
+    assert ours.shapes == before.shapes
+    saved = load_file(out / "model.safetensors")
+    pooler = "unused.pooler.dense.weight" if pooling == "cls" else "pooler.dense.weight"
+    assert np.array_equal(ours.array("pooler.dense.weight"), saved[pooler])
+    merged = tmp_path / "merged"
+    recipe = make_recipe({"base": base, "models": [out], "method": "task-arithmetic"})
+    merge_offline(recipe, merged)
+    assert open_tensors(merged).shapes == before.shapes
+    for name in before.names:
+        np.testing.assert_allclose(open_tensors(merged).array(name), ours.array(name), atol=1e-6)

@@ -102,7 +102,10 @@ def simulate(
     train: TrainArrays[Client],
     test: TestArrays | None = None,
     **words: Unpack[Words],
-) -> Simulation: ...
+) -> Simulation:
+    """Of arrays by name."""
+
+
 @overload
 def simulate(
     model: nn.Module,
@@ -110,7 +113,10 @@ def simulate(
     train: TrainModule[Client],
     test: TestModule | None = None,
     **words: Unpack[Words],
-) -> Simulation: ...
+) -> Simulation:
+    """Of a torch module, trained in place."""
+
+
 def simulate(
     model: Any,
     clients: Sequence[Any],
@@ -233,7 +239,12 @@ def _trained(
             continue
         sent += update.nbytes
         reply = check_reply(
-            plan, update.blob, update.dense_blob, examples, layout=state.groups.layout
+            plan,
+            update.blob,
+            update.dense_blob,
+            examples,
+            statistics=update.statistics,
+            layout=state.groups.layout,
         )
         if isinstance(reply, Rejection):
             rejected.append(reply)

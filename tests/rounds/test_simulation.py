@@ -45,6 +45,7 @@ def learned(toy, arrays, partition, number):
         {"server_step": "adam", "mask": "bernoulli", "exclude": (r"^head\.",)},
         {"keep_rates": "last", "weighting": "equal", "scaling": 0.7},
         {"fraction_train": 0.5, "weight_bound": 1.0},
+        {"method": "wudi", "drop_rate": 0.5},
     ],
     ids=str,
 )

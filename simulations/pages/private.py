@@ -13,35 +13,31 @@ _WAYS = (("central", "0"), ("central", "0.9"), ("central", "0.99"), ("flower", "
 
 
 def private_table(rows: Sequence[Row]) -> str:
-    """Accuracy in percent by number of clients and ε, mean over the seeds that are there."""
+    """Accuracy in percent by number of clients and ε, mean over the seeds that are there.
+
+    How many seeds stands in brackets where there are several.
+    """
     lines = []
     for clients in sorted({row["clients"] for row in rows}, reverse=True):
         own = [row for row in rows if row["clients"] == clients]
-        bases = mean(row["base"] for row in own)
-        for epsilon in [None, *sorted({row["epsilon"] for row in own}, reverse=True)]:
-            cells = [
-                [
-                    row
-                    for row in own
-                    if row["drop_rate"] == drop
-                    and row["way"] == ("none" if epsilon is None else way)
-                    and (epsilon is None or row["epsilon"] == epsilon)
-                    and not (epsilon is None and way == "flower")
+        base = f"{100 * mean(row['base'] for row in own):.1f}"
+        bare = [_of(own, "none", drop) for _, drop in _WAYS[:3]]
+        lines.append((f"{clients:,}", base, "none", "–", *map(_cell, bare), "–"))
+        for epsilon in sorted({row["epsilon"] for row in own}, reverse=True):
+            for quantile, norm in ((0.5, "median"), (0.0, "fixed")):
+                found = [
+                    [
+                        row
+                        for row in _of(own, way, drop)
+                        if row["epsilon"] == epsilon and row["settings"]["quantile"] == quantile
+                    ]
+                    for way, drop in _WAYS[:3]
                 ]
-                for way, drop in _WAYS
-            ]
-            if not any(cells):
-                continue
-            seeds = {len({row["seed"] for row in cell}) for cell in cells if cell}
-            lines.append(
-                (
-                    f"{clients:,}",
-                    f"{100 * bases:.1f}",
-                    "none" if epsilon is None else f"ε = {epsilon:g}",
-                    *(_percent(cell) for cell in cells),
-                    "–".join(map(str, sorted(seeds))),
-                )
-            )
+                if not any(found):
+                    continue
+                flower = [row for row in _of(own, "flower", "0") if row["epsilon"] == epsilon]
+                cells = (*map(_cell, found), _cell(flower))
+                lines.append((f"{clients:,}", base, f"ε = {epsilon:g}", norm, *cells))
     sizes = ", ".join(
         f"{label} {mean(found):,.0f} B"
         for label, way, drop in (
@@ -52,14 +48,22 @@ def private_table(rows: Sequence[Row]) -> str:
         if (found := [r["bytes"] for r in rows if (r["way"], r["drop_rate"]) == (way, drop)])
     )
     columns = (
-        "Clients", "Base", "Privacy", "central, dense", "central, p=.9", "central, p=.99",
-        "Flower's wrapper, dense", "Seeds",
+        "Clients", "Base", "Privacy", "Norm", "central, dense", "central, p=.9", "central, p=.99",
+        "Flower's wrapper, dense",
     )  # fmt: skip
     return tables.markdown(columns, lines) + f"\n\nAn update: {sizes}."
 
 
-def _percent(cell: Sequence[Row]) -> str:
-    return f"{100 * mean(row['accuracy'] for row in cell):.1f}" if cell else "–"
+def _of(rows: Sequence[Row], way: str, drop: str) -> list[Row]:
+    return [row for row in rows if (row["way"], row["drop_rate"]) == (way, drop)]
+
+
+def _cell(rows: Sequence[Row]) -> str:
+    """The mean, and of how many seeds where it is of several."""
+    if not rows:
+        return "–"
+    shown = f"{100 * mean(row['accuracy'] for row in rows):.1f}"
+    return f"{shown} ({len(rows)})" if len(rows) > 1 else shown
 
 
 def audit_table(rows: Sequence[Row]) -> str:

@@ -13,17 +13,18 @@ def table(rows: Sequence[dict]) -> str:
     """Mean and spread by example and form, beside what the log warned of, as Markdown."""
     lines = [
         "| example | in place of its data and model | run config | rows | clients, rounds, seeds | "
-        "parameters | FedAvg | the two lines | warned | with the line that the warning names |",
-        "|---|---|---|---|---|---|---|---|---|---|",
+        "parameters | FedAvg | the two lines | drop rate and format in the end | "
+        "bytes up, of float32's | warned | with `drop_rate=0.9` |",
+        "|---|---|---|---|---|---|---|---|---|---|---|---|",
     ]
     for name, app in APPS.items():
-        found: dict[str, list[dict]] = {"fedavg": [], "dare": [], "words": []}
+        found: dict[str, list[dict]] = {form: [] for form in ("fedavg", "dare", "words", "fixed")}
         for row in sorted(rows, key=lambda row: row["seed"]):
             if row["example"] == name and as_in_the_table(row):
                 found[row["form"]].append(row)
         if not found["fedavg"]:
             continue
-        warned = sum(any("noise" in said for said in row["warnings"]) for row in found["dare"])
+        warned = {form: sum(map(_is_warned, found[form])) for form in ("dare", "fixed")}
         words = ", ".join(f"`{line}`" for line in sorted({row["words"] for row in found["words"]}))
         cells = (
             name,
@@ -34,8 +35,12 @@ def table(rows: Sequence[dict]) -> str:
             f"{found['fedavg'][0]['parameters']:,}",
             _accuracy(found["fedavg"]),
             _accuracy(found["dare"]),
-            f"{warned} of {len(found['dare'])}",
-            f"{words}: {_accuracy(found['words'])}" if words else "–",
+            ", ".join(sorted({row["sent"][-1] for row in found["dare"]})),
+            _share(found["dare"]),
+            f"{warned['dare']} of {len(found['dare'])}"
+            + (f"; {words}: {_accuracy(found['words'])}" if words else ""),
+            _accuracy(found["fixed"])
+            + (f", warned {warned['fixed']} of {len(found['fixed'])}" if warned["fixed"] else ""),
         )
         lines.append(f"| {' | '.join(cells)} |")
     return "\n".join(lines)
@@ -49,6 +54,17 @@ def as_in_the_table(row: Mapping[str, Any]) -> bool:
     app = APPS[row["example"]]
     now = (app.rounds, app.clients, list(app.rows))
     return (row["rounds"], row["clients"], row["rows"]) == now
+
+
+def _is_warned(row: dict) -> bool:
+    return any("noise" in said for said in row["warnings"])
+
+
+def _share(rows: Sequence[dict]) -> str:
+    """Bytes of the updates of whole runs relative to as many float32 models."""
+    sent = sum(sum(row["update_bytes"]) for row in rows)
+    dense = sum(4 * row["parameters"] * len(row["update_bytes"]) for row in rows)
+    return f"{100 * sent / dense:.3g} %" if dense else "–"
 
 
 def _accuracy(rows: Sequence[dict]) -> str:

@@ -92,12 +92,15 @@ def row(form, seed, accuracy, name="fl-tabular", **other):
 
 def test_the_table_has_mean_and_spread_and_leaves_other_settings_out():
     rows = [row("fedavg", 0, 0.8), row("fedavg", 1, 0.9), row("fedavg", 2, 0.1, clients=3)]
-    rows += [row("dare", 0, 0.7, warnings=[SAID]), row("dare", 1, 0.85)]
-    rows += [row("words", 0, 0.8, words="drop_rate=0")]
+    sent = {"sent": ["0 b4", "0 b2"], "update_bytes": [5_284, 2_724]}
+    rows += [row("dare", 0, 0.7, warnings=[SAID], **sent), row("dare", 1, 0.85, **sent)]
+    rows += [row("words", 0, 0.8, words="drop_rate=0", **sent)]
+    rows += [row("fixed", 0, 0.5, words="drop_rate=0.9", warnings=[SAID])]
     [line] = table(rows).splitlines()[2:]
+    # 8,008 bytes of twice 40,964.
     assert line.endswith(
-        "| 12,000 | 5, 8, 2 | 10,241 | 85.0 (80.0 to 90.0) | 77.5 (70.0 to 85.0) | 1 of 2 "
-        "| `drop_rate=0`: 80.0 |"
+        "| 12,000 | 5, 8, 2 | 10,241 | 85.0 (80.0 to 90.0) | 77.5 (70.0 to 85.0) | 0 b2 | 9.77 % "
+        "| 1 of 2; `drop_rate=0`: 80.0 | 50.0, warned 1 of 1 |"
     )
 
 
@@ -111,6 +114,10 @@ def test_what_is_done_is_not_repeated_and_words_are_those_of_the_warning(tmp_pat
     monkeypatch.setattr(sys, "argv", ["examples", *words, "--out", str(out)])
     runner.main()
     assert ran == [("fedavg", 1, ""), ("words", 0, 'drop_rate=0, values="b2"')]
+    ran.clear()
+    monkeypatch.setattr(sys, "argv", [*sys.argv, "--forms", "fixed"])
+    runner.main()
+    assert ran == [("fixed", seed, "drop_rate=0.9") for seed in (0, 1)]
 
 
 @pytest.mark.parametrize("name", APPS)

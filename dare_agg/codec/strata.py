@@ -124,7 +124,8 @@ class Strata:
             return positions, factors
         drawn = positions.view(np.uint64)
         if den == 1:
-            np.multiply(words, np.uint64(num), out=drawn)
+            # The dtype said: NumPy 1 would multiply by a small scalar in 32 bits.
+            np.multiply(words, np.uint64(num), out=drawn, dtype=np.uint64)
             drawn >>= np.uint64(32)
             if self.rank % num:
                 positions += self.rank % num
@@ -142,7 +143,7 @@ class Strata:
             return positions, widths
         find = _uneven if scratch is None else scratch.uneven
         lows, wide, factors = find(self, first, count)
-        np.multiply(words, wide, out=drawn)
+        np.multiply(words, wide, out=drawn, dtype=np.uint64)
         drawn >>= np.uint64(32)
         if self.rank:
             positions += self.rank

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import sys
 from pathlib import Path
 from typing import Any
@@ -25,6 +26,14 @@ def task_identity(tmp_path, monkeypatch):
     pretend_task()
     # Two runs at a time with clients of the same names would take each other's versions.
     monkeypatch.setenv("DARE_AGG_CACHE", str(tmp_path / "cache"))
+
+
+@pytest.fixture(autouse=True, scope="module")
+def small_heap():
+    """Flower collects garbage after each reply it reads: seconds a time in a whole suite's heap."""
+    gc.freeze()
+    yield
+    gc.unfreeze()
 
 
 @pytest.fixture

@@ -22,6 +22,7 @@ from client.images import IMAGE_SUFFIXES
 from client.instructions.generation import generate_answers
 from client.models import MODELS
 from client.rows import Data, Rows
+from client.tasks import causal_lm, image_classification, text_classification
 from client.tasks.causal_lm import load_tokenizer
 from client.text_files import kind_of
 from client.training import FineTuning, build_task
@@ -29,7 +30,8 @@ from dare_agg.errors import ConfigError, DareError
 from dare_agg.files.json_text import parse_json, read_json
 
 _WEIGHTS, _HEAD = "model.safetensors", "head.safetensors"
-TEXTS, IMAGES, LANGUAGE = "text-classification", "image-classification", "causal-lm"
+TEXTS, IMAGES = text_classification.TASK.name, image_classification.TASK.name
+LANGUAGE = causal_lm.TASK.name
 _EMPTY = Rows((), np.empty(0, np.int64), ())
 
 

@@ -12,7 +12,7 @@ from dare_agg import __version__
 from dare_agg.checkpoint.hub_names import shown_name
 from dare_agg.offline.yaml_text import parse_yaml, write_yaml
 from dare_agg.runs.words import without_paths
-from server.classifier import Written
+from server.classifier import TEXT, Written
 
 # Built-in models as the hub knows them: name and licence.
 _KNOWN: Mapping[str, tuple[str, str]] = {
@@ -42,7 +42,7 @@ def make_card(
 ) -> str:
     """The card as Markdown under YAML that the hub reads; no path of this machine is in it."""
     provenance = without_paths(provenance)
-    task = GENERATION if language else written.task if written else ""
+    task = GENERATION if language else written.pipeline if written else ""
     head = _metadata(model, provenance, base, task)
     rows = "\n".join(
         f"| {key} | `{json.dumps(value)}` |" for key, value in provenance.items() if key != "config"
@@ -137,14 +137,14 @@ def _usage(labels: Sequence[str], written: Written | None, language: bool) -> st
             "client keeps a head of its own: without them there is no classifier to load."
         )
     trust = ", trust_remote_code=True" if written.code else ""
-    if written.task == "text-classification":
+    if written.kind == TEXT:
         lines = (
-            f'classify = pipeline("{written.task}", model="."{trust}, truncation=True)',
+            f'classify = pipeline("{written.pipeline}", model="."{trust}, truncation=True)',
             f"print(classify({json.dumps(_TEXT)}))",
         )
     else:
         lines = (
-            f'classify = pipeline("{written.task}", model="."{trust})',
+            f'classify = pipeline("{written.pipeline}", model="."{trust})',
             'print(classify("photo.jpg"))',
         )
     own = (

@@ -28,10 +28,10 @@ Tensors = dict[str, NDArray[Any]]
 CONFIG, TOKENIZER, PREPROCESSOR = (
     "config.json", "tokenizer_config.json", "preprocessor_config.json",
 )  # fmt: skip
-TEXT_TASK, IMAGE_TASK = "text-classification", "image-classification"
+TEXT, IMAGE = "text", "image"
 _AUTO = {
-    TEXT_TASK: "AutoModelForSequenceClassification",
-    IMAGE_TASK: "AutoModelForImageClassification",
+    TEXT: "AutoModelForSequenceClassification",
+    IMAGE: "AutoModelForImageClassification",
 }
 # tanh is the identity for what is multiplied by this first, to 1e-7 of its values up to 5.
 _SMALL = np.float32(2.0**-13)
@@ -92,10 +92,15 @@ _BODIES = {
 
 @dataclass(frozen=True)
 class Written:
-    """How an exported classifier is loaded."""
+    """How an exported classifier is loaded: what it classifies, and whether it brings code."""
 
-    task: str
+    kind: str
     code: bool
+
+    @property
+    def pipeline(self) -> str:
+        """The hub's and transformers' word for it."""
+        return f"{self.kind}-classification"
 
 
 def write_classifier(
@@ -117,8 +122,8 @@ def write_classifier(
         return None
     stated = read_json(place)
     kind = str(stated.get("model_type", ""))
-    task = TEXT_TASK if any(is_tokenizer_file(f.name) for f in folder.iterdir()) else IMAGE_TASK
-    pooling = str(config.get("pooling", "mean")) if task == TEXT_TASK else "mean"
+    given = TEXT if any(is_tokenizer_file(f.name) for f in folder.iterdir()) else IMAGE
+    pooling = str(config.get("pooling", "mean")) if given == TEXT else "mean"
     weight, bias = np.asarray(weight, np.float32), np.asarray(bias, np.float32)
     stock = STOCK.get((kind, pooling))
     if "auto_map" in stated:  # a class of its own already
@@ -128,7 +133,7 @@ def write_classifier(
         stated["architectures"] = [stock.architecture]
     else:
         body = _BODIES.get(kind, kind.replace("-", "_") or "body")
-        make = text_code if task == TEXT_TASK else image_code
+        make = text_code if given == TEXT else image_code
         (folder / CODE_FILE).write_text(
             make(model_type=kind, body=body, pooling=pooling, width=weight.shape[1], guards=GUARDS),
             encoding="utf-8",
@@ -137,16 +142,16 @@ def write_classifier(
         add_tensors(folder, {"pooled_head.weight": weight, "pooled_head.bias": bias, **guards})
         module = CODE_FILE.removesuffix(".py")
         stated["architectures"] = ["PooledClassifier"]
-        stated["auto_map"] = {_AUTO[task]: f"{module}.PooledClassifier"}
+        stated["auto_map"] = {_AUTO[given]: f"{module}.PooledClassifier"}
     stated["id2label"] = {str(i): name for i, name in enumerate(labels)}
     stated["label2id"] = {name: i for i, name in enumerate(labels)}
     stated["problem_type"] = "single_label_classification"
     write_words(place, stated)
-    if task == TEXT_TASK:
+    if given == TEXT:
         _as_trained(folder / TOKENIZER, model_max_length=int(config.get("length", 512)))
     else:
         write_preprocessor(folder, stated, int(config.get("image-size", 0)))
-    return Written(task, stock is None)
+    return Written(given, stock is None)
 
 
 def write_words(place: Path, words: Mapping[str, Any]) -> None:

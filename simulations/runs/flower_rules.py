@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-import logging
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
+
+from simulations.runs.quiet import quiet_flower
 
 Arrays = Mapping[str, NDArray[np.float32]]
 
@@ -60,6 +61,7 @@ FLOWER_RULES: Mapping[str, FlowerRule] = {
 }
 
 
+@quiet_flower()
 def flower_merge(
     name: str, models: Sequence[Arrays], weights: Sequence[float], f: int
 ) -> dict[str, NDArray[np.float32]]:
@@ -69,7 +71,6 @@ def flower_merge(
     from simulations.runs.memory_grid import pretend_task
 
     pretend_task()
-    logging.getLogger("flwr").setLevel(logging.ERROR)
     messages = []
     for model, weight in zip(models, weights, strict=True):
         record = ArrayRecord({key: Array(np.ascontiguousarray(a)) for key, a in model.items()})

@@ -8,7 +8,6 @@ counts it; Flower's wrapper samples a fixed number, so that its ε is only what 
 
 from __future__ import annotations
 
-import logging
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
@@ -27,6 +26,7 @@ from dare_agg.rounds.settings import FederatedSettings
 from dare_agg.rounds.step import StepState
 from dare_agg.rounds.terms import UpdateTerms
 from dare_agg.vectors.model import GlobalModel, global_model
+from simulations.runs.quiet import quiet_flower
 from simulations.runs.small_classifier import (
     Arrays,
     accuracy,
@@ -120,6 +120,7 @@ def by_rounds(
     }
 
 
+@quiet_flower()
 def by_flower(
     settings: Mapping[str, Any], seed: int, base: Arrays, trained: Trainer
 ) -> dict[str, Any]:
@@ -130,7 +131,6 @@ def by_flower(
 
     from simulations.runs.memory_grid import MemoryGrid, pretend_task
 
-    logging.getLogger("flwr").setLevel(logging.ERROR)
     pretend_task()
     np.random.seed(seed)  # noqa: NPY002 (Flower's noise comes from it)
     clients, rounds, rate = settings["clients"], settings["rounds"], settings["rate"]

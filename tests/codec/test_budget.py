@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 
 from dare_agg.codec.budget import UploadBudget, parse_bytes, plan_budget
 from dare_agg.codec.formats import VALUE_FORMATS
-from dare_agg.codec.mask import DropRate, parse_drop_rate
+from dare_agg.codec.mask import DropRate
 from dare_agg.codec.payload import payload_bytes
 from dare_agg.codec.update import HEADER_BYTES, UpdateSpec, encode_update
 from dare_agg.errors import BudgetError, ConfigError
@@ -103,4 +103,4 @@ def test_run_config_words():
     assert read_config({}).budget() is None
     with pytest.raises(ConfigError, match="300kB"):
         read_config({"upload-budget": "much"})
-    assert parse_drop_rate(config.drop_rate).p == 0.9
+    assert config.drop_rate == "auto"

@@ -1,0 +1,21 @@
+"""Flower's log kept out of a measurement's own output, for as long as that takes."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+
+@contextmanager
+def quiet_flower() -> Iterator[None]:
+    """Errors alone are logged inside; also as a decorator."""
+    import flwr.app  # noqa: F401 (its first import sets the level)
+
+    logger = logging.getLogger("flwr")
+    before = logger.level
+    logger.setLevel(logging.ERROR)
+    try:
+        yield
+    finally:
+        logger.setLevel(before)

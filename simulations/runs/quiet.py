@@ -10,7 +10,7 @@ from contextlib import contextmanager
 @contextmanager
 def quiet_flower() -> Iterator[None]:
     """Errors alone are logged inside; also as a decorator."""
-    import flwr.app  # noqa: F401 (its first import sets the level)
+    from flwr.app import Context  # noqa: F401 (the first import sets the level)
 
     logger = logging.getLogger("flwr")
     before = logger.level

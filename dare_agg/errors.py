@@ -251,3 +251,13 @@ def did_you_mean(word: str, known: Iterable[str]) -> str:
     if close:
         return f"; did you mean {close[0]!r}?"
     return f"; known: {', '.join(options)}" if options else ""
+
+
+def refuse(refusals: Iterable[tuple[object, str]], what: str = "") -> None:
+    """Raise `ConfigError` for the first of (whether it holds, why it may not) that holds.
+
+    ``what`` stands before why.
+    """
+    for bad, why in refusals:
+        if bad:
+            raise ConfigError(f"{what} {why}".strip())

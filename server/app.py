@@ -31,10 +31,13 @@ from dare_agg.runs.prometheus import exporter
 from dare_agg.runs.rows import RunRow
 from server.adapter_facts import adapter_facts, say_adapters
 from server.asking import agree_on_labels, ask, wait_for_nodes
-from server.config import METHODS, RunConfig, check_resumed, read_config
+from server.compared import METHODS
+from server.config import RunConfig
 from server.export import describe_model, export_model
 from server.privacy import client_privacy, privacy_facts, promised
+from server.reading import read_config
 from server.recorder import Recorder
+from server.resumed import check_resumed
 from server.secure import merge_models, secure_strategy
 from server.start import read_start, secure_start
 

@@ -14,7 +14,8 @@ from dare_agg.flower.limits import ReplyLimit
 from dare_agg.flower.records import one_line, said_by
 from dare_agg.flower.waiting import Waiting
 from dare_agg.merge.methods import find_method
-from server.config import METHODS, RunConfig
+from server.compared import METHODS
+from server.config import RunConfig
 
 LOG = logging.getLogger("flwr")
 # Remarks on data, of one node and of all, that are shown.

@@ -16,7 +16,9 @@ from dare_agg.merge.methods import find_method
 from dare_agg.rounds.auto import AUTO, choices
 from dare_agg.rounds.terms import UpdateTerms
 from dare_agg.vectors.model import split_tensors
-from server.config import METHODS, RunConfig, read_config
+from server.compared import METHODS
+from server.config import RunConfig
+from server.reading import read_config
 
 _FLOAT = 4
 

@@ -6,7 +6,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from dare_agg.errors import ConfigError
+from dare_agg.errors import ConfigError, refuse
 from dare_agg.flower.round_strategy import RoundStrategy
 from dare_agg.flower.strategy import DareStrategy
 from dare_agg.privacy.clients import ClientPrivacy
@@ -52,9 +52,7 @@ def check_privacy_words(
         (config.lora_merge == "product", "with lora-merge = product, which bounds no norm; leave "
          "it out"),
     )  # fmt: skip
-    for bad, why in refusals:
-        if bad:
-            raise ConfigError(f"dp = {config.dp!r} {why}")
+    refuse(refusals, f"dp = {config.dp!r}")
     for name in config.methods:
         if methods[name] not in _MEANS:
             raise ConfigError(

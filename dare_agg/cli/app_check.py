@@ -5,7 +5,7 @@ pyproject.toml; they run as the app's own code, in a process of their own with t
 first on the path::
 
     [tool.dare-agg]
-    check = ["server.config:check"]         # before every run
+    check = ["server.check:check"]          # before every run
     check-here = ["client.check:check"]     # where this machine is also the clients'
     outlook = ["server.outlook:outlook"]    # for --dry-run: of the run config and what was found
     outlook-here = ["client.outlook:outlook"]

@@ -11,7 +11,7 @@ from typing import Any
 
 import numpy as np
 
-from dare_agg.errors import ConfigError, MergeError
+from dare_agg.errors import ConfigError, MergeError, refuse
 from dare_agg.privacy.central import Contribution, contribution
 from dare_agg.privacy.clients import PrivateRun
 from dare_agg.rounds.noise import norm_of
@@ -38,9 +38,7 @@ def check_private_settings(settings: FederatedSettings) -> None:
          f"keep rates {settings.terms.keep_rates!r} keep other elements of each client; set "
          "keep_rates = uniform"),
     )  # fmt: skip
-    for bad, why in refusals:
-        if bad:
-            raise ConfigError(f"privacy of clients with {why}")
+    refuse(refusals, "privacy of clients with")
 
 
 def check_private_model(model: GlobalModel) -> None:

@@ -33,7 +33,9 @@ from dare_agg.files.environment import VARIABLES
 from dare_agg.flower.node_words import NODE_WORDS
 from dare_agg.rounds.server_steps import SERVER_STEPS
 from dare_agg.secure.aggregates import SECURE_METHODS
-from server.config import METHODS, OneOf, RunConfig
+from server.compared import METHODS
+from server.config import RunConfig
+from server.field_types import OneOf
 
 PAGE = Path(__file__).parents[2] / "docs" / "CONFIG.md"
 COMMAND = "python -m simulations.pages.config_words"

@@ -110,7 +110,7 @@ def test_run_without_metrics_is_refused(tmp_path: Path) -> None:
 def test_every_setting_of_a_demo_is_a_valid_run_config(tmp_path: Path, kind: Demo) -> None:
     from dare_agg.cli.demo import demo_settings
     from dare_agg.cli.run_config import parse_overrides
-    from server.config import read_config
+    from server.reading import read_config
 
     words = run_command(tmp_path, demo_settings(kind, 0, 1), 10)
     pairs = [words[i + 1] for i, word in enumerate(words) if word == "--config"]

@@ -14,7 +14,7 @@ from dare_agg.cli.run import execute
 from dare_agg.cli.run_config import absolute_paths, parse_overrides, run_settings
 from dare_agg.errors import ConfigError, DareError, StateError
 from dare_agg.files.app_config import Scalar
-from server.config import read_config
+from server.reading import read_config
 
 
 def test_paths_named_from_here_become_absolute_and_names_stay(

@@ -166,7 +166,7 @@ def test_a_client_trains_by_the_rounds_rate(tiny_model, review_files):
     ],
 )
 def test_words_out_of_bounds(words, why):
-    from server.config import read_config
+    from server.reading import read_config
 
     with pytest.raises(ConfigError, match=why.replace(".", r"\.")):
         configure(**words)

@@ -15,7 +15,7 @@ from dare_agg.codec.mask import DropRate
 from dare_agg.codec.payload import payload_bytes
 from dare_agg.codec.update import HEADER_BYTES, UpdateSpec, encode_update
 from dare_agg.errors import BudgetError, ConfigError
-from server.config import read_config
+from server.reading import read_config
 
 
 @pytest.mark.parametrize(

@@ -15,7 +15,8 @@ from client.training import build_task
 from dare_agg.downlink.base import write_base
 from dare_agg.errors import ConfigError
 from server.app import main as run_server
-from server.config import DEFAULTS, read_config
+from server.config import DEFAULTS
+from server.reading import read_config
 from simulations.runs.memory_grid import MemoryGrid, pretend_task
 
 RANKS = (2, 4, 8)

@@ -11,7 +11,8 @@ from safetensors.numpy import load_file
 from client.app import app as client_app
 from dare_agg.errors import ConfigError
 from server.app import main as run_server
-from server.config import DEFAULTS, check_here
+from server.check import check_here
+from server.config import DEFAULTS
 from simulations.runs.memory_grid import MemoryGrid, pretend_task
 
 

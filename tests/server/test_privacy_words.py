@@ -3,8 +3,8 @@
 import pytest
 
 from dare_agg.errors import ConfigError
-from server.config import read_config
 from server.privacy import BUDGET_FILE, client_privacy, privacy_facts
+from server.reading import read_config
 
 WORDS = {"dp": "clients", "dp-members": 100, "weighting": "equal", "drop-rate": "0.9"}
 

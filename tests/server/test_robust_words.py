@@ -6,7 +6,7 @@ import pytest
 
 from dare_agg.errors import ConfigError
 from server.app import make_strategy
-from server.config import read_config
+from server.reading import read_config
 
 DEFAULT = {"robust": "norm-bound+nnm+trimmed-mean", "byzantine": 2, "min-clients": 10}
 

@@ -8,7 +8,7 @@ import pytest
 
 from dare_agg.errors import ConfigError
 from dare_agg.secure.settings import SecureSettings
-from server.config import read_config
+from server.reading import read_config
 
 
 @pytest.mark.parametrize(

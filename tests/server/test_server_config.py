@@ -10,7 +10,10 @@ from dare_agg.flower import DareStrategy
 from dare_agg.rounds.settings import FederatedSettings
 from dare_agg.rounds.step import server_step
 from dare_agg.rounds.terms import UpdateTerms
-from server.config import DEFAULTS, METHODS, RunConfig, check_resumed, read_config
+from server.compared import METHODS
+from server.config import DEFAULTS, RunConfig
+from server.reading import read_config
+from server.resumed import check_resumed
 
 # Whose default differs on purpose: in the run config lists and "none" are text or 0, the app's
 # own models have a head, and its "steps" are the optimizer's.

@@ -8,7 +8,7 @@ from client.config import DEFAULTS
 from client.kept_optimizer import KeptOptimizer
 from client.own import own_words
 from dare_agg.errors import ConfigError
-from server.config import read_config
+from server.reading import read_config
 
 torch = pytest.importorskip("torch")
 NODE = {"secure-identity": "north.key", "data-path": "/own/notes.csv", "base-path": "/own/base"}

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
-from dare_agg.errors import ConfigError
+from dare_agg.errors import refuse
 from dare_agg.robust.rule import check_robust
 from dare_agg.rounds.settings import ROBUST_METHODS
 
@@ -36,8 +36,6 @@ def check_robust_words(config: RunConfig, methods: dict[str, str]) -> None:
         (rule.beta and config.base, f"{named} with base: momentum keeps a whole model for every "
          "client in memory; leave momentum out"),
     )  # fmt: skip
-    for bad, why in refusals:
-        if bad:
-            raise ConfigError(why)
+    refuse(refusals)
     fewest = max(int(config.min_clients * config.fraction_train), min(config.min_clients, 2))
     rule.check_clients(fewest, "raise min-clients (--clients in a simulation) or fraction-train")

@@ -22,6 +22,7 @@ from flwr.serverapp.strategy import FedAdagrad, FedAdam, FedAvg, FedYogi, Result
 
 from dare_agg.codec.mask import parse_drop_rate
 from dare_agg.errors import ConfigError, LayoutError, did_you_mean
+from dare_agg.flower import run_log
 from dare_agg.flower.app_records import with_content
 from dare_agg.flower.clients import Client
 from dare_agg.flower.open_round import OpenRound
@@ -86,13 +87,14 @@ class DareTransport(DareStrategy):
         own = {name: getattr(strategy, name) for name in named if hasattr(strategy, name)}
         super().__init__(**own, weight_bound=0, **words)
         self._check_own_start()
-        if self.chooser is not None:
-            self.chooser.compared = compares(strategy)
-        if self.upload_budget is None and self.client_terms is None:
+        own_terms, chooser = self._own_terms, self._own_terms.chooser
+        if chooser is not None:
+            chooser.compared = compares(strategy)
+        if own_terms.upload_budget is None and own_terms.client_terms is None:
             terms = self.settings.terms
             error = error_of(terms.drop_rate, terms.values)
-            if self.chooser is not None:
-                values = "b4" if self.chooser.values == AUTO else self.chooser.values
+            if chooser is not None:
+                values = "b4" if chooser.values == AUTO else chooser.values
                 error = error_of(parse_drop_rate(0), values)
             _check_error(strategy, error)
         elif compares(strategy):
@@ -109,7 +111,7 @@ class DareTransport(DareStrategy):
     def summary(self) -> None:
         """Log what the wrapped strategy is set to, and what travels."""
         LOG.info("\t├── %s aggregates, DARE transports", type(self.strategy).__name__)
-        self._summarise_updates()
+        run_log.updates(self.settings, self._own_terms.chooser is not None)
         LOG.info("\t├── Downlink: %s", self.downlink.name)
         self.strategy.summary()
 
@@ -189,7 +191,7 @@ class DareTransport(DareStrategy):
         self._go_on(arrays)
         measured = round_measurements(opened, taken, rejections, {})
         auto = self._auto_after(opened, taken, plans, measured)
-        self._say_round(opened, taken)
+        run_log.merged(opened, taken)
         outcome = RoundOutcome(
             opened.number,
             self.broadcasting.model,
@@ -240,7 +242,7 @@ class DareTransport(DareStrategy):
             return self.step_state.auto
         weights = round_weights([reply.accepted for reply in taken], self.settings.weighting)
         moved = self.broadcasting.model
-        return self._watch_noise(measured, plans, weights, opened.model, moved)
+        return self._noise.look(measured, plans, weights, opened.model, moved, self.step_state.auto)
 
     # --- evaluate --------------------------------------------------------------------------
 

@@ -4,12 +4,19 @@ from __future__ import annotations
 
 import io
 import logging
+from collections import Counter
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
+from typing import Any
 
 from flwr.app import ArrayRecord, ConfigRecord, MetricRecord
 from flwr.serverapp.strategy import Result
 
 from dare_agg.flower.lazy import nbytes_of
+from dare_agg.flower.open_round import OpenRound
+from dare_agg.flower.replies import TrainReply
+from dare_agg.rounds.server import Rejection
+from dare_agg.rounds.settings import FederatedSettings
 
 LOG = logging.getLogger("flwr")
 
@@ -46,6 +53,41 @@ def aggregated(metrics: MetricRecord) -> None:
     LOG.info("\t└──> Aggregated MetricRecord: %s", metrics)
 
 
+def weights_cut(measured: Mapping[str, Any], bound: float) -> None:
+    """Warn of those who claimed more than a round's bound, if any did."""
+    if measured["weights_cut"]:
+        LOG.warning(
+            "round %d: %s claimed more than %g times the round's median weight and count for "
+            "that; raise weight_bound if they have so many examples",
+            measured["round"],
+            ", ".join(measured["weights_cut"]),
+            bound,
+        )
+
+
+def merged(opened: OpenRound, taken: Sequence[TrainReply]) -> None:
+    """How many updates of a round were merged, and what they and the model took on the wire."""
+    LOG.info(
+        "round %d: %d of %d updates merged; %s bytes up and %s down per client",
+        opened.number,
+        len(taken),
+        len(opened.plans),
+        f"{_mean([reply.update_bytes + reply.dense_bytes for reply in taken]):,}",
+        f"{_mean(list(opened.download.values())):,}",
+    )
+
+
+def too_few(opened: OpenRound, taken: int, needed: int, rejections: Sequence[Rejection]) -> str:
+    """Why a round merged nothing."""
+    counts = Counter(rejection.reason for rejection in rejections)
+    reasons = ", ".join(f"{reason} ×{count}" for reason, count in sorted(counts.items()))
+    first = f"; first: {rejections[0].detail}" if rejections else ""
+    return (
+        f"round {opened.number}: {taken} of {len(opened.plans)} clients "
+        f"sent an update that counts, {needed} are needed ({reasons}){first}"
+    )
+
+
 def finished(seconds: float, result: Result) -> None:
     """How long it took, and everything that was measured."""
     LOG.info("")
@@ -61,3 +103,31 @@ def finished(seconds: float, result: Result) -> None:
 def _shown(config: ConfigRecord) -> str:
     words = (f"{k!r}: {'<bytes>' if isinstance(v, bytes) else v}" for k, v in config.items())
     return f"{{{', '.join(words)}}}" if config else "(empty!)"
+
+
+def updates(settings: FederatedSettings, chosen: bool) -> None:
+    """Log what clients are to send; ``chosen`` says that each round chooses its terms."""
+    terms = settings.terms
+    LOG.info(
+        "\t├── Updates: %s; keep rates %s, mask %s; dense %s as %s; local %s",
+        "as each round's noise allows"
+        if chosen
+        else f"drop rate {terms.drop_rate.p:.6g}, values {terms.values}",
+        terms.keep_rates,
+        terms.mask,
+        list(terms.dense),
+        terms.dense_values,
+        list(terms.exclude),
+    )
+    if (rule := settings.robust) is not None:
+        LOG.info(
+            "\t├── Robust: %s bears %d Byzantine clients of at least %d a round%s",
+            rule,
+            rule.byzantine,
+            rule.least,
+            "; one mask for all clients of a round" if rule.votes else "",
+        )
+
+
+def _mean(values: Sequence[int]) -> int:
+    return round(sum(values) / len(values)) if values else 0

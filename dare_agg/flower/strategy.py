@@ -4,67 +4,51 @@ from __future__ import annotations
 
 import logging
 import os
-from collections import Counter
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import replace
 from typing import Any
 
-import numpy as np
 from flwr.app import ArrayRecord, ConfigRecord, Message, MetricRecord
 from flwr.serverapp import Grid
-from numpy.typing import NDArray
 
 from dare_agg.codec.budget import ClientTerms, UploadBudget
 from dare_agg.codec.derive import derive_key
-from dare_agg.codec.fitted_rates import tensor_squares
 from dare_agg.codec.mask import DropRate, parse_drop_rate
-from dare_agg.codec.payload import payload_bytes
-from dare_agg.codec.update import HEADER_BYTES
 from dare_agg.downlink.protocol import Downlink
 from dare_agg.errors import ConfigError, PrivacyError
-from dare_agg.flower import arguments
-from dare_agg.flower.choosing import Chooser, Squares, loudest_words
+from dare_agg.flower import arguments, run_log
+from dare_agg.flower.choosing import Chooser
 from dare_agg.flower.clients import Client
-from dare_agg.flower.differential_privacy import check_privacy, privacy_wrapper
+from dare_agg.flower.differential_privacy import check_privacy
 from dare_agg.flower.limits import OWN_BYTES
+from dare_agg.flower.merging import merge_passed
 from dare_agg.flower.metrics import MetricsFn, aggregate_metrics, mean_metrics
 from dare_agg.flower.open_round import OpenRound
+from dare_agg.flower.own_terms import OwnTerms
 from dare_agg.flower.private_rounds import RELEASES, PrivateRounds
 from dare_agg.flower.receiving import Lent
 from dare_agg.flower.records import ASK_TRAIN, Hello
 from dare_agg.flower.replies import Inbox, TrainReply
+from dare_agg.flower.round_noise import RoundNoise
 from dare_agg.flower.round_outcome import RoundOutcome, round_measurements
 from dare_agg.flower.round_strategy import ROUND_WORD, RoundStrategy
 from dare_agg.privacy.clients import ClientPrivacy
 from dare_agg.robust.rule import check_robust
-from dare_agg.rounds.auto import AUTO, judge, within
-from dare_agg.rounds.auto_state import AutoState
+from dare_agg.rounds.auto import AUTO
 from dare_agg.rounds.chain import Passed, StepContext, UpdateStep, chain
-from dare_agg.rounds.directions import linears_of_round, most_bytes
+from dare_agg.rounds.directions import linears_of_round
 from dare_agg.rounds.draws import round_secret
-from dare_agg.rounds.noise import (
-    NoiseWatch,
-    error_of_plan,
-    is_held_by_weights,
-    norm_of,
-    round_noise,
-)
-from dare_agg.rounds.plan import RoundPlan, make_plans
+from dare_agg.rounds.plan import make_plans
 from dare_agg.rounds.robust import check_one_mask, robust_step
 from dare_agg.rounds.server import (
     Accepted,
-    MergedRound,
     Rejection,
-    advance,
-    merge_round,
     round_weights,
 )
 from dare_agg.rounds.settings import FederatedSettings
 from dare_agg.rounds.step import ServerStep
-from dare_agg.rounds.streamed import StreamedRound, advance_streamed
 from dare_agg.rounds.terms import UpdateTerms
 from dare_agg.rounds.weight_bound import bound_step, bound_weights
-from dare_agg.vectors.model import GlobalModel
 
 LOG = logging.getLogger("flwr")
 
@@ -256,23 +240,16 @@ class DareStrategy(RoundStrategy):
         self.train_metrics_aggr_fn = train_metrics_aggr_fn or mean_metrics
         self.min_replies = arguments.count("min_replies", min_replies, least=1)
         self.steps = chain(bound_step, *steps, *self._robust_steps())
-        self.noise_watch = NoiseWatch()
-        self.client_terms = client_terms
-        self.upload_budget = upload_budget
-        if client_terms is not None and upload_budget is not None:
-            raise ConfigError("client_terms and upload_budget both choose; give one of them")
-        self.chooser: Chooser | None = None
-        if chosen:
-            limits = ("upload_budget", upload_budget), ("client_terms", client_terms)
-            limit = next((name for name, value in limits if value is not None), "")
-            self.chooser = Chooser(self.CALLED, values, limit=limit)
+        chooser = Chooser(self.CALLED, values) if chosen else None
+        self._own_terms = OwnTerms(client_terms, upload_budget, chooser)
+        self._noise = RoundNoise(self.CALLED, settings, self._own_terms, self.store)
         self._open: OpenRound | None = None
         self.private: PrivateRounds | None = None
         if privacy is not None:
             others = {
                 "steps": steps, "client_terms": client_terms, "upload_budget": upload_budget,
                 "base": base, "robust": robust,
-                "drop_rate='auto' (set one: its choice shows norms)": self.chooser,
+                "drop_rate='auto' (set one: its choice shows norms)": chooser,
             }  # fmt: skip
             self.private = PrivateRounds(privacy, settings, self.fraction_train, others)
 
@@ -295,7 +272,7 @@ class DareStrategy(RoundStrategy):
         """Log what the run is set to."""
         settings = self.settings
         super().summary()
-        self._summarise_updates()
+        run_log.updates(settings, self._own_terms.chooser is not None)
         LOG.info(
             "\t└── Merge: %s, scaling %g, weights by %s, server step %s %s; downlink %s",
             settings.method,
@@ -305,28 +282,6 @@ class DareStrategy(RoundStrategy):
             dict(settings.server_step.numbers),
             self.downlink.name,
         )
-
-    def _summarise_updates(self) -> None:
-        terms = self.settings.terms
-        LOG.info(
-            "\t├── Updates: %s; keep rates %s, mask %s; dense %s as %s; local %s",
-            "as each round's noise allows"
-            if self.chooser
-            else f"drop rate {terms.drop_rate.p:.6g}, values {terms.values}",
-            terms.keep_rates,
-            terms.mask,
-            list(terms.dense),
-            terms.dense_values,
-            list(terms.exclude),
-        )
-        if (rule := self.settings.robust) is not None:
-            LOG.info(
-                "\t├── Robust: %s bears %d Byzantine clients of at least %d a round%s",
-                rule,
-                rule.byzantine,
-                rule.least,
-                "; one mask for all clients of a round" if rule.votes else "",
-            )
 
     def ready_for(self, rounds: int) -> None:
         """Open the privacy budget, if the run has one."""
@@ -416,14 +371,15 @@ class DareStrategy(RoundStrategy):
     def _open_round(self, number: int, chosen: Sequence[Client]) -> OpenRound:
         """A round of these clients, with a plan for each."""
         model = self.broadcasting.model
-        own = [self._terms(client.hello) for client in chosen]
-        if self.settings.terms.directions:
+        terms, auto = self.settings.terms, self.step_state.auto
+        own = [self._own_terms.of(client.hello, model, terms, auto) for client in chosen]
+        if terms.directions:
             linears_of_round(model.groups.layout)
         plans = make_plans(
             round_secret(self.secret, number),
             number,
             own or ([None] if self.private else []),
-            self.settings.terms,
+            terms,
             model.ref,
             run=self.run,
             shared_mask=self.settings.shared_mask,
@@ -467,21 +423,6 @@ class DareStrategy(RoundStrategy):
             self._open = self._open_round(number, chosen)
         return self._open
 
-    def _terms(self, hello: Hello) -> ClientTerms | None:
-        """What a client is given of its own: by the rounds' choice, its budget, the app."""
-        wanted = None
-        if self.chooser is not None:
-            layout = self.broadcasting.model.groups.layout
-            wanted = self.chooser.wanted(layout, self.step_state.auto)
-        if self.upload_budget is None:
-            return (self.client_terms(hello) if self.client_terms else None) or wanted
-        ref, terms = self.broadcasting.model.ref, self.settings.terms
-        dense = ref.dense_size and HEADER_BYTES + payload_bytes(terms.dense_values, ref.dense_size)
-        if terms.directions:
-            dense += most_bytes(terms, self.broadcasting.model.groups.layout)
-        allowed = self.upload_budget.terms(ref.size, dense, hello.uplink_kbit_s, mask=terms.mask)
-        return allowed if wanted is None else within(wanted, allowed, ref.size)
-
     def aggregate_train(
         self, server_round: int, replies: Iterable[Message]
     ) -> tuple[ArrayRecord | None, MetricRecord | None]:
@@ -505,49 +446,34 @@ class DareStrategy(RoundStrategy):
             self._count_empty_round(opened, taken, rejections)
             return None, None
         model = self.broadcasting.model
-        plans = [reply.accepted.plan for reply in taken]
-        merged: MergedRound | StreamedRound
-        if self.store is None:
-            if self.private is None:
-                merged = merge_round(model, passed.accepted, self.settings)
-            else:
-                merged = self.private.merge(model, passed.accepted)
-                plans = plans or [self.private.plan]  # type: ignore[list-item]
-            moved, step_state = advance(
-                model, self.step_state, merged, self.settings, self.downlink, plans
-            )
-        else:
-            moved, step_state, merged = advance_streamed(
-                model, self.step_state, passed.accepted, self.settings, self.store, plans
-            )
-        momenta = {**self.step_state.momenta, **passed.momenta}
-        step_state = replace(step_state, momenta=momenta)
+        moved = merge_passed(
+            model,
+            self.step_state,
+            passed,
+            self.settings,
+            self.downlink,
+            [reply.accepted.plan for reply in taken],
+            store=self.store,
+            private=self.private,
+        )
         self.broadcasting.have.update(opened.held)
-        measured = dict(merged.measurements)
-        if passed.measurements:
-            measured["steps"] = [dict(of_step) for of_step in passed.measurements]
-        measurements = round_measurements(opened, taken, rejections, measured)
-        if measurements["weights_cut"]:
-            LOG.warning(
-                "round %d: %s claimed more than %g times the round's median weight and count for "
-                "that; raise weight_bound if they have so many examples",
-                opened.number,
-                ", ".join(measurements["weights_cut"]),
-                self.settings.weight_bound,
-            )
+        measurements = round_measurements(opened, taken, rejections, moved.measurements)
+        run_log.weights_cut(measurements, self.settings.weight_bound)
         weights = round_weights(
             bound_weights([reply.accepted for reply in taken], self.settings),
             self.settings.weighting,
         )
         measurements["noise"] = measurements["noise_of_change"] = None
+        step_state = moved.step_state
         if self.private is None:
-            auto = self._watch_noise(
+            auto = self._noise.look(
                 measurements,
-                plans,
+                moved.plans,
                 weights,
                 model,
-                moved,
-                merged.tensor_squares if isinstance(merged, StreamedRound) else None,
+                moved.model,
+                self.step_state.auto,
+                moved.tensor_squares,
             )
             step_state = replace(step_state, auto=auto)
         metrics = None
@@ -558,9 +484,15 @@ class DareStrategy(RoundStrategy):
                 weights,
                 self.weighted_by_key,
             )
-        self._say_round(opened, taken)
+        run_log.merged(opened, taken)
         outcome = RoundOutcome(
-            opened.number, moved, step_state, measurements, rejections, plans, metrics
+            opened.number,
+            moved.model,
+            step_state,
+            measurements,
+            rejections,
+            moved.plans,
+            metrics,
         )
         return self.move(outcome), metrics
 
@@ -574,16 +506,6 @@ class DareStrategy(RoundStrategy):
                 "first, and one aggregate_train for each"
             )
         return opened
-
-    def _say_round(self, opened: OpenRound, taken: Sequence[TrainReply]) -> None:
-        LOG.info(
-            "round %d: %d of %d updates merged; %s bytes up and %s down per client",
-            opened.number,
-            len(taken),
-            len(opened.plans),
-            f"{_mean([reply.update_bytes + reply.dense_bytes for reply in taken]):,}",
-            f"{_mean(list(opened.download.values())):,}",
-        )
 
     def _note_merged_elsewhere(self, opened: OpenRound, moved: bool) -> None:
         """An override of aggregate_train merged by itself: what is known of the round is kept."""
@@ -600,72 +522,6 @@ class DareStrategy(RoundStrategy):
             round_measurements(opened, taken, rejections, {}),
             rejections,
             [reply.accepted.plan for reply in taken],
-        )
-
-    def _watch_noise(
-        self,
-        measured: dict[str, Any],
-        plans: Sequence[RoundPlan],
-        weights: Sequence[float],
-        model: GlobalModel,
-        moved: GlobalModel,
-        sums: NDArray[np.float64] | None = None,
-    ) -> AutoState:
-        """Measure the noise of a round's drop, and warn once of what would ruin the model.
-
-        ``sums`` are the squares of each tensor's change where both versions are not at hand.
-        Returns what is kept of it for the next round's terms.
-        """
-        settings, norms, state = self.settings, measured["delta_norms"], self.step_state.auto
-        layout = model.groups.layout
-        # On disk the version before is no more, and fine-tuning leaves the base's norm as it is.
-        size = norm_of(model.delta) if self.store is None else self.store.base_norm
-        size = size or norm_of(moved.delta)
-        noise = round_noise(plans, norms, weights, settings, model.groups, size)
-        errors = [error_of_plan(plan) for plan in plans]
-        held = size if is_held_by_weights(settings, model.groups) else None
-        judged = judge(norms, weights, errors, settings, held, measured.get("merged_norm"))
-        if noise is None and judged is not None:
-            noise = judged.of_weights(judged.error)
-        measured["noise"] = noise
-        measured["noise_of_change"] = judged.of_change(judged.error) if judged else None
-
-        def squares() -> NDArray[np.float64]:
-            if sums is not None:
-                return sums
-            return tensor_squares(layout.sizes, (model.delta[:], moved.delta[:]))
-
-        if self.chooser is not None:
-            # Terms that followed norms would tell of them what a wrapper's noise does not hide.
-            known = None if privacy_wrapper() is not None else judged
-            state, said = self.chooser.after(layout, state, known, measured, squares)
-        else:
-            said = self._too_loud(noise, plans, measured, moved, squares)
-        if said:
-            LOG.warning("round %d: %s", measured["round"], said)
-            measured["noise_warning"] = said
-        return state
-
-    def _too_loud(
-        self,
-        noise: float | None,
-        plans: Sequence[RoundPlan],
-        measured: Mapping[str, Any],
-        moved: GlobalModel,
-        squares: Squares,
-    ) -> str:
-        """What is to be warned of at terms that the app chose, "" for nothing."""
-        remedy = self.noise_watch.look(noise, plans)
-        if remedy is None:
-            return ""
-        nbytes = remedy.nbytes(moved.delta.size) + max(measured["dense_bytes"])
-        budget = f"an upload_budget of at least {nbytes} bytes"
-        return (
-            f"the drop's noise is {100 * self.noise_watch.loudest:.0f} % of the weights' own size"
-            f"{loudest_words(moved.groups.layout, squares())}: the model changes too much a round "
-            "for what is sent of it, as in training from scratch, and may end far below FedAvg's; "
-            f"give {self.CALLED} "
-            f"{budget if self.upload_budget else remedy}"
         )
 
     def _pass_steps(
@@ -688,18 +544,8 @@ class DareStrategy(RoundStrategy):
         taken: Sequence[TrainReply],
         rejections: Sequence[Rejection],
     ) -> None:
-        counts = Counter(rejection.reason for rejection in rejections)
-        reasons = ", ".join(f"{reason} ×{count}" for reason, count in sorted(counts.items()))
-        first = f"; first: {rejections[0].detail}" if rejections else ""
-        why = (
-            f"round {opened.number}: {len(taken)} of {len(opened.plans)} clients "
-            f"sent an update that counts, {self.min_replies} are needed ({reasons}){first}"
-        )
+        why = run_log.too_few(opened, len(taken), self.min_replies, rejections)
         measured = round_measurements(opened, [], rejections, {})
         model = self.broadcasting.model
         outcome = RoundOutcome(opened.number, model, self.step_state, measured, rejections, [])
         self.stay(outcome, why, reason="nobody-trained")
-
-
-def _mean(values: Sequence[int]) -> int:
-    return round(sum(values) / len(values)) if values else 0

@@ -157,22 +157,32 @@ def single_table(rows: Rows) -> str:
 
 
 def hard_table(rows: Rows) -> str:
-    """Change of accuracy by way and bits a parameter, paired by seed, one block a task."""
+    """Change of accuracy by way and bits a parameter, paired by seed, one block a task.
+
+    A cell's task is what stands before the colon of its name; where seeds are fewer, it is said.
+    """
     budgets = sorted({p["bits"] for row in rows for p in row["points"][2:]}, reverse=True)
     lines = []
+    tasks: dict[str, list[Any]] = defaultdict(list)
     for cell, own in by_cell(rows).items():
+        tasks[cell.partition(": ")[0]] += own
+    for cell, own in tasks.items():
         gaps: dict[str, dict[float, list[float]]] = defaultdict(lambda: defaultdict(list))
-        ends = [[100 * row["points"][end]["accuracy"] for row in own] for end in (0, 1)]
+        once = list({row["seed"]: row for row in own}.values())
+        ends = [[100 * row["points"][end]["accuracy"] for row in once] for end in (0, 1)]
         for row in own:
             tuned, _, *points = row["points"]
             for point in points:
                 gap = point["accuracy"] - tuned["accuracy"]
                 gaps[point["way"]][point["bits"]].append(gap)
         tuned, base = (f"{sum(values) / len(values):.1f}" for values in ends)
-        seeds = f"{len(own)} seed{'s' if len(own) > 1 else ''}"
+        seeds = f"{len(once)} seed{'s' if len(once) > 1 else ''}"
         lines.append((f"**{cell}**: tuned {tuned}, base {base}; {seeds}", *("" for _ in budgets)))
         for way, found in gaps.items():
-            cells = (shown(found[b], signed=True) if b in found else "–" for b in budgets)
+            cells = []
+            for bits in budgets:
+                few = f" ({len(found[bits])})" if 0 < len(found[bits]) < len(once) else ""
+                cells.append(shown(found[bits], signed=True) + few if found[bits] else "–")
             lines.append((way, *cells))
     columns = ("points from tuned", *(f"{b:g} bit a parameter" for b in budgets))
     return markdown(columns, lines)

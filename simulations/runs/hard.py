@@ -13,12 +13,24 @@ most so many bits a parameter, coded for real, and the model that arrives is mea
   on `FIT_ROWS` of the client's own rows (the client knows what will arrive, and scales its delta
   before it is coded: no byte; as DAREx-q chooses its 1/q, Deng et al. 2024);
 - ``bitdelta``: every value's sign and one scale a tensor (Liu et al. 2024), one bit a parameter
-  whatever the budget.
+  whatever the budget;
+- ``low-rank b2``: the same directions in two bits, and tensors that are no matrix in one
+  (`simulations.runs.hard_factors`); ``delta-come`` in 8, 3 and 2 bits (Ping et al. 2024);
+- ``largest``: signs of the largest elements with Golomb-coded positions, and
+  ``largest+uniform``: a quarter of the bytes for the largest in binary16, the others for an update
+  of the rest; ``ultradelta`` (Wang et al. 2025; `simulations.runs.hard_positions`).
+
+What these send is less than the delta, so that ``+fit`` chooses among `LONGER` for them. Two more
+train anew, knowing what will be sent (`simulations.runs.hard_learning`):
+
+- ``survivors b2`` (b1, b4): only the elements that will survive learn, and travel unscaled in that
+  format;
+- ``pulled``: each step is followed by a pull of the delta to zero (AdamR-L2), then ``uniform``.
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -31,14 +43,26 @@ from dare_agg.codec.mask import parse_drop_rate
 from dare_agg.codec.update import UpdateSpec, decode_update, encode_update
 from dare_agg.errors import ConfigError, did_you_mean
 from dare_agg.vectors.layout import FloatVector, Layout
+from simulations.runs.hard_factors import Pair, delta_come, factors
+from simulations.runs.hard_learning import State, learned, pulled, resent, survivors_spec
+from simulations.runs.hard_positions import largest, ultradelta
 from simulations.runs.single import body_layout, tuned_state
 
-WAYS = ("uniform", "own", "low-rank", "low-rank+own", "bitdelta")
 FACTORS = (1.0, 0.7, 0.5, 0.35, 0.25, 0.15)
+LONGER = (1.0, 1.4, 2.0, 3.0, 4.5, 7.0, 10.0)
+SHRUNK: Mapping[str, Callable[[FloatVector, Layout, int, int], Pair]] = {
+    "low-rank b2": lambda d, layout, nbytes, seed: factors(d, layout, nbytes, seed, 2),
+    "delta-come": lambda d, layout, nbytes, seed: delta_come(d, layout, nbytes),
+    "largest": lambda d, layout, nbytes, seed: largest(d, layout, nbytes, exact=False),
+}
+TRAINED = ("survivors b1", "survivors b2", "survivors b4", "pulled")
+WAYS = (
+    "uniform", "own", "low-rank", "low-rank+own", "bitdelta", "largest+uniform", "ultradelta",
+    *SHRUNK,
+)  # fmt: skip
 FIT_ROWS = 100
 _NOBODY = "0" * 64
 _FACTORS = "b4"
-Pair = tuple[FloatVector, int]  # what arrives, and its bytes
 
 
 def sent(
@@ -144,7 +168,30 @@ def arrived(way: str, delta: FloatVector, layout: Layout, nbytes: int, seed: int
         first, size = low_rank(delta, layout, nbytes // 2, seed)
         rest, more = sent(delta - first, layout, nbytes - size, seed, by_tensor=True)
         return first + rest, size + more
-    raise ConfigError(f"way {way!r} is unknown{did_you_mean(way, WAYS)}")
+    if way == "largest+uniform":
+        first, size = largest(delta, layout, nbytes // 4, exact=True)
+        rest, more = sent(delta - first, layout, nbytes - size, seed, by_tensor=False)
+        return first + rest, size + more
+    if way == "ultradelta":
+        return ultradelta(delta, layout, nbytes, seed)
+    if way in SHRUNK:
+        return SHRUNK[way](delta, layout, nbytes, seed)
+    raise ConfigError(f"way {way!r} is unknown{did_you_mean(way, (*WAYS, *TRAINED))}")
+
+
+def _trained(
+    way: str, task: Any, base: State, layout: Layout, nbytes: int, seed: int
+) -> tuple[FloatVector, int, State]:
+    """What arrives of a training for the way, its bytes, and the head, which travels whole."""
+    if way == "pulled":
+        state = pulled(task, base, layout, seed)
+        change = layout.flatten(state) - layout.flatten(base)
+        pair = sent(change, layout, nbytes, seed, by_tensor=False)
+    else:
+        spec = survivors_spec(layout.size, nbytes, way.split()[1], seed)
+        state = learned(task, base, layout, spec, seed)
+        pair = resent(spec, layout.flatten(state) - layout.flatten(base))
+    return *pair, {name: array for name, array in state.items() if name not in layout}
 
 
 def run_row(row: Any) -> dict[str, Any]:
@@ -157,20 +204,20 @@ def run_row(row: Any) -> dict[str, Any]:
     heads = {name: array for name, array in tuned.items() if name not in layout}
     length = float(np.square(delta, dtype=np.float64).sum())
 
-    def score(moved: FloatVector) -> dict[str, float | None]:
+    def score(moved: FloatVector, heads: Any = heads) -> dict[str, float | None]:
         scores = task.evaluate({**layout.unflatten(start + moved), **heads})
         loss = round(scores["loss"], 4) if np.isfinite(scores["loss"]) else None
         return {"accuracy": round(scores["accuracy"], 4), "loss": loss}
 
     rows = np.arange(min(FIT_ROWS, len(task.train_rows)))
 
-    def fitted(moved: FloatVector) -> float:
+    def fitted(moved: FloatVector, choices: Sequence[float], heads: Any) -> float:
         def loss(factor: float) -> float:
             state = {**layout.unflatten(start + np.float32(factor) * moved), **heads}
             found = float(task.evaluate(state, rows, split="train")["loss"])
             return found if np.isfinite(found) else np.inf
 
-        return min(FACTORS, key=loss)
+        return min(choices, key=loss)
 
     points: list[dict[str, Any]] = [
         {"way": "tuned", **score(delta)},
@@ -178,9 +225,13 @@ def run_row(row: Any) -> dict[str, Any]:
     ]
     for way in settings["ways"]:
         for bits in settings["bits"] if way != "bitdelta" else [1.0]:
-            plain = way.removesuffix("+fit")
-            moved, size = arrived(plain, delta, layout, int(bits * delta.size / 8), row.seed)
-            factor = fitted(moved) if way != plain else 1.0
+            plain, nbytes, own = way.removesuffix("+fit"), int(bits * delta.size / 8), heads
+            if plain in TRAINED:
+                moved, size, own = _trained(plain, task, base, layout, nbytes, row.seed)
+            else:
+                moved, size = arrived(plain, delta, layout, nbytes, row.seed)
+            choices = LONGER if plain in SHRUNK else FACTORS
+            factor = fitted(moved, choices, own) if way != plain else 1.0
             moved *= np.float32(factor)
             error = float(np.square(moved - delta, dtype=np.float64).sum()) / length
             points.append(
@@ -191,7 +242,7 @@ def run_row(row: Any) -> dict[str, Any]:
                     "bits_a_parameter": round(8 * size / delta.size, 5),
                     "factor": factor,
                     "nmse": round(error, 4),
-                    **score(moved),
+                    **score(moved, own),
                 }
             )
     tensors = sum(len(e.shape) >= 2 for e in layout.entries)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from functools import lru_cache
+from pathlib import Path
 
 import numpy as np
 from flwr.app import (
@@ -34,7 +35,14 @@ from dare_agg.flower.warm import warm_trainer
 # The word for what a run does not train, in the answer to "initial" and in each round's config.
 FROZEN = "frozen-base"
 
-app = ClientApp(mods=[warm_trainer("client.app:app"), secure_mod, dare_mod])
+
+def own_files(context: Context) -> list[Path]:
+    """What lies on this node's disk of its data and model."""
+    config = task_config(_run_config(context), context.node_config)
+    return [Path(name) for name in (config.data, config.test_data, config.model) if name]
+
+
+app = ClientApp(mods=[warm_trainer("client.app:app", own_files), secure_mod, dare_mod])
 secure_queries(app, find_base=model_path)
 
 

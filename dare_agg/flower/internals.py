@@ -13,7 +13,9 @@ import importlib
 import inspect
 import logging
 import sys
+import time
 from collections.abc import Callable, Collection, Sequence
+from contextlib import AbstractContextManager
 from dataclasses import dataclass, replace
 from enum import IntEnum
 from importlib.metadata import PackageNotFoundError, distribution
@@ -49,7 +51,8 @@ INTERNALS = {
     "reception": Internal(
         "flwr.supernode.start_client_internal:_pull_and_store_message",
         "takes a message and its run's bundle; wrapped so that every bundle is asked about, "
-        "without which a SuperNode would run whatever app it is sent",
+        "without which a SuperNode would run whatever app it is sent, and so that a node without "
+        "work asks again soon",
     ),
     "verification": Internal(
         "flwr.supernode.start_client_internal:_verify_fab",
@@ -62,7 +65,8 @@ INTERNALS = {
     ),
     "sending": Internal(
         "flwr.supernode.start_client_internal:_push_messages",
-        "sends replies, exceptions verbatim; wrapped so that a party's stay in its own log",
+        "sends replies, exceptions verbatim; wrapped so that a party's stay in its own log, and so "
+        "that a reply goes out when it is there",
     ),
     "object-tree": Internal(
         "flwr.supercore.inflatable.inflatable_object:get_object_tree",
@@ -299,6 +303,68 @@ def guard_bundles(accept: Callable[[bytes, str, str], bool]) -> None:
 
     _replace("verification", verified)
     _replace("reception", guarded_pull)
+
+
+def ask_sooner(
+    pause_after: Callable[[float], float], receiving: AbstractContextManager[object]
+) -> None:
+    """Have this process's SuperNode ask for work again ``pause_after(waited)`` seconds after it
+    got none, where Flower sleeps for three; each time within ``receiving``, until all is there.
+
+    Raises `FlowerVersionError` with a Flower whose SuperNode was not looked at.
+    """
+    check_version("a SuperNode that asks sooner")
+    pull = internal("reception")
+
+    def asking(**words: Any) -> int:
+        began = time.monotonic()
+        while True:
+            with receiving:
+                run = pull(**words)
+            if run is not None:
+                return int(run)
+            time.sleep(pause_after(time.monotonic() - began))
+
+    _replace("reception", asking)
+
+
+def send_sooner(pause: float) -> None:
+    """Have this process's SuperNode see every ``pause`` seconds whether a reply and all its parts
+    are there, where Flower looks twice a second, and as often for each part.
+
+    Raises `FlowerVersionError` with a Flower whose SuperNode was not looked at.
+    """
+    check_version("a SuperNode that sends sooner")
+    push = internal("sending")
+    _check_words("sending", push, ("state", "object_store"))
+
+    def is_there(store: Any, tree: Any) -> bool:
+        return store.get(tree.object_id) != b"" and all(is_there(store, t) for t in tree.children)
+
+    def soon(**words: Any) -> None:
+        state, store = words["state"], words["object_store"]
+        while not (replies := state.get_messages_legacy(is_reply=True)):
+            time.sleep(pause)
+        until = time.monotonic() + _LOOK_SECONDS
+        trees = [store.get_object_tree(reply.metadata.message_id) for reply in replies]
+        while not all(is_there(store, tree) for tree in trees) and time.monotonic() < until:
+            time.sleep(pause)
+        push(**{**words, "state": _Found(state, replies)})
+
+    _replace("sending", soon)
+
+
+class _Found:
+    """A SuperNode's state that has been asked for its replies, and tells them once more."""
+
+    def __init__(self, state: Any, replies: Sequence[Message]) -> None:
+        self._state, self._replies = state, replies
+
+    def get_messages_legacy(self, **_: Any) -> Sequence[Message]:
+        return self._replies
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._state, name)
 
 
 def guard_errors(told: Collection[str], otherwise: str) -> None:

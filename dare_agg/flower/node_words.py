@@ -18,8 +18,9 @@ NODE_WORDS: Mapping[str, tuple[str, str]] = MappingProxyType(
         "base": ("the hub's cache", "a run's base on this machine: folder, file, hub's name"),
         "uplink-kbit-s": ("0: unknown", "its uplink; with the run's upload-seconds it gets its own "
                           "drop rate and value format"),
-        "warm": ("false", "keep a trainer process between rounds"),
-        "warm-idle": ("1800", "seconds after which an unused trainer ends"),
+        "warm": ("true under a SuperNode, but in secure sums", "keep a trainer process between "
+                 "messages of a run"),
+        "warm-idle": ("600", "seconds after which an unused trainer ends"),
         "secure-identity": ("none", "file of this party's private key; with it the node takes part "
                             "in secure sums only"),
         "secure-roster": ("none", "file of the signed roster"),

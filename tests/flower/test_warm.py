@@ -3,6 +3,7 @@
 import os
 import shutil
 import signal
+import subprocess
 import sys
 import tempfile
 import textwrap
@@ -20,9 +21,13 @@ APP = """
     import os
     from flwr.app import ArrayRecord, Context, Message, MetricRecord, RecordDict
     from flwr.clientapp import ClientApp
+    from pathlib import Path
     from dare_agg.flower.warm import warm_trainer
 
-    app = ClientApp(mods=[warm_trainer("warm_toy:app")])
+    def watch(context):
+        return [Path(str(name)) for name in [context.node_config.get("data-path")] if name]
+
+    app = ClientApp(mods=[warm_trainer("warm_toy:app", watch)])
 
     @app.train()
     def train(msg, context):
@@ -30,7 +35,8 @@ APP = """
             raise ValueError("no such luck")
         seen = context.state.metric_records.get("seen", MetricRecord({"count": 0}))
         context.state["seen"] = MetricRecord({"count": seen["count"] + 1})
-        metrics = MetricRecord({"pid": os.getpid(), "count": seen["count"] + 1})
+        here = int(Path("toy.csv").exists())
+        metrics = MetricRecord({"pid": os.getpid(), "count": seen["count"] + 1, "here": here})
         return Message(
             RecordDict({"arrays": msg.content["arrays"], "metrics": metrics}), reply_to=msg
         )
@@ -47,9 +53,9 @@ def node(tmp_path, monkeypatch):
     import warm_toy
 
     class Node:
-        def __init__(self, **config):
+        def __init__(self, run=7, **config):
             config = {"client-name": "a", "warm": True, **config}
-            self.context = Context(7, 11, config, RecordDict(), {"rate": 0.5})
+            self.context = Context(run, 11, config, RecordDict(), {"rate": 0.5})
 
         def send(self, **config):
             arrays = ArrayRecord({"w": Array(np.arange(300_000, dtype=np.float32))})
@@ -108,13 +114,112 @@ def test_a_trainer_that_cannot_start_leaves_the_message_to_flowers_process(node,
 
 
 def test_an_unused_trainer_ends(node):
-    pid = node(**{"warm-idle": 0.3}).metrics()["pid"]
-    until = time.monotonic() + 10
+    assert ends(node(**{"warm-idle": 0.3}).metrics()["pid"])
+
+
+def ends(pid):
+    """Whether a trainer, a child of this process, ends."""
+    until = time.monotonic() + 30
     while time.monotonic() < until:
         if os.waitpid(pid, os.WNOHANG)[0] == pid:
-            return
+            return True
         time.sleep(0.05)
-    pytest.fail("it is still there")
+    return False
+
+
+def test_another_run_has_a_trainer_of_its_own_and_the_old_one_gives_way(node, monkeypatch):
+    first, second = node(run=7), node(run=8)
+    one, two = first.metrics()["pid"], second.metrics()["pid"]
+    assert len({one, two, os.getpid()}) == 3
+    # Two runs at a time keep their trainers; one that waits ends when a third begins.
+    assert (first.metrics()["pid"], second.metrics()["pid"]) == (one, two)
+    monkeypatch.setattr(warm, "GIVE_WAY_SECONDS", -1.0)
+    third = node(run=9).metrics()["pid"]
+    assert third not in (one, two) and ends(one) and ends(two)
+
+
+def test_relative_paths_mean_the_same_and_nothing_is_imported_from_there(
+    node, tmp_path, monkeypatch
+):
+    there = tmp_path / "there"
+    there.mkdir()
+    (there / "toy.csv").write_text("1")
+    (there / "flwr.py").write_text("raise ImportError('of the folder')")
+    monkeypatch.chdir(there)
+    found = node().metrics()
+    assert found["here"] == 1 and found["pid"] != os.getpid()
+
+
+def test_another_config_of_the_node_has_a_trainer_of_its_own(node):
+    assert node(threads=1).metrics()["pid"] != node(threads=2).metrics()["pid"]
+
+
+@pytest.mark.parametrize("changed", ["content", "replaced", "gone", "more"])
+def test_a_trainer_that_read_what_has_changed_is_replaced(node, tmp_path, changed):
+    data = tmp_path / "data"
+    (data / "deep").mkdir(parents=True)
+    rows = data / "deep" / "rows.csv"
+    rows.write_text("one")
+    one = node(**{"data-path": str(data)})
+    pid = one.metrics()["pid"]
+    assert one.metrics()["pid"] == pid
+    if changed == "content":
+        rows.write_text("two and more")
+    elif changed == "replaced":
+        (data / "new").write_text("two")
+        (data / "new").replace(rows)
+    elif changed == "gone":
+        rows.unlink()
+    else:
+        (data / "other.csv").write_text("two")
+    after = one.metrics()
+    assert after["pid"] not in (pid, os.getpid()) and after["count"] == 3
+    assert ends(pid)
+    assert one.metrics()["pid"] == after["pid"]
+
+
+def test_a_trainer_ends_with_the_process_that_it_was_started_under(node, tmp_path):
+    """The SuperNode's own launcher: whatever ends it, its trainers go, too."""
+    code = (
+        "import os, sys, time\n"
+        "if os.fork() == 0:\n"
+        "    from dare_agg.flower import warm\n"
+        "    from flwr.app import Context, RecordDict\n"
+        "    import warm_toy\n"
+        "    context = Context(7, 11, {'warm': True}, RecordDict(), {})\n"
+        "    trainer = warm.find_trainer('warm_toy:app', context)\n"
+        "    warm._ensure_running(trainer)\n"
+        "    print(trainer.log, flush=True)\n"
+        "    os._exit(0)\n"
+        "time.sleep(600)\n"
+    )
+    path = os.pathsep.join([str(tmp_path), os.environ.get("PYTHONPATH", "")])
+    with subprocess.Popen(
+        [sys.executable, "-c", code],
+        stdout=subprocess.PIPE,
+        text=True,
+        env={**os.environ, "PYTHONPATH": path},
+    ) as parent:
+        log = Path(parent.stdout.readline().strip())
+        pid = int(log.read_text().split("warm trainer ")[1].split()[0])
+        os.kill(pid, 0)
+        parent.kill()
+    until = time.monotonic() + 30
+    with pytest.raises(ProcessLookupError):
+        while time.monotonic() < until:
+            os.kill(pid, 0)
+            time.sleep(0.05)
+
+
+def test_it_stays_by_default_under_a_supernode_alone_and_never_with_secure_keys(monkeypatch):
+    def wanted(**config):
+        return warm.is_wanted(Context(7, 11, config, RecordDict(), {}))
+
+    assert not wanted() and not wanted(**{"partition-id": 1})
+    monkeypatch.setattr(sys, "argv", ["/usr/bin/flwr-clientapp", "--token", "x"])
+    assert wanted() and not wanted(warm=False)
+    assert not wanted(**{"secure-identity": "north.key"})
+    assert wanted(**{"secure-identity": "north.key", "warm": True})
 
 
 def test_a_folder_too_deep_for_a_socket_is_refused(tmp_path, monkeypatch):

@@ -22,9 +22,10 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from dare_agg.errors import ConfigError
-from dare_agg.flower.internals import app_bundle, guard_bundles, guard_errors, run_program
+from dare_agg.flower.internals import app_bundle, guard_bundles, guard_errors
 from dare_agg.flower.records import one_line
 from dare_agg.flower.secure.gate import KEPT_HERE, TURNED_AWAY
+from dare_agg.flower.supernode import run_supernode
 
 LOG = logging.getLogger("flwr")
 _OTHER = ("", -1)
@@ -98,6 +99,8 @@ def pin(ours: OwnApp) -> None:
 def run_pinned(app: Path, arguments: Sequence[str]) -> None:
     """Run ``flower-supernode`` with these arguments, pinned to the app of a folder.
 
+    It waits as shortly as `dare_agg.flower.supernode`.
+
     Apps are unpacked into a folder of this process's own: Flower takes what lies under an app's
     name for the app, and other runs' or users' would lie there too.
     """
@@ -107,7 +110,7 @@ def run_pinned(app: Path, arguments: Sequence[str]) -> None:
     LOG.info("this SuperNode runs the app of %s alone (%d files)", app, len(ours.files))
     with tempfile.TemporaryDirectory(prefix="dare-agg-apps-") as folder:
         os.environ["FLWR_HOME"] = folder
-        run_program("flower-supernode", arguments)
+        run_supernode(arguments)
 
 
 def _digest(data: bytes) -> str:

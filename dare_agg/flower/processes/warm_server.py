@@ -16,11 +16,21 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
+from flwr.app import Context
 from flwr.clientapp import ClientApp
 
 from dare_agg.errors import ConfigError
 from dare_agg.flower.internals import failure, set_task
-from dare_agg.flower.warm import HANDLE, IDLE_SECONDS, UNLIMITED, pack_call, unpack_call
+from dare_agg.flower.processes.watched import Seen, signature
+from dare_agg.flower.warm import (
+    HANDLE,
+    IDLE_SECONDS,
+    STALE,
+    UNLIMITED,
+    pack_call,
+    unpack_call,
+    watch_of,
+)
 
 LOG = logging.getLogger("flwr")
 
@@ -30,14 +40,23 @@ class Handler:
 
     def __init__(self, app: ClientApp) -> None:
         self.app = app
+        self.watch = watch_of(app)
+        self.seen: Seen | None = None
         self.used = time.monotonic()
         self.busy = threading.Lock()
 
     def handle(self, call: bytes, _: object = None) -> bytes:
-        """Run one packed call; what the app raises becomes Flower's error reply."""
+        """Run one packed call; what the app raises becomes Flower's error reply.
+
+        `STALE` where files that the app may have read have changed since the first call.
+        """
         with self.busy:
             began = time.monotonic()
             task, message, context = unpack_call(call)
+            found = self.look(context)
+            if found != (found if self.seen is None else self.seen):
+                return STALE
+            self.seen = found
             set_task(task, context.run_id, context.node_id)
             try:
                 reply = self.app(message, context)
@@ -47,6 +66,16 @@ class Handler:
             self.used = time.monotonic()
             LOG.info("%s in %.2f s", message.metadata.message_type, self.used - began)
             return pack_call(reply, context)
+
+    def look(self, context: Context) -> Seen:
+        """The state of what is watched, before the app reads any of it."""
+        if self.watch is None:
+            return ()
+        try:
+            return signature(self.watch(context))
+        except Exception as error:  # whatever the app finds wrong it says itself
+            LOG.warning("what this app reads is not known: %s", error)
+            return ()
 
     def idle_for(self) -> float:
         """Seconds since the last message; 0 while one is handled."""

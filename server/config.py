@@ -52,7 +52,8 @@ class RunConfig(BaseModel):
         format are the finest that fit, with auto no finer than chosen; none: no bound.
     upload_seconds: the most seconds that a client's update takes over the uplink it tells
         (``uplink-kbit-s`` of its node config); 0: no bound.
-    mask: how survivors are drawn: one in each run of neighbours, or each by itself.
+    mask: which elements are sent: "stratified", exactly one of every 1/(1 - p) neighbours, or
+        "bernoulli", each by a draw of its own, as in the paper.
     keep_rates: "uniform": of every tensor the same share survives; "own": in proportion to its
         change, as each client finds it; "last": as it was in the round before.
     directions: with dare-wudi, leading directions of each Linear's change beside the survivors;

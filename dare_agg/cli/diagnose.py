@@ -101,9 +101,9 @@ def diagnose(
                 )
         console.print(pairs)
         console.print(
-            "survivors per element n(1-p): "
+            "models that keep any one element, on average: "
             + ", ".join(f"{n:g} at {p}" for p, n in found.survivors.items())
-            + "; below 2 ties is task arithmetic",
+            + "; below 2 there is rarely a second sign, and ties does what task-arithmetic does",
             highlight=False,
         )
     if layers:

@@ -35,8 +35,8 @@ _SIGN_TIE = Option(
 _AGREEING_OR_NOT = {"true": "agreeing", "false": "none"}
 _NORMALIZE = Option(
     "agreeing",
-    "divide by the weights that agree, by the expected weights n(1-p) before the rescale, or "
-    "not; max takes the largest",
+    "divide by the weight of the models that agree; by the weight that models have at an element "
+    "on average, once a share of elements is dropped; or not; max takes the largest",
     ("agreeing", "expected", "none", "max"),
     also=_AGREEING_OR_NOT,
 )

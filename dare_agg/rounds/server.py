@@ -167,7 +167,7 @@ def merge_round(
     """Merge the accepted updates of a round, in the order of the plans.
 
     The order in which they arrived does not matter. Every update is unbiased by itself, so
-    clients with different drop rates and value formats mix without correction.
+    clients with different drop rates and value formats are merged as they are.
 
     Raises `MergeError` where no update was accepted.
     """

@@ -40,7 +40,7 @@ class UpdateTerms:
         largest number of examples (or tokens) a client may claim: 2^53, where float64 stops
         telling one from the next.
     rescale
-        False sends unscaled survivors (error feedback needs it).
+        whether survivors are multiplied by 1/(1 - p); error feedback needs them as they are.
     statistics
         kind of statistics to be sent along ("" for none); a run's settings take it
         from the merge method.

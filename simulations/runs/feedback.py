@@ -1,10 +1,10 @@
 """Error feedback: a client keeps what it did not send and adds it to its next delta.
 
-    y = δ + e,   send the unscaled survivors of y,   e ← y − what the receiver decodes
+    y = δ + e,   send the survivors of y as they are,   e ← y − what the receiver decodes
 
-(Seide et al. 2014; Karimireddy et al., arXiv 1901.09847.) Only for unscaled survivors: with the
-factor 1/(1−p) the memory e grows from round to round. Not part of the library: DARE's own
-rescale does better in every run measured (docs/RESULTS.md, "Where DARE loses").
+(Seide et al. 2014; Karimireddy et al., arXiv 1901.09847.) Multiplied by 1/(1−p), the memory e
+would grow from round to round. Not part of the library: DARE's own rescale does better in every
+run measured (docs/RESULTS.md, "Where DARE loses").
 """
 
 from __future__ import annotations

@@ -67,7 +67,7 @@ APPS: Mapping[str, App] = {
         App(
             "whisper-federated-finetuning", "speech_commands",
             "made sounds; random convolutions for whisper-tiny's encoder",
-            (480, 144), 5, 12, "test_accuracy", central=True,
+            (480, 144), 5, 24, "test_accuracy", central=True,
             config={"central-eval": True, "fraction-train": 1.0},
         ),
         App(

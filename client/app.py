@@ -21,6 +21,14 @@ from client.kept_optimizer import KeptOptimizer
 from client.models import model_path
 from client.own import own_words
 from client.partition import hold_out, partition
+from client.record_budget import (
+    Party,
+    begin_training,
+    check_record_words,
+    party_of,
+    record_privacy,
+    train_privately,
+)
 from client.rows import Indices
 from client.schedule import Progress
 from client.training import FineTuning, build_task
@@ -139,9 +147,22 @@ def train(msg: Message, context: Context) -> Message:
     moments = None
     if task.config.keep_optimizer:
         moments = _kept_optimizer(context, str(config.get("method", "")), progress.round)
-    state, examples, metrics = task.train(
-        _state(msg, task), rows, seed=seed, progress=progress, moments=moments
-    )
+    received, method = _state(msg, task), str(config.get("method", ""))
+    words = {"seed": seed, "progress": progress, "moments": moments}
+    if (privacy := record_privacy(_run_config(context), context.node_config)) is not None:
+        check_record_words(task.config)
+        run_name = f"{_run_name(context)} {method}"
+        state, metrics = train_privately(
+            lambda how: task.train(received, rows, privately=how, **words)[0],  # type: ignore[arg-type]
+            lambda: begin_training(
+                _party(context), privacy, task.config, len(rows), run_name,
+                progress.rounds - progress.round + 1, {"seed": seed}, received,
+            ),
+            task.config,
+        )  # fmt: skip
+        examples = len(rows)
+    else:
+        state, examples, metrics = task.train(received, rows, **words)  # type: ignore[arg-type]
     measured = MetricRecord({"num-examples": examples, **metrics})
     reply = RecordDict({"arrays": to_record(state), "metrics": measured})
     if "statistics" in config:
@@ -154,13 +175,23 @@ def train(msg: Message, context: Context) -> Message:
 
 def _kept_optimizer(context: Context, method: str, number: int) -> KeptOptimizer:
     """Where this node's moments of a run lie; a resumed run is the one that it goes on with."""
-    run = context.run_config
-    name = str(run["output"]) or str(context.run_id)
     return KeptOptimizer(
         folder_of(context) / "optimizer",
         client_name(context) or str(context.node_id),
-        (name, str(run["seed"]), method),
+        (_run_name(context), str(context.run_config["seed"]), method),
         number,
+    )
+
+
+def _run_name(context: Context) -> str:
+    """What names a run to its clients: a resumed one is the one that it goes on with."""
+    return str(context.run_config["output"]) or str(context.run_id)
+
+
+def _party(context: Context) -> Party:
+    """Whose budget a training of this node is charged to."""
+    return party_of(
+        context.node_config, _run_name(context), client_name(context), folder_of(context)
     )
 
 

@@ -26,6 +26,7 @@ from client.devices import Compute, compute_of
 from client.kept_optimizer import KeptOptimizer
 from client.learning import Lesson, Reading, learn
 from client.modes import evaluating, prepare, seeded
+from client.privately import PrivateSteps, check_private, learn_privately
 from client.rows import Data, Indices, Rows
 from client.schedule import ONLY_ROUND, Progress
 from client.stopping import EarlyStop, rows_aside
@@ -181,14 +182,18 @@ class FineTuning:
         seed: Sequence[int],
         progress: Progress = ONLY_ROUND,
         moments: KeptOptimizer | None = None,
+        privately: PrivateSteps | None = None,
     ) -> tuple[State, int, Metrics]:
         """Train on these rows; return (state, rows seen for weighting, measurements).
 
         ``progress`` says which round of how many this is, for schedules over a whole run;
-        ``moments`` where the optimizer's lie between rounds.
+        ``moments`` where the optimizer's lie between rounds; ``privately`` how each step hides
+        single rows, of which nothing is measured then.
         """
         if not len(rows):
             raise ConfigError("a client has no rows to train on; use fewer clients or more data")
+        if privately is not None:
+            return self._train_privately(state, rows, seed, progress, moments, privately)
         rows, stop_rows = rows_aside(rows, self.config, self.readable)
         named = self._place(state)
         model = self._load()
@@ -230,6 +235,42 @@ class FineTuning:
                 "early-stop-step": lesson.stop.best_step,
             }
         return returned_state(named, state), examples, measured
+
+    def _train_privately(
+        self,
+        state: Mapping[str, NDArray],
+        rows: Indices,
+        seed: Sequence[int],
+        progress: Progress,
+        moments: KeptOptimizer | None,
+        how: PrivateSteps,
+    ) -> tuple[State, int, Metrics]:
+        named = self._place(state)
+        model = self._load()
+        prepare(model, self.config)
+        check_private(model, self.config)
+        for name, parameter in model.named_parameters():
+            parameter.requires_grad_(name in named)
+        with (
+            own_components(model, named, self.config) as learned,
+            # By a secret: which outputs a row drops would tell how many rows came before it.
+            seeded(how.secret_seed, self.config, self.compute),
+        ):
+            lesson = Lesson(
+                self.config,
+                self.compute,
+                model,
+                learned,
+                read=lambda at: self._read("train", at),
+                loss=self._loss,
+                progress=progress,
+                moments=moments,
+                seed=seed,
+            )
+            learn_privately(lesson, rows, how, lambda at: self.readable("train", at))
+        model.zero_grad(set_to_none=True)
+        self.compute.release()
+        return returned_state(named, state), len(rows), {}
 
     def _early_stop(self, named: Mapping[str, Any], rows: Indices) -> EarlyStop:
         def measure() -> float:

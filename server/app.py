@@ -36,6 +36,7 @@ from server.config import RunConfig
 from server.export import describe_model, export_model
 from server.privacy import client_privacy, privacy_facts, promised
 from server.reading import read_config
+from server.record_privacy import RECORDS, largest_told, promised_records, record_facts
 from server.recorder import Recorder
 from server.resumed import check_resumed
 from server.secure import merge_models, secure_strategy
@@ -121,6 +122,7 @@ def run_method(
     totals = {"upload_bytes": 0, "download_bytes": 0}
     kept = StateFolder(state_folder(recorder.folder, name))
     moved: list[RoundOutcome] = []  # the last round that moved the model
+    told_privacy: dict[str, float] = {}  # the most of all rounds
 
     def record(outcome: RoundOutcome) -> None:
         row = _row(name, outcome, time.monotonic() - began, bool(strategy.downlink.facts()))
@@ -132,9 +134,16 @@ def run_method(
         if not outcome.measurements["accepted"] and not released:  # nothing to go on from
             return
         moved[:] = [outcome]
+        for key, value in record_facts(outcome.train_metrics or {}).items():
+            told_privacy[key] = max(value, told_privacy.get(key, value))
         if config.keep_state:
             # After the row: a resumed run drops rows of rounds that were not kept.
-            told = {"totals": totals, FROZEN: str(orders.get(FROZEN, "")), **_facts(outcome)}
+            told = {
+                "totals": totals,
+                FROZEN: str(orders.get(FROZEN, "")),
+                **_facts(outcome),
+                "record_privacy": told_privacy,
+            }
             save(strategy, kept, outcome, told)
 
     strategy = make(record)
@@ -142,6 +151,7 @@ def run_method(
     recorder.rewind(name, resumed.round if resumed else 0)
     if resumed is not None:
         totals.update(resumed.facts["totals"])
+        told_privacy.update(resumed.facts.get("record_privacy", {}))
         frozen = str(resumed.facts.get(FROZEN, ""))
         initial = None if config.base else to_record(kept.load_base())
     else:
@@ -179,6 +189,7 @@ def run_method(
             "seed": config.seed,
             "metrics": facts["metrics"],
             **promised(strategy),
+            **promised_records(config, told_privacy),
             "config": config.model_dump(by_alias=True),
         }
         out = recorder.folder / f"model-{name}"
@@ -285,6 +296,7 @@ def make_strategy(config: RunConfig, name: str, record: Any, state: Path) -> Rou
         min_replies=config.min_replies,
         max_empty_rounds=config.max_empty_rounds,
         privacy=client_privacy(config, state),
+        train_metrics_aggr_fn=largest_told if config.dp == RECORDS else None,
         round_hook=record,
         # FedAvg and the head alone are there to compare with: they send what they send.
         upload_budget=config.budget() if "drop_rate" not in METHODS[name].words else None,
@@ -364,6 +376,7 @@ def _row(method: str, outcome: RoundOutcome, seconds: float, stepwise: bool) -> 
         touched=merge.get("touched"),
         **_secure_facts(measured),
         **privacy_facts(measured),
+        **record_facts(outcome.train_metrics or {}),
         **adapter_facts(measured),
         merged_norm=measured.get("merged_norm"),
         delta_max=max(measured["delta_max"], default=None),

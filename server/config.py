@@ -92,12 +92,15 @@ class RunConfig(BaseModel):
     prometheus_port: port of the run's measurements for Prometheus; 0: none.
     prometheus_host: address that it listens on.
     dp: whom the run promises differential privacy (docs/PRIVACY.md): "clients", whose updates the
-        server clips and adds noise to; none: nobody.
+        server clips and adds noise to; "records", each client's rows, whose gradients it clips and
+        adds noise to by itself; none: nobody.
     dp_epsilon: the budget ε; the run ends when it is spent.
-    dp_delta: its δ, below 1/dp-members; 0: dp-members^−1.1, at most a tenth of 1/dp-members.
-    dp_members: how many clients there are; everyone may know it.
-    dp_clip: largest norm of what a client adds to the sum, survivors rescaled.
-    dp_quantile: share of clients that should lie below the norm, which then follows; 0: it stays.
+    dp_delta: its δ, below 1/n among n clients (dp-members) or rows; 0: n^−1.1, at most a tenth of
+        1/n.
+    dp_members: with clients: how many there are; everyone may know it.
+    dp_clip: largest norm of what a client adds to the sum, survivors rescaled; of a row's gradient.
+    dp_quantile: with clients: share of them that should lie below the norm, which then follows; 0:
+        it stays.
     dp_noise: noise multiplier; 0: the least with which all rounds keep ε.
     dp_weak: admit an ε above 50, which promises next to nothing.
     secure: what is summed, so that the server sees no single update; none: a plain run.
@@ -161,7 +164,7 @@ class RunConfig(BaseModel):
     prometheus_port: int = Field(ge=0, lt=1 << 16)
     prometheus_host: str
 
-    dp: Literal["", "clients"]
+    dp: Literal["", "clients", "records"]
     dp_epsilon: float
     dp_delta: float
     dp_members: int = Field(ge=0)

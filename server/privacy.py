@@ -10,6 +10,7 @@ from dare_agg.errors import ConfigError, refuse
 from dare_agg.flower.round_strategy import RoundStrategy
 from dare_agg.flower.strategy import DareStrategy
 from dare_agg.privacy.clients import ClientPrivacy
+from server.record_privacy import RECORDS, check_record_run
 
 CLIENTS = "clients"
 BUDGET_FILE = "privacy.budget"
@@ -29,8 +30,11 @@ def check_privacy_words(
             if value != defaults[f"dp-{name}"]:
                 raise ConfigError(
                     f"dp-{name} = {value!r} without dp, which promises nothing; set "
-                    f'dp = "{CLIENTS}", or leave dp-{name} out'
+                    f'dp = "{CLIENTS}" or "{RECORDS}", or leave dp-{name} out'
                 )
+        return
+    if config.dp == RECORDS:
+        check_record_run(config, methods, defaults)
         return
     refusals: tuple[tuple[object, str], ...] = (
         (not config.dp_members, "needs dp-members, how many clients there are; everyone may know "

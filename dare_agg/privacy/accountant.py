@@ -112,9 +112,16 @@ def noise_for(epsilon: float, delta: float, releases: int, rate: float = 1.0) ->
 
     At most a thousandth above the least. Raises `ConfigError` where even the largest does not.
     """
+    return noise_beside(Spent(), epsilon, delta, releases, rate)
+
+
+def noise_beside(
+    already: Spent, epsilon: float, delta: float, releases: int, rate: float = 1.0
+) -> float:
+    """As `noise_for`, where ``already`` counts towards ``epsilon`` too."""
 
     def holds(noise: float) -> bool:
-        return Spent().add(noise, rate, releases).epsilon(delta) <= epsilon
+        return already.add(noise, rate, releases).epsilon(delta) <= epsilon
 
     low, high = 0.5, 1.0
     while not holds(high):
@@ -188,6 +195,7 @@ __all__ = [
     "check_budget",
     "concentrated_epsilon",
     "default_delta",
+    "noise_beside",
     "noise_for",
     "rho_for",
     "spent",

@@ -188,6 +188,9 @@ NODE_KEYS = (*_OWN, *_MACHINE, "labels")
 NODE_WORDS: Mapping[str, tuple[str, str]] = {
     "data-path": ("the run's data", "this node's own data, whole: a file or folder; as `data`"),
     "lora-rank": ("the run's", "how many of the rank's components this node learns"),
+    "dp-budget": ("below cache", "file of this party's privacy budget, over all runs"),
+    "dp-epsilon": ("the run's", "the most that all runs together may spend of it"),
+    "dp-delta": ("the run's", "its δ"),
 }
 
 

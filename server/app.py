@@ -7,6 +7,7 @@ import math
 import os
 import time
 from collections.abc import Callable, Mapping
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -24,6 +25,7 @@ from dare_agg.flower.round_strategy import RoundStrategy
 from dare_agg.flower.transport import to_numpy, to_record
 from dare_agg.rounds.adapters import merge_products
 from dare_agg.rounds.state import StateFolder
+from dare_agg.runs.by_client import by_client
 from dare_agg.runs.by_task import TOLD_BY, by_client_and_task
 from dare_agg.runs.claim import SERVER, claim
 from dare_agg.runs.ending import COMPLETED, FAILED, INTERRUPTED, RUNNING
@@ -147,6 +149,7 @@ def run_method(
             save(strategy, kept, outcome, told)
 
     strategy = make(record)
+    strategy.standing.tell = lambda stand: recorder.now({"method": name, **asdict(stand)})
     resumed = resume(strategy, kept) if config.resume else None
     recorder.rewind(name, resumed.round if resumed else 0)
     if resumed is not None:
@@ -359,6 +362,7 @@ def _row(method: str, outcome: RoundOutcome, seconds: float, stepwise: bool) -> 
         accepted=measured["accepted"],
         rejected=measured["rejected"],
         **{key: told for key in _WHERE_ANY if (told := measured.get(key))},
+        **({"by_client": told} if (told := by_client(measured)) else {}),
         **({"by_task": by_task} if by_task else {}),
         parameters=outcome.model.delta.size,
         update_bytes_per_client=updates // count,

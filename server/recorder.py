@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import logging
 import math
@@ -15,7 +16,8 @@ from typing import Any
 from dare_agg.errors import StateError
 from dare_agg.files.atomic import REMEDY, replace_file
 from dare_agg.files.json_text import parse_json
-from dare_agg.runs.log import row_line, seconds_left, state_line
+from dare_agg.runs.log import now_line, row_line, seconds_left, state_line
+from dare_agg.runs.now import NOW_FILE, now_text
 from dare_agg.runs.prometheus import Exporter
 from dare_agg.runs.rows import METRICS_FILE, STATE_FILE, RunRow
 
@@ -61,6 +63,13 @@ class Recorder:
         value = {"status": state, "token": self.token, "config": dict(self.config), **more}
         write_json(self.folder / STATE_FILE, value, _REMEDY)
         LOG.info("%s", state_line(value))
+
+    def now(self, now: Mapping[str, Any]) -> None:
+        """Write what the run does right now; a disk that is full stops no round for it."""
+        told = {**now, "at": round(time.time(), 1)}
+        with contextlib.suppress(StateError):
+            replace_file(self.folder / NOW_FILE, (now_text(self.token, told),))
+        LOG.info("%s", now_line(told, self.token))
 
     def row(self, row: RunRow) -> None:
         """Append one row; numbers that are not finite become null."""

@@ -120,6 +120,11 @@ class Clients:
             waiting.say(len(ready), len(refusals))
             time.sleep(min(WAIT_SECONDS, max(0.01, deadline - time.monotonic())))
 
+    def called(self, node: int) -> str:
+        """The name of a node that was met, else its number."""
+        client = self.known.get(node)
+        return client.hello.name if client is not None else f"node {node}"
+
     def away(self) -> list[str]:
         """Names of the clients that were met and are no longer online, as whatever node."""
         here = {client.hello.name for node, client in self.known.items() if node in self.online}

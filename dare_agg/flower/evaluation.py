@@ -17,6 +17,7 @@ from dare_agg.flower.exchange import exchange
 from dare_agg.flower.limits import ReplyLimit
 from dare_agg.flower.metrics import MetricsFn, aggregate_metrics, told_metrics
 from dare_agg.flower.records import ASK_EVALUATE, Held, Refusal, failure_of, read_answer, unread
+from dare_agg.flower.standing import Standing
 from dare_agg.flower.transport import message_bytes
 from dare_agg.rounds.server import check_weight
 from dare_agg.rounds.weight_bound import bounded_weights
@@ -34,6 +35,7 @@ class Evaluation:
 
     broadcasting: Broadcasting
     limit: ReplyLimit
+    standing: Standing
     nbytes: int = 0
     failures: list[tuple[int, str, str]] = field(default_factory=list)
     told: dict[int, dict[str, float]] = field(default_factory=dict)
@@ -71,8 +73,11 @@ class Evaluation:
     def ask(self, grid: Grid, messages: Sequence[Message], timeout: float) -> list[Message]:
         """Send the messages; returns what came back."""
         replies, self.failures = [], []
+        if messages:
+            self.standing.ask("evaluate", (m.metadata.dst_node_id for m in messages))
         for index, reply in exchange(grid, messages, timeout, self.limit):
             sent = messages[index]
+            self.standing.heard(sent.metadata.dst_node_id)
             replies.append(taken := self.take(sent, reply))
             if taken.has_error():
                 self.failures.append((sent.metadata.dst_node_id, *failure_of(taken)))

@@ -26,6 +26,7 @@ from dare_agg.flower.lazy import lazy_record
 from dare_agg.flower.limits import OWN_BYTES, ReplyLimit
 from dare_agg.flower.records import ASK_TRAIN, ORDER_KEY, REPLY_KEY, is_order, one_line, unread
 from dare_agg.flower.replies import Inbox, TrainReply, metrics_and_weight
+from dare_agg.flower.standing import Standing
 from dare_agg.flower.transport import message_bytes
 from dare_agg.rounds.plan import RoundPlan
 from dare_agg.rounds.server import Rejection, check_weight
@@ -41,6 +42,7 @@ class OpenRound:
     plans: dict[int, RoundPlan]
     inbox: Inbox
     broadcasting: Broadcasting
+    standing: Standing
     reply_room: int = OWN_BYTES
     download: dict[int, int] = field(default_factory=dict)
     started: float = field(default_factory=time.monotonic)
@@ -101,6 +103,7 @@ class OpenRound:
         found: dict[int, Message] = {}
         self._ask_only({message.metadata.dst_node_id for message in messages})
         messages = [self.ready(message) for message in messages]
+        self.standing.ask("train", self.plans)
         while messages and (left := until - time.monotonic()) > 0:
             for message in messages:
                 set_lifetime(message, left + 60)
@@ -111,12 +114,14 @@ class OpenRound:
                     again.append(shown)
                 else:
                     found[messages[index].metadata.dst_node_id] = shown
+                    self.standing.heard(messages[index].metadata.dst_node_id)
             messages = again
             if again:
                 LOG.info(
                     "%d clients no longer hold their version; sending what they lack", len(again)
                 )
         self.inbox.close()
+        self.standing.note("merge")
         return [found[c.node] for c in self.clients if c.node in found]
 
     def ready(self, message: Message) -> Message:

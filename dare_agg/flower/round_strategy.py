@@ -37,6 +37,7 @@ from dare_agg.flower.named_base import open_base, store_for
 from dare_agg.flower.receiving import Lent, give_back, lend
 from dare_agg.flower.records import ASK_EVALUATE, ASK_TRAIN
 from dare_agg.flower.round_outcome import RoundOutcome
+from dare_agg.flower.standing import Standing
 from dare_agg.rounds.draws import run_secret
 from dare_agg.rounds.settings import FederatedSettings
 from dare_agg.rounds.step import StepState
@@ -131,6 +132,7 @@ class RoundStrategy(Strategy):
         self.store = store_for(self.named_base, state, downlink, verify_every, send_base)
         self.downlink: Downlink = self.store or downlink or make_downlink()
         self.clients = Clients(identities=self.identities)
+        self.standing = Standing(self.clients.called)
         self.broadcasting = Broadcasting(
             self.downlink,
             settings.terms.dense,
@@ -143,7 +145,9 @@ class RoundStrategy(Strategy):
         if send_base and self.named_base is not None:
             self._sent = OneFile(self.named_base.checkpoint)
             self.broadcasting.base_facts = {BASE_BYTES: str(self._sent.size)}
-        self.evaluation = Evaluation(self.broadcasting, ReplyLimit(own=self.reply_room))
+        self.evaluation = Evaluation(
+            self.broadcasting, ReplyLimit(own=self.reply_room), self.standing
+        )
         self.train_config = ConfigRecord()
         self.step_state = StepState()
         self.outcome: RoundOutcome | None = None
@@ -221,6 +225,7 @@ class RoundStrategy(Strategy):
                 break
             LOG.info("")
             LOG.info("[ROUND %d/%d]", number, num_rounds)
+            self.standing.begin(number, num_rounds)
             merged, train_metrics = self.train_round(number, arrays, train_config, grid, limit)
             arrays = self._follow(arrays if merged is None else merged)
             if train_metrics is not None:
@@ -243,6 +248,7 @@ class RoundStrategy(Strategy):
             if self._tell(train_metrics, client_metrics, server_metrics):
                 LOG.info("stopped early after round %d", number)
                 break
+        self.standing.note("end")
         result.arrays = arrays
         self.give_back()
         if self.named_base is not None:

@@ -252,6 +252,7 @@ class DareStrategy(RoundStrategy):
                 "drop_rate='auto' (set one: its choice shows norms)": chooser,
             }  # fmt: skip
             self.private = PrivateRounds(privacy, settings, self.fraction_train, others)
+            self.standing.names = False
 
     def _robust_steps(self) -> tuple[UpdateStep, ...]:
         """The robust rule as a step, where there is one and rounds have enough clients for it."""
@@ -404,7 +405,15 @@ class DareStrategy(RoundStrategy):
             signers=signers,
             layout=model.groups.layout,
         )
-        return OpenRound(number, list(chosen), by_node, inbox, self.broadcasting, self.reply_room)
+        return OpenRound(
+            number,
+            list(chosen),
+            by_node,
+            inbox,
+            self.broadcasting,
+            self.standing,
+            self.reply_room,
+        )
 
     def _opened_for(
         self, messages: Sequence[Message], number: int, arrays: ArrayRecord, grid: Grid

@@ -19,6 +19,7 @@ from dare_agg.files.atomic import replace_file
 from dare_agg.files.json_text import read_json
 from dare_agg.runs.ending import COMPLETED
 from dare_agg.runs.log import planned_rounds
+from dare_agg.runs.now import NOW_FILE
 from dare_agg.runs.rows import METRICS_FILE, STATE_FILE, RunRow, read_rows
 
 LOG_FILE = "run.log"
@@ -26,7 +27,7 @@ SIMULATION_FILE = "simulation.json"
 # The locks of the command and of the server.
 COMMAND, SERVER = ".command.lock", ".server.lock"
 # What a run that finished no round may have left; another one may take its place.
-_LEFT = {COMMAND, SERVER, LOG_FILE, METRICS_FILE, STATE_FILE}
+_LEFT = {COMMAND, SERVER, LOG_FILE, METRICS_FILE, NOW_FILE, STATE_FILE}
 _LEFT |= {SIMULATION_FILE, "flower", "keys", "state", "tensorboard"}
 _MOST_NAMES = 3
 _OTHER = "name another folder: --output (output in a run config)"

@@ -1,8 +1,9 @@
 """Watching a run: what its log carries, a copy of its measurements elsewhere, Prometheus.
 
-A server may run on another machine than whoever follows its log. So each row of measurements
-and each state of the run also goes into the log, one line of JSON behind a mark, and
-`Mirror` makes the run folder of the follower from it: progress, report and resume work there.
+A server may run on another machine than whoever follows its log. So each row of measurements,
+each state of the run and what it does right now also go into the log, one line of JSON behind a
+mark, and `Mirror` makes the run folder of the follower from it: progress, report and resume work
+there.
 
 What clients say is in that log too. Each of our lines therefore carries the run's token, drawn
 by the server, told in its first line before any client is asked anything, and never sent to one:
@@ -21,9 +22,10 @@ from typing import Any, TypeGuard
 
 from dare_agg.files.atomic import replace_file
 from dare_agg.files.json_text import parse_json, read_json
+from dare_agg.runs.now import NOW_FILE, now_text
 from dare_agg.runs.rows import METRICS_FILE, STATE_FILE, RunRow, read_rows
 
-_LINE = re.compile(r"dare-agg (row|state) ([0-9a-f]{16,64}) (\{.*)")
+_LINE = re.compile(r"dare-agg (row|state|now) ([0-9a-f]{16,64}) (\{.*)")
 
 
 def row_line(row: RunRow, token: str) -> str:
@@ -34,6 +36,11 @@ def row_line(row: RunRow, token: str) -> str:
 def state_line(state: Mapping[str, Any]) -> str:
     """The log line of the run's state, as run.json holds it; its ``token`` is the run's."""
     return f"dare-agg state {state['token']} {json.dumps(state)}"
+
+
+def now_line(now: Mapping[str, Any], token: str) -> str:
+    """The log line of what the run with this token does right now."""
+    return f"dare-agg now {token} {json.dumps(now)}"
 
 
 @dataclass
@@ -63,7 +70,7 @@ class Mirror:
         if token != self._token:
             return False
         if isinstance(value, dict):
-            (self._state if kind == "state" else self._row)(value)
+            {"state": self._state, "row": self._row, "now": self._now}[kind](value)
         return True
 
     def _state(self, state: dict[str, Any]) -> None:
@@ -85,9 +92,24 @@ class Mirror:
         kept = [old.values for old in rows if not _again(old, RunRow(row))]
         replace_file(path, ((json.dumps(one) + "\n").encode() for one in [*kept, row]))
 
+    def _now(self, now: dict[str, Any]) -> None:
+        if self._foreign:
+            replace_file(self.folder / NOW_FILE, (now_text(self._token, now),))
+
 
 def _again(old: RunRow, new: RunRow) -> bool:
     return old.method == new.method and old.round >= new.round
+
+
+def is_ours(line: str) -> bool:
+    """Whether a log line has the form of those that carry measurements."""
+    return _LINE.search(line) is not None
+
+
+def planned_methods(config: Mapping[str, Any]) -> list[str]:
+    """The methods that a run compares, in order; empty where that is not known."""
+    methods = config.get("methods")
+    return [str(name) for name in methods] if _listed(methods) else []
 
 
 def planned_rounds(config: Mapping[str, Any]) -> int:
@@ -102,12 +124,11 @@ def seconds_left(rows: Sequence[RunRow], config: Mapping[str, Any]) -> float | N
     ``config`` is the run config (``num-rounds``, ``methods``). Rounds of one method are alike,
     those of another may not be: of methods that have not begun they count as those seen last.
     """
-    methods = config.get("methods")
     planned = planned_rounds(config)
     if not rows or not planned:
         return None
     method = rows[-1].method
-    later = max(0, len(methods) - len({row.method for row in rows})) if _listed(methods) else 0
+    later = max(0, len(planned_methods(config)) - len({row.method for row in rows}))
     left = max(0, planned - rows[-1].round) + planned * later
     return left * _usual_length([row for row in rows if row.method == method])
 

@@ -11,6 +11,7 @@ import pytest
 from dare_agg.cli.progress import follow, load_rows
 from dare_agg.errors import ConfigError, StateError
 from dare_agg.runs.log import Mirror, rejections, row_line, seconds_left, state_line
+from dare_agg.runs.now import Now, now_of, read_now
 from dare_agg.runs.prometheus import exporter
 from dare_agg.runs.report import read_run
 from dare_agg.runs.rows import RunRow
@@ -54,24 +55,47 @@ def test_a_follower_on_another_machine_gets_the_run_folder(tmp_path, said):
     recorder.status("running")
     for number in (1, 2):
         recorder.row(a_row(number))
+    recorder.now({"method": "dare-ties", "phase": "train", "asked": 2, "waiting": ["a", "b"]})
     recorder.status("completed", fingerprints={"dare-ties": "ab"})
     mirror = Mirror(tmp_path / "here")
     assert all(mirror.take(line) for line in said())
-    for name in ("metrics.jsonl", "run.json"):
+    for name in ("metrics.jsonl", "run.json", "now.json"):
         server = (tmp_path / "server" / name).read_text()
         assert (tmp_path / "here" / name).read_text() == server
     (run,) = read_run(tmp_path / "here")
     assert [one.number for one in run.rounds] == [1, 2] and run.fingerprint == "ab"
+    now = read_now(tmp_path / "here", recorder.token)
+    assert now.words() == "training, 0 of 2 answered, waiting for a, b"
+    # Of another start of the run, and of a file that says anything at all.
+    assert read_now(tmp_path / "here", "cd" * 8) is None
+
+
+def test_a_word_of_another_kind_counts_as_not_said():
+    odd = {
+        "round": True,
+        "asked": -1,
+        "answered": "3",
+        "waiting": [1, "x"],
+        "at": "now",
+        "phase": 3,
+    }
+    assert now_of(odd) == Now(waiting=("x",))
+    assert now_of({"asked": 20, "waiting": ["x"]}).words() == (
+        "0 of 20 answered, waiting for x and 19 more"
+    )
 
 
 def test_the_servers_own_folder_is_left_alone(tmp_path, said):
     recorder = Recorder(tmp_path, CONFIG)
     recorder.status("running")
     recorder.row(a_row(1))
+    recorder.now({"phase": "merge"})
     recorder.status("completed")
+    before = (tmp_path / "now.json").read_bytes()
     mirror = Mirror(tmp_path)
     for line in said():
         assert mirror.take(line)
+    assert (tmp_path / "now.json").read_bytes() == before
     assert load_rows(tmp_path) == [a_row(1)]
     assert json.loads((tmp_path / "run.json").read_text())["status"] == "completed"
 

@@ -85,6 +85,11 @@ def test_rounds_choose_what_is_sent_rows_tell_it_and_a_resumed_run_goes_on(run):
     assert state["config"]["drop-rate"] == state["config"]["values"] == "auto"
     assert (rows[0]["drop_rate"], rows[0]["value_format"]) == (0, "b4")
     assert all(row["noise"] < 0.1 and row["noise_of_change"] < 1 for row in rows)
+    for row in rows:
+        told = row["by_client"]
+        assert [one["client"] for one in told] == ["0", "1", "2"]
+        assert sum(one["bytes"] for one in told) == row["upload_bytes"]
+        assert all(one["examples"] > 0 and one["values"] == row["value_format"] for one in told)
     run(num_rounds=1, into="again", **words)
     _, again, resumed = run(num_rounds=3, into="again", resume=True, **words)
     assert resumed["fingerprints"] == state["fingerprints"]

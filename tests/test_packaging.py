@@ -40,7 +40,8 @@ def test_the_wheel_holds_the_library_only(wheel: Path) -> None:
     names = zipfile.ZipFile(wheel).namelist()
     tops = {name.partition("/")[0] for name in names if ".dist-info" not in name}
     assert tops == {"dare_agg"}
-    carried = ("py.typed", "codec/UPDATE_FORMAT.md", "runs/report/page.html.j2")
+    carried = ("py.typed", "codec/UPDATE_FORMAT.md", "runs/report/diagnosis.html.j2",
+        "runs/report/page.css", "runs/report/page.js")  # fmt: skip
     assert {f"dare_agg/{name}" for name in carried} <= set(names)
 
 

@@ -8,6 +8,7 @@ from dare_agg.errors import StateError
 from dare_agg.runs.answers import ANSWERS_FILE, read_answers
 from dare_agg.runs.report import RoundRecord, RunRecord, table_columns, table_row, write_report
 from dare_agg.runs.rows import RunRow
+from tests.runs.made_run import facts_in
 
 SECTION = {
     "data": "sums",
@@ -80,11 +81,19 @@ def test_the_page_of_language_models_shows_answers_side_by_side(tmp_path: Path) 
     assert table_row(runs[1], runs) == ["3.30", "20.0 %", "40 B", "100×", "5.0 kB", "9"]
     path = write_report(tmp_path / "a.html", runs, title="t", lead="l", answers=answers)
     text = path.read_text(encoding="utf-8")
-    assert text.count("<svg") == 2 and "Perplexity by round" in text
-    assert "Answers side by side: sums" in text and "exact match 50.0 %" in text
-    assert "perplexity 7.39" in text and "&lt;i&gt;3&lt;/i&gt; + 3?" in text
+    facts = facts_in(text)
+    (shown,) = facts["answers"]
+    assert facts["main"] == "perplexity" and facts["before"] == pytest.approx(7.389, abs=1e-3)
+    assert shown["title"] == "Answers side by side: sums" and "exact match 50.0 %" in text
+    assert "perplexity 7.39" in shown["columns"][2] and "<i>" not in text
+    assert any("<i>3</i> + 3?" in row for row in shown["rows"])
     # Right answers are marked, wrong ones are not.
-    assert '<td class="right">so 4</td>' in text and "<td>7</td>" in text
+    marked = {
+        text: good
+        for row, right in zip(shown["rows"], shown["right"], strict=True)
+        for text, good in zip(row[2:], right, strict=True)
+    }
+    assert marked["so 4"] is True and marked["7"] is False
     assert "+10.0 %" in text and "against dense FedAvg" in text
     assert "FedAvg: by client and task" in text and "all clients" in text
     again = write_report(tmp_path / "b.html", runs, title="t", lead="l", answers=answers)

@@ -10,6 +10,7 @@ import pytest
 
 from dare_agg.errors import ConfigError, StateError
 from dare_agg.runs.comparison import compare_runs, differing, run_names
+from tests.runs.made_run import facts_in
 from tests.tiny import command
 
 
@@ -59,7 +60,9 @@ def test_a_page_and_tables(runs, tmp_path, capsys, monkeypatch):
     assert not status and "Settings that differ" in said and "0.99" in said
     assert "b/run: DARE TIES" in said and "24.3 kB" in said
     text = page.read_text(encoding="utf-8")
-    assert text.count("<svg") == 2 and "Settings that differ" in text and "drop-rate" in text
+    facts = facts_in(text)
+    assert [one["name"] for one in facts["series"]] == [run.name for run in compare_runs(runs).runs]
+    assert [row[0] for row in facts["settings"]["rows"]] == ["drop-rate", "methods", "alpha"]
     # Nothing is fetched: addresses stand in names of XML alone.
     assert not re.findall(r"""(?:src|href|url)\s*[=(]\s*["']?https?:""", text)
 

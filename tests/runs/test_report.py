@@ -2,6 +2,10 @@
 
 from __future__ import annotations
 
+import base64
+import hashlib
+import html
+import re
 from dataclasses import replace
 from pathlib import Path
 
@@ -20,9 +24,11 @@ from dare_agg.runs.report import (
     write_diagnosis,
     write_report,
 )
+from dare_agg.runs.report.series import coinciding, target_of, totals
 from dare_agg.runs.rows import RunRow, read_rows
 from dare_agg.vectors.layout import layout_of
 from dare_agg.vectors.sources import array_source
+from tests.runs.made_run import facts_in
 
 
 def _run(name: str, upload: float, accuracies: tuple[float, ...]) -> RunRecord:
@@ -54,12 +60,46 @@ def test_report_is_one_file_with_pictures_and_escaped_names(tmp_path: Path) -> N
     runs.append(_run("head only", 0.0, (0.3, 0.4)))
     path = write_report(tmp_path / "sub" / "report.html", runs, title="A & B", lead="lead")
     text = path.read_text(encoding="utf-8")
-    assert text.count("<svg") == 4
+    facts = facts_in(text)
+    assert [one["name"] for one in facts["series"]] == ["FedAvg", "<b>DARE</b>", "head only"]
+    assert all(facts["histograms"]) and facts["series"][0]["points"][1]["conflict"] == 0.25
     assert "&lt;b&gt;DARE&lt;/b&gt;" in text and "<b>DARE</b>" not in text
     assert "A &amp; B" in text
     assert "-1.0 points" in text and "+39.0 points" in text
-    for outside in ("<script", "<link", 'src="http', "@import"):
+    for outside in ('<link rel="stylesheet', "src=", "@import", "url("):
         assert outside not in text
+    # The policy admits the file's own style and script by their hashes, nothing else.
+    policy = html.unescape(re.search(r'Policy" content="([^"]*)"', text)[1])
+    assert policy.startswith("default-src 'none';") and "unsafe" not in policy
+    for element in ("style", "script"):
+        body = re.search(rf"<{element}>(.*?)</{element}>", text, re.DOTALL)[1]
+        found = base64.b64encode(hashlib.sha256(body.encode()).digest()).decode()
+        assert f"{element}-src 'sha256-{found}'" in policy
+
+
+def test_totals_count_every_client_and_round_in_both_directions() -> None:
+    told = RunRow.of("dare", 1, {"accuracy": 0.5}, upload_bytes=7, download_bytes=9)
+    run = replace(_run("dare", 40.0, (0.5,)), rows=(told,))
+    assert totals(run) == (7, 9)
+    # Where rows do not say it: what a client moved, by the clients.
+    assert totals(_run("dare", 40.0, (0.5, 0.6))) == (2 * 4 * 140, 2 * 4 * 5000)
+
+
+def test_a_target_and_curves_that_lie_on_each_other() -> None:
+    runs = [_run(name, 40.0, (0.5, end)) for name, end in (("a", 0.8), ("b", 0.8), ("c", 0.7))]
+    assert target_of(runs) == 76.0 and target_of([]) is None
+    assert coinciding(runs) == ["a and b lie on each other: in all 2 rounds they are the same."]
+    assert coinciding([runs[0], runs[2]]) == [] == coinciding([])
+    rounds = [replace(one, perplexity=20.0 / one.number) for one in runs[0].rounds]
+    language = replace(runs[0], rounds=tuple(rounds))
+    assert target_of([language]) == 10.5
+    # On a logarithmic axis, and in the range that the model before the first round widens.
+    other = [replace(one, perplexity=20.3 / one.number) for one in runs[0].rounds]
+    pair = [language, replace(language, method="d", rounds=tuple(other))]
+    assert coinciding(pair) == []
+    assert coinciding(pair, 2000.0) == [
+        "a and d lie on each other: in all 2 rounds they differ by 0.3 at most."
+    ]
 
 
 def test_what_was_sent_and_what_was_warned_of_stand_in_table_and_page(tmp_path: Path) -> None:
@@ -79,7 +119,7 @@ def test_what_was_sent_and_what_was_warned_of_stand_in_table_and_page(tmp_path: 
     assert len(table_columns(runs)) == len(table_row(older, runs)) + 1
     assert "Sent, last round" not in table_columns([older])
     text = write_report(tmp_path / "report.html", runs, title="t", lead="l").read_text("utf-8")
-    assert "DARE, round 2: the noise is 91 %" in text and "w&lt;1&gt;" in text
+    assert facts_in(text)["warnings"] == [f"DARE, round 2: {said}"] and "w<1>" not in text
     table = summary_table(rows)
     assert [c.header for c in table.columns][3] == "sent"
     assert [*table.columns[3].cells] == ["p = 0, b2, b4"]

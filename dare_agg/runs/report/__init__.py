@@ -1,7 +1,7 @@
 """The HTML report of runs: `read_run` reads a run's folder, `write_report` writes the page."""
 
 from dare_agg.runs.report.diagnosis import write_diagnosis
-from dare_agg.runs.report.page import table_columns, table_row, write_report
+from dare_agg.runs.report.page import write_report
 from dare_agg.runs.report.records import (
     TITLES,
     RoundRecord,
@@ -9,6 +9,7 @@ from dare_agg.runs.report.records import (
     histogram_of,
     read_run,
 )
+from dare_agg.runs.report.table import table_columns, table_row
 
 __all__ = [
     "TITLES",

@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 from dare_agg import __version__
+from dare_agg.files.atomic import replace_file
 from dare_agg.offline.diagnose import QUANTILES, Diagnosis
-from dare_agg.runs.report.page import render_page
-from dare_agg.runs.report.pictures import agreement_grid, quantiles_by_layer
+from dare_agg.runs.report.pictures import agreement_grid, colour_of, quantiles_by_layer
 from dare_agg.vectors.sources import SAFE_DELTA
 
 COLUMNS = ("Model", *(f"q{q:g}" for q in QUANTILES), "Largest", f"> {SAFE_DELTA}", "Zeros", "Norm")
@@ -62,3 +64,29 @@ def write_diagnosis(path: Path, found: Diagnosis, *, base: str, command: str = "
         provenance=json.dumps(found.as_dict(), indent=2),
         footer=f"dare-agg {__version__}" + (f" · made by: {command}" if command else ""),
     )  # fmt: skip
+
+
+def render_page(
+    path: Path,
+    *,
+    cells: Sequence[tuple[str, Sequence[str]]],
+    figures: Sequence[Sequence[dict[str, Any]]],
+    **words: Any,
+) -> Path:
+    """Fill the template and write it; ``cells`` are the table's rows: a name and its cells."""
+    from jinja2 import Environment, FileSystemLoader
+    from markupsafe import Markup
+
+    page = Environment(
+        loader=FileSystemLoader(Path(__file__).parent), autoescape=True
+    ).get_template("diagnosis.html.j2")
+    text = page.render(
+        table=[
+            {"name": name, "colour": colour_of(index), "cells": row}
+            for index, (name, row) in enumerate(cells)
+        ],
+        figures=[[{**figure, "svg": Markup(figure["svg"])} for figure in g] for g in figures],
+        **words,
+    )
+    replace_file(path, (text.encode(),))
+    return path

@@ -1,14 +1,10 @@
-"""Pictures of a report: inline SVG, the same bytes for the same run."""
+"""Pictures of a diagnosis: inline SVG, the same bytes for the same run."""
 
 from __future__ import annotations
 
 import math
 from collections.abc import Sequence
 from typing import Any
-
-from dare_agg.runs.report.measures import ACCURACY, Measure
-from dare_agg.runs.report.records import RunRecord
-from dare_agg.vectors.sources import SAFE_DELTA
 
 COLOURS = ("#6b7280", "#0b7a75", "#e07a1f", "#9d4edd", "#2563eb", "#be123c", "#4d7c0f")
 
@@ -50,110 +46,6 @@ def _label(axes: Any, x: str, y: str) -> None:
 def colour_of(index: int) -> str:
     """Colour of the curve number ``index``; after the last the first comes again."""
     return COLOURS[index % len(COLOURS)]
-
-
-def measure_by_round(
-    runs: Sequence[RunRecord], measure: Measure = ACCURACY, *, before: float | None = None
-) -> str:
-    """A measure after each round, as SVG; ``before`` is its value before the first."""
-    figure, axes = _figure()
-    for index, run in enumerate(runs):
-        points = [] if before is None else [(0, measure.plotted(before))]
-        points += [
-            (record.number, measure.plotted(value))
-            for record in run.rounds
-            if (value := measure.value(record)) is not None
-        ]
-        _line(axes, points, run.name, index)
-    _scaled(axes, measure)
-    _label(axes, "round", measure.label)
-    axes.xaxis.get_major_locator().set_params(integer=True, min_n_ticks=1)
-    axes.legend(frameon=False, fontsize=9, loc="best")
-    return _svg(figure)
-
-
-def measure_by_megabytes(runs: Sequence[RunRecord], measure: Measure = ACCURACY) -> str:
-    """A measure against what all clients have uploaded so far, head included, as SVG."""
-    figure, axes = _figure()
-    for index, run in enumerate(runs):
-        total, points = 0.0, []
-        for record in run.rounds:
-            total += (record.upload + record.head_upload) * record.clients / 1e6
-            value = measure.value(record)
-            if value is not None and total > 0:
-                points.append((total, measure.plotted(value)))
-        _line(axes, points, run.name, index)
-    axes.set_xscale("log")
-    axes.xaxis.set_major_formatter(lambda value, _: f"{value:g}")
-    _scaled(axes, measure)
-    _label(axes, "megabytes uploaded by all clients (log scale)", measure.label)
-    return _svg(figure)
-
-
-def _scaled(axes: Any, measure: Measure) -> None:
-    """A logarithmic axis has figures as people write them, and between powers of ten too."""
-    from matplotlib.ticker import LogLocator
-
-    if not measure.log:
-        return
-    axes.set_yscale("log")
-    axes.yaxis.set_minor_locator(LogLocator(subs=(2, 3, 5)))
-    for set_formatter in (axes.yaxis.set_major_formatter, axes.yaxis.set_minor_formatter):
-        set_formatter(lambda value, _: f"{value:,g}")
-    axes.tick_params(axis="y", which="minor", labelsize=8)
-
-
-def _line(axes: Any, points: Sequence[tuple[float, float]], name: str, index: int) -> None:
-    styles = ("-", "-", "--", "-.", ":")
-    axes.plot(
-        [x for x, _ in points],
-        [y for _, y in points],
-        styles[index % len(styles)],
-        color=colour_of(index),
-        marker="osD^v"[index % 5],
-        markersize=4.5,
-        # The first run lies under the others: wider, so that it shows where they agree.
-        linewidth=2 if index else 4.5,
-        alpha=1 if index else 0.55,
-        label=name,
-    )
-
-
-def delta_histogram(runs: Sequence[RunRecord]) -> str:
-    """Histogram of log10 |delta| of the final models, as SVG."""
-    figure, axes = _figure()
-    for index, run in enumerate(runs):
-        if run.histogram is None:
-            continue
-        edges, counts = run.histogram
-        total = max(1, sum(counts))
-        axes.stairs([100 * c / total for c in counts], edges, color=colour_of(index), linewidth=1.8,
-                    label=run.name, fill=False)  # fmt: skip
-    axes.axvline(math.log10(SAFE_DELTA), color="#be123c", linewidth=1.2, linestyle="--")
-    axes.annotate(f"{SAFE_DELTA}", (math.log10(SAFE_DELTA), 0.97),
-                  xycoords=("data", "axes fraction"), xytext=(4, 0), textcoords="offset points",
-                  color="#be123c", fontsize=9,
-                  va="top")  # fmt: skip
-    axes.xaxis.set_major_formatter(lambda value, _: f"{10**value:g}")
-    _label(axes, "|delta| of a parameter that moved (log scale)", "share of them, %")
-    axes.legend(frameon=False, fontsize=9, loc="upper left")
-    return _svg(figure)
-
-
-def sign_conflict(runs: Sequence[RunRecord]) -> str:
-    """Share of parameters on which clients disagree about the sign, by round, as SVG."""
-    figure, axes = _figure()
-    for index, run in enumerate(runs):
-        points = [
-            (r.number, 100 * r.sign_conflict) for r in run.rounds if r.sign_conflict is not None
-        ]
-        if points:
-            _line(axes, points, run.name, index)
-    _label(axes, "round", "parameters in conflict, %")
-    axes.set_ylim(bottom=0)
-    axes.xaxis.get_major_locator().set_params(integer=True, min_n_ticks=1)
-    axes.legend(frameon=False, fontsize=9, loc="lower right")
-    return _svg(figure)
 
 
 def quantiles_by_layer(

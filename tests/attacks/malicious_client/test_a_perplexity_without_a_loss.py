@@ -6,8 +6,8 @@ import pytest
 from flwr.app import MetricRecord, RecordDict
 
 from dare_agg.flower.metrics import weighted_metrics
+from dare_agg.runs.report.facts import _cards
 from dare_agg.runs.report.measures import PERPLEXITY
-from dare_agg.runs.report.page import _cards
 from server.app import _row
 
 LISTS = ("update_bytes", "dense_bytes", "clients", "rejected", "download_bytes", "upload_bytes")

@@ -23,6 +23,8 @@ import pytest
 
 NAMES = ("chromium", "chromium-browser", "google-chrome", "google-chrome-stable")
 SECONDS = 60.0
+# Width, and whether it is dark: a phone and a desk.
+SIZES = [(390, False), (390, True), (1200, False), (1200, True)]
 # Every element with text of its own: its colours as they are computed, and how they contrast.
 CONTRAST = """(() => {
   const parts = (text) => text.match(/[\\d.]+/g).map(Number);

@@ -45,6 +45,10 @@ EXAMPLES: Mapping[str, Sequence[tuple[str, str]]] = MappingProxyType(
             ("statistics MODEL --data rows.csv -o fisher.safetensors", "a Fisher diagonal"),
         ),
         "diagnose": (("diagnose BASE MODEL_A MODEL_B", "do they fit? which drop rate is safe?"),),
+        "watch": (
+            ("watch runs/first", "a page on 127.0.0.1 that follows the run"),
+            ("watch", "the newest run here"),
+        ),
         "report": (("report runs/first", "a page of one run"),),
         "compare": (("compare runs/first runs/second", "two runs side by side, and a page"),),
         "supernode": (

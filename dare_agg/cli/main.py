@@ -30,6 +30,7 @@ COMMANDS: dict[str, str] = {
     "methods": "List the merge methods with options, defaults and formulas.",
     "statistics": "Collect the Fisher diagonal or Gram matrices of a model on data.",
     "diagnose": "Say whether models fit BASE and which drop rate is safe.",
+    "watch": "Follow a run live in a browser, on this machine alone.",
     "report": "Write the HTML report of a run.",
     "compare": "Compare runs: settings, results, curves over rounds and bytes.",
     "supernode": "Run flower-supernode for this party's own copy of the app alone.",

@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
+import contextlib
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from dare_agg.errors import plain_line
+from dare_agg.errors import StateError, plain_line
 from dare_agg.files.json_text import read_json
 from dare_agg.runs.by_task import TASK_COLUMNS, TASK_TITLE, task_cells
+from dare_agg.runs.live import live_facts, live_line
 from dare_agg.runs.log import Mirror, planned_rounds, rejections, seconds_left
 from dare_agg.runs.missed import MISSED_COLUMNS, MISSED_TITLE, missed_cells
 from dare_agg.runs.rows import METRICS_FILE, STATE_FILE, RunRow, read_rows, sent_words
@@ -18,6 +20,7 @@ from dare_agg.runs.words import human_bytes, human_seconds
 if TYPE_CHECKING:
     from rich.console import Console
     from rich.table import Table
+    from rich.text import Text
 
 # The whole line: what a client says stands behind other words, and is no progress.
 _INFO = r"INFO[\s:]*"
@@ -37,10 +40,23 @@ def load_rows(folder: Path) -> list[RunRow]:
     return read_rows(path, strict=False) if path.is_file() else []
 
 
-def follow(folder: Path, console: Console) -> Callable[[str], None]:
+@contextlib.contextmanager
+def following(folder: Path, console: Console) -> Iterator[Callable[[str], None]]:
+    """`follow`, on a terminal with a last line that says how the run stands right now."""
+    if not console.is_terminal:
+        yield follow(folder, console)
+        return
+    with console.status("") as status:
+        yield follow(folder, console, status.update)
+
+
+def follow(
+    folder: Path, console: Console, stand: Callable[[Text], None] | None = None
+) -> Callable[[str], None]:
     """Return a watcher of a run's log that prints each finished round and each warning once.
 
-    Where the server keeps its run folder on another machine, ``folder`` becomes its copy.
+    ``stand`` is given one line of how the run stands, whenever its server says so. Where the
+    server keeps its run folder on another machine, ``folder`` becomes its copy.
     """
     mirror = Mirror(folder)
     shown = len(load_rows(folder))
@@ -61,6 +77,9 @@ def follow(folder: Path, console: Console) -> Callable[[str], None]:
             console.print(said, soft_wrap=True)
         shown = len(rows)
         if ours:
+            if stand is not None:
+                with contextlib.suppress(StateError):
+                    stand(_text(live_line(live_facts(folder))))
             return
         # Errors are not shown: what ended a run is said in the end, tracebacks stay in the log.
         if (found := _WARNING.match(line)) and not found[1].startswith(_USUAL):
@@ -73,6 +92,12 @@ def follow(folder: Path, console: Console) -> Callable[[str], None]:
             say(f"{found[1]} …", "dim")
 
     return watch
+
+
+def _text(line: str) -> Text:
+    from rich.text import Text
+
+    return Text(line)
 
 
 def load_config(folder: Path) -> dict[str, Any]:
@@ -95,9 +120,11 @@ def _round_line(row: RunRow, rows: list[RunRow], config: dict[str, Any]) -> str:
         left_out += f" (hardly heard: {', '.join(map(str, unheard))})"
     left = seconds_left(rows, config)
     up, down = map(human_bytes, (row.upload_bytes_per_client, row.download_bytes_per_client))
+    noise = row.noise_of_change
+    told = f", noise {noise:.2g} times the change" if noise else ""
     return (
         f"[bold]{row.method}[/] round {row.round}{total}: {shown}"
-        f"{row.accepted} updates{left_out}, {up} up and {down} down per client, "
+        f"{row.accepted} updates{left_out}, {up} up and {down} down per client{told}, "
         f"{row.seconds:.0f} s" + (f", about {human_seconds(left)} left" if left else "")
     )
 

@@ -6,6 +6,7 @@ import contextlib
 import os
 import time
 from collections.abc import Callable, Mapping
+from contextlib import nullcontext
 from dataclasses import dataclass
 from importlib.util import find_spec
 from pathlib import Path
@@ -18,6 +19,7 @@ from dare_agg.cli.ending import ended_whole
 from dare_agg.cli.gpus import check_gpus
 from dare_agg.cli.run_config import absolute_paths, as_texts, run_settings
 from dare_agg.cli.run_words import complete_config
+from dare_agg.cli.watch import PORT, watched
 from dare_agg.errors import ConfigError
 from dare_agg.files.app_config import Scalar, absent_words, app_defaults, find_app
 from dare_agg.runs.claim import (
@@ -80,13 +82,20 @@ def run(
             "--dry-run", help="Start nothing: show rows, bytes, memory and time, checked."
         ),
     ] = False,
+    watch: Annotated[
+        bool, typer.Option("--watch", help="Show the run on a page of 127.0.0.1 while it goes.")
+    ] = False,
+    watch_port: Annotated[
+        int,
+        typer.Option(help="Port of that page; 0: any that is free.", min=0, max=65535),
+    ] = PORT,
     json_: Annotated[bool, typer.Option("--json", help="Print one JSON object.")] = False,
 ) -> None:
     """Run the Flower app (simulation or deployment); exit with the run's true status."""
     from dare_agg.cli.ending import failure, note_failure
     from dare_agg.cli.output import print_json, stderr_console, stdout_console
     from dare_agg.cli.progress import (
-        follow,
+        following,
         load_rows,
         missed_lines,
         missed_table,
@@ -109,8 +118,13 @@ def run(
         return
     log = folder / LOG_FILE
     before = run_state(folder)
+    console = stderr_console()
     try:
-        status = execute(folder, overrides, watch=follow(folder, stderr_console()), **where)
+        with (
+            watched(folder, watch_port, console) if watch else nullcontext(),
+            following(folder, console) as on_line,
+        ):
+            status = execute(folder, overrides, watch=on_line, **where)
     except RunError as error:
         raise RunError(f"{error}; log: {log}") from error
     if not status.ok:

@@ -42,6 +42,11 @@ def status() -> int:
     return 128 + _received.number if _received.number else 0
 
 
+def forget() -> None:
+    """Take the signal that came for the usual end of what went on: it is no failure."""
+    _received.number = 0
+
+
 def message() -> str:
     """What is said of an interruption, in one line."""
     return "interrupted" + (f"; {_received.remedy}" if _received.remedy else "")

@@ -11,12 +11,10 @@ import pytest
 from dare_agg.runs.answers import Answers
 from dare_agg.runs.report import read_run, write_report
 from dare_agg.runs.report.parts import STYLE, part, script
-from tests.chromium import CONTRAST, Chromium, chromium
+from tests.chromium import CONTRAST, SIZES, Chromium, chromium
 from tests.runs.made_run import a_row, made_run, two_methods
 
 __all__ = ["chromium"]
-
-SIZES = [(390, False), (390, True), (1200, False), (1200, True)]
 
 
 @pytest.fixture

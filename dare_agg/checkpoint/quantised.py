@@ -31,7 +31,7 @@ _SPELLING = {
     "bitsandbytes 4 bit", "bitsandbytes_8bit": "bitsandbytes 8 bit", "fp8": "FP8", "fbgemm_fp8":
     "FP8 (fbgemm)", "hqq": "HQQ", "eetq": "EETQ", "mxfp4": "MXFP4", "nvfp4": "NVFP4", "gguf":
     "GGUF", "aqlm": "AQLM", "vptq": "VPTQ", "bitnet": "BitNet", "exl2": "EXL2", "exl3": "EXL3",
-    "modelopt": "ModelOpt", "mlx": "MLX",
+    "modelopt": "ModelOpt", "mlx": "MLX", "marlin": "Marlin",
 }  # fmt: skip
 _NESTED_DEEP = 4
 _CONFIG_KEYS = ("quantization_config", "compression_config")
@@ -55,6 +55,7 @@ _BY_NAME = tuple(
         (r"(^|\.)q_(weight|invperm|groups)$", "EXL2"),
         (r"(^|\.)trellis$", "EXL3"),
         (r"(^|\.)Qidxs$", "QuIP#"),
+        (r"(^|\.)bitmask$", "compressed-tensors, sparse"),
     )
 )
 # HQQ packs its integers into numbers where it is told to.
@@ -64,7 +65,11 @@ _SCALES_OF_WEIGHT = re.compile(
     r"^(.*\.)?(weight_scale(_inv|_2)?|weight_zero_point|scale_weight|SCB)$", re.ASCII
 )
 # Integers whose last name says that they are a weight.
-_WEIGHT = re.compile(r"(^|[._])(weight|kernel|W|_packed_params)$", re.ASCII)
+_WEIGHT = re.compile(
+    r"(^|[._])(weight|kernel|W|_packed_params|weight_(q|int\d|quant(ized)?|codes?))$", re.ASCII
+)
+# Marlin's codes, named by one letter: known by the scales beside them.
+_MARLIN, _MARLIN_SCALES = re.compile(r"^(.*\.)?B$", re.ASCII), ("s", "s_channel", "s_group")
 _BLOCKS, _SCALES = re.compile(r"^(.*)_blocks$", re.ASCII), "_scales"
 # Floating-point tensors beside codes: in their module, and under their own name and this.
 _IN_MODULE = (
@@ -142,6 +147,9 @@ def declared_in(config: Mapping[str, Any]) -> Declared | None:
     """What a model's configuration says of its quantisation, in nested configurations too."""
     for settings in _settings(config, 0):
         return Declared(_kind_of(settings, "unnamed"), "config.json", settings)
+    bits = config.get("quantization_bit")
+    if isinstance(bits, int) and bits > 0:
+        return Declared(f"ChatGLM, {int(bits)} bit", "config.json", {"bits": bits})
     own = config.get("quantization")
     if isinstance(own, dict) and {"bits", "group_size"} & own.keys():
         return Declared(_kind_of(own, "MLX"), "config.json", own)
@@ -170,6 +178,9 @@ def quantisation_of(tensors: Mapping[str, Tensor]) -> Quantisation | None:
             if pattern.search(name):
                 return Quantisation(kind, _said(name, tensor), True)
     for name, tensor in other.items():
+        marlin = _MARLIN.match(name)
+        if marlin and any(f"{marlin[1] or ''}{word}" in tensors for word in _MARLIN_SCALES):
+            return Quantisation("Marlin", _said(name, tensor), True)
         blocks = _BLOCKS.match(name)
         if blocks and f"{blocks[1]}{_SCALES}" in other:
             return Quantisation("MXFP4", _said(name, tensor), True)

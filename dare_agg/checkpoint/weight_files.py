@@ -11,6 +11,7 @@ import re
 from collections.abc import Collection, Mapping
 from pathlib import Path
 
+from dare_agg.checkpoint.hub_names import CACHED, shown_name
 from dare_agg.checkpoint.quantised import GGUF_SUFFIX, gguf_refusal
 from dare_agg.checkpoint.reader import _SUFFIX, INDEX_NAME, WEIGHTS_NAME
 from dare_agg.checkpoint.stand_ins import stands_for
@@ -142,6 +143,13 @@ def _no_weights(folder: Path) -> CheckpointError:
     """Say what a folder has in place of weights, and what helps."""
     entries = sorted(folder.iterdir())[:_MOST_ENTRIES]
     files = [path for path in entries if path.is_file()]
+    for path in entries:
+        weights = path.suffix == _SUFFIX or path.name == INDEX_NAME
+        if weights and path.is_symlink() and not path.exists():
+            return CheckpointError(
+                f"{path} is a link to a file that is not there ({os.readlink(path)}): "
+                f"{_again(folder)}"
+            )
     gguf = [path for path in files if path.suffix == GGUF_SUFFIX]
     if gguf:
         return gguf_refusal(gguf[0])
@@ -178,7 +186,7 @@ def _no_weights(folder: Path) -> CheckpointError:
 
 def _in_folders(folder: Path, below: Collection[Path]) -> str:
     """Say which folder below has the weights, or which parts of a training run there are."""
-    for path in below:
+    for path in (folder, *below):
         if path.name.startswith("global_step") or (folder / "zero_to_fp32.py").is_file():
             return (
                 f"{folder} is a DeepSpeed checkpoint, in parts; make one model of them: "
@@ -200,4 +208,17 @@ def _in_folders(folder: Path, below: Collection[Path]) -> str:
             f"{folder} has no {WEIGHTS_NAME}; {held[-1]}/ below it has one{more}: give "
             f"{folder / held[-1]}"
         )
+    if _is_cached(folder):
+        return f"{folder} of the hub's cache has no {WEIGHTS_NAME}: {_again(folder)}"
     return f"{folder} has no {WEIGHTS_NAME}; give a model folder or a file"
+
+
+def _is_cached(folder: Path) -> bool:
+    return any(part.startswith(CACHED) for part in folder.parts[-3:])
+
+
+def _again(folder: Path) -> str:
+    """What helps where a folder has a link, or a place, for a file that it lacks."""
+    if _is_cached(folder):
+        return f"its download was not finished: hf download {shown_name(folder)}"
+    return "copy the folder again with what its links point to (cp -rL)"

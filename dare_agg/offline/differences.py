@@ -64,7 +64,7 @@ class Difference:
         """How the configurations differ in the first of ``keys`` that both have: "k 3, not 2"."""
         mine, theirs = self.configs
         for key in keys:
-            if key in mine and key in theirs and mine[key] != theirs[key]:
+            if None not in (mine.get(key), theirs.get(key)) and mine[key] != theirs[key]:
                 return f"{key} {mine[key]!r:.20}, BASE's {theirs[key]!r:.20}"
         return ""
 
@@ -135,6 +135,8 @@ def _depth(found: Difference) -> str:
         here, there = mine[module], theirs[module]
         if here == there or not (here < there or here > there):
             continue
+        if said := _predicts_further(found, module, here - there, there - here):
+            return said
         what = "experts" if "expert" in module else "layers"
         told = found.setting(DEPTH) if what == "layers" else found.setting(("num_experts",))
         return (
@@ -144,6 +146,25 @@ def _depth(found: Difference) -> str:
             "model tuned from BASE"
         )
     return ""
+
+
+def _predicts_further(found: Difference, module: str, more: set[int], fewer: set[int]) -> str:
+    """Layers behind those that both configurations count: transformers neither loads nor saves
+    these heads for tokens further on (multi-token prediction)."""
+    counts = [next((c[k] for k in DEPTH if type(c.get(k)) is int), None) for c in found.configs]
+    layers = tuple(f"{module}.{number}." for number in more | fewer)
+    differing = (*found.strangers, *found.missing, *found.unlike)
+    remedy = found.remedy()
+    if counts[0] is None or counts[0] != counts[1] or min(more | fewer) < counts[0] or not remedy:
+        return ""
+    if not all(name.startswith(layers) for name in differing):
+        return ""
+    lacks, has = ("BASE lacks", "it has") if more else ("it lacks", "BASE has")
+    return (
+        f"{lacks} {layers[0][:-1]!r}, which {has} behind the {counts[0]} layers that both "
+        "configurations count: a head that predicts tokens further on, which transformers neither "
+        f"loads nor saves; leave it out: {remedy}"
+    )
 
 
 def _numbers(names: Iterable[str]) -> dict[str, set[int]]:
@@ -204,12 +225,12 @@ def _shapes(found: Difference) -> str:
             f"other positions{f' ({told})' if told else ''}: {example}; leave {_out(found)} out: "
             f"{remedy}"
         )
-    if 4 * len(found.unlike) < len(found.base.tensors) and remedy:
+    told = found.setting(_WIDTH)
+    if 4 * len(found.unlike) < len(found.base.tensors) and remedy and not told:
         return (
             f"{example} ({len(found.unlike)} tensors in all); if that is a task's own head, leave "
             f"{_out(found)} out: {remedy}"
         )
-    told = found.setting(_WIDTH)
     return (
         f"{len(found.unlike)} of {len(found.base.tensors)} tensors have other shapes, such as "
         f"{example}{f' ({told})' if told else ''}: models of other width cannot be merged; give a "
@@ -245,6 +266,14 @@ def _parts(found: Difference) -> str:
         said.append(f"lacks {what} {found.missing[0]!r}")
     remedy = found.remedy()
     head = "a task's own head" if found.strangers else "no part of what was trained"
+    if found.missing and not found.strangers and all(map(is_output, found.missing)):
+        mine, theirs = (config.get("tie_word_embeddings") for config in found.configs)
+        if mine and not theirs:
+            return (
+                "ties its head to its embeddings (tie_word_embeddings), BASE has "
+                f"{found.missing[0]!r} of its own; leave {_out(found)} out, and OUT keeps BASE's: "
+                f"{remedy}"
+            )
     heads = [n for n in found.strangers if is_output(n)]
     if heads and not found.missing and _ties(found):
         head = "a head that MODEL has untied from the embeddings"

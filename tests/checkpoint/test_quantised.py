@@ -52,6 +52,9 @@ BY_TENSORS = {
                            f"{Q}.weight_shape": ("I64", (2,))},
     "INT8, compressed-tensors": {f"{Q}.weight": ("I8", (8, 8)),
                                  f"{Q}.weight_scale": ("F32", (8, 1))},
+    "Marlin": {f"{Q}.B": ("I32", (1, 16)), f"{Q}.s": ("F16", (1, 8))},
+    "compressed-tensors, sparse": {f"{Q}.compressed": ("BF16", (32,)),
+                                   f"{Q}.bitmask": ("U8", (8, 1)), f"{Q}.shape": ("I64", (2,))},
     "torchao": {f"{Q}.weight_qdata": ("I8", (8, 8)), f"{Q}.weight_scale": ("F32", (8, 1))},
     "HQQ": {f"{Q}.W_q": ("U8", (8, 8)), f"{Q}.scale": ("F16", (8, 1)),
             f"{Q}.zero": ("F16", (8, 1))},
@@ -73,6 +76,7 @@ BY_TENSORS = {
             f"{Q}.zero": ("F16", (8, 1))},
     "codes with scales": {f"{Q}.weight": ("F16", (8, 8)), f"{Q}.weight_scale_inv": ("F32", (1, 1))},
     # Of no known tool: integers under a weight's name, or beside scales.
+    "U32 weights": {f"{Q}.weight_codes": ("U32", (8, 8)), f"{Q}.scale": ("F32", (1,))},
     "U8 weights": {f"{Q}.weight": ("U8", (32, 1))},
     "I8 weights": {f"{E}.gate_up_proj": ("I8", (2, 8, 8)),
                    f"{E}.gate_up_proj_scale": ("F32", (2, 8))},
@@ -101,6 +105,7 @@ BY_CONFIG = {
     "AWQ, 4 bit": {"thinker": {"text_config": {"quantization_config":
                                                {"quant_method": "awq", "bits": 4}}}},
     "compressed-tensors": {"compression_config": {"quant_method": "compressed-tensors"}},
+    "ChatGLM, 4 bit": {"quantization_bit": 4},
     "MLX, 4 bit": {"quantization": {"group_size": 64, "bits": 4}},
     "nobody-knows-it": {"quantization_config": {"quant_method": "nobody-knows-it"}},
 }  # fmt: skip
@@ -151,7 +156,16 @@ def test_integers_that_are_no_weights_are_no_codes(tmp_path: Path) -> None:
     }  # fmt: skip
     off = {"quantization_config": {"load_in_4bit": False, "load_in_8bit": False}}
     assert len(open_checkpoint(write(tmp_path / "f", buffers, off)).names) == len(buffers) + 1
-    assert declared_in({"quantization_config": {}, "vision_config": {"quantization": None}}) is None
+    assert (
+        declared_in(
+            {
+                "quantization_config": {},
+                "quantization_bit": 0,
+                "vision_config": {"quantization": None},
+            }
+        )
+        is None
+    )
 
 
 @pytest.fixture(params=["FP8", "bitsandbytes 4 bit"])

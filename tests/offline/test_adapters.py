@@ -163,6 +163,20 @@ def rename(adapter: Path, rule: Callable[[str], str]) -> None:
     (adapter / "model.safetensors").rename(adapter / "adapter_model.safetensors")
 
 
+def test_a_pattern_that_looks_ahead_is_named_with_its_key(
+    base: Path, tmp_path: Path, merged: Merge, refused: Callable[..., str]
+) -> None:
+    pattern = r"model\.layers\.(?!0).*\.q_proj"
+    right = adapted(base, tmp_path / "a", {"alpha_pattern": {pattern: 9}})
+    assert "alpha_pattern 'model" in (said := refused(base, tmp_path / "a"))
+    assert "write the modules' names in its place in adapter_config.json" in said
+    file = tmp_path / "a" / "adapter_config.json"
+    config = json.loads(file.read_text())
+    config["alpha_pattern"] = {"model.layers.1.self_attn.q_proj": 9}
+    file.write_text(json.dumps(config))
+    assert worst(merged(base, tmp_path / "a"), right) < 1e-6
+
+
 @pytest.mark.parametrize(
     "rule",
     [

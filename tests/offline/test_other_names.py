@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -124,6 +125,44 @@ def test_another_width_is_said(base: Path, tmp_path: Path, capsys: Any) -> None:
     tuned = llama(tmp_path / "a", 1, hidden_size=16)
     said = refused(capsys, tmp_path / "out", base, tuned)
     assert "hidden_size 16, BASE's 32" in said and "width" in said
+
+
+def test_heads_of_another_number_are_no_tasks_own(base: Path, tmp_path: Path, capsys: Any) -> None:
+    tuned = llama(tmp_path / "a", 1, num_key_value_heads=4)
+    said = refused(capsys, tmp_path / "out", base, tuned)
+    assert "num_key_value_heads 4, BASE's 2" in said and "head, leave" not in said
+
+
+def test_a_head_that_predicts_further_is_left_out_as_offered(
+    base: Path, tmp_path: Path, capsys: Any
+) -> None:
+    """DeepSeek's and GLM's checkpoints have it, what transformers saves of them has not."""
+    tuned, right = llama(tmp_path / "a", 1), tensors(llama(tmp_path / "a", 1))
+    shutil.copytree(base, tmp_path / "more")
+
+    def deeper(t: dict[str, Any]) -> dict[str, Any]:
+        third = {n.replace(".1.", ".2."): value for n, value in t.items() if "layers.1." in n}
+        return t | third | {"model.layers.2.eh_proj.weight": t["lm_head.weight"]}
+
+    rewrite(tmp_path / "more", deeper)
+    for one, other in ((tmp_path / "more", tuned), (base, tmp_path / "more")):
+        place = tmp_path / f"out-of-{one.name}"
+        said = refused(capsys, place, one, other)
+        assert "behind the 2 layers that both configurations count" in said
+        out, _ = merged(capsys, place, one, other, *offered(said))
+        want = right if other is tuned else tensors(base)
+        assert worst(out, want) < 1e-6
+        assert ("model.layers.2.eh_proj.weight" in out) == (one != base)
+
+
+def test_a_model_that_ties_its_head_where_base_has_one_is_said(
+    base: Path, tmp_path: Path, capsys: Any
+) -> None:
+    tuned = llama(tmp_path / "a", 1, tie_word_embeddings=True)
+    said = refused(capsys, tmp_path / "out", base, tuned)
+    assert "ties its head to its embeddings (tie_word_embeddings), BASE has 'lm_head" in said
+    out, _ = merged(capsys, tmp_path / "out", base, tuned, *offered(said))
+    assert worst(out, tensors(tuned) | {"lm_head.weight": tensors(base)["lm_head.weight"]}) < 1e-6
 
 
 def test_another_vocabulary_is_said_and_what_is_offered_works(

@@ -16,7 +16,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from dare_agg.errors import CheckpointError
+from dare_agg.errors import CheckpointError, LayoutError
 from dare_agg.offline.adapters.forms import (
     Addend,
     Matrix,
@@ -93,7 +93,14 @@ def scaling(module: Module, rank: int, key: str = "") -> float:
     # The projection out of an attention has the settings of the attention.
     own = module.name.removesuffix(".out_proj") if module.attention else module.name
     for pattern, value in patterns.items():
-        if matches(key or own, compile_patterns([rf"^(.*\.)?({pattern})$"])):
+        try:
+            found = compile_patterns([rf"^(.*\.)?({pattern})$"])
+        except LayoutError as error:
+            raise CheckpointError(
+                f"{path}: alpha_pattern {pattern!r:.80} looks ahead or back, or is no pattern; "
+                "write the modules' names in its place in adapter_config.json, each with its alpha"
+            ) from error
+        if matches(key or own, found):
             alpha = value
             break
     value = number(alpha, "lora_alpha", path)

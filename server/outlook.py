@@ -11,7 +11,7 @@ from dare_agg.codec.budget import plan_budget
 from dare_agg.codec.formats import VALUE_FORMATS
 from dare_agg.codec.mask import parse_drop_rate
 from dare_agg.codec.payload import payload_bytes
-from dare_agg.codec.update import HEADER_BYTES
+from dare_agg.codec.update_header import HEADER_BYTES
 from dare_agg.merge.methods import find_method
 from dare_agg.rounds.auto import AUTO, choices
 from dare_agg.rounds.terms import UpdateTerms

@@ -16,7 +16,7 @@ from fractions import Fraction
 from dare_agg.codec.formats import VALUE_FORMATS
 from dare_agg.codec.mask import DropRate
 from dare_agg.codec.payload import payload_bytes
-from dare_agg.codec.update import HEADER_BYTES
+from dare_agg.codec.update_header import HEADER_BYTES
 from dare_agg.errors import BudgetError, ConfigError
 
 # Above this stride (p = 0.9999) rounds of tens of clients were seen to break down.

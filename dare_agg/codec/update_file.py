@@ -33,13 +33,9 @@ from dare_agg.codec.directions import (
 )
 from dare_agg.codec.mask import DropRate
 from dare_agg.codec.rates import TensorRates
-from dare_agg.codec.update import (
-    Update,
-    UpdateSpec,
-    decode_described,
-    encode_update_into,
-    update_bytes,
-)
+from dare_agg.codec.update import decode_described, encode_update_into, update_bytes
+from dare_agg.codec.update_source import Update
+from dare_agg.codec.update_spec import UpdateSpec
 from dare_agg.errors import CheckpointError, ConfigError, FormatError, UpdateError
 from dare_agg.files.atomic import file_draft
 from dare_agg.files.json_text import parse_json

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 
 from dare_agg.codec.budget import ClientTerms, UploadBudget
 from dare_agg.codec.payload import payload_bytes
-from dare_agg.codec.update import HEADER_BYTES
+from dare_agg.codec.update_header import HEADER_BYTES
 from dare_agg.errors import ConfigError
 from dare_agg.flower.choosing import Chooser
 from dare_agg.flower.records import Hello

@@ -16,7 +16,7 @@ from typing import Any, Self, TypeVar
 
 from flwr.app import ArrayRecord, ConfigRecord, Error, Message, RecordDict
 
-from dare_agg.codec.update import CODEC_VERSION
+from dare_agg.codec.update_spec import CODEC_VERSION
 from dare_agg.downlink.ways import WAYS
 from dare_agg.errors import (
     REASONS,

@@ -26,7 +26,7 @@ from dare_agg.codec.budget import ClientTerms
 from dare_agg.codec.formats import find_values
 from dare_agg.codec.mask import parse_drop_rate
 from dare_agg.codec.payload import payload_bytes
-from dare_agg.codec.update import HEADER_BYTES
+from dare_agg.codec.update_header import HEADER_BYTES
 from dare_agg.rounds.auto_state import AutoState
 from dare_agg.rounds.noise import LOUD, QUIET, error_of
 from dare_agg.rounds.settings import FederatedSettings

@@ -19,7 +19,7 @@ import numpy as np
 from dare_agg.codec.formats import VALUE_FORMATS
 from dare_agg.codec.mask import DropRate, parse_drop_rate
 from dare_agg.codec.payload import payload_bytes
-from dare_agg.codec.update import HEADER_BYTES
+from dare_agg.codec.update_header import HEADER_BYTES
 from dare_agg.rounds.plan import RoundPlan
 from dare_agg.rounds.settings import FederatedSettings
 from dare_agg.vectors.model import Groups

@@ -22,7 +22,8 @@ from dare_agg.codec.derive import derive_key
 from dare_agg.codec.fitted_rates import fitted_rates
 from dare_agg.codec.mask import DropRate, parse_drop_rate
 from dare_agg.codec.rates import TensorRates, read_table
-from dare_agg.codec.update import CODEC_VERSION, UpdateSpec
+from dare_agg.codec.update import UpdateSpec
+from dare_agg.codec.update_spec import CODEC_VERSION
 from dare_agg.errors import ConfigError, LayoutError, UpdateError
 from dare_agg.rounds.same_code import package_fingerprint
 from dare_agg.rounds.terms import UpdateTerms

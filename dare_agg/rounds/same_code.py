@@ -13,7 +13,7 @@ import hashlib
 from functools import cache
 from pathlib import Path
 
-from dare_agg.codec.update import CODEC_VERSION
+from dare_agg.codec.update_spec import CODEC_VERSION
 from dare_agg.errors import RunError, UpdateError
 
 # The folders of the package that both ends of a round run; below each, every module counts.

@@ -12,7 +12,8 @@ import numpy as np
 from dare_agg.codec.mask import Mask
 from dare_agg.codec.payload import encode_values, payload_bytes
 from dare_agg.codec.rotation import GROUP
-from dare_agg.codec.update import HEADER_BYTES, UpdateSpec, seal_update
+from dare_agg.codec.update import UpdateSpec, seal_update
+from dare_agg.codec.update_header import HEADER_BYTES
 from dare_agg.errors import ConfigError, DareError, LayoutError
 from dare_agg.torch.delta import Measured, TrainedDelta
 from dare_agg.torch.ranks import Ranks

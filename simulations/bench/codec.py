@@ -30,12 +30,12 @@ from dare_agg.codec.mask import parse_drop_rate
 from dare_agg.codec.rotation import GROUP
 from dare_agg.codec.update import (
     GROUPS_A_THREAD,
-    HEADER_BYTES,
     UpdateSpec,
     decode_update,
     encode_update,
     update_bytes,
 )
+from dare_agg.codec.update_header import HEADER_BYTES
 from dare_agg.errors import ConfigError
 from dare_agg.vectors.layout import FloatVector
 

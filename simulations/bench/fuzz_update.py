@@ -28,16 +28,7 @@ from dare_agg.codec.fitted_rates import fitted_rates, levels_of, tensor_squares
 from dare_agg.codec.formats import VALUE_FORMATS
 from dare_agg.codec.mask import MASK_KINDS, parse_drop_rate
 from dare_agg.codec.rates import TensorRates
-from dare_agg.codec.update import (
-    CHECKSUM_BYTES,
-    HEADER_BYTES,
-    Update,
-    UpdateSpec,
-    _checksum,
-    _header,
-    decode_update,
-    encode_update,
-)
+from dare_agg.codec.update import Update, UpdateSpec, decode_update, encode_update
 from dare_agg.codec.update_file import (
     FILE_MAGIC,
     FileHeader,
@@ -46,6 +37,7 @@ from dare_agg.codec.update_file import (
     read_update_file,
     write_update_file,
 )
+from dare_agg.codec.update_header import CHECKSUM_BYTES, HEADER_BYTES, checksum_of, pack_header
 from dare_agg.errors import DareError
 from dare_agg.vectors.layout import Layout, layout_of
 from simulations.bench.fuzzing import FAST_FOLDER, Attempt, add_words, pieces, show
@@ -135,7 +127,7 @@ def sealed(spec: UpdateSpec, blob: bytes) -> bytes:
     if len(blob) < HEADER_BYTES:
         return blob
     data = bytearray(blob)
-    data[HEADER_BYTES - CHECKSUM_BYTES : HEADER_BYTES] = _checksum(spec, memoryview(data))
+    data[HEADER_BYTES - CHECKSUM_BYTES : HEADER_BYTES] = checksum_of(spec, memoryview(data))
     return bytes(data)
 
 
@@ -178,7 +170,9 @@ def refitted(rng: random.Random, blob: bytes) -> bytes:
         return blob
     stratified = spec.mask == "stratified"
     survivors = spec.draw_mask().survivors if stratified else rng.choice((0, 1, 245, 1229, 2579))
-    return blob[:start] + sealed(spec, _header(spec, survivors, len(payload)) + payload) + section
+    return (
+        blob[:start] + sealed(spec, pack_header(spec, survivors, len(payload)) + payload) + section
+    )
 
 
 def mutate_tree(rng: random.Random, node: Any) -> None:

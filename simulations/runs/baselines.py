@@ -98,7 +98,8 @@ def library(
 ) -> Sent:
     """The library's own update, encoded and decoded; the payload without its header."""
     from dare_agg.codec.mask import parse_drop_rate
-    from dare_agg.codec.update import HEADER_BYTES, UpdateSpec, decode_update, encode_update
+    from dare_agg.codec.update import UpdateSpec, decode_update, encode_update
+    from dare_agg.codec.update_header import HEADER_BYTES
 
     spec = UpdateSpec(
         size=vector.size,

@@ -13,7 +13,8 @@ from dare_agg.codec.budget import UploadBudget, parse_bytes, plan_budget
 from dare_agg.codec.formats import VALUE_FORMATS
 from dare_agg.codec.mask import DropRate
 from dare_agg.codec.payload import payload_bytes
-from dare_agg.codec.update import HEADER_BYTES, UpdateSpec, encode_update
+from dare_agg.codec.update import UpdateSpec, encode_update
+from dare_agg.codec.update_header import HEADER_BYTES
 from dare_agg.errors import BudgetError, ConfigError
 from server.reading import read_config
 

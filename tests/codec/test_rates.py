@@ -15,16 +15,9 @@ from dare_agg.codec.formats import VALUE_FORMATS
 from dare_agg.codec.mask import Mask, parse_drop_rate
 from dare_agg.codec.payload import payload_bytes
 from dare_agg.codec.rates import MAX_THRESHOLD, RateTable, TensorRates, read_table
-from dare_agg.codec.update import (
-    _CHECKSUM_AT,
-    HEADER_BYTES,
-    UpdateSpec,
-    _checksum,
-    decode_update,
-    encode_update,
-    update_bytes,
-)
+from dare_agg.codec.update import UpdateSpec, decode_update, encode_update, update_bytes
 from dare_agg.codec.update_file import read_update_file, write_update_file
+from dare_agg.codec.update_header import CHECKSUM_AT, HEADER_BYTES, checksum_of
 from dare_agg.errors import ConfigError, DareError, NonFiniteError, UpdateError
 from dare_agg.vectors.layout import layout_of
 from dare_agg.vectors.sources import array_source
@@ -70,7 +63,7 @@ def refused(blob, spec):
 
 def sealed(blob, spec):
     blob = bytearray(blob)
-    blob[_CHECKSUM_AT:HEADER_BYTES] = _checksum(spec, memoryview(blob))
+    blob[CHECKSUM_AT:HEADER_BYTES] = checksum_of(spec, memoryview(blob))
     return bytes(blob)
 
 

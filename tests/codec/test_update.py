@@ -15,15 +15,9 @@ from hypothesis import strategies as st
 from dare_agg.codec.formats import VALUE_FORMATS
 from dare_agg.codec.mask import MASK_KINDS, parse_drop_rate
 from dare_agg.codec.payload import payload_bytes, payload_sections
-from dare_agg.codec.update import (
-    _CHECKSUM_AT,
-    HEADER_BYTES,
-    UpdateSpec,
-    _checksum,
-    decode_update,
-    encode_update,
-)
+from dare_agg.codec.update import UpdateSpec, decode_update, encode_update
 from dare_agg.codec.update_file import FILE_MAGIC, read_update_file, write_update_file
+from dare_agg.codec.update_header import CHECKSUM_AT, HEADER_BYTES, checksum_of
 from dare_agg.codec.value_format import MAX_MAGNITUDE, MAX_UPDATE
 from dare_agg.errors import (
     REASONS,
@@ -59,7 +53,7 @@ def refused(blob, spec):
 def sealed(blob, spec):
     """Give a tampered update a checksum that fits."""
     blob = bytearray(blob)
-    blob[_CHECKSUM_AT:HEADER_BYTES] = _checksum(spec, memoryview(blob))
+    blob[CHECKSUM_AT:HEADER_BYTES] = checksum_of(spec, memoryview(blob))
     return bytes(blob)
 
 

@@ -7,7 +7,7 @@ import pytest
 
 from dare_agg.codec.mask import parse_drop_rate
 from dare_agg.codec.payload import payload_bytes
-from dare_agg.codec.update import HEADER_BYTES
+from dare_agg.codec.update_header import HEADER_BYTES
 from dare_agg.rounds.client import make_client_update
 from dare_agg.rounds.noise import LOUD, QUIET, NoiseWatch, error_of, remedy, round_noise
 from dare_agg.rounds.plan import make_plans

@@ -6,7 +6,7 @@ from pathlib import Path
 import pytest
 
 import dare_agg
-from dare_agg.codec.update import CODEC_VERSION
+from dare_agg.codec.update_spec import CODEC_VERSION
 from dare_agg.errors import RunError, UpdateError
 from dare_agg.rounds.same_code import (
     SHARED_ROOMS,

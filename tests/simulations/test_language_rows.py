@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 import pytest
 
-from dare_agg.codec.update import HEADER_BYTES
+from dare_agg.codec.update_header import HEADER_BYTES
 from simulations.pages import language
 from simulations.run import run_row, run_scenario
 from simulations.runs.adapters import own_start, products

@@ -51,7 +51,7 @@ def main() -> None:
 
 def measure(folder: Path, clients: int, rounds: int, method: str) -> dict[str, Any]:
     """Run the app in ``folder``; accuracy, bytes and seconds a round, memory of all processes."""
-    from dare_agg.cli.run import execute
+    from dare_agg.cli.execute import execute
 
     make_model(folder / "model")
     config = {**CONFIG, "model": str(folder / "model"), "num-rounds": rounds, "methods": method}

@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 
-from dare_agg.cli.run import execute
+from dare_agg.cli.execute import execute
 from dare_agg.cli.run_config import absolute_paths, parse_overrides, run_settings
 from dare_agg.errors import ConfigError, DareError, StateError
 from dare_agg.files.app_config import Scalar

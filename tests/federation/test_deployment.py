@@ -12,7 +12,7 @@ from pathlib import Path
 import pytest
 import yaml
 
-from dare_agg.cli.run import execute
+from dare_agg.cli.execute import execute
 from dare_agg.errors import ConfigError
 from dare_agg.flower.processes.launch import flower_environment, free_port
 from simulations.bench.federation import APP, calm_report, finished_rounds, read_report

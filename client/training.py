@@ -340,20 +340,21 @@ class FineTuning:
 
     def _summed(self, split: str, at: Indices) -> tuple[int, Metrics]:
         """How many targets of some rows count, and each metric's sum over those."""
-        total, sums, size = 0, dict[str, float](), self.kind.evaluate_rows
+        size = self.kind.evaluate_rows
         with self.compute.autocast():
-            for lo in range(0, len(at), size):
-                read = self._read(split, at[lo : lo + size])
-                count, found = self.kind.sums(self._scores(read.batch), read.targets)
-                total += count
-                sums = {name: sums.get(name, 0) + value for name, value in found.items()}
-        return total, sums
+            reads = (self._read(split, at[lo : lo + size]) for lo in range(0, len(at), size))
+            return _added(self.kind.sums(self._scores(r.batch), r.targets) for r in reads)
 
     def _means(self, summed: Iterable[tuple[int, Metrics]]) -> Metrics:
         """Each metric over all targets of these sums, and what follows from the means."""
-        total, sums = 0, dict[str, float]()
-        for count, found in summed:
-            total += count
-            sums = {name: sums.get(name, 0) + value for name, value in found.items()}
+        total, sums = _added(summed)
         means = {name: value / total for name, value in sums.items()}
         return {**means, **self.kind.derived(means)}
+
+
+def _added(parts: Iterable[tuple[int, Metrics]]) -> tuple[int, Metrics]:
+    total, sums = 0, dict[str, float]()
+    for count, found in parts:
+        total += count
+        sums = {name: sums.get(name, 0) + value for name, value in found.items()}
+    return total, sums

@@ -7,9 +7,7 @@ import sys
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import pytest
-from flwr.app import Array, ArrayRecord
 
 from dare_agg.secure import identity as identities
 from dare_agg.secure.identity import new_identity, write_identity, write_public
@@ -18,7 +16,7 @@ from simulations.runs.memory_grid import MemoryGrid, pretend_task
 
 # Helpers stand beside the tests; importlib mode puts no test folder on the path.
 sys.path.insert(0, str(Path(__file__).parent))
-from toy import toy_app, toy_arrays, toy_delta
+from toy import record_of, toy_app, toy_arrays, toy_delta
 
 
 @pytest.fixture(autouse=True)
@@ -50,9 +48,7 @@ def toys():
         app = staticmethod(toy_app)
         delta = staticmethod(toy_delta)
 
-        @staticmethod
-        def record(arrays: dict[str, np.ndarray]) -> ArrayRecord:
-            return ArrayRecord({name: Array(array) for name, array in arrays.items()})
+        record = staticmethod(record_of)
 
     return Toys
 

@@ -7,7 +7,7 @@ import random
 
 import numpy as np
 import pytest
-from flwr.app import Array, ArrayRecord, ConfigRecord, Message, MetricRecord, RecordDict
+from flwr.app import Array, ConfigRecord, Message, MetricRecord, RecordDict
 from flwr.clientapp import ClientApp
 from flwr.serverapp.strategy import (
     Bulyan,
@@ -28,7 +28,7 @@ from flwr.serverapp.strategy import (
     QFedAvg,
     Strategy,
 )
-from toy import toy_delta
+from toy import numpy_of, record_of, toy_delta
 
 from dare_agg.codec.budget import UploadBudget
 from dare_agg.downlink.ways import make_downlink
@@ -49,14 +49,6 @@ def arrays_of(seed: int = 0) -> dict[str, np.ndarray]:
         "norm.running_var": np.ones(25, np.float32),
         "scale": np.float32(0.5).reshape(()),
     }
-
-
-def numpy_of(record: ArrayRecord) -> dict[str, np.ndarray]:
-    return {name: array.numpy() for name, array in record.items()}
-
-
-def record_of(arrays: dict[str, np.ndarray]) -> ArrayRecord:
-    return ArrayRecord({name: Array(np.asarray(array)) for name, array in arrays.items()})
 
 
 def app_of(mods, configs=None, failing=(), wild=()):

@@ -11,6 +11,14 @@ from flwr.clientapp import ClientApp
 from dare_agg.flower import dare_mod
 
 
+def numpy_of(record: ArrayRecord) -> dict[str, np.ndarray]:
+    return {name: array.numpy() for name, array in record.items()}
+
+
+def record_of(arrays: dict[str, np.ndarray]) -> ArrayRecord:
+    return ArrayRecord({name: Array(np.asarray(array)) for name, array in arrays.items()})
+
+
 def toy_arrays(seed: int = 0, head: bool = True) -> dict[str, np.ndarray]:
     generator = np.random.default_rng(seed)
     arrays = {

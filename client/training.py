@@ -32,13 +32,7 @@ from client.schedule import ONLY_ROUND, Progress
 from client.stopping import EarlyStop, rows_aside
 from client.tasks.table import find_task
 from client.tasks.task import Batch, Metrics, Reader, Task, told_labels
-from client.weights import (
-    State,
-    on_host,
-    place_state,
-    returned_state,
-    state_parameters,
-)
+from client.weights import State, on_host, place_state, returned_state, state_parameters
 from dare_agg.deploy.devices import check_device
 from dare_agg.errors import ConfigError
 

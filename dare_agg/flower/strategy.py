@@ -40,11 +40,7 @@ from dare_agg.rounds.directions import linears_of_round
 from dare_agg.rounds.draws import round_secret
 from dare_agg.rounds.plan import make_plans
 from dare_agg.rounds.robust import check_one_mask, robust_step
-from dare_agg.rounds.server import (
-    Accepted,
-    Rejection,
-    round_weights,
-)
+from dare_agg.rounds.server import Accepted, Rejection, round_weights
 from dare_agg.rounds.settings import FederatedSettings
 from dare_agg.rounds.step import ServerStep
 from dare_agg.rounds.terms import UpdateTerms

@@ -27,12 +27,13 @@ from dare_agg.checkpoint.hub import located
 from dare_agg.checkpoint.tied import followers_in, names_of
 from dare_agg.codec.derive import derive_key, seed_secret
 from dare_agg.codec.directions import gram_values
+from dare_agg.codec.file_header import FileHeader
 from dare_agg.codec.fitted_rates import fitted_rates, levels_of, tensor_squares
 from dare_agg.codec.formats import find_values
 from dare_agg.codec.mask import DropRate, parse_drop_rate
 from dare_agg.codec.rotation import GROUP
 from dare_agg.codec.update import Update, UpdateSpec
-from dare_agg.codec.update_file import FileHeader, read_update_file, write_update_file
+from dare_agg.codec.update_file import read_update_file, write_update_file
 from dare_agg.errors import BaseMismatchError, ConfigError, LayoutError, did_you_mean
 from dare_agg.merge.directions import check_rank, directions_of
 from dare_agg.merge.linears import model_linears

@@ -24,19 +24,13 @@ import numpy as np
 
 from dare_agg import codec, vectors
 from dare_agg.codec.directions import _checksum as section_checksum
+from dare_agg.codec.file_header import FILE_MAGIC, FileHeader, checked_spec, parse_header
 from dare_agg.codec.fitted_rates import fitted_rates, levels_of, tensor_squares
 from dare_agg.codec.formats import VALUE_FORMATS
 from dare_agg.codec.mask import MASK_KINDS, parse_drop_rate
 from dare_agg.codec.rates import TensorRates
 from dare_agg.codec.update import Update, UpdateSpec, decode_update, encode_update
-from dare_agg.codec.update_file import (
-    FILE_MAGIC,
-    FileHeader,
-    _checked_spec,
-    _parse,
-    read_update_file,
-    write_update_file,
-)
+from dare_agg.codec.update_file import read_update_file, write_update_file
 from dare_agg.codec.update_header import CHECKSUM_BYTES, HEADER_BYTES, checksum_of, pack_header
 from dare_agg.errors import DareError
 from dare_agg.vectors.layout import Layout, layout_of
@@ -157,8 +151,8 @@ def refitted(rng: random.Random, blob: bytes) -> bytes:
     (length,) = struct.unpack("<I", blob[12:16].ljust(4, b"\0"))
     start = -(-(16 + length) // 8) * 8
     try:
-        header = _parse(blob[16 : 16 + length], blob[8])
-        spec = _checked_spec(header)
+        header = parse_header(blob[16 : 16 + length], blob[8])
+        spec = checked_spec(header)
         payload, section = blob[start + HEADER_BYTES :], b""
         if header.directions is not None:
             behind = header.directions.nbytes(header.layout)

@@ -12,11 +12,12 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
+from dare_agg.codec.file_header import FILE_MAGIC
 from dare_agg.codec.formats import VALUE_FORMATS
 from dare_agg.codec.mask import MASK_KINDS, parse_drop_rate
 from dare_agg.codec.payload import payload_bytes, payload_sections
 from dare_agg.codec.update import UpdateSpec, decode_update, encode_update
-from dare_agg.codec.update_file import FILE_MAGIC, read_update_file, write_update_file
+from dare_agg.codec.update_file import read_update_file, write_update_file
 from dare_agg.codec.update_header import CHECKSUM_AT, HEADER_BYTES, checksum_of
 from dare_agg.codec.value_format import MAX_MAGNITUDE, MAX_UPDATE
 from dare_agg.errors import (

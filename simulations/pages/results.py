@@ -14,8 +14,9 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 
 from simulations.pages import abilities as ability_pages
+from simulations.pages import frontier, language, large, plots, private, tables
 from simulations.pages import gram as gram_pages
-from simulations.pages import language, large, plots, private, tables
+from simulations.pages import links as link_pages
 from simulations.pages import weights as weight_pages
 from simulations.runs.rows import RESULTS, read_rows
 from simulations.runs.scenario import SCENARIOS, read_scenario
@@ -63,7 +64,7 @@ def headline() -> str:
 def traffic() -> str:
     rows = _rows("traffic")
     path = plots.federated_plot(rows, PLOTS / "traffic-bytes.svg", by_bytes=True)
-    return tables.traffic_table(rows) + "\n\n" + _image(path, "accuracy by megabytes moved")
+    return frontier.traffic_table(rows) + "\n\n" + _image(path, "accuracy by megabytes moved")
 
 
 def frontier_images() -> str:
@@ -77,11 +78,11 @@ def frontier_text() -> str:
 def _frontier(name: str) -> str:
     rows = _of_scenario(name)
     path = plots.frontier_plot(rows, PLOTS / f"{name}.svg")
-    return tables.frontier_table(rows) + "\n\n" + _image(path, "accuracy by megabytes moved")
+    return frontier.frontier_table(rows) + "\n\n" + _image(path, "accuracy by megabytes moved")
 
 
 def frontier_choices() -> str:
-    return tables.frontier_table(_of_scenario("frontier-choices"))
+    return frontier.frontier_table(_of_scenario("frontier-choices"))
 
 
 def frontier_mixtures() -> str:
@@ -94,7 +95,7 @@ def frontier_text_mixtures() -> str:
 
 def _mixtures(name: str) -> str:
     rows = _of_scenario(name)
-    return tables.mixtures_table(rows) + "\n\n" + tables.mixtures_bytes_table(rows)
+    return frontier.mixtures_table(rows) + "\n\n" + frontier.mixtures_bytes_table(rows)
 
 
 def single() -> str:
@@ -184,7 +185,7 @@ def rate() -> str:
 
 
 def links() -> str:
-    return tables.links_table(_rows("traffic"), COMPACT)
+    return link_pages.links_table(_rows("traffic"), COMPACT)
 
 
 def engine() -> str:

@@ -3,9 +3,8 @@
 from __future__ import annotations
 
 import math
-import statistics
 from collections import defaultdict
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 from dare_agg.runs.words import human_bytes
@@ -13,9 +12,6 @@ from dare_agg.runs.words import human_bytes
 Rows = Sequence[Mapping[str, Any]]
 # Two-sided 95 % quantiles of Student's t for 1, 2, … degrees of freedom.
 _T = (12.706, 4.303, 3.182, 2.776, 2.571, 2.447, 2.365, 2.306, 2.262)
-# Uplinks in kbit/s; the downlink is taken to be as fast.
-LINKS = {"NB-IoT": 20, "LTE-M": 300, "rural ADSL": 700, "LTE Cat-1": 2000}
-SIZES = {"22.7 M": 22.7e6, "125 M": 125e6, "1 B": 1e9, "7 B": 7e9}
 
 
 def markdown(columns: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
@@ -89,44 +85,6 @@ def federated_table(rows: Rows, number: int) -> str:
         "Smaller by",
         "Head, extra",
         "Download a client and round",
-        "Seeds",
-    )
-    return markdown(columns, lines)
-
-
-def traffic_table(rows: Rows) -> str:
-    """Bytes of a whole run, and of the way to FedAvg minus a point, in both directions."""
-    cells = by_cell(rows)
-    dense = {r["seed"]: r for r in cells["FedAvg"]}
-    targets = targets_of(cells["FedAvg"])
-    lines = []
-    for cell, own in cells.items():
-        total = own[0]["upload_bytes"] + own[0]["download_bytes"]
-        gaps = [r["accuracy"] - dense[r["seed"]]["accuracy"] for r in own if r["seed"] in dense]
-        first = next(iter(dense.values()), own[0])
-        ratio = (first["upload_bytes"] + first["download_bytes"]) / total
-        lines.append(
-            (
-                cell,
-                shown([r["accuracy"] for r in own]),
-                "–" if cell == "FedAvg" or not gaps else shown(gaps, signed=True),
-                human_bytes(own[0]["upload_bytes"]),
-                human_bytes(own[0]["download_bytes"]),
-                human_bytes(own[0]["head_upload_bytes"] + own[0]["head_download_bytes"]),
-                f"{ratio:,.0f}×",
-                _reached(own, cells["FedAvg"], targets, "upload_bytes", "download_bytes"),
-                str(len(own)),
-            )
-        )
-    columns = (
-        "Method",
-        "Accuracy, %",
-        "minus FedAvg, points",
-        "Up, whole run",
-        "Down, whole run",
-        "of both: head",
-        "Smaller by",
-        "Both ways to FedAvg − 1 point",
         "Seeds",
     )
     return markdown(columns, lines)
@@ -271,189 +229,3 @@ def rate_table(rows: Rows) -> str:
         lines.append((f"{method} {setting}".strip(), f"{first['bits_per_parameter']:.4f}", *cells))
     heads = [text for task in tasks for text in (f"{task}: NMSE", "accuracy, %")]
     return markdown(("Method", "bits a parameter", *heads), lines)
-
-
-SETTLED = 3
-
-
-def settled(row: Mapping[str, Any], number: int | None = None) -> float:
-    """Mean accuracy of the last `SETTLED` measured rounds (up to ``number``): one is noisy."""
-    curve = row["curve"]
-    points = [p for p in curve if number is None or p["round"] <= number][-SETTLED:]
-    return math.fsum(p["accuracy"] for p in points) / len(points)
-
-
-def point_at(row: Mapping[str, Any], target: float) -> Mapping[str, Any] | None:
-    """First point of the curve where the mean of the last `SETTLED` points reaches ``target``."""
-    curve = row["curve"]
-    for end in range(SETTLED, len(curve) + 1):
-        if settled({"curve": curve[:end]}) >= target:
-            return curve[end - 1]
-    return None
-
-
-def bytes_to(
-    rows: Rows, targets: Mapping[int, float], *directions: str
-) -> tuple[float, int] | None:
-    """Median over the seeds of the bytes until the seed's target, and how many reached it."""
-    found = [point_at(row, targets[row["seed"]]) for row in rows]
-    reached = [sum(p[d] for d in directions) for p in found if p is not None]
-    return (statistics.median(reached), len(reached)) if reached else None
-
-
-def targets_of(dense: Rows) -> dict[int, float]:
-    """For each seed FedAvg's accuracy minus one point."""
-    return {row["seed"]: settled(row) - 0.01 for row in dense}
-
-
-def frontier_table(rows: Rows, baseline: str = "FedAvg") -> str:
-    """Accuracy, bytes of the whole run, and bytes until the baseline's accuracy minus a point."""
-    cells = by_cell(rows)
-    dense = {row["seed"]: row for row in cells[baseline]}
-    targets = targets_of(cells[baseline])
-    number = cells[baseline][0]["rounds"]
-    lines = []
-    for cell, own in cells.items():
-        own = [row for row in own if row["seed"] in dense]
-        if not own:
-            continue
-        first = own[0]
-        ends = next(p for p in first["curve"] if p["round"] == number)
-        scores = [settled(row, number) for row in own]
-        gaps = [score - settled(dense[row["seed"]]) for score, row in zip(scores, own, strict=True)]
-        rivals = [dense[row["seed"]] for row in own]
-        upload = first["upload_bytes_per_client_round"]
-        lines.append(
-            (
-                cell,
-                shown(scores),
-                "–" if cell == baseline else shown(gaps, signed=True),
-                f"{8 * upload / first['parameters']:.3g}" if first["parameters"] else "–",
-                human_bytes(ends["upload_bytes"]),
-                human_bytes(ends["download_bytes"]),
-                _rounds(own, targets),
-                _reached(own, rivals, targets, "upload_bytes"),
-                _reached(own, rivals, targets, "upload_bytes", "download_bytes"),
-                str(len(own)),
-            )
-        )
-    columns = (
-        "Method",
-        "Accuracy, %",
-        f"minus {baseline}, points",
-        "Bits a parameter, up",
-        f"Up, {number} rounds",
-        f"Down, {number} rounds",
-        f"Rounds to {baseline} − 1 point",
-        "Up to it",
-        "Both ways to it",
-        "Seeds",
-    )
-    return markdown(columns, lines)
-
-
-def _rounds(own: Rows, targets: Mapping[int, float]) -> str:
-    """Median round in which the target was reached, or how far it was looked for."""
-    found = [p["round"] for row in own if (p := point_at(row, targets[row["seed"]])) is not None]
-    if not found:
-        return f"> {own[0]['rounds']}"
-    text = f"{statistics.median(found):g}"
-    return text if len(found) == len(own) else f"{text}, {len(found)} of {len(own)}"
-
-
-def _reached(own: Rows, rivals: Rows, targets: Mapping[int, float], *directions: str) -> str:
-    """Bytes to the target and how many times fewer than the baseline's."""
-    found, dense = bytes_to(own, targets, *directions), bytes_to(rivals, targets, *directions)
-    if found is None or dense is None:
-        return "not reached"
-    text = f"{human_bytes(round(found[0]))} ({dense[0] / found[0]:,.0f}×)"
-    return text if found[1] == len(own) else f"{text}, {found[1]} of {len(own)}"
-
-
-def mixtures_table(rows: Rows) -> str:
-    """Accuracy by method and division of the data, after FedAvg's as differences to it."""
-
-    def cell(method: str, own: Rows, dense: Rows) -> str:
-        if method == "FedAvg":
-            return shown([settled(row) for row in own])
-        by_seed = {row["seed"]: settled(row) for row in dense}
-        return shown([settled(row) - by_seed[row["seed"]] for row in own], signed=True)
-
-    return _by_division(rows, cell)
-
-
-def mixtures_bytes_table(rows: Rows) -> str:
-    """Bytes both ways until FedAvg's accuracy minus a point, by method and division."""
-
-    def cell(_: str, own: Rows, dense: Rows) -> str:
-        return _reached(own, dense, targets_of(dense), "upload_bytes", "download_bytes")
-
-    return _by_division(rows, cell)
-
-
-def _by_division(rows: Rows, make: Callable[[str, Rows, Rows], str]) -> str:
-    """A table of cells named ``division: method``; ``make`` gets a cell and its FedAvg."""
-    cells = by_cell(rows)
-    divisions = list(dict.fromkeys(cell.split(": ")[0] for cell in cells))
-    methods = list(dict.fromkeys(cell.split(": ")[1] for cell in cells))
-    lines = []
-    for method in methods:
-        line = [method]
-        for division in divisions:
-            dense = {row["seed"]: row for row in cells.get(f"{division}: FedAvg", [])}
-            own = [r for r in cells.get(f"{division}: {method}", []) if r["seed"] in dense]
-            line.append(make(method, own, [dense[r["seed"]] for r in own]) if own else "–")
-        lines.append(line)
-    return markdown(("Method", *divisions), lines)
-
-
-def rounds_to(row: Mapping[str, Any], target: float) -> int | None:
-    """First measured round whose accuracy reaches ``target``."""
-    return next((p["round"] for p in row["curve"] if p["accuracy"] >= target), None)
-
-
-# Bytes of a message to a client and its answer besides what they carry, measured with Flower.
-MESSAGE_BYTES = 1600
-
-
-def links_table(rows: Rows, compact: str) -> str:
-    """Hours to FedAvg's final accuracy minus one point, by link and model size, mean of the seeds.
-
-    A round lasts as long as one client's transfer and compute, since clients work side by
-    side. Transfer follows from the measured bits a parameter; compute is each method's own
-    measured CPU time a client and round (training, codec, and its share of merge and test),
-    taken to grow with the parameters.
-    """
-    cells = by_cell(rows)
-    lines = []
-    for link, kbit in LINKS.items():
-        shown_cells = []
-        for size in SIZES.values():
-            hours = [
-                sum(_hours_to(row, dense["accuracy"] - 0.01, size, kbit) for row, dense in pairs)
-                / len(pairs)
-                for pairs in (
-                    [(d, d) for d in cells["FedAvg"]],
-                    list(zip(cells[compact], cells["FedAvg"], strict=True)),
-                )
-            ]
-            shown_cells.append(f"{_hours(hours[0])} → {_hours(hours[1])}")
-        lines.append((f"{link}, {kbit} kbit/s", *shown_cells))
-    return markdown(("Link", *SIZES), lines)
-
-
-def _hours_to(row: Mapping[str, Any], target: float, size: float, kbit: int) -> float:
-    turns = row["rounds"] * row["clients"]
-    scale = size / row["parameters"]
-    carried = scale * (row["upload_bytes"] + row["download_bytes"]) / turns + MESSAGE_BYTES
-    compute = scale * row["cpu_seconds"] / turns
-    number = rounds_to(row, target) or row["rounds"]
-    return number * (8 * carried / (1000 * kbit) + compute) / 3600
-
-
-def _hours(hours: float) -> str:
-    if hours >= 48:
-        return f"{hours / 24:,.0f} d"
-    if hours >= 1:
-        return f"{hours:.1f} h"
-    return f"{60 * hours:.1f} min"

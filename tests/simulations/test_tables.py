@@ -6,7 +6,7 @@ from typing import Any
 
 import pytest
 
-from simulations.pages import tables
+from simulations.pages import frontier, links, tables
 
 
 def _row(cell: str, seed: int, scores: list[float], up: int, down: int) -> dict[str, Any]:
@@ -41,15 +41,15 @@ FAR = [_row("far", 0, [0.5] * 5, 8, 8)]
 
 
 def test_bytes_until_the_mean_of_three_rounds_reaches_the_target() -> None:
-    targets = tables.targets_of(DENSE)
+    targets = frontier.targets_of(DENSE)
     assert targets[0] == pytest.approx(2.6 / 3 - 0.01)
-    assert tables.bytes_to(CLOSE, targets, "upload_bytes") == (400, 2)
-    assert tables.bytes_to(CLOSE, targets, "upload_bytes", "download_bytes") == (4400, 2)
-    assert tables.bytes_to(FAR, targets, "upload_bytes") is None
+    assert frontier.bytes_to(CLOSE, targets, "upload_bytes") == (400, 2)
+    assert frontier.bytes_to(CLOSE, targets, "upload_bytes", "download_bytes") == (4400, 2)
+    assert frontier.bytes_to(FAR, targets, "upload_bytes") is None
 
 
 def test_frontier_table_compares_on_equal_seeds_and_says_what_was_not_reached() -> None:
-    lines = tables.frontier_table([*DENSE, *CLOSE, *FAR]).splitlines()
+    lines = frontier.frontier_table([*DENSE, *CLOSE, *FAR]).splitlines()
     close, far = lines[-2], lines[-1]
     assert "+1.7 ± 0.0" in close
     assert "400 B (100×)" in close
@@ -59,16 +59,16 @@ def test_frontier_table_compares_on_equal_seeds_and_says_what_was_not_reached() 
 
 def test_mixtures_show_differences_and_the_baseline_itself() -> None:
     rows = [{**row, "cell": f"IID: {row['cell']}"} for row in (*DENSE[:1], *CLOSE[:1])]
-    assert "| close | +1.7 |" in tables.mixtures_table(rows)
-    assert "| FedAvg | 86.7 |" in tables.mixtures_table(rows)
-    assert "| close | 4.4 kB (18×) |" in tables.mixtures_bytes_table(rows)
+    assert "| close | +1.7 |" in frontier.mixtures_table(rows)
+    assert "| FedAvg | 86.7 |" in frontier.mixtures_table(rows)
+    assert "| close | 4.4 kB (18×) |" in frontier.mixtures_bytes_table(rows)
 
 
 def test_hours_over_a_link_are_transfer_and_message_overhead_and_compute() -> None:
     row = {**DENSE[0], "cpu_seconds": 36.0}
     # 8,000 bytes a client and round, 1,600 of the messages, 3.6 s of compute, 4 rounds.
     seconds = 4 * (8 * 9600 / 20_000 + 3.6)
-    assert tables._hours_to(row, 0.89, 1000, 20) == pytest.approx(seconds / 3600)
+    assert links._hours_to(row, 0.89, 1000, 20) == pytest.approx(seconds / 3600)
 
 
 def test_the_hard_table_pairs_each_way_with_its_own_tuned_model():

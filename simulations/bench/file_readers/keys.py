@@ -29,7 +29,7 @@ from dare_agg.secure.ledger import FileLedger
 from dare_agg.secure.roster import check_roster, make_roster, read_roster, sign_roster, write_roster
 from dare_agg.secure.vault import Vault
 from simulations.bench.file_readers.reader import Reader, one_line, whole
-from simulations.bench.fuzz_secure import recordings
+from simulations.bench.secure_sessions import recordings
 
 PASSPHRASE = "a passphrase"
 

@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from pathlib import Path
 
 import numpy as np
 from flwr.app import Array, ArrayRecord, Context, Message, MetricRecord, RecordDict
 from flwr.clientapp import ClientApp
 
 from dare_agg.flower import dare_mod
+from dare_agg.secure.roster import Roster, read_roster
 
 
 def numpy_of(record: ArrayRecord) -> dict[str, np.ndarray]:
@@ -17,6 +19,11 @@ def numpy_of(record: ArrayRecord) -> dict[str, np.ndarray]:
 
 def record_of(arrays: dict[str, np.ndarray]) -> ArrayRecord:
     return ArrayRecord({name: Array(np.asarray(array)) for name, array in arrays.items()})
+
+
+def roster_of(folder: Path) -> Roster:
+    """The roster that the fixture ``keys`` wrote."""
+    return read_roster(folder / "roster.json")
 
 
 def toy_arrays(seed: int = 0, head: bool = True) -> dict[str, np.ndarray]:

@@ -12,6 +12,7 @@ from dare_agg.downlink.protocol import Broadcast
 from dare_agg.downlink.step_form import Families, StepHead
 from dare_agg.downlink.steps import Step
 from dare_agg.errors import StateError
+from dare_agg.vectors.model import GlobalModel
 
 
 def head_after(
@@ -26,6 +27,15 @@ def head_after(
 
 
 NO_NAME = "00" * 32
+
+
+def check_newest(model: GlobalModel, version: str) -> None:
+    """Raise `StateError` for a model that is not at a store's newest ``version``."""
+    if model.ref.version != version:
+        raise StateError(
+            f"the model is at version {model.ref.version[:12]}, the version store at "
+            f"{version[:12]}; resume both from the same round"
+        )
 
 
 def parents_of(steps: Sequence[Step]) -> list[str]:

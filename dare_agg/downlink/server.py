@@ -29,6 +29,7 @@ from dare_agg.downlink.lossless import LOSSLESS, encode_counts
 from dare_agg.downlink.paths import (
     cheapest_broadcast,
     cheapest_path,
+    check_newest,
     head_after,
     parents_of,
 )
@@ -107,11 +108,7 @@ class VersionDownlink:
         Raises `StateError` for a model that is not at the store's version.
         """
         delta, dense = self._groups()
-        if model.ref.version != self.version:
-            raise StateError(
-                f"the model is at version {model.ref.version[:12]}, the version store at "
-                f"{self.version[:12]}; resume both from the same round"
-            )
+        check_newest(model, self.version)
         families = families_of(plans)
         row = find_form(self.form)
         if not row.fits(families) or not row.bears(step, families, delta.grid.layout.sizes):

@@ -36,6 +36,7 @@ from dare_agg.downlink.lossless import LOSSLESS, encode_counts
 from dare_agg.downlink.paths import (
     cheapest_broadcast,
     cheapest_path,
+    check_newest,
     head_after,
     nbytes_of,
     parents_of,
@@ -179,11 +180,7 @@ class VersionStore:
         `NonFiniteError` for a step that is no number somewhere.
         """
         before = self._opened()
-        if model.ref.version != before.version:
-            raise StateError(
-                f"the model is at version {model.ref.version[:12]}, the version store at "
-                f"{before.version[:12]}; resume both from the same round"
-            )
+        check_newest(model, before.version)
         families = families_of(plans)
         row = find_form(self.form)
         if not row.fits(families):

@@ -44,30 +44,18 @@ Directions = Mapping[str, tuple[Any, int]]
 
 def run_row(row: Any) -> dict[str, Any]:
     """Merge all tasks at each drop rate, rank and number of bits; measure each task's accuracy."""
-    from simulations.runs.single import body_layout, tuned_state
+    from simulations.runs.tuned_tasks import tuned_tasks
 
     settings = row.settings
     names = list(settings["tasks"])
-    models = {
-        name: tuned_state({"data": data, **settings["task"]}, row.seed)
-        for name, data in settings["tasks"].items()
-    }
-    base = next(iter(models.values()))[1]
-    layout = body_layout(base)
-    start = layout.flatten(base)
-    heads = {
-        name: {n: a for n, a in tuned.items() if n not in layout}
-        for name, (_, _, tuned) in models.items()
-    }
-    wholes = [array_source(layout.flatten(models[name][2]) - start) for name in names]
+    wanted = {name: {"data": data, **settings["task"]} for name, data in settings["tasks"].items()}
+    tuned = tuned_tasks(wanted, row.seed)
+    layout, start = tuned.layout, tuned.start
+    wholes = [array_source(tuned.deltas[name]) for name in names]
     rows = np.arange(settings["test_rows"])
 
     def score(delta: FloatVector) -> dict[str, Any]:
-        body = layout.unflatten(start + delta)
-        scores = {
-            name: round(models[name][0].evaluate({**body, **heads[name]}, rows)["accuracy"], 4)
-            for name in names
-        }
+        scores = tuned.scores(start + delta, rows=rows)
         return {"accuracies": scores, "accuracy": round(mean(scores.values()), 4)}
 
     most = max(rank for rank, _ in settings["directions"])

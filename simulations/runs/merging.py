@@ -31,36 +31,23 @@ Statistics = Mapping[str, Mapping[str, Any]]
 
 def run_row(row: Any) -> dict[str, Any]:
     """Merge each set of tasks by each method and measure each task's accuracy."""
-    from simulations.runs.single import body_layout, tuned_state
+    from simulations.runs.tuned_tasks import tuned_tasks
 
     settings = row.settings
-    models = {
-        name: tuned_state({"data": data, **settings["task"]}, row.seed)
-        for name, data in settings["tasks"].items()
-    }
-    base = next(iter(models.values()))[1]
-    layout = body_layout(base)
-    start = layout.flatten(base)
-    heads = {
-        name: {n: a for n, a in tuned.items() if n not in layout}
-        for name, (_, _, tuned) in models.items()
-    }
-    whole = {name: layout.flatten(tuned) - start for name, (_, _, tuned) in models.items()}
+    wanted = {name: {"data": data, **settings["task"]} for name, data in settings["tasks"].items()}
+    tuned = tuned_tasks(wanted, row.seed)
+    layout, start, whole = tuned.layout, tuned.start, tuned.deltas
     rows = np.arange(settings["test_rows"])
 
     def score(vector: FloatVector, names: Sequence[str]) -> dict[str, float]:
-        body = layout.unflatten(vector)
-        return {
-            name: round(models[name][0].evaluate({**body, **heads[name]}, rows)["accuracy"], 4)
-            for name in names
-        }
+        return tuned.scores(vector, names, rows)
 
     points = []
     for rate in settings["drop_rates"]:
         deltas = {name: dropped(delta, rate, row.seed, name) for name, delta in whole.items()}
         kinds = {find_method(spec["method"]).statistics for spec in settings["methods"]} - {None}
         statistics = {
-            name: collect(models[name][0], layout, start + delta, heads[name], settings)
+            name: collect(tuned.tasks[name], layout, start + delta, tuned.heads[name], settings)
             if kinds
             else {}
             for name, delta in deltas.items()

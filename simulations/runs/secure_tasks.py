@@ -207,25 +207,15 @@ def shown(layout: Layout, result: LocalSum, deltas: Sequence[FloatVector]) -> di
 
 def one_shot(row: dict[str, Any]) -> dict[str, Any]:
     """Merge four tuned models; accuracy of each task with its own head."""
-    from simulations.runs.single import body_layout, tuned_state
+    from simulations.runs.tuned_tasks import tuned_tasks
 
-    models = {name: tuned_state(settings_of(name, TUNE_STEPS), row["seed"]) for name in TASKS}
-    first = next(iter(models.values()))[1]
-    layout = body_layout(first)
-    start = layout.flatten(first)
-    deltas = [layout.flatten(tuned) - start for _, _, tuned in models.values()]
+    tuned = tuned_tasks({name: settings_of(name, TUNE_STEPS) for name in TASKS}, row["seed"])
+    layout, start, deltas = tuned.layout, tuned.start, list(tuned.deltas.values())
     method, scaling = row["method"], SCALINGS[row["method"]]
     rate = parse_drop_rate(row["drop_rate"])
 
     def score(delta: FloatVector, only: str = "") -> dict[str, float]:
-        body = layout.unflatten(start + delta)
-        scores = {}
-        for name, (task, _, tuned) in models.items():
-            if only not in ("", name):
-                continue
-            heads = {n: a for n, a in tuned.items() if n not in layout}
-            scores[name] = round(task.evaluate({**body, **heads})["accuracy"], 4)
-        return scores
+        return tuned.scores(start + delta, (only,) if only else None)
 
     began = time.process_time()
     result = secure_merge(deltas, fingerprint(layout, start), layout, row, 0)
@@ -260,7 +250,7 @@ def one_shot(row: dict[str, Any]) -> dict[str, Any]:
         accuracies["plain, own masks"] = score(plain_merge(layout, own, method, scaling, rate.keep))
     if row["drop_rate"] == "0" and method == "task-arithmetic":
         accuracies["tuned alone"] = {
-            name: score(delta, name)[name] for name, delta in zip(models, deltas, strict=True)
+            name: score(delta, name)[name] for name, delta in tuned.deltas.items()
         }
         accuracies["base"] = score(np.zeros_like(start))
     return {"accuracies": accuracies, "relative_error": error, **found}

@@ -13,6 +13,7 @@ import argparse
 import sys
 import time
 from collections.abc import Sequence
+from dataclasses import replace
 from statistics import mean
 from typing import Any
 
@@ -30,6 +31,7 @@ from dare_agg.vectors.sources import array_source
 from simulations.runs.rows import RESULTS, append_row, read_rows, versions
 from simulations.runs.secure_tasks import TASKS, TUNE_STEPS, plain_merge, settings_of
 from simulations.runs.sparsifiers import dare
+from simulations.runs.tuned_tasks import TunedTasks, tuned_tasks
 
 OUT = RESULTS / "sketch_forms.jsonl"
 REPORTED, MORE = 300, 250
@@ -102,14 +104,10 @@ def words_of(form: str, size: int, linears: Sequence[Linear], widths: Sequence[i
 def run_seed(seed: int, missing: Sequence[tuple[str, int, str]]) -> None:
     """Measure the forms of one seed that are missing."""
     from simulations.runs.federated import build
-    from simulations.runs.single import body_layout, tuned_state
 
     settings = {name: settings_of(name, TUNE_STEPS) for name in TASKS}
-    models = {name: tuned_state(settings[name], seed) for name in TASKS}
-    first = next(iter(models.values()))[1]
-    layout = body_layout(first)
-    start = layout.flatten(first)
-    deltas = [layout.flatten(tuned) - start for _, _, tuned in models.values()]
+    tuned = tuned_tasks(settings, seed)
+    layout, start, deltas = tuned.layout, tuned.start, list(tuned.deltas.values())
     more = {name: build({**settings[name], "test_rows": REPORTED + MORE}, seed) for name in TASKS}
     linears = list(model_linears(layout).values())
     for form, size, rate in missing:
@@ -129,7 +127,7 @@ def run_seed(seed: int, missing: Sequence[tuple[str, int, str]]) -> None:
                 found = solved(linear, middle, own, form, size, width)
                 found = found.T if linear.transposed else found
                 merged[entry.offset : entry.stop] = found.reshape(-1)
-        scores = score(layout, start + merged, models, more)
+        scores = score(tuned, start + merged, more)
         append_row(
             OUT,
             {
@@ -147,16 +145,11 @@ def run_seed(seed: int, missing: Sequence[tuple[str, int, str]]) -> None:
         print(f"{form} {size} p={rate}, seed {seed}", file=sys.stderr)
 
 
-def score(
-    layout: Any, vector: FloatVector, models: dict[str, Any], more: dict[str, Any]
-) -> dict[str, float]:
+def score(tuned: TunedTasks, body: FloatVector, more: dict[str, Any]) -> dict[str, float]:
     """Accuracy of each task on the rows behind those that are reported."""
-    body, found = layout.unflatten(vector), {}
-    for name, (_, _, tuned) in models.items():
-        heads = {n: a for n, a in tuned.items() if n not in layout}
-        task = more[name]
-        rows = np.arange(REPORTED, len(task.test_rows))
-        found[name] = round(task.evaluate({**body, **heads}, rows)["accuracy"], 4)
+    again, found = replace(tuned, tasks=more), {}
+    for name, task in more.items():
+        found |= again.scores(body, (name,), np.arange(REPORTED, len(task.test_rows)))
     return found
 
 

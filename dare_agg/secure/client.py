@@ -19,8 +19,7 @@ from cryptography.hazmat.primitives.ciphers.aead import ChaCha20Poly1305
 from dare_agg.codec.mask import Mask
 from dare_agg.errors import ConfigError, ProtocolError
 from dare_agg.secure import messages as wire
-from dare_agg.secure.aggregates import AGGREGATES
-from dare_agg.secure.graph import COLLUDING, corrupt_of, draw_neighbours, is_safe
+from dare_agg.secure.graph import draw_neighbours
 from dare_agg.secure.identity import Identity, verify
 from dare_agg.secure.keys import (
     agree,
@@ -35,39 +34,17 @@ from dare_agg.secure.keys import (
     self_mask_key,
 )
 from dare_agg.secure.packing import pack_party
+from dare_agg.secure.policy import SecurePolicy, check_terms
 from dare_agg.secure.roster import Roster
 from dare_agg.secure.shamir import SECRET_BYTES, SHARE_BYTES, share_value, split
 from dare_agg.secure.stream import add_mask, cut_words, pack_words
-from dare_agg.secure.terms import MIN_PARTIES, SecureTerms
+from dare_agg.secure.terms import SecureTerms
 from dare_agg.vectors.layout import FloatVector
 
 STAGES = ("advertised", "shared", "opened", "contributed", "signed", "revealed")
 _NO_NONCE = bytes(12)
 
 Random = Callable[[int], bytes]
-
-
-@dataclass(frozen=True)
-class SecurePolicy:
-    """What a party insists on, whatever the server proposes.
-
-    ``base`` and ``layout`` are the party's own fingerprints (hex). ``min_threshold_share``
-    is the least share of the cohort that must stay: two thirds withstand a third colluding
-    with a server that shows parties different alive sets, half withstand nobody.
-
-    The server chooses the cohort, so all of the ``colluding`` share of the *roster* may be in
-    it. What is left of those who must stay has to be ``min_parties`` honest ones, and the
-    cohort more than ``min_cohort_share`` of the roster.
-    """
-
-    base: str
-    layout: str
-    min_parties: int = MIN_PARTIES
-    min_threshold_share: float = 2 / 3
-    min_cohort_share: float = 0.5
-    colluding: float = COLLUDING
-    aggregates: tuple[str, ...] = tuple(AGGREGATES)
-    max_clip: float = 1.0
 
 
 @dataclass(frozen=True)
@@ -132,59 +109,6 @@ def advertise(
         terms, party, "advertised", message, sealing_secret, mask_seed, self_seed, nonce
     )
     return state, message
-
-
-def check_terms(terms: SecureTerms, roster: Roster, policy: SecurePolicy) -> None:
-    """Raise `ProtocolError` where the terms break what this party insists on."""
-    n, members = len(terms.cohort), len(roster.members)
-    corrupt = corrupt_of(members, policy.colluding)
-    honest = terms.threshold - min(corrupt, n)
-    refusals = (
-        (terms.roster != roster.digest, "roster", "another roster than this party's"),
-        (
-            terms.base != policy.base,
-            "base",
-            f"base {terms.base[:12]}…, here {policy.base[:12]}…: all need the same base model",
-        ),
-        (terms.layout != policy.layout, "layout", "another layout than this party's model"),
-        (
-            n <= policy.min_cohort_share * members,
-            "parties",
-            f"{n} of the roster's {members} parties, more than {policy.min_cohort_share:.3g} of "
-            "them wanted (secure-min-cohort)",
-        ),
-        (
-            terms.threshold < policy.min_threshold_share * n,
-            "threshold",
-            f"threshold {terms.threshold} of {n}, at least {policy.min_threshold_share:.3g} of "
-            "the cohort wanted (secure-min-threshold)",
-        ),
-        (
-            honest < policy.min_parties,
-            "parties",
-            f"{terms.threshold} parties that stay, of whom {corrupt} may collude; at least "
-            f"{policy.min_parties} honest ones wanted (secure-min-parties, secure-colluding)",
-        ),
-        (
-            not is_safe(
-                n, terms.degree, terms.share_threshold, policy.colluding, n - terms.threshold
-            ),
-            "degree",
-            f"{terms.degree} neighbours, {terms.share_threshold} of whom open a secret, are too "
-            f"few with {policy.colluding:.3g} of {n} parties colluding (secure-colluding)",
-        ),
-        (
-            terms.aggregate not in policy.aggregates,
-            "aggregate",
-            f"{terms.aggregate}, this party takes part in {', '.join(policy.aggregates)}",
-        ),
-        (terms.clip > policy.max_clip, "clip", f"clip {terms.clip}, at most {policy.max_clip}"),
-    )
-    for bad, reason, why in refusals:
-        if bad:
-            raise ProtocolError(f"terms refused: {why}", reason=reason)
-    for member in terms.cohort:
-        _ = roster[member]
 
 
 def share(

@@ -14,6 +14,7 @@ from dare_agg.errors import ProtocolError
 from dare_agg.secure import client
 from dare_agg.secure.aggregate import SecureMeasurements, Sums
 from dare_agg.secure.identity import Identity
+from dare_agg.secure.policy import SecurePolicy
 from dare_agg.secure.result import merged_sum
 from dare_agg.secure.roster import Roster
 from dare_agg.secure.server import SecureServer
@@ -65,7 +66,7 @@ def secure_sum(
     leaving = dropped or {}
     server = SecureServer(terms, roster)
     # All parties are this process: what is more than the terms ask for helps nobody.
-    policy = client.SecurePolicy(
+    policy = SecurePolicy(
         terms.base, terms.layout, min_threshold_share=0.5, min_cohort_share=0.0, colluding=0.0
     )
     states: dict[int, client.ClientState] = {}

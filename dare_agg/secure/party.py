@@ -20,6 +20,7 @@ from dare_agg.secure import client
 from dare_agg.secure.identity import Identity
 from dare_agg.secure.kept_state import decode_state, encode_state
 from dare_agg.secure.ledger import Ledger
+from dare_agg.secure.policy import SecurePolicy, check_terms
 from dare_agg.secure.roster import Roster
 from dare_agg.secure.terms import SecureTerms, decode_terms
 from dare_agg.secure.vault import Vault
@@ -66,7 +67,7 @@ class Party:
     random: client.Random = field(default=os.urandom, repr=False)
 
     def advertise(
-        self, terms: bytes, policy: client.SecurePolicy, contribution: Contribution | None = None
+        self, terms: bytes, policy: SecurePolicy, contribution: Contribution | None = None
     ) -> bytes:
         """Check the terms and answer with one-time keys; earlier sessions are over.
 
@@ -82,9 +83,9 @@ class Party:
             self._keep(state)
         return answer
 
-    def check(self, terms: bytes, policy: client.SecurePolicy) -> None:
+    def check(self, terms: bytes, policy: SecurePolicy) -> None:
         """Refuse bad terms before anything is trained for them."""
-        client.check_terms(decode_terms(terms), self.roster, policy)
+        check_terms(decode_terms(terms), self.roster, policy)
 
     def answer(
         self, stage: str, session: bytes, request: bytes, deltas: Deltas | None = None

@@ -26,6 +26,7 @@ from dare_agg.codec.mask import parse_drop_rate
 from dare_agg.secure import SecureServer, make_roster, new_identity, secure_terms
 from dare_agg.secure import client as party
 from dare_agg.secure.aggregates import AGGREGATES
+from dare_agg.secure.policy import SecurePolicy
 
 DROP_RATE = parse_drop_rate("0.9")
 
@@ -47,7 +48,7 @@ def measure(aggregate: str, clients: int, words: int, dropouts: int, bits: int) 
         aggregate=aggregate,
         bits=bits,
     )
-    policy = party.SecurePolicy(terms.base, terms.layout)
+    policy = SecurePolicy(terms.base, terms.layout)
     rng = np.random.default_rng(0)
     values = rng.normal(0, 0.002, terms.survivors).astype(np.float32)
     spent = dict.fromkeys(by_id, 0.0)

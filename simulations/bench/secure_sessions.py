@@ -27,6 +27,7 @@ from dare_agg.secure.identity import SIGNATURE_BYTES, Identity
 from dare_agg.secure.kept_state import encode_state
 from dare_agg.secure.keys import agree, private_key, public_of, sealing_context, sealing_key
 from dare_agg.secure.party import REQUESTS
+from dare_agg.secure.policy import SecurePolicy
 from dare_agg.secure.roster import Roster, make_roster
 from dare_agg.secure.server import SecureServer
 from dare_agg.secure.terms import SecureTerms, secure_terms
@@ -83,9 +84,9 @@ class Recording:
     boxes: dict[int, set[bytes]] = field(default_factory=dict)
 
     @property
-    def policy(self) -> client.SecurePolicy:
+    def policy(self) -> SecurePolicy:
         """What its parties insist on."""
-        return client.SecurePolicy(
+        return SecurePolicy(
             self.terms.base, self.terms.layout, min_threshold_share=0.5, colluding=0.0
         )
 

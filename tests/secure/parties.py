@@ -12,6 +12,7 @@ import numpy as np
 from dare_agg.codec.mask import parse_drop_rate
 from dare_agg.secure import Identity, Roster, SecureServer, SecureTerms, make_roster, secure_terms
 from dare_agg.secure import client as party
+from dare_agg.secure.policy import SecurePolicy
 
 BASE, LAYOUT = "ab" * 32, "cd" * 32
 
@@ -22,9 +23,9 @@ class Consortium:
     identities: dict[int, Identity]
     terms: SecureTerms
 
-    def policy(self, **other: Any) -> party.SecurePolicy:
+    def policy(self, **other: Any) -> SecurePolicy:
         given = {"min_threshold_share": 0.5, "colluding": 0.0, **other}
-        return party.SecurePolicy(self.terms.base, self.terms.layout, **given)
+        return SecurePolicy(self.terms.base, self.terms.layout, **given)
 
 
 def seeded(seed: int) -> Callable[[int], bytes]:

@@ -17,6 +17,7 @@ from dare_agg.secure import terms as terms_module
 from dare_agg.secure.ledger import FileLedger, MemoryLedger
 from dare_agg.secure.own_model import open_own
 from dare_agg.secure.packing import pack_party
+from dare_agg.secure.policy import SecurePolicy
 from dare_agg.secure.stream import unpack_words
 
 
@@ -106,7 +107,7 @@ def test_terms_shown_differently_share_no_key() -> None:
     """Party 1 is told another base (and holds it): the others do not take its advert."""
     group = consortium()
     told = replace(group.terms, base="ee" * 32)
-    policy = party.SecurePolicy(told.base, told.layout)
+    policy = SecurePolicy(told.base, told.layout)
     _, advert = party.advertise(group.identities[1], group.roster, told, policy)
     run = session(group, "adverts")
     honest = run.server.close()[2]
@@ -316,7 +317,7 @@ def sparse(monkeypatch: pytest.MonkeyPatch) -> Callable[..., Consortium]:
     """Consortia with the graph of more than 100 parties, only smaller."""
     monkeypatch.setattr(terms_module, "COMPLETE_UP_TO", 5)
     # So few parties are never safe in a sparse graph; they are enough to look at its steps.
-    monkeypatch.setattr(party, "is_safe", lambda *graph: True)
+    monkeypatch.setattr("dare_agg.secure.policy.is_safe", lambda *graph: True)
 
     def make(n: int, degree: int, **settings: object) -> Consortium:
         group = consortium(n, **settings)
@@ -497,7 +498,7 @@ def test_a_list_longer_than_the_cohort_costs_nothing(stage: str) -> None:
 def test_a_party_insists_on_two_thirds_unless_told_otherwise() -> None:
     """With t just above half, one colluder among five lets a server unmask two alive sets."""
     group = consortium(5, threshold=3)
-    me, policy = group.identities[1], party.SecurePolicy(BASE, group.terms.layout)
+    me, policy = group.identities[1], SecurePolicy(BASE, group.terms.layout)
     error = refused("threshold", lambda: party.advertise(me, group.roster, group.terms, policy))
     assert "0.667" in str(error) and "secure-min-threshold" in str(error)
     for n in range(3, 40):

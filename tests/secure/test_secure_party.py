@@ -15,10 +15,10 @@ from parties import BASE, LAYOUT, Consortium, consortium, seeded, session
 from dare_agg.errors import ConfigError, LayoutError, ProtocolError
 from dare_agg.secure import SecureServer
 from dare_agg.secure import messages as wire
-from dare_agg.secure.client import SecurePolicy
 from dare_agg.secure.kept_state import decode_state, encode_state
 from dare_agg.secure.ledger import FileLedger
 from dare_agg.secure.party import REQUESTS, Contribution, Party
+from dare_agg.secure.policy import SecurePolicy
 from dare_agg.secure.practice import practice_consortium
 from dare_agg.secure.result import merged_sum
 from dare_agg.secure.settings import SecureSettings

@@ -100,7 +100,7 @@ def test_drop_outs_in_a_sparse_graph(data: st.DataObject) -> None:
     group = consortium(n, size=60, aggregate=data.draw(st.sampled_from(["mean", "ties"])))
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr("dare_agg.secure.terms.COMPLETE_UP_TO", 5)
-        patch.setattr("dare_agg.secure.client.is_safe", lambda *graph: True)
+        patch.setattr("dare_agg.secure.policy.is_safe", lambda *graph: True)
         group.terms = replace(group.terms, degree=degree, share_threshold=degree // 2 + 1)
         gone = st.sets(st.sampled_from(group.terms.cohort), max_size=1)
         dropped = {s: data.draw(gone, s) for s in DROP_STAGES}

@@ -30,11 +30,11 @@ from flwr.app import Context
 
 from dare_agg.errors import ConfigError
 from dare_agg.secure.aggregates import AGGREGATES
-from dare_agg.secure.client import SecurePolicy
 from dare_agg.secure.graph import COLLUDING, MOST_COLLUDING
 from dare_agg.secure.identity import Identity, need_passphrase, read_identity, read_trusted
 from dare_agg.secure.ledger import FileLedger
 from dare_agg.secure.party import Party
+from dare_agg.secure.policy import SecurePolicy
 from dare_agg.secure.practice import KEYS_VARIABLE
 from dare_agg.secure.roster import check_roster, read_roster
 from dare_agg.secure.terms import MIN_PARTIES

@@ -7,13 +7,14 @@ from parties import BASE, LAYOUT, consortium
 
 from dare_agg.codec.mask import parse_drop_rate
 from dare_agg.errors import ConfigError, ProtocolError
-from dare_agg.secure import client, secure_terms
+from dare_agg.secure import secure_terms
 from dare_agg.secure.graph import COLLUDING, degree_for, is_safe, share_threshold_for
+from dare_agg.secure.policy import SecurePolicy, check_terms
 
 
 def refusal(terms, roster, **policy) -> str:
     with pytest.raises(ProtocolError) as caught:
-        client.check_terms(terms, roster, client.SecurePolicy(BASE, LAYOUT, **policy))
+        check_terms(terms, roster, SecurePolicy(BASE, LAYOUT, **policy))
     return caught.value.reason
 
 
@@ -24,7 +25,7 @@ def test_few_neighbours_who_drop_out_leave_a_party_alone(n, degree):
     group = consortium(n, size=20)
     terms = replace(group.terms, degree=degree, share_threshold=share_threshold_for(degree))
     assert refusal(terms, group.roster) == "degree"
-    client.check_terms(group.terms, group.roster, client.SecurePolicy(BASE, LAYOUT))
+    check_terms(group.terms, group.roster, SecurePolicy(BASE, LAYOUT))
 
 
 @pytest.mark.parametrize("colluding", [0.25, 0.3, 1 / 3])
@@ -33,8 +34,8 @@ def test_a_party_that_fears_more_wants_more_neighbours(colluding):
     assert refusal(group.terms, group.roster, colluding=colluding) == "degree"
     degree = degree_for(150, colluding)
     more = replace(group.terms, degree=degree, share_threshold=share_threshold_for(degree))
-    policy = client.SecurePolicy(BASE, LAYOUT, colluding=colluding)
-    client.check_terms(more, group.roster, policy)
+    policy = SecurePolicy(BASE, LAYOUT, colluding=colluding)
+    check_terms(more, group.roster, policy)
 
 
 def test_the_chosen_degree_is_safe_with_a_third_gone_and_no_smaller_one_is():
@@ -64,7 +65,7 @@ def test_two_colluders_and_a_victim_of_a_roster_of_a_hundred():
 def test_the_honest_minimum_counts_who_stays_not_who_was_asked():
     group = consortium(10, size=20, threshold=7)
     policy = {"colluding": 0.3, "min_parties": 4}
-    client.check_terms(group.terms, group.roster, client.SecurePolicy(BASE, LAYOUT, **policy))
+    check_terms(group.terms, group.roster, SecurePolicy(BASE, LAYOUT, **policy))
     assert refusal(group.terms, group.roster, **{**policy, "min_parties": 5}) == "parties"
 
 

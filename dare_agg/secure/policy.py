@@ -1,0 +1,87 @@
+"""What a party insists on before it takes part in a secure sum."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from dare_agg.errors import ProtocolError
+from dare_agg.secure.aggregates import AGGREGATES
+from dare_agg.secure.graph import COLLUDING, corrupt_of, is_safe
+from dare_agg.secure.roster import Roster
+from dare_agg.secure.terms import MIN_PARTIES, SecureTerms
+
+
+@dataclass(frozen=True)
+class SecurePolicy:
+    """What a party insists on, whatever the server proposes.
+
+    ``base`` and ``layout`` are the party's own fingerprints (hex). ``min_threshold_share``
+    is the least share of the cohort that must stay: two thirds withstand a third colluding
+    with a server that shows parties different alive sets, half withstand nobody.
+
+    The server chooses the cohort, so all of the ``colluding`` share of the *roster* may be in
+    it. What is left of those who must stay has to be ``min_parties`` honest ones, and the
+    cohort more than ``min_cohort_share`` of the roster.
+    """
+
+    base: str
+    layout: str
+    min_parties: int = MIN_PARTIES
+    min_threshold_share: float = 2 / 3
+    min_cohort_share: float = 0.5
+    colluding: float = COLLUDING
+    aggregates: tuple[str, ...] = tuple(AGGREGATES)
+    max_clip: float = 1.0
+
+
+def check_terms(terms: SecureTerms, roster: Roster, policy: SecurePolicy) -> None:
+    """Raise `ProtocolError` where the terms break what this party insists on."""
+    n, members = len(terms.cohort), len(roster.members)
+    corrupt = corrupt_of(members, policy.colluding)
+    honest = terms.threshold - min(corrupt, n)
+    refusals = (
+        (terms.roster != roster.digest, "roster", "another roster than this party's"),
+        (
+            terms.base != policy.base,
+            "base",
+            f"base {terms.base[:12]}…, here {policy.base[:12]}…: all need the same base model",
+        ),
+        (terms.layout != policy.layout, "layout", "another layout than this party's model"),
+        (
+            n <= policy.min_cohort_share * members,
+            "parties",
+            f"{n} of the roster's {members} parties, more than {policy.min_cohort_share:.3g} of "
+            "them wanted (secure-min-cohort)",
+        ),
+        (
+            terms.threshold < policy.min_threshold_share * n,
+            "threshold",
+            f"threshold {terms.threshold} of {n}, at least {policy.min_threshold_share:.3g} of "
+            "the cohort wanted (secure-min-threshold)",
+        ),
+        (
+            honest < policy.min_parties,
+            "parties",
+            f"{terms.threshold} parties that stay, of whom {corrupt} may collude; at least "
+            f"{policy.min_parties} honest ones wanted (secure-min-parties, secure-colluding)",
+        ),
+        (
+            not is_safe(
+                n, terms.degree, terms.share_threshold, policy.colluding, n - terms.threshold
+            ),
+            "degree",
+            f"{terms.degree} neighbours, {terms.share_threshold} of whom open a secret, are too "
+            f"few with {policy.colluding:.3g} of {n} parties colluding (secure-colluding)",
+        ),
+        (
+            terms.aggregate not in policy.aggregates,
+            "aggregate",
+            f"{terms.aggregate}, this party takes part in {', '.join(policy.aggregates)}",
+        ),
+        (terms.clip > policy.max_clip, "clip", f"clip {terms.clip}, at most {policy.max_clip}"),
+    )
+    for bad, reason, why in refusals:
+        if bad:
+            raise ProtocolError(f"terms refused: {why}", reason=reason)
+    for member in terms.cohort:
+        _ = roster[member]

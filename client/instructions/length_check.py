@@ -1,7 +1,4 @@
-"""Conversations counted in tokens before anything starts, in a process that loads no torch.
-
-``python -m client.instructions.length_check``: a configuration as JSON in, a refusal out.
-"""
+"""Conversations counted in tokens before anything starts, in a process that loads no torch."""
 
 from __future__ import annotations
 
@@ -12,8 +9,8 @@ import sys
 from dataclasses import asdict
 from pathlib import Path
 
-from client.config import TaskConfig, configure
-from dare_agg.errors import ConfigError, DareError
+from client.config import TaskConfig
+from dare_agg.errors import ConfigError
 from dare_agg.files.json_text import parse_json
 
 SECONDS = 60.0  # for a few megabytes
@@ -29,7 +26,7 @@ def refuse_cut(config: TaskConfig) -> None:
     environment["PYTHONPATH"] = os.pathsep.join(part or str(Path.cwd()) for part in sys.path)
     try:
         done = subprocess.run(
-            [sys.executable, "-P", "-m", "client.instructions.length_check"],
+            [sys.executable, "-P", "-m", "client.instructions.length_count"],
             input=json.dumps(asdict(config)).encode(),
             env=environment,
             stdout=subprocess.PIPE,
@@ -42,23 +39,3 @@ def refuse_cut(config: TaskConfig) -> None:
         return
     if isinstance(said, str) and said:
         raise ConfigError(said)
-
-
-def main() -> None:
-    """Print why the configuration's conversations are refused, "" where they are not."""
-    sys.modules["torch"] = None  # type: ignore[assignment]
-    from client.instructions.template import open_tokenizer
-    from client.tasks.instructions import load_examples
-
-    config = configure(**parse_json(sys.stdin.buffer.read()))
-    open_tokenizer(config.model)  # what is wrong with it, clients say
-    try:
-        load_examples(config)
-    except DareError as error:
-        print(json.dumps(str(error)))
-    else:
-        print(json.dumps(""))
-
-
-if __name__ == "__main__":
-    main()

@@ -6,7 +6,7 @@ from collections.abc import Collection, Mapping
 from typing import TYPE_CHECKING, Any
 
 from dare_agg.errors import ConfigError, refuse
-from dare_agg.rounds.adapters import MEANS
+from dare_agg.merge.methods import MEANS
 from dare_agg.rounds.step import server_step
 
 if TYPE_CHECKING:

@@ -9,12 +9,12 @@ from typing import Any
 from dare_agg.errors import ConfigError, refuse
 from dare_agg.flower.round_strategy import RoundStrategy
 from dare_agg.flower.strategy import DareStrategy
+from dare_agg.merge.methods import MEANS
 from dare_agg.privacy.clients import ClientPrivacy
 from server.record_privacy import RECORDS, check_record_run
 
 CLIENTS = "clients"
 BUDGET_FILE = "privacy.budget"
-_MEANS = ("task-arithmetic", "average")
 
 
 def check_privacy_words(
@@ -58,7 +58,7 @@ def check_privacy_words(
     )  # fmt: skip
     refuse(refusals, f"dp = {config.dp!r}")
     for name in config.methods:
-        if methods[name] not in _MEANS:
+        if methods[name] not in MEANS:
             raise ConfigError(
                 f"dp = {config.dp!r} with {name}: one client moves its result by more than the "
                 "norm; use dare-task-arithmetic, dare-average or fedavg"

@@ -30,6 +30,7 @@ from flwr.serverapp.strategy import (
 
 from dare_agg.downlink.protocol import Downlink
 from dare_agg.errors import ConfigError
+from dare_agg.merge.methods import MEANS
 from dare_agg.rounds.noise import error_of
 from dare_agg.rounds.plan import RoundPlan
 from dare_agg.rounds.settings import WEIGHTINGS, FederatedSettings
@@ -45,8 +46,6 @@ WRAPPERS = (*CLIENT_SIDE, *CLIENT_SIDE.values())
 # Of the app's config: the norm that Flower's mods clip to.
 CLIPPING_WORD = "clipping_norm"
 KEEPS_NORMS = "drop_rate=0, values='f32', dense_values='f32'"
-# Merge methods that are the mean of what clients changed.
-_MEANS = ("task-arithmetic", "average")
 
 
 def check_privacy(
@@ -126,7 +125,7 @@ def _check_mean(name: str, settings: FederatedSettings, downlink: Downlink) -> N
             f"{str(settings.robust)!r} makes something else of it; leave one of them out"
         )
     if (
-        settings.method not in _MEANS
+        settings.method not in MEANS
         or settings.options
         or settings.scaling > 1
         or step.name != "plain"

@@ -348,6 +348,8 @@ _MERGEKIT_NAMES = {
 
 # What a mean of deltas is called here: Σ w·δ, with weights that sum to 1.
 MEAN = "task-arithmetic"
+# Methods whose merged delta is the weighted mean.
+MEANS = (MEAN, "average")
 
 
 def federated_methods() -> list[str]:

@@ -15,7 +15,7 @@ from numpy.typing import NDArray
 
 from dare_agg.errors import ConfigError
 from dare_agg.merge.low_rank import Truncated, mean_of_products
-from dare_agg.merge.methods import MEAN
+from dare_agg.merge.methods import MEANS
 from dare_agg.rounds.chain import Passed, StepContext, pooled
 from dare_agg.rounds.server import Accepted, round_weights
 from dare_agg.vectors.layout import Entry, Layout
@@ -23,8 +23,6 @@ from dare_agg.vectors.sources import DeltaSource, array_source
 
 # The factors' names in PEFT: A (r, in) and B (out, r), or of kernels and embeddings the same.
 _MARKS = ((".lora_A.", ".lora_B."), (".lora_embedding_A.", ".lora_embedding_B."))
-# Methods whose merged delta is the weighted mean, as the step's is.
-MEANS = (MEAN, "average")
 
 
 @dataclass(frozen=True)

@@ -12,6 +12,7 @@ from typing import Any
 import numpy as np
 
 from dare_agg.errors import ConfigError, MergeError, refuse
+from dare_agg.merge.methods import MEANS
 from dare_agg.privacy.central import Contribution, contribution
 from dare_agg.privacy.clients import PrivateRun
 from dare_agg.rounds.noise import norm_of
@@ -21,14 +22,11 @@ from dare_agg.rounds.settings import WEIGHTINGS, FederatedSettings
 from dare_agg.vectors.forms import whole_tensors
 from dare_agg.vectors.model import GlobalModel
 
-# Merge methods that are a sum over a number of clients.
-_MEANS = ("task-arithmetic", "average")
-
 
 def check_private_settings(settings: FederatedSettings) -> None:
     """Raise `ConfigError` where a release would not be a clipped sum of clients alike."""
     refusals: tuple[tuple[object, str], ...] = (
-        (settings.method not in _MEANS or settings.options,
+        (settings.method not in MEANS or settings.options,
          f"method {settings.method!r}: one client moves its result by more than the norm; take "
          "method='task-arithmetic' without options"),
         (WEIGHTINGS[settings.weighting],

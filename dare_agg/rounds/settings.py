@@ -7,7 +7,7 @@ from dataclasses import dataclass, field, replace
 from typing import Any
 
 from dare_agg.errors import ConfigError
-from dare_agg.merge.methods import MEAN, federated_methods, find_method
+from dare_agg.merge.methods import MEAN, MEANS, federated_methods, find_method
 from dare_agg.merge.row import Method
 from dare_agg.robust.rule import RobustRule
 from dare_agg.rounds.directions import DIRECTIONS, check_directions
@@ -18,7 +18,7 @@ from dare_agg.rounds.terms import UpdateTerms, check_choice, check_positive
 WEIGHTINGS: Mapping[str, bool] = {"examples": True, "equal": False}
 
 # Merge methods that are a mean, which a robust rule takes the place of.
-ROBUST_METHODS = ("task-arithmetic", "average")
+ROBUST_METHODS = MEANS
 
 
 @dataclass(frozen=True)

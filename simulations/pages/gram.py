@@ -81,6 +81,13 @@ def gram_table(rows: Rows) -> str:
     return markdown(("p", "Merged by", *heads), lines)
 
 
+def pictures_table(rows: Rows) -> str:
+    """As `gram_table`, with merges of whole deltas of the same rows above."""
+    names = list(rows[0]["whole"])
+    lines = [(name, shown([row["whole"][name] for row in rows])) for name in names]
+    return markdown(("Whole deltas", "Accuracy, %"), lines) + "\n\n" + gram_table(rows)
+
+
 def rounds_table(rows: Rows) -> str:
     """Rounds of clients with tasks of their own: bits up and mean accuracy, by merge."""
     lines = []

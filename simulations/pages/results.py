@@ -122,6 +122,11 @@ def gram() -> str:
     return _image(path, "accuracy by bits a parameter") + "\n\n" + gram_pages.gram_table(rows)
 
 
+def gram_pictures() -> str:
+    """Networks of pictures, a view each, merged from updates that carry directions."""
+    return gram_pages.pictures_table(_of_scenario("gram-pictures"))
+
+
 def gram_rounds() -> str:
     """Clients of different tasks in rounds, by merge."""
     return gram_pages.rounds_table(_of_scenario("gram-rounds"))
@@ -307,6 +312,7 @@ SECTIONS: Mapping[str, Callable[[], str]] = {
         hard,
         merging,
         gram,
+        gram_pictures,
         gram_rounds,
         abilities,
         ability_pairs,

@@ -14,7 +14,7 @@ of each tensor's own, in as many bytes.
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from statistics import mean
 from typing import Any
@@ -58,17 +58,31 @@ def run_row(row: Any) -> dict[str, Any]:
         scores = tuned.scores(start + delta, rows=rows)
         return {"accuracies": scores, "accuracy": round(mean(scores.values()), 4)}
 
+    return {
+        **measured(layout, dict(zip(names, wholes, strict=True)), score, settings, row.seed),
+        "test_rows": settings["test_rows"],
+    }
+
+
+def measured(
+    layout: Layout,
+    wholes: Mapping[str, ArraySource],
+    score: Callable[[FloatVector], dict[str, Any]],
+    settings: Any,
+    seed: int,
+) -> dict[str, Any]:
+    """Merge deltas by task at each drop rate, rank and number of bits, and score what comes out."""
     most = max(rank for rank, _ in settings["directions"])
     linears = model_linears(layout)
     found: list[Directions] = [
         {name: (rows, axis) for name, rows, axis in directions_of(whole, linears, most)}
-        for whole in wholes
+        for whole in wholes.values()
     ]
     points = []
     for rate in settings["drop_rates"]:
         updates = [
-            _update(whole, layout, rate, settings["values"], row.seed, name)
-            for name, whole in zip(names, wholes, strict=True)
+            _update(whole, layout, rate, settings["values"], seed, name)
+            for name, whole in wholes.items()
         ]
         size = mean(update.nbytes for update in updates)
         ways: list[tuple[int, int]] = [(0, 0), (-1, 0), *map(tuple, settings["directions"])]
@@ -100,14 +114,13 @@ def run_row(row: Any) -> dict[str, Any]:
                 "rank": "whole",
                 "bits": 0,
                 "bits_per_parameter": None,
-                **score(_merged(layout, updates, settings, wholes)),
+                **score(_merged(layout, updates, settings, list(wholes.values()))),
             }
         )
     return {
         "accuracy": max(point["accuracy"] for point in points),
         "parameters": layout.size,
         "points": points,
-        "test_rows": settings["test_rows"],
     }
 
 

@@ -140,6 +140,19 @@ KINDS: Mapping[str, tuple[str, Mapping[str, Any]]] = {
             "test_rows": 200,
         },
     ),
+    "gram-pictures": (
+        "simulations.runs.gram_pictures",
+        {
+            "views": [],
+            "values": "b1",
+            "drop_rates": ["0.99"],
+            "directions": [],
+            "ridge": 0.1,
+            "width": 512,
+            "steps": 300,
+            "test_rows": 1000,
+        },
+    ),
     "robust": (
         "simulations.runs.robust",
         {

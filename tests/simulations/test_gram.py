@@ -5,6 +5,7 @@ from __future__ import annotations
 import numpy as np
 import pytest
 
+from dare_agg.errors import ConfigError
 from dare_agg.merge.directions import directions_of
 from dare_agg.merge.engine import merge_deltas
 from dare_agg.merge.linears import model_linears
@@ -12,6 +13,8 @@ from dare_agg.vectors.layout import layout_of
 from dare_agg.vectors.sources import array_source
 from simulations.pages.gram import gram_table
 from simulations.runs import gram, merging
+from simulations.runs import gram_pictures as pictures
+from simulations.runs.small_classifier import Rows
 
 LAYOUT = layout_of({"a.weight": (60, 50), "b.bias": (60,), "emb.weight": (200, 50)})
 
@@ -117,3 +120,43 @@ def test_the_average_of_the_updates_is_that_of_the_library(rate: str) -> None:
         update.read(0, row.size, row)
         dense += row / np.float32(3)
     np.testing.assert_allclose(found, dense, rtol=1e-5, atol=1e-9)
+
+
+def test_networks_of_pictures_learn_merge_and_count_their_bytes() -> None:
+    rng = np.random.default_rng(0)
+    labels = rng.integers(0, 10, 400)
+    inputs = rng.normal(size=(400, 784)).astype(np.float32) * 0.3
+    inputs[np.arange(400), 70 * labels] += 6
+    rows = Rows(inputs, labels)
+    base = pictures.new_network(16, 1)
+    tuned = pictures.train(base, rows, 200, [1])
+    assert pictures.accuracy(base, rows) < 0.4 and pictures.accuracy(tuned, rows) > 0.9
+    assert pictures.accuracy(tuned, pictures.seen(rows, "upside down")) < 0.5
+    twice = pictures.seen(pictures.seen(rows, "mirrored"), "mirrored")
+    assert np.array_equal(twice.inputs, rows.inputs)
+    with pytest.raises(ConfigError, match="did you mean 'mirrored'"):
+        pictures.seen(rows, "mirored")
+
+
+def test_a_network_trains_by_the_gradient_of_its_loss() -> None:
+    rng = np.random.default_rng(1)
+    inputs = np.repeat(rng.normal(size=(1, 784)).astype(np.float32), pictures.BATCH, 0)
+    rows = Rows(inputs, np.full(pictures.BATCH, 3))
+    base = pictures.new_network(12, 2)
+    tuned = pictures.train(base, rows, 1, [0])
+
+    def loss(arrays: dict[str, np.ndarray]) -> float:
+        fed = inputs[:1].astype(np.float64)
+        for name in ("first", "second"):
+            fed = np.maximum(fed @ arrays[f"{name}.weight"].T + arrays[f"{name}.bias"], 0)
+        scores = fed @ arrays["head.weight"].T + arrays["head.bias"]
+        return float(np.log(np.exp(scores).sum()) - scores[0, 3])
+
+    exact = {name: array.astype(np.float64) for name, array in base.items()}
+    for name, array in exact.items():
+        step = (tuned[name] - base[name]).astype(np.float64)
+        place = np.unravel_index(np.abs(step).argmax(), step.shape)
+        moved = {**exact, name: array.copy()}
+        moved[name][place] += 1e-5
+        slope = (loss(moved) - loss(exact)) / 1e-5
+        assert step[place] == pytest.approx(-pictures.RATE * slope, rel=2e-3)

@@ -153,3 +153,18 @@ def test_what_cannot_be_sent_is_refused_before_training(tmp_path):
     with pytest.raises(CheckpointError, match="exists"):
         kept.write(tmp_path / "x.dare")
     kept.write(tmp_path / "x.dare", overwrite=True)
+
+
+def test_a_model_in_pieces_is_refused():
+    import torch.distributed as processes
+    from torch.distributed.fsdp import fully_shard
+
+    processes.init_process_group("gloo", store=processes.HashStore(), rank=0, world_size=1)
+    try:
+        model = made()
+        mesh = processes.init_device_mesh("cpu", (1,))
+        fully_shard(model, mesh=mesh)
+        with pytest.raises(LayoutError, match="sharded over processes"), learn_survivors(model):
+            pass
+    finally:
+        processes.destroy_process_group()

@@ -149,8 +149,8 @@ KINDS: Mapping[str, tuple[str, Mapping[str, Any]]] = {
             "directions": [],
             "ridge": 0.1,
             "width": 512,
-            "steps": 300,
-            "test_rows": 1000,
+            "steps": 200,
+            "test_rows": 500,
         },
     ),
     "robust": (

@@ -76,6 +76,7 @@ REASONS: Mapping[str, str] = {
     "aggregate": "an aggregate the party does not take part in",
     "clip": "a larger clip than the party allows",
     "parties": "fewer parties than were agreed on",
+    "groups": "another group, or number of groups, than the party takes part in",
     "threshold": "fewer parties than the threshold, or a lower threshold than allowed",
     "degree": "fewer neighbours than a party needs to be hidden among",
     "norm": "a delta too small to hide anybody",

@@ -34,7 +34,7 @@ from dare_agg.secure.keys import (
     self_mask_key,
 )
 from dare_agg.secure.packing import pack_party
-from dare_agg.secure.policy import SecurePolicy, check_terms
+from dare_agg.secure.policy import SecurePolicy, check_group, check_terms
 from dare_agg.secure.roster import Roster
 from dare_agg.secure.shamir import SECRET_BYTES, SHARE_BYTES, share_value, split
 from dare_agg.secure.stream import add_mask, cut_words, pack_words
@@ -92,6 +92,7 @@ def advertise(
     """Check the terms and answer with signed one-time keys and commitments."""
     check_terms(terms, roster, policy)
     party = roster.id_of(identity.public)
+    check_group(terms, roster, party)
     if party not in terms.cohort:
         raise ProtocolError(f"party {party} is not in the cohort it was asked for", reason="cohort")
     sealing_secret, nonce = random(32), random(wire.NONCE_BYTES)

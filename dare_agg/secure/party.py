@@ -20,7 +20,7 @@ from dare_agg.secure import client
 from dare_agg.secure.identity import Identity
 from dare_agg.secure.kept_state import decode_state, encode_state
 from dare_agg.secure.ledger import Ledger
-from dare_agg.secure.policy import SecurePolicy, check_terms
+from dare_agg.secure.policy import SecurePolicy, check_group, check_terms
 from dare_agg.secure.roster import Roster
 from dare_agg.secure.terms import SecureTerms, decode_terms
 from dare_agg.secure.vault import Vault
@@ -85,7 +85,9 @@ class Party:
 
     def check(self, terms: bytes, policy: SecurePolicy) -> None:
         """Refuse bad terms before anything is trained for them."""
-        check_terms(decode_terms(terms), self.roster, policy)
+        read = decode_terms(terms)
+        check_terms(read, self.roster, policy)
+        check_group(read, self.roster, self.roster.id_of(self.identity.public))
 
     def answer(
         self, stage: str, session: bytes, request: bytes, deltas: Deltas | None = None

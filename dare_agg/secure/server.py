@@ -13,6 +13,7 @@ import contextlib
 import logging
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
+from typing import Self
 
 import numpy as np
 from cryptography.hazmat.primitives.asymmetric.x25519 import X25519PrivateKey
@@ -84,6 +85,10 @@ class SecureServer:
     def alive(self) -> tuple[int, ...]:
         """Parties in the sum, known once the vectors are closed."""
         return self._alive
+
+    def of(self, party: int) -> Self:
+        """The sum that a party takes part in: this one."""
+        return self
 
     def take(self, message: bytes) -> int:
         """Check one answer to the stage's request and keep it; returns the party's id.
@@ -279,6 +284,8 @@ class SecureServer:
         cut_words(self._sum, self.terms.quantiser.word_bits)
         self.stage = "finished"
         sums = unpack_sums(self._sum, self.terms.quantiser, len(self._alive))
+        if sums.parties != len(self._alive):
+            raise ProtocolError("the sum counts other parties than took part", reason="words")
         check_weight_sum(sums, self.terms)
         return sums
 

@@ -11,11 +11,18 @@ from dare_agg.errors import ConfigError, did_you_mean
 from dare_agg.merge.directions import check_rank
 from dare_agg.secure.aggregate import MAX_BITS
 from dare_agg.secure.aggregates import AGGREGATES, SECURE_METHODS
+from dare_agg.secure.division import divided
 from dare_agg.secure.packing import Quantiser
 from dare_agg.secure.roster import Roster
 from dare_agg.secure.sketch import sketch_words
 from dare_agg.secure.stream import MAX_WORD_BITS
-from dare_agg.secure.terms import MIN_PARTIES, NO_TRAINING, SecureTerms, secure_terms
+from dare_agg.secure.terms import (
+    MAX_GROUPS,
+    MIN_PARTIES,
+    NO_TRAINING,
+    SecureTerms,
+    secure_terms,
+)
 from dare_agg.vectors.layout import Layout
 
 # Of each Linear's Gram matrix, where a party adds one: chosen by measurement (docs/SECURE.md).
@@ -51,6 +58,8 @@ class SecureSettings:
         share of parties assumed to collude, beyond 100 parties.
     directions
         leading directions of each Linear's change that a party adds, for WUDI.
+    groups
+        a mean of each of so many groups of the roster, for a robust rule over them.
     options
         merge options; a magnitude trim is refused.
     """
@@ -67,6 +76,7 @@ class SecureSettings:
     scaling: float = 1.0
     colluding: float = 0.20
     directions: int = DIRECTIONS
+    groups: int = 1
     options: Mapping[str, Any] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
@@ -111,6 +121,13 @@ class SecureSettings:
                 f"weighting = {self.weighting!r} with secure {row.title}; set equal: {row.title} "
                 "counts parties"
             )
+        if not 1 <= self.groups <= MAX_GROUPS:
+            raise ConfigError(f"secure-groups = {self.groups}; 1 to {MAX_GROUPS} are possible")
+        if self.groups > 1 and self.method != "mean":
+            raise ConfigError(
+                f"secure-groups = {self.groups} with secure {self.method}: a rule over groups "
+                "takes the place of the mean; set secure = mean"
+            )
         if not 0 < self.scaling < float("inf"):
             raise ConfigError(f"scaling = {self.scaling}; a finite number above 0 is needed")
         self.check(self.min_parties)
@@ -140,9 +157,26 @@ class SecureSettings:
             )
         return bits
 
-    def fewest(self, roster: Roster) -> int:
-        """The fewest parties of ``roster`` that a sum is asked of: more than half of them."""
-        return max(self.min_parties, len(roster.members) // 2 + 1)
+    def fewest(self, roster: Roster, groups: int = 1) -> int:
+        """The fewest parties of ``roster`` that a round is asked of: more than half of them.
+
+        Where sums are of groups: of so many of the smallest ``groups``.
+        """
+        sizes = sorted(map(len, divided(roster, self.groups)))
+        return sum(max(self.min_parties, size // 2 + 1) for size in sizes[:groups])
+
+    def check_groups(self, roster: Roster) -> None:
+        """Raise `ConfigError` where a group of ``roster`` makes no safe sum."""
+        members = len(roster.members)
+        if members // self.groups < self.min_parties:
+            raise ConfigError(
+                f"secure-groups = {self.groups} of the {members} members of roster "
+                f"{roster.name!r}: a group would have {members // self.groups}, and "
+                f"secure-min-parties = {self.min_parties} are needed in each; set secure-groups = "
+                f"{max(1, members // self.min_parties)} or fewer"
+            )
+        for group in divided(roster, self.groups):
+            self.check(len(group))
 
     def check(self, parties: int) -> None:
         """Raise `ConfigError` where so many parties make no safe sum."""
@@ -208,4 +242,5 @@ class SecureSettings:
             training=training,
             directions=directions,
             sketch=sketch,
+            groups=self.groups,
         )

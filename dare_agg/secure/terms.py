@@ -40,6 +40,7 @@ from dare_agg.vectors.layout import Layout
 PROTOCOL_VERSION = 2
 MIN_PARTIES = 3
 MAX_WORDS = 1 << 28
+MAX_GROUPS = MAX_MEMBERS // MIN_PARTIES
 WEIGHTINGS = ("equal", "examples")
 MAX_PATTERNS, MAX_PATTERN_BYTES = 64, 256
 # Sums of models that parties already have: nothing is trained.
@@ -61,6 +62,8 @@ class SecureTerms:
     digest of everything that enters the training (`dare_agg.secure.training`), `NO_TRAINING`
     where nothing is trained. Where the aggregate sums sketches of Gram matrices
     (`dare_agg.secure.sketch`), each has so many ``directions`` a party, and ``sketch`` values.
+    The cohort is of one of so many ``groups`` of the roster (`dare_agg.secure.groups`), whose sums
+    of a round lie on one mask.
     """
 
     run: str
@@ -86,6 +89,7 @@ class SecureTerms:
     training: bytes = NO_TRAINING
     directions: int = 0
     sketch: int = 0
+    groups: int = 1
 
     def __post_init__(self) -> None:
         n = len(self.cohort)
@@ -156,6 +160,12 @@ class SecureTerms:
                 f"1 to {MAX_PATTERN_BYTES} bytes",
             )
         _check(len(self.training) == DIGEST_BYTES, "training digest", "32 bytes")
+        _check(1 <= self.groups <= MAX_GROUPS, f"{self.groups} groups", f"1 to {MAX_GROUPS}")
+        _check(
+            self.groups == 1 or (n <= COMPLETE_UP_TO and self.aggregate == "mean"),
+            f"{row.title} over a group of {n} parties",
+            f"the mean, and groups of at most {COMPLETE_UP_TO}",
+        )
 
     @cached_property
     def members(self) -> frozenset[int]:
@@ -233,6 +243,7 @@ class SecureTerms:
                 self.training,
                 # Terms of other aggregates end here: their bytes are those of all versions.
                 u32(self.directions) + u64(self.sketch) if self.sketch else b"",
+                u32(self.groups) if self.groups > 1 else b"",
             )
         )
 
@@ -242,9 +253,27 @@ class SecureTerms:
         return hashlib.sha256(b"dare-agg secure terms 2\0" + self.encode()).digest()
 
     def mask(self, shares_digest: bytes) -> Mask:
-        """The one mask of the session, fixed by the nonces of all who shared keys."""
+        """The one mask of the session, fixed by the nonces of all who shared keys.
+
+        Sums of groups are compared, so theirs is that of the round, which all of them name alike.
+        """
         key = derive_key(shares_digest, "secure mask")
+        if self.groups > 1:
+            key = derive_key(self._round_digest, "secure mask of groups")
         return Mask("stratified", self.size, self.drop_rate, key)
+
+    @property
+    def _round_digest(self) -> bytes:
+        """Of what the groups of one round have in common."""
+        parts = (
+            blob(self.run.encode()),
+            u32(self.round),
+            self.roster,
+            bytes.fromhex(self.base),
+            bytes.fromhex(self.layout),
+            u32(self.groups),
+        )
+        return hashlib.sha256(b"dare-agg round of groups 1\0" + b"".join(parts)).digest()
 
 
 def secure_terms(
@@ -271,6 +300,7 @@ def secure_terms(
     training: bytes = NO_TRAINING,
     directions: int = 0,
     sketch: int = 0,
+    groups: int = 1,
 ) -> SecureTerms:
     """Terms with the defaults that follow from the number of parties.
 
@@ -304,6 +334,7 @@ def secure_terms(
         training=training,
         directions=directions,
         sketch=sketch,
+        groups=groups,
     )
 
 
@@ -347,6 +378,10 @@ def decode_terms(data: bytes) -> SecureTerms:
         }
         if AGGREGATES[fields["aggregate"]].sketches:
             fields |= {"directions": read.u32(), "sketch": read.u64()}
+        if read.left == 4:
+            fields["groups"] = read.u32()
+            if fields["groups"] < 2:
+                raise read.bad(f"{fields['groups']} groups written out; 2 or more are")
         terms = SecureTerms(**fields)
     except (ConfigError, UnicodeDecodeError) as error:
         raise ProtocolError(f"terms: {error}", reason="terms") from error

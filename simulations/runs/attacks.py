@@ -3,6 +3,8 @@
 An attack gets the honest clients' deltas of the round and what the Byzantine ones learned
 themselves, and returns a delta for each of these. Those of `SEARCHED` try scales and take the
 one that moves the rule's result farthest from the honest mean; they know the rule and its state.
+``greedy`` tries every direction at more scales, and takes what leaves the model with the largest
+loss over all clients' rows.
 """
 
 from __future__ import annotations
@@ -19,16 +21,21 @@ Deltas = NDArray[np.float32]
 # How far the rule's result would be from the honest mean if all Byzantine clients sent this.
 Distance = Callable[[NDArray[np.float32]], float]
 _SCALES = (0.3, 0.6, 1.0, 1.5, 2.0, 3.0, 10.0)
+_MORE_SCALES = (0.1, 0.2, 0.3, 0.45, 0.6, 0.8, 1.0, 1.25, 1.5, 2.0, 2.5, 3.0, 4.0, 6.0, 10.0)
 
 
 @dataclass(frozen=True)
 class Known:
-    """What attackers know: honest deltas, their own, the round, and how the rule would answer."""
+    """What attackers know: honest deltas, their own, the round, and how the rule would answer.
+
+    ``loss`` is that of the model after the round, over all clients' rows, if all sent this.
+    """
 
     honest: Deltas
     own: Deltas
     draw: np.random.Generator
     distance: Distance
+    loss: Distance
 
 
 @dataclass(frozen=True)
@@ -76,6 +83,15 @@ def _mimic(known: Known) -> Deltas:
     return _all(known.honest[int(np.argmax(others))], known)
 
 
+def _greedy(known: Known) -> Deltas:
+    learned = known.own.mean(axis=0)
+    found = [one for honest in known.honest for one in (honest, -honest)]
+    for scale in _MORE_SCALES:
+        factor = np.float32(-scale)
+        found += [_ipm(known, scale), _alie(known, scale), _alie(known, -scale), factor * learned]
+    return _all(max(found, key=known.loss), known)
+
+
 def _gaussian(known: Known) -> Deltas:
     # As long as ten honest deltas.
     size = 10 * np.linalg.norm(known.honest, axis=1).mean() / np.sqrt(known.honest.shape[1])
@@ -91,6 +107,7 @@ ATTACKS: Mapping[str, Attack] = {
     "ipm": Attack("−0.6·honest mean", lambda k: _all(_ipm(k, 0.6), k)),
     "ipm-best": Attack("the same, at the best of seven scales", _searched(_ipm)),
     "mimic": Attack("all send what the most unusual honest client sends", _mimic),
+    "greedy": Attack("what raises the loss most, of 60 such deltas and honest ones", _greedy),
     "gaussian": Attack("noise ten times as long as honest deltas", _gaussian),
     "label-flip": Attack("trained on labels 9 − y", _times(1), Poison(flip=True)),
     "weight": Attack(

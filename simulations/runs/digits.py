@@ -126,6 +126,15 @@ def train(
     return [{name: array[client] for name, array in stack.items()} for client in range(count)]
 
 
+def loss(state: State) -> float:
+    """Mean cross-entropy of all training rows."""
+    digits = load_digits()
+    logits = _logits(state, digits.train).astype(np.float64)
+    logits -= logits.max(axis=1, keepdims=True)
+    own = np.take_along_axis(logits, digits.train_labels[:, None], axis=1)[:, 0]
+    return float((np.log(np.exp(logits).sum(axis=1)) - own).mean())
+
+
 def accuracy(state: State) -> float:
     """Share of test rows that are seen right."""
     digits = load_digits()
@@ -141,5 +150,9 @@ def backdoor_success(state: State) -> float:
 
 
 def _seen(state: State, pixels: NDArray[np.float32]) -> NDArray[np.int64]:
+    return np.argmax(_logits(state, pixels), axis=1)
+
+
+def _logits(state: State, pixels: NDArray[np.float32]) -> NDArray[np.float32]:
     hidden = np.maximum(pixels @ state["hidden.weight"] + state["hidden.bias"], 0)
-    return np.argmax(hidden @ state["out.weight"] + state["out.bias"], axis=1)
+    return hidden @ state["out.weight"] + state["out.bias"]

@@ -16,6 +16,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from dare_agg.errors import NonFiniteError
 from simulations.runs import digits
 from simulations.runs.attacks import ATTACKS, Known
 from simulations.runs.flower_rules import FLOWER_RULES, flower_merge
@@ -62,6 +63,7 @@ def _run(
             weights[client] = row.weight * most
     make = FlowerServer if rule in FLOWER_RULES else DareServer
     server = make(rule, n, f, seed, words)
+    ended: dict[str, int] = {}
     for number in range(1, words["rounds"] + 1):
         state = server.state()
         tuned = digits.train(
@@ -77,11 +79,17 @@ def _run(
                 deltas[bad],
                 np.random.default_rng(np.random.SeedSequence([seed, 71, number])),
                 partial(_distance, server, deltas, weights, bad, honest),
+                partial(_loss, server, deltas, weights, bad),
             )
             deltas[bad] = row.send(known)
-        server.finish(deltas, weights)
+        try:
+            server.finish(deltas, weights)
+        except NonFiniteError:
+            # The model is so far gone that nobody can write an update of it: it stays as it is.
+            ended = {"ended": number}
+            break
     state = server.state()
-    told = {"accuracy": round(digits.accuracy(state), 4)}
+    told = {"accuracy": round(digits.accuracy(state), 4), **ended}
     if row.poison.stamp:
         told["backdoor"] = round(digits.backdoor_success(state), 4)
     return told
@@ -101,6 +109,19 @@ def _distance(
     result = server.result(tried, weights)
     fair = server.masked(deltas[honest].mean(axis=0))
     return float(np.linalg.norm(result.astype(np.float64) - fair))
+
+
+def _loss(
+    server: Any,
+    deltas: NDArray[np.float32],
+    weights: Sequence[float],
+    bad: Sequence[int],
+    candidate: NDArray[np.float32],
+) -> float:
+    """The loss of the model that the rule would leave, if this were sent."""
+    tried = deltas.copy()
+    tried[bad] = candidate
+    return digits.loss(server.moved(server.result(tried, weights)))
 
 
 class FlowerServer:
@@ -129,6 +150,9 @@ class FlowerServer:
     def result(self, deltas: NDArray[np.float32], weights: Sequence[float]) -> Any:
         models = [self._layout.unflatten(self._vector + delta) for delta in deltas]
         return self.flat(flower_merge(self._rule, models, weights, self._f)) - self._vector
+
+    def moved(self, result: NDArray[np.float32]) -> digits.State:
+        return self._layout.unflatten(self._vector + result)
 
     def finish(self, deltas: NDArray[np.float32], weights: Sequence[float]) -> None:
         self._vector = self._vector + self.result(deltas, weights)
@@ -217,6 +241,16 @@ class DareServer:
         whole = np.empty(found.delta.size, np.float32)
         found.delta.read(0, whole.size, whole)
         return whole
+
+    def moved(self, result: NDArray[np.float32]) -> digits.State:
+        """The model after a ``result``: of survivors, or of all elements."""
+        layout = self._model.groups.layout
+        vector = layout.flatten(self.state())
+        if result.size == vector.size:
+            vector += result
+        else:
+            vector[self._at] += result
+        return layout.unflatten(vector)
 
     def finish(self, deltas: NDArray[np.float32], weights: Sequence[float]) -> None:
         from dare_agg.codec.update import encode_update

@@ -40,9 +40,10 @@ LOG = logging.getLogger("flwr")
 TOLD = frozenset(
     (
         "version", "package", "malformed", "truncated", "transport", "oversized", "signature",
-        "base", "layout", "terms", "roster", "aggregate", "clip", "parties", "threshold",
-        "degree", "norm", "training", "local", "stage", "session", "cohort", "own-keys",
-        "low-order", "shares", "nonce", "overlap", "alive", "duplicate", "second-cohort", "shape",
+        "base", "layout", "terms", "roster", "aggregate", "clip", "parties", "groups",
+        "threshold", "degree", "norm", "training", "local", "stage", "session", "cohort",
+        "own-keys", "low-order", "shares", "nonce", "overlap", "alive", "duplicate",
+        "second-cohort", "shape",
     )
 )  # fmt: skip
 TURNED_AWAY = "this node takes part in secure sums only: refused"

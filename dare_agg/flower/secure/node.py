@@ -8,14 +8,15 @@ default), ``secure-min-parties`` (honest parties in a sum: those who must stay l
 may collude; 3), ``secure-min-cohort`` (the cohort must be more than this share of the roster;
 half), ``secure-min-threshold`` (share of the cohort that must stay, more than half; two
 thirds by default), ``secure-min-norm`` (a delta must be larger; 0), ``secure-max-clip``,
-``secure-methods``. For merges ``model-path``, ``base-path`` and ``merged-path``. A node with a
-``secure-identity`` takes part in nothing else, whatever the server asks for:
+``secure-methods``, ``secure-groups`` (it takes part in sums over one of so many groups of the
+roster; 1: in those of all alone). For merges ``model-path``, ``base-path`` and ``merged-path``.
+A node with a ``secure-identity`` takes part in nothing else, whatever the server asks for:
 ``secure-evaluate=true`` lets it report metrics, ``secure-only=false`` lets it train in the
 clear too.
 
 In a simulation on one machine ``DARE_AGG_SECURE_KEYS`` names a folder that has it all:
-``party-0.key`` and so on by partition, ``roster.json``, ``coordinator.pub``, and for merges
-``party-0.model`` (`dare_agg.secure.practice`).
+``party-0.key`` and so on by partition, ``roster.json``, ``coordinator.pub``, for merges
+``party-0.model``, and what all insist on, ``node.json`` (`dare_agg.secure.practice`).
 """
 
 from __future__ import annotations
@@ -35,7 +36,7 @@ from dare_agg.secure.identity import Identity, need_passphrase, read_identity, r
 from dare_agg.secure.ledger import FileLedger
 from dare_agg.secure.party import Party
 from dare_agg.secure.policy import SecurePolicy
-from dare_agg.secure.practice import KEYS_VARIABLE
+from dare_agg.secure.practice import KEYS_VARIABLE, practice_words
 from dare_agg.secure.roster import check_roster, read_roster
 from dare_agg.secure.terms import MIN_PARTIES
 from dare_agg.secure.vault import Vault, default_folder
@@ -61,7 +62,7 @@ def secure_party(context: Context) -> Party:
 
 def node_policy(context: Context, base: str, layout: str) -> SecurePolicy:
     """What this node insists on, for a model it holds itself."""
-    node = context.node_config
+    node = {**practice_words(), **context.node_config}
     methods = str(node.get("secure-methods", ",".join(AGGREGATES)))
     aggregates = tuple(word.strip() for word in methods.split(",") if word.strip())
     unknown = [word for word in aggregates if word not in AGGREGATES]
@@ -78,6 +79,7 @@ def node_policy(context: Context, base: str, layout: str) -> SecurePolicy:
         colluding=_number(node, "secure-colluding", COLLUDING, 0.0, MOST_COLLUDING),
         aggregates=aggregates,
         max_clip=_number(node, "secure-max-clip", 1.0, 0.0),
+        groups=int(_number(node, "secure-groups", 1, 1)),
     )
 
 

@@ -12,6 +12,7 @@ import os
 import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
+from typing import Protocol, TypeVar
 
 from flwr.app import Message, RecordDict
 from flwr.serverapp import Grid
@@ -33,16 +34,38 @@ from dare_agg.flower.secure.records import (
 from dare_agg.flower.transport import message_bytes
 from dare_agg.rounds.server import Rejection
 from dare_agg.secure.identity import verify
-from dare_agg.secure.packing import SecureMeasurements, Sums
+from dare_agg.secure.packing import SecureMeasurements
 from dare_agg.secure.party import REQUESTS
 from dare_agg.secure.roster import Roster
 from dare_agg.secure.server import SecureServer
 from dare_agg.secure.stream import packed_bytes
 
 LOG = logging.getLogger("flwr")
+Found = TypeVar("Found", covariant=True)
 STAGE_SECONDS = 300.0
 MOST_CLIPPED = 1e-3
 IN_FLIGHT_BYTES = 1 << 26
+
+
+class SumServer(Protocol[Found]):
+    """One secure sum (`SecureServer`), or one of each group (`GroupedServer`)."""
+
+    @property
+    def roster(self) -> Roster:
+        """Who may take part."""
+
+    @property
+    def alive(self) -> tuple[int, ...]:
+        """Parties in the sums."""
+
+    def of(self, party: int) -> SecureServer:
+        """The sum that a party takes part in."""
+
+    def close(self) -> dict[int, bytes]:
+        """End the stage; the next request of each party."""
+
+    def finish(self) -> Found:
+        """Take the masks off: the sums."""
 
 
 @dataclass
@@ -111,7 +134,7 @@ def waves(parties: Sequence[int], size: int) -> list[Sequence[int]]:
 
 def run_session(
     grid: Grid,
-    server: SecureServer,
+    server: SumServer[Found],
     nodes: Mapping[int, int],
     first: Callable[[int], Message],
     log: SessionLog,
@@ -121,15 +144,15 @@ def run_session(
     model: str = "",
     begin_with: int = 0,
     again: Callable[[int, Message], Message | None] = lambda party, reply: None,
-) -> Sums:
+) -> Found:
     """Run the stages among ``nodes`` (party → node) and return the sums.
 
     ``first(party)`` makes the message that the adverts answer; ``model`` goes with every
     later request. With fewer adverts than ``begin_with`` the session ends there, before anyone
     has put data in. ``again(party, answer)`` may answer a first answer with another first
-    message, once. Raises `ProtocolError` as `SecureServer` does; ``log`` is filled anyhow.
+    message, once. Raises `ProtocolError` as ``server`` does; ``log`` is filled anyhow.
     """
-    limit = _most_bytes(server)
+    limit = max(_most_bytes(server.of(party)) for party in nodes)
     messages = {party: first(nodes[party]) for party in sorted(nodes)}
     began = time.monotonic()
     taken = _take_stage(grid, server, messages, "advertise", first_seconds, limit, log, again)
@@ -148,7 +171,7 @@ def run_session(
             messages = {
                 party: query(
                     content_of(
-                        Step(stage=stage, session=server.terms.session, model=model),
+                        Step(stage=stage, session=server.of(party).terms.session, model=model),
                         requests[party],
                     ),
                     nodes[party],
@@ -161,14 +184,12 @@ def run_session(
     began = time.monotonic()
     sums = server.finish()
     log.seconds["unmask"] = time.monotonic() - began
-    if sums.parties != len(server.alive):
-        raise ProtocolError("the sum counts other parties than took part", reason="words")
     return sums
 
 
 def _take_stage(
     grid: Grid,
-    server: SecureServer,
+    server: SumServer[Found],
     messages: Mapping[int, Message],
     stage: str,
     seconds: float,
@@ -195,7 +216,7 @@ def _take_stage(
             answer = read_message(reply.content, limit)
             if reply.metadata.src_node_id != messages[party].metadata.dst_node_id:
                 raise ProtocolError("it came from another node", reason="unknown-node")
-            sender = server.take(answer)
+            sender = server.of(party).take(answer)
             if sender != party:
                 # It is signed, so it counts; but not for this node.
                 raise ProtocolError(f"it is the answer of party {sender}", reason="cohort")

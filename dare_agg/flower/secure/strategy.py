@@ -24,6 +24,7 @@ from dare_agg.flower.clients import Client
 from dare_agg.flower.records import ASK_TRAIN
 from dare_agg.flower.round_outcome import RoundOutcome
 from dare_agg.flower.round_strategy import ROUND_WORD, RoundStrategy
+from dare_agg.flower.secure.groups import check_groups, merge_groups
 from dare_agg.flower.secure.records import SECURE_KEY, Train, names_of
 from dare_agg.flower.secure.session import (
     STAGE_SECONDS,
@@ -33,13 +34,16 @@ from dare_agg.flower.secure.session import (
     warn_of_clipping,
 )
 from dare_agg.flower.secure.training import training_of
+from dare_agg.robust.rule import check_robust
 from dare_agg.rounds.server import MergedRound, advance
 from dare_agg.rounds.settings import FederatedSettings
 from dare_agg.rounds.step import ServerStep
 from dare_agg.rounds.streamed import advance_merged
 from dare_agg.rounds.terms import UpdateTerms
+from dare_agg.secure.division import among, divided
+from dare_agg.secure.groups import GroupedServer, GroupSum
 from dare_agg.secure.packing import SecureMeasurements
-from dare_agg.secure.result import merged_sum
+from dare_agg.secure.result import MergedSum, merged_sum
 from dare_agg.secure.roster import Roster
 from dare_agg.secure.server import SecureServer
 from dare_agg.secure.settings import SecureSettings
@@ -64,6 +68,9 @@ class SecureStrategy(RoundStrategy):
         of each sum bind them, and parties who were told others refuse.
     stage_seconds
         time for each stage after training.
+    robust, byzantine
+        the rule that bears so many dishonest parties, over the means of the ``groups`` that
+        ``secure`` names (docs/ROBUST.md): one spoils its whole group.
     dense, exclude, server_step, words
         as for `DareStrategy` (``base`` and ``state`` too: the server then holds no vector of
         the model's size, and reads all values once a round, since the terms bind them); what
@@ -83,6 +90,8 @@ class SecureStrategy(RoundStrategy):
         dense: Sequence[str] = (),
         exclude: Sequence[str] = (),
         server_step: str | ServerStep = "plain",
+        robust: str = "",
+        byzantine: int = 0,
         **words: Any,
     ) -> None:
         for name in (
@@ -98,6 +107,15 @@ class SecureStrategy(RoundStrategy):
         options = words.pop("options", {})
         if options:
             SecureSettings(options=options)
+        rule = check_robust(robust, byzantine)
+        check_groups(secure, rule, roster)
+        if rule is not None and words.get("fraction_train", 1.0) < 1:
+            raise ConfigError(
+                f"fraction_train = {words['fraction_train']} with secure-groups: sums of a group "
+                "whose members come and go show single ones; leave it at 1"
+            )
+        least = rule.least if rule else 1
+        fewest = secure.fewest(roster, least)
         super().__init__(
             FederatedSettings(
                 UpdateTerms(
@@ -109,9 +127,10 @@ class SecureStrategy(RoundStrategy):
                 scaling=secure.scaling,
                 weighting=secure.weighting,
                 server_step=arguments.as_step(server_step),
+                robust=rule,
             ),
-            min_available_nodes=max(secure.fewest(roster), words.pop("min_available_nodes", 2)),
-            min_train_nodes=max(secure.fewest(roster), words.pop("min_train_nodes", 2)),
+            min_available_nodes=max(fewest, words.pop("min_available_nodes", 2)),
+            min_train_nodes=max(fewest, words.pop("min_train_nodes", 2)),
             **words,
         )
         if secure.min_parties > len(roster.members):
@@ -121,6 +140,8 @@ class SecureStrategy(RoundStrategy):
             )
         self.secure = secure
         self.roster = roster
+        self.groups = divided(roster, secure.groups)
+        self._fewest, self._least_groups = fewest, least
         self.run_config = dict(run_config or {})
         self.stage_seconds = stage_seconds
         # A new name for each start: a party never contributes twice under one.
@@ -139,11 +160,23 @@ class SecureStrategy(RoundStrategy):
         LOG.info(
             "\t├── Secure sums: %s of at least %d of %d members of roster %r, clip %g",
             secure.method,
-            secure.fewest(self.roster),
+            self._fewest,
             len(self.roster.members),
             self.roster.name,
             secure.clip,
         )
+        if (rule := self.settings.robust) is not None:
+            sizes = sorted(map(len, self.groups))
+            LOG.info(
+                "\t├── Robust: %s bears %d liars over the means of %d groups of %d to %d parties, "
+                "of which %d may fall away",
+                rule,
+                rule.byzantine,
+                len(sizes),
+                sizes[0],
+                sizes[-1],
+                len(sizes) - rule.least,
+            )
         super().summary()
         LOG.info(
             "\t└── Updates: drop rate %.6g, weights by %s, scaling %g; dense %s; local %s; server "
@@ -178,7 +211,7 @@ class SecureStrategy(RoundStrategy):
     def train_round(
         self, number: int, arrays: ArrayRecord, config: ConfigRecord, grid: Grid, limit: float
     ) -> tuple[ArrayRecord | None, MetricRecord | None]:
-        """One secure sum of what the parties learn."""
+        """One secure sum of what the parties learn, or one of each group."""
         self.broadcasting.adopt(arrays)
         model = self.broadcasting.model
         began = time.monotonic()
@@ -187,15 +220,27 @@ class SecureStrategy(RoundStrategy):
         log = SessionLog()
         chosen = self.choose(grid, ASK_TRAIN, number)
         nodes = self._meet(grid, chosen)
-        after, session = self._after(sorted(nodes)), b""
+        cohorts = self._cohorts(nodes)
+        nodes = {party: nodes[party] for cohort in cohorts.values() for party in cohort}
+        parties = {node: party for party, node in nodes.items()}
+        sessions: dict[int, bytes] = {}
         try:
-            terms = self.terms(number, sorted(nodes), self._training(config, after))
-            session = terms.session
-            server = SecureServer(terms, self.roster)
+            after: dict[int, bytes] = {}
+            servers: dict[int, SecureServer] = {}
+            for group, cohort in cohorts.items():
+                begun = self._after(cohort)
+                terms = self.terms(number, cohort, self._training(config, begun))
+                servers[group] = SecureServer(terms, self.roster)
+                after |= dict.fromkeys(cohort, begun)
+                sessions |= dict.fromkeys(cohort, terms.session)
+            away = {group: "parties" for group in range(len(self.groups)) if group not in cohorts}
+            server = GroupedServer(servers, self._least_groups, away)
             clients = {client.node: client for client in chosen}
 
             def first(node: int) -> Message:
-                return self._first(clients[node], terms, config, after, limit)
+                party = parties[node]
+                terms = server.of(party).terms
+                return self._first(clients[node], terms, config, after[party], limit)
 
             def again(party: int, reply: Message) -> Message | None:
                 node = nodes[party]
@@ -212,15 +257,13 @@ class SecureStrategy(RoundStrategy):
                 stage_seconds=self.stage_seconds,
                 again=again,
             )
-            layout = model.groups.layout
-            found = merged_sum(
-                sums, terms, server.mask, self.secure.rule, self.secure.scaling, layout
-            )
+            found, told = self._merged(sums)
+            terms = sums[0].server.terms
         except ProtocolError as error:
             self._no_sum(number, error, log, began)
             return None, None
         finally:
-            self._settled |= dict.fromkeys(log.vector_bytes, session)
+            self._settled |= {party: sessions[party] for party in log.vector_bytes}
             for rejection in log.rejections:
                 if rejection.reason == "local":
                     self._settled.pop(rejection.client, None)
@@ -242,19 +285,43 @@ class SecureStrategy(RoundStrategy):
             )
         facts = self._facts(number, log, began, server.alive, terms, measured)
         facts["merged_norm"] = merged.norm()
+        if told:
+            facts["robust"] = told
+            facts["secure"]["lost_groups"] = server.lost
         LOG.info(
             "round %d: a secure %s of %d of %d parties, %s bytes up each; lone contributors at "
             "%s of the elements, %.2g clipped",
             number,
             self.secure.method,
             len(server.alive),
-            len(terms.cohort),
+            len(nodes),
             f"{max(log.upload.values()):,}",
             "none known" if measured.lone_share is None else f"{measured.lone_share:.1%}",
             measured.clipped_share,
         )
         outcome = RoundOutcome(number, moved, step_state, facts, log.rejections, [], MetricRecord())
         return self.move(outcome), None
+
+    def _cohorts(self, parties: Iterable[int]) -> dict[int, list[int]]:
+        """The cohort of each group that is large enough, by the group's number."""
+        found = among(self.groups, parties)
+        if len(self.groups) == 1:
+            return found
+        least = {
+            group: max(self.secure.min_parties, len(self.groups[group]) // 2 + 1) for group in found
+        }
+        return {group: cohort for group, cohort in found.items() if len(cohort) >= least[group]}
+
+    def _merged(self, sums: Sequence[GroupSum]) -> tuple[MergedSum, dict[str, Any]]:
+        """The merged sum; where a rule merged groups, what it did."""
+        rule = self.settings.robust
+        if rule is not None:
+            return merge_groups(sums, rule, self.secure.scaling)
+        (one,) = sums
+        layout = self.broadcasting.model.groups.layout
+        terms, mask = one.server.terms, one.server.mask
+        read, scaling = self.secure.rule, self.secure.scaling
+        return merged_sum(one.sums, terms, mask, read, scaling, layout), {}
 
     def _meet(self, grid: Grid, chosen: Sequence[Client]) -> dict[int, int]:
         """Party → node of the chosen clients; each node proves once who it is."""
@@ -266,11 +333,11 @@ class SecureStrategy(RoundStrategy):
             self._strangers.update(problems)
         nodes = {client.node for client in chosen}
         parties = {party: node for party, node in self._parties.items() if node in nodes}
-        if len(parties) < self.secure.fewest(self.roster):
+        if len(parties) < self._fewest:
             raise RunError(
                 f"{len(parties)} of {len(chosen)} clients have proved to be members of roster "
-                f"{self.roster.name!r}; {self.secure.fewest(self.roster)} are needed (more than "
-                "half of its members, and at least secure-min-parties)",
+                f"{self.roster.name!r}; {self._fewest} are needed (more than half of its members, "
+                "and at least secure-min-parties; of each group that the rule needs)",
                 reason="nodes",
             )
         return parties

@@ -111,6 +111,7 @@ class RunConfig(BaseModel):
     secure_clip: largest magnitude of a value; what is beyond is cut, and the share of it told.
     secure_directions: with secure = wudi, directions of each Linear that a party adds.
     secure_min_parties: fewest parties in a sum.
+    secure_groups: sums of so many groups of the roster, for robust to compare; 1: of all together.
     secure_threshold: parties who must stay to the end of a sum; 0: two thirds and one more.
     secure_stage_seconds: seconds that a stage of the protocol waits for its parties.
     partition: how rows are divided among simulated clients: at random, by labels in unlike
@@ -181,6 +182,7 @@ class RunConfig(BaseModel):
     secure_clip: float = Field(gt=0)
     secure_directions: int = Field(ge=1)
     secure_min_parties: int
+    secure_groups: int = Field(ge=1)
     secure_threshold: int = Field(ge=0)
     secure_stage_seconds: float = Field(gt=0)
 
@@ -285,6 +287,7 @@ class RunConfig(BaseModel):
             clip=self.secure_clip,
             directions=self.secure_directions,
             min_parties=self.secure_min_parties,
+            groups=self.secure_groups,
             threshold=self.secure_threshold,
             # Sums count parties; a mean may weigh them, in secret.
             weighting=self.weighting if weighed else "equal",

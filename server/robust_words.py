@@ -4,7 +4,8 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
-from dare_agg.errors import refuse
+from dare_agg.errors import ConfigError, refuse
+from dare_agg.flower.secure.groups import check_rule_of_groups
 from dare_agg.robust.rule import check_robust
 from dare_agg.rounds.settings import ROBUST_METHODS
 
@@ -18,13 +19,21 @@ def check_robust_words(config: RunConfig, methods: dict[str, str]) -> None:
     ``methods`` are the merge methods of those that are compared, by name.
     """
     rule = check_robust(config.robust, config.byzantine)
+    if config.secure:
+        check_rule_of_groups(config.secure_groups, rule)
+    elif config.secure_groups > 1:
+        raise ConfigError(
+            f"secure-groups = {config.secure_groups} without secure; set secure = mean, whose sums "
+            "they are, or leave it out"
+        )
     if rule is None:
         return
     named = f"robust = {config.robust!r}"
     other = [name for name, method in methods.items() if method not in ROBUST_METHODS]
     refusals = (
-        (config.secure, f"{named} with secure: a server that sees sums alone cannot compare "
-         "clients; leave one of them out"),
+        (config.secure and config.fraction_train < 1, f"{named} with secure and fraction-train = "
+         f"{config.fraction_train}: sums of a group whose members come and go show single ones; "
+         "leave fraction-train at 1"),
         (config.lora_merge == "product", f"{named} with lora-merge = product, which makes one "
          "update of all before the rule sees them; set lora-merge = factors"),
         (other and not rule.bounds_only, f"{named} with {', '.join(other)}: the rule takes the "
@@ -37,5 +46,7 @@ def check_robust_words(config: RunConfig, methods: dict[str, str]) -> None:
          "client in memory; leave momentum out"),
     )  # fmt: skip
     refuse(refusals)
+    if config.secure:  # it compares groups, not clients
+        return
     fewest = max(int(config.min_clients * config.fraction_train), min(config.min_clients, 2))
     rule.check_clients(fewest, "raise min-clients (--clients in a simulation) or fraction-train")

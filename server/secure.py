@@ -46,6 +46,8 @@ def secure_strategy(
         dense=() if config.train == "head" else config.dense,
         exclude=config.exclude,
         server_step=config.step(),
+        robust=config.robust,
+        byzantine=config.byzantine,
         downlink=make_downlink(config.downlink),
         seed=config.seed,
         run=str(config.seed),

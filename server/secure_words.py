@@ -38,6 +38,8 @@ def check_secure_words(config: RunConfig, usual: Mapping[str, Any]) -> None:
          "would show single deltas in the next: leave it out"),
         (bool(config.lora_ranks), "lora-ranks with secure; what some parties do not learn is the "
          "others' alone in a sum: leave it out"),
+        (config.secure_merge and config.secure_groups > 1, f"secure-groups = "
+         f"{config.secure_groups} in a one-shot merge, whose parties take one sum: leave it out"),
         (config.resume and config.secure_merge, "resume of a one-shot merge; start it anew"),
     )  # fmt: skip
     refuse(refusals)

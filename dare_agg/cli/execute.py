@@ -53,8 +53,9 @@ def execute(
             return _deployed(ready.app, home, settings, ready.connection, on_line)
         write_simulation(folder, ready.simulated)
         if settings.get("secure"):
+            groups = {**ready.usual, **settings}.get("secure-groups", 1)
             parties = practice_consortium(
-                folder / "keys", ready.simulated, parties_models(settings)
+                folder / "keys", ready.simulated, parties_models(settings), int(groups)
             )
             os.environ.update(parties)
         federation_config: dict[str, Scalar] = {

@@ -31,8 +31,11 @@ NODE_WORDS: Mapping[str, tuple[str, str]] = MappingProxyType(
         "secure-state": ("in memory", "folder of sealed session state"),
         "secure-ledger": ("beside the key", "file of what this party has put into sums"),
         "secure-methods": ("mean,ties,wudi", "sums it takes part in"),
+        "secure-groups": ("1: of all together", "it takes part in sums over one of so many groups "
+                          "of the roster"),
         "secure-min-parties": ("3", "fewest honest parties in a sum"),
-        "secure-min-cohort": ("0.5", "the cohort must be more than this share of the roster"),
+        "secure-min-cohort": ("0.5", "the cohort must be more than this share of the roster, "
+                              "or of the own group"),
         "secure-min-threshold": ("2/3", "least share of the cohort that must stay to the end"),
         "secure-min-norm": ("0", "its own change must be larger than this"),
         "secure-max-clip": ("1", "largest secure-clip it accepts"),

@@ -6,7 +6,7 @@ round after round is much alike, so sums over ever other groups are equations th
 each party (So et al. 2021, arXiv 2106.03328). Who is with whom follows from the roster's digest: no
 server draws it, and each party works it out for itself. A member that made key after key until
 the digest pleased it could choose its company, so parties count every colluder of the roster as
-one of their own group (`dare_agg.secure.client.check_terms`).
+one of their own group (`dare_agg.secure.policy.check_terms`).
 """
 
 from __future__ import annotations

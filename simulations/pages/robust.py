@@ -13,9 +13,14 @@ from simulations.runs.flower_rules import FLOWER_RULES
 from simulations.runs.rows import RESULTS, read_rows
 
 PAGE = Path(__file__).parents[2] / "docs" / "ROBUST.md"
-BEGIN, END = "<!-- tables -->", "<!-- end -->"
+MARKS = {
+    "robust": ("<!-- tables -->", "<!-- end -->"),
+    "robust-strong": ("<!-- strong -->", "<!-- strong end -->"),
+    "robust-groups": ("<!-- groups -->", "<!-- groups end -->"),
+}
 DEFAULT = "norm-bound+nnm+trimmed-mean"
 Cell = tuple[int, int, str, str]
+Losses = dict[str, list[Mapping[str, Any]]]
 
 
 def mean(values: Sequence[float]) -> float:
@@ -68,6 +73,61 @@ def tables(rows: Sequence[Mapping[str, Any]]) -> str:
     return "\n".join([*lines, "", f"{len(rows)} runs. {said}".strip()])
 
 
+def strong(rows: Sequence[Mapping[str, Any]]) -> str:
+    """The table of stronger attacks: what each rule lost, by label skew and number of clients."""
+    kept = [row for row in rows if row["attack"] in ATTACKS]
+    found: dict[tuple[Any, ...], Losses] = defaultdict(lambda: defaultdict(list))
+    for row in kept:
+        found[(row["n"], row["f"], -row["settings"]["alpha"], row["rule"])][row["attack"]].append(
+            row
+        )
+    attacks = [a for a in ATTACKS if any(a in of for of in found.values())]
+    lines = ["| Dirichlet | n, f | rule | seeds | mean | " + " | ".join(attacks) + " | worst |"]
+    lines.append("|---|---|---|---|---:|" + "---:|" * (len(attacks) + 1))
+    for (n, f, alpha, rule), of in sorted(found.items(), key=_default_first):
+        shown, worst, seeds, clean = _losses(of, attacks)
+        lines.append(
+            f"| {-alpha:g} | {n}, {f} | `{rule}` | {seeds} | {clean:.1f} | {shown} | {worst} |"
+        )
+    return "\n".join([*lines, "", f"{len(kept)} runs."])
+
+
+def groups(rows: Sequence[Mapping[str, Any]]) -> str:
+    """The table of rules over groups: what was lost, by numbers of clients, liars and groups."""
+    found: dict[tuple[Any, ...], Losses] = defaultdict(lambda: defaultdict(list))
+    for row in rows:
+        key = (row["n"], row["f"], row["groups"], row["division"])
+        found[key][row["attack"]].append(row)
+    attacks = [a for a in ATTACKS if any(a in of for of in found.values())]
+    lines = ["| n | f | groups | of | division | seeds | mean | " + " | ".join(attacks)]
+    lines[0] += " | worst |"
+    lines.append("|---:|---:|---:|---|---|---|---:|" + "---:|" * (len(attacks) + 1))
+    for (n, f, count, division), of in sorted(found.items()):
+        shown, worst, seeds, clean = _losses(of, attacks)
+        size = f"{n // count}" if n % count == 0 else f"{n // count} to {n // count + 1}"
+        lines.append(
+            f"| {n} | {f} | {count} | {size} | {division} | {seeds} | {clean:.1f} | {shown} | "
+            f"{worst} |"
+        )
+    return "\n".join([*lines, "", f"{len(rows)} runs."])
+
+
+def _losses(of: Losses, attacks: Sequence[str]) -> tuple[str, str, str, float]:
+    """A row's cells of attacks, its worst, its seeds and the plain mean's accuracy in %."""
+    losses = {attack: lost(found) for attack, found in of.items()}
+    worst = max((loss for attack, loss in losses.items() if attack != "none"), default=None)
+    shown = " | ".join(f"{losses[a]:.1f}" if a in losses else "–" for a in attacks)
+    counts = sorted({len({row["seed"] for row in found}) for found in of.values()})
+    seeds = str(counts[0]) if len(counts) == 1 else f"{counts[0]} to {counts[-1]}"
+    clean = 100 * mean([row["clean"] for found in of.values() for row in found])
+    return shown, "–" if worst is None else f"**{worst:.1f}**", seeds, clean
+
+
+def _default_first(item: tuple[tuple[Any, ...], Any]) -> tuple[Any, ...]:
+    (n, f, alpha, rule), _ = item
+    return n, f, alpha, rule != DEFAULT, rule
+
+
 def _order(item: tuple[Cell, Any]) -> tuple[Any, ...]:
     (n, f, rate, rule), _ = item
     return n, f, rule != DEFAULT, rule in FLOWER_RULES, rule, rate
@@ -75,15 +135,16 @@ def _order(item: tuple[Cell, Any]) -> tuple[Any, ...]:
 
 def main() -> None:
     """Put the tables between the page's marks."""
-    parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--results", type=Path, default=RESULTS / "robust.jsonl")
-    given = parser.parse_args()
+    argparse.ArgumentParser(description=__doc__).parse_args()
     page = PAGE.read_text(encoding="utf-8")
-    before, _, rest = page.partition(BEGIN)
-    _, _, after = rest.partition(END)
-    text = tables(read_rows(given.results))
-    PAGE.write_text(f"{before}{BEGIN}\n{text}\n{END}{after}", encoding="utf-8")
-    print(text)
+    makers = {"robust": tables, "robust-strong": strong, "robust-groups": groups}
+    for name, (begin, end) in MARKS.items():
+        before, _, rest = page.partition(begin)
+        _, _, after = rest.partition(end)
+        text = makers[name](read_rows(RESULTS / f"{name}.jsonl"))
+        page = f"{before}{begin}\n{text}\n{end}{after}"
+        print(text, end="\n\n")
+    PAGE.write_text(page, encoding="utf-8")
 
 
 if __name__ == "__main__":

@@ -275,6 +275,7 @@ class DareChannel:
                 np.stack([self._learned[client][0][name] for client in liars]),
                 np.random.default_rng(np.random.SeedSequence([self._seed, 71, self._number])),
                 lambda delta: 0.0,
+                lambda delta: 0.0,
             )
             base = self._model.delta[:] if name == "delta" else self._model.dense
             for client, delta in zip(liars, row.send(known), strict=True):

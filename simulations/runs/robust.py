@@ -4,6 +4,9 @@ Digits, label skew, f of n clients under one attack. Clients' deltas are encoded
 any round; the server's chain holds the rule. ``clean`` is the plain mean's accuracy at the same
 drop rate and seed with n honest clients and the same shared mask, ``clean_rotated`` with masks of
 their own, as the product does without a rule.
+
+With ``groups`` the rule compares the means of so many groups, as over secure sums (their fixed
+point aside): each liar has a group to itself, whose mean it makes what it likes.
 """
 
 from __future__ import annotations
@@ -22,14 +25,16 @@ from simulations.runs.attacks import ATTACKS, Known
 from simulations.runs.flower_rules import FLOWER_RULES, flower_merge
 
 _LOCAL = ("drop_rate", "values", "rounds", "steps", "batch", "rate", "alpha")
+_GROUPED = ("groups", "division")
 
 
 def run_row(row: Any) -> dict[str, Any]:
     """Run one (cell, seed); returns accuracy, and that of the plain mean without an attack."""
     settings = row.settings
     local = tuple((key, settings[key]) for key in _LOCAL)
+    grouped = tuple((key, settings[key]) for key in _GROUPED if key in settings)
     found = dict(_run(settings["rule"], settings["attack"], settings["n"], settings["f"], row.seed,
-                      local))  # fmt: skip
+                      (*local, *grouped)))  # fmt: skip
     clean = _run("mean", "none", settings["n"], 0, row.seed, local)
     rotated = _run("mean-rotated", "none", settings["n"], 0, row.seed, local)
     return {
@@ -38,6 +43,7 @@ def run_row(row: Any) -> dict[str, Any]:
         "n": settings["n"],
         "f": settings["f"],
         "drop_rate": settings["drop_rate"],
+        **dict(grouped),
         **found,
         "clean": clean["accuracy"],
         "clean_rotated": rotated["accuracy"],
@@ -62,7 +68,11 @@ def _run(
         if row.weight > 1:
             weights[client] = row.weight * most
     make = FlowerServer if rule in FLOWER_RULES else DareServer
-    server = make(rule, n, f, seed, words)
+    # Of groups each counts alike, and the liars are in the first f.
+    groups = words.get("groups", 0)
+    server = make(rule, groups or n, f, seed, words)
+    liars = range(f) if groups else bad
+    division = _division(bad, n, groups, seed)
     ended: dict[str, int] = {}
     for number in range(1, words["rounds"] + 1):
         state = server.state()
@@ -71,17 +81,22 @@ def _run(
             rate=words["rate"], seed=(seed, 61, number),
         )  # fmt: skip
         deltas = np.stack([server.flat(one) - server.flat(state) for one in tuned])
+        if groups:
+            if words["division"] == "redrawn":
+                division = _division(bad, n, groups, seed, number)
+            deltas = np.stack([deltas[group].mean(axis=0) for group in division])
+            weights = [1.0] * groups
         server.begin(number)
         if f and attack != "none":
-            honest = [client for client in range(n) if client not in bad]
+            honest = [client for client in range(len(deltas)) if client not in liars]
             known = Known(
                 deltas[honest],
-                deltas[bad],
+                deltas[liars],
                 np.random.default_rng(np.random.SeedSequence([seed, 71, number])),
-                partial(_distance, server, deltas, weights, bad, honest),
-                partial(_loss, server, deltas, weights, bad),
+                partial(_distance, server, deltas, weights, liars, honest),
+                partial(_loss, server, deltas, weights, liars),
             )
-            deltas[bad] = row.send(known)
+            deltas[liars] = row.send(known)
         try:
             server.finish(deltas, weights)
         except NonFiniteError:
@@ -93,6 +108,16 @@ def _run(
     if row.poison.stamp:
         told["backdoor"] = round(digits.backdoor_success(state), 4)
     return told
+
+
+def _division(
+    bad: Sequence[int], n: int, groups: int, seed: int, number: int = 0
+) -> list[NDArray[np.int64]]:
+    """The clients of each group, sizes one apart; each liar is in a group of its own."""
+    draw = np.random.default_rng(np.random.SeedSequence([seed, 72, number]))
+    others = draw.permutation([client for client in range(n) if client not in bad])
+    order = np.array([*bad, *others])
+    return [order[group::groups] for group in range(groups)]
 
 
 def _distance(

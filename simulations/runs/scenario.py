@@ -169,6 +169,24 @@ KINDS: Mapping[str, tuple[str, Mapping[str, Any]]] = {
             "alpha": 0.5,
         },
     ),
+    "robust-groups": (
+        "simulations.runs.robust",
+        {
+            "rule": "norm-bound+nnm+trimmed-mean",
+            "attack": "none",
+            "n": 20,
+            "f": 2,
+            "groups": 6,
+            "division": "fixed",
+            "drop_rate": "0.9",
+            "values": "f32",
+            "rounds": 60,
+            "steps": 5,
+            "batch": 32,
+            "rate": 0.2,
+            "alpha": 0.5,
+        },
+    ),
 }
 SCENARIOS = Path(__file__).parents[1] / "scenarios"
 TOP_LEVEL = ("name", "kind", "title", "seeds", "defaults", "cells", "grids")

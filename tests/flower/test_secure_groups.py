@@ -137,23 +137,30 @@ def test_a_liar_spoils_its_group_and_not_the_round(
     assert strategy.outcome.measurements["robust"]["unheard"] == ["group 1"]
 
 
-def test_who_vanishes_takes_their_group_along_and_no_other(
-    memory_grid: Any, toys: Any, consortium: Any, caplog: pytest.LogCaptureFixture
-) -> None:
-    roster = consortium(12, 4)
-    gone = set(partitions(roster, 4)[3])
+def vanishing(gone: set[int], grid: list[Any]) -> Any:
+    """Nodes of the partitions ``gone`` answer with their vectors no more, nor ever again."""
 
     def vanish(partition: int, reply: Any) -> Any:
-        record = reply.content.config_records.get("dare.secure") if not reply.has_error() else None
+        record = None if reply.has_error() else reply.content.config_records.get("dare.secure")
         if partition in gone and record is not None and record.get("stage") == "contribute":
-            grid.offline.add(next(n for n, p in grid.partitions.items() if p == partition))
+            (one,) = grid
+            one.offline.add(next(n for n, p in one.partitions.items() if p == partition))
             return None
         return reply
 
-    grid = memory_grid(secure_app(toys), 12, tamper=vanish)
+    return vanish
+
+
+def test_who_vanishes_takes_their_group_along_and_no_other(
+    memory_grid: Any, toys: Any, consortium: Any
+) -> None:
+    roster = consortium(12, 4)
+    grids: list[Any] = []
+    gone = vanishing(set(partitions(roster, 4)[3]), grids)
+    grids.append(memory_grid(secure_app(toys), 12, tamper=gone))
     seen: list[Any] = []
-    strategy = strategy_of(roster, 4, stage_seconds=2, round_hook=seen.append, node_timeout=5.0)
-    strategy.start(grid, toys.record(toys.arrays()), num_rounds=2)
+    strategy = strategy_of(roster, 4, stage_seconds=8, round_hook=seen.append)
+    strategy.start(grids[0], toys.record(toys.arrays()), num_rounds=2)
     first, second = (one.measurements for one in seen)
     assert first["accepted"] == second["accepted"] == 9
     assert first["secure"]["lost_groups"] == {3: "threshold"}
@@ -165,20 +172,19 @@ def test_too_few_groups_leave_the_model_as_it_is(
     memory_grid: Any, toys: Any, consortium: Any
 ) -> None:
     roster = consortium(9, 3)
-    gone = partitions(roster, 3)[0][0]
-    grid = memory_grid(
-        secure_app(toys), 9, tamper=lambda partition, reply: None if partition == gone else reply
-    )
-    strategy = strategy_of(roster, 3, stage_seconds=2, deadline=2)
-    with pytest.raises(RunError):
-        strategy.start(grid, toys.record(toys.arrays()), num_rounds=1)
+    grids: list[Any] = []
+    gone = vanishing({partitions(roster, 3)[0][0]}, grids)
+    grids.append(memory_grid(secure_app(toys), 9, tamper=gone))
+    strategy = strategy_of(roster, 3, stage_seconds=8)
+    with pytest.raises(RunError, match="2 of 3 groups are left"):
+        strategy.start(grids[0], toys.record(toys.arrays()), num_rounds=1)
 
 
 def test_parties_that_did_not_ask_for_groups_refuse(memory_grid: Any, toys: Any, keys: Any) -> None:
     roster = read_roster(keys(9) / "roster.json")
     grid = memory_grid(secure_app(toys), 9)
-    strategy = strategy_of(roster, 3, stage_seconds=2, deadline=2)
-    with pytest.raises(RunError, match=r"groups"):
+    strategy = strategy_of(roster, 3)
+    with pytest.raises(RunError, match="groups"):
         strategy.start(grid, toys.record(toys.arrays()), num_rounds=1)
     reasons = {r.reason for r in strategy.outcome.rejections}
     assert reasons == {"groups"}

@@ -7,6 +7,7 @@ from typing import Any
 
 import numpy as np
 import pytest
+from grouped import grouped, played, servers
 from parties import BASE, LAYOUT, Consortium, consortium, seeded
 
 from dare_agg.errors import ConfigError, ProtocolError
@@ -14,19 +15,10 @@ from dare_agg.secure import client
 from dare_agg.secure.division import among, divided, own_group
 from dare_agg.secure.groups import GroupedServer
 from dare_agg.secure.packing import merge_sums
-from dare_agg.secure.roster import Roster
+from dare_agg.secure.policy import SecurePolicy, check_terms
 from dare_agg.secure.server import SecureServer
 from dare_agg.secure.settings import SecureSettings
 from dare_agg.secure.terms import decode_terms
-
-
-def grouped(n: int, groups: int, **settings: Any) -> tuple[Roster, dict[int, Consortium]]:
-    """A roster of n, and one consortium a group."""
-    roster = consortium(n).roster
-    return roster, {
-        number: consortium(n, cohort=list(members), groups=groups, **settings)
-        for number, members in enumerate(divided(roster, groups))
-    }
 
 
 @pytest.mark.parametrize(("n", "groups"), [(9, 3), (10, 3), (20, 5), (31, 7), (5, 1)])
@@ -76,7 +68,7 @@ def test_all_groups_of_a_round_have_one_mask_and_rounds_have_others() -> None:
 
 def refusal(group: Consortium, **policy: Any) -> str:
     party = group.terms.cohort[0]
-    given = client.SecurePolicy(BASE, LAYOUT, **policy)
+    given = SecurePolicy(BASE, LAYOUT, **policy)
     with pytest.raises(ProtocolError) as caught:
         client.advertise(group.identities[party], group.roster, group.terms, given, seeded(1))
     return caught.value.reason
@@ -86,7 +78,7 @@ def test_a_party_takes_part_in_groups_only_where_it_says_so() -> None:
     _, sums = grouped(12, 3)
     given = {"groups": 3, "colluding": 0.0}
     for group in sums.values():
-        policy = client.SecurePolicy(BASE, LAYOUT, **given)
+        policy = SecurePolicy(BASE, LAYOUT, **given)
         for party in group.terms.cohort:
             client.advertise(group.identities[party], group.roster, group.terms, policy)
     assert refusal(sums[0], colluding=0.0) == "groups"
@@ -100,8 +92,8 @@ def test_all_who_may_collude_may_be_in_the_own_group() -> None:
     _, small = grouped(20, 5)
     assert refusal(small[0], groups=5, colluding=0.1) == "parties"
     _, large = grouped(18, 3)
-    policy = client.SecurePolicy(BASE, LAYOUT, groups=3, colluding=2 / 18)
-    client.check_terms(large[0].terms, large[0].roster, policy)
+    policy = SecurePolicy(BASE, LAYOUT, groups=3, colluding=2 / 18)
+    check_terms(large[0].terms, large[0].roster, policy)
     assert refusal(large[0], groups=3, colluding=3 / 18) == "parties"
 
 
@@ -109,51 +101,6 @@ def test_half_of_a_group_is_too_few_whatever_the_whole_is() -> None:
     _, sums = grouped(24, 3)
     few = list(sums[0].terms.cohort[:4])
     assert refusal(consortium(24, cohort=few, groups=3), groups=3, colluding=0.0) == "parties"
-
-
-def lying(honest: Any, lie: Any) -> Any:
-    return lambda *given: lie(honest(*given))
-
-
-def played(
-    server: GroupedServer, groups: dict[int, Consortium], gone: dict[str, set[int]], lie: Any = None
-) -> Any:
-    """Run all stages of all groups; ``gone`` vanish before a stage, ``lie`` edits words."""
-    states, out = {}, set()
-    requests: dict[int, bytes] = {p: b"" for g in groups.values() for p in g.terms.cohort}
-    home = {p: g for g in groups.values() for p in g.terms.cohort}
-    random = seeded(3)
-    for stage in ("adverts", "shares", "vectors", "signatures", "reveals"):
-        if stage != "adverts":
-            requests = server.close()
-        out |= gone.get(stage, set())
-        for p in sorted(set(requests) - out):
-            group = home[p]
-            identity, roster, terms = group.identities[p], group.roster, group.terms
-            if stage == "adverts":
-                policy = client.SecurePolicy(BASE, LAYOUT, groups=terms.groups, colluding=0.0)
-                states[p], answer = client.advertise(identity, roster, terms, policy, random)
-            elif stage == "shares":
-                states[p], answer = client.share(identity, roster, states[p], requests[p], random)
-            elif stage == "vectors":
-                state = client.open_shares(states[p], requests[p])
-                values = np.full(terms.survivors, 0.01 * p, np.float32)
-                with pytest.MonkeyPatch.context() as patch:
-                    if lie and p in lie:
-                        patch.setattr(client, "pack_party", lying(client.pack_party, lie[p]))
-                    states[p], answer = client.contribute(identity, state, values, random=random)
-            elif stage == "signatures":
-                states[p], answer = client.sign_alive(identity, states[p], requests[p])
-            else:
-                states[p], answer = client.reveal(identity, roster, states[p], requests[p])
-            server.of(p).take(answer)
-    return server.finish()
-
-
-def servers(groups: dict[int, Consortium], least: int) -> GroupedServer:
-    return GroupedServer(
-        {number: SecureServer(g.terms, g.roster) for number, g in groups.items()}, least
-    )
 
 
 def test_each_group_has_the_mean_of_its_own() -> None:
@@ -220,7 +167,7 @@ def test_two_sets_of_the_living_that_colluders_could_both_sign() -> None:
     group = consortium(100, cohort=list(range(1, 52)))
     assert group.terms.threshold == 35
     with pytest.raises(ProtocolError, match="36 are wanted") as caught:
-        client.check_terms(group.terms, group.roster, client.SecurePolicy(BASE, LAYOUT))
+        check_terms(group.terms, group.roster, SecurePolicy(BASE, LAYOUT))
     assert caught.value.reason == "threshold"
     more = consortium(100, cohort=list(range(1, 52)), threshold=36)
-    client.check_terms(more.terms, more.roster, client.SecurePolicy(BASE, LAYOUT))
+    check_terms(more.terms, more.roster, SecurePolicy(BASE, LAYOUT))

@@ -52,6 +52,28 @@ def test_the_strategy_is_made_with_it(tmp_path):
         assert strategy.min_replies == 5
 
 
-def test_secure_sums_and_rules_exclude_each_other():
-    with pytest.raises(ConfigError, match="sees sums alone cannot compare"):
-        read_config({**DEFAULT, "secure": "mean", "secure-roster": "roster.json"})
+SECURE = {**DEFAULT, "secure": "mean", "secure-roster": "roster.json", "secure-groups": 5}
+
+
+def test_a_rule_over_the_sums_of_groups_is_taken():
+    config = read_config({**SECURE, "min-clients": 3})
+    assert config.secure_settings().groups == 5
+
+
+@pytest.mark.parametrize(
+    ("words", "said"),
+    [
+        ({"secure-groups": 1}, "sees one sum cannot compare clients; set secure-groups = 5 or"),
+        ({"secure-groups": 4}, "at least 5 groups, and secure-groups = 4"),
+        ({"robust": "", "byzantine": 0}, "set robust and byzantine"),
+        ({"secure": "ties"}, "set secure = mean"),
+        ({"secure": "", "secure-roster": ""}, "secure-groups = 5 without secure"),
+        ({"secure-merge": True}, "in a one-shot merge"),
+        ({"fraction-train": 0.5}, "show single ones"),
+        ({"robust": "momentum+median"}, "leave momentum out"),
+        ({"secure-groups": 0}, "secure-groups"),
+    ],
+)
+def test_groups_that_cannot_be_are_refused(words, said):
+    with pytest.raises(ConfigError, match=said):
+        read_config({**SECURE, **words})

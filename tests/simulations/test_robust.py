@@ -28,6 +28,10 @@ def few_digits(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(digits, "load_digits", lambda: made)
 
 
+def far(delta: np.ndarray) -> float:
+    return float(np.linalg.norm(delta))
+
+
 def row(rule: str, attack: str, **words):
     from simulations.runs.robust import _run
 
@@ -53,7 +57,7 @@ def test_every_attack_sends_a_delta_for_each_of_its_clients(attack):
     rng = np.random.default_rng(1)
     honest = rng.normal(0.1, 1, (5, 40)).astype(np.float32)
     own = rng.normal(0.1, 1, (2, 40)).astype(np.float32)
-    known = Known(honest, own, rng, lambda delta: float(np.linalg.norm(delta)))
+    known = Known(honest, own, rng, far, far)
     sent = ATTACKS[attack].send(known)
     assert sent.shape == own.shape
     assert sent.dtype == np.float32
@@ -64,10 +68,55 @@ def test_every_attack_sends_a_delta_for_each_of_its_clients(attack):
 def test_a_search_takes_the_scale_that_goes_farthest(attack):
     rng = np.random.default_rng(1)
     honest = rng.normal(0.1, 1, (5, 40)).astype(np.float32)
-    nearest = Known(honest, honest[:2], rng, lambda delta: -float(np.linalg.norm(delta)))
-    farthest = Known(honest, honest[:2], rng, lambda delta: float(np.linalg.norm(delta)))
+    nearest = Known(honest, honest[:2], rng, lambda delta: -far(delta), far)
+    farthest = Known(honest, honest[:2], rng, far, far)
     send = ATTACKS[attack].send
     assert np.linalg.norm(send(nearest)) < np.linalg.norm(send(farthest))
+
+
+def test_the_greedy_attack_takes_what_raises_the_loss_most():
+    rng = np.random.default_rng(1)
+    honest = rng.normal(0.1, 1, (5, 40)).astype(np.float32)
+    for wanted in (honest[3], -honest[0], -2 * honest.mean(axis=0)):
+        known = Known(honest, honest[:2], rng, far, lambda sent, at=wanted: -far(sent - at))
+        sent = ATTACKS["greedy"].send(known)
+        assert np.abs(sent - wanted).max() < 1e-5
+
+
+def test_the_loss_is_that_of_the_model_the_rule_would_leave():
+    from simulations.runs.robust import DareServer, FlowerServer
+
+    rng = np.random.default_rng(0)
+    words = {"drop_rate": "0", "values": "f32"}
+    servers = [DareServer("mean", 5, 1, 0, words), FlowerServer("flower:FedMedian", 5, 1, 0, words)]
+    for server in servers:
+        size = server.flat(server.state()).size
+        deltas = rng.normal(0, 0.01, (5, size)).astype(np.float32)
+        server.begin(1)
+        guessed = digits.loss(server.moved(server.result(deltas, [1.0] * 5)))
+        before = digits.loss(server.state())
+        server.finish(deltas, [1.0] * 5)
+        assert abs(digits.loss(server.state()) - guessed) < 1e-5
+        assert abs(before - guessed) > 1e-4
+
+
+def test_liars_have_a_group_each_whose_mean_they_make():
+    grouped = {"groups": 5, "division": "fixed"}
+    from simulations.runs.robust import _division
+
+    division = _division([2, 5], 7, 5, 0)
+    assert sorted(map(len, division)) == [1, 1, 1, 2, 2]
+    assert sorted(client for group in division for client in group) == list(range(7))
+    assert [sum(c in (2, 5) for c in group) for group in division] == [1, 1, 0, 0, 0]
+    assert row("mean", "flip-10", **grouped)["accuracy"] < 0.5
+    honest = row("nnm+median", "none", **grouped)["accuracy"]
+    assert honest > 0.8
+    assert row("nnm+median", "none", **{**grouped, "division": "redrawn"})["accuracy"] > 0.8
+
+
+def test_a_model_that_nobody_can_write_any_more_stays_as_it_is():
+    found = row("mean", "flip-10", rounds=60, rate=2.0)
+    assert found["accuracy"] < 0.4 and found.get("ended", 60) < 60
 
 
 def test_momentum_is_attacked_with_its_state():

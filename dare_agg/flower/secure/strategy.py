@@ -107,6 +107,11 @@ class SecureStrategy(RoundStrategy):
         options = words.pop("options", {})
         if options:
             SecureSettings(options=options)
+        if secure.min_parties > len(roster.members):
+            raise ConfigError(
+                f"secure-min-parties = {secure.min_parties}; roster {roster.name!r} has "
+                f"{len(roster.members)} members"
+            )
         rule = check_robust(robust, byzantine)
         check_groups(secure, rule, roster)
         if rule is not None and words.get("fraction_train", 1.0) < 1:
@@ -133,11 +138,6 @@ class SecureStrategy(RoundStrategy):
             min_train_nodes=max(fewest, words.pop("min_train_nodes", 2)),
             **words,
         )
-        if secure.min_parties > len(roster.members):
-            raise ConfigError(
-                f"secure-min-parties = {secure.min_parties}; roster {roster.name!r} has "
-                f"{len(roster.members)} members"
-            )
         self.secure = secure
         self.roster = roster
         self.groups = divided(roster, secure.groups)

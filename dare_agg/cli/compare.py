@@ -23,7 +23,7 @@ def compare(
 ) -> None:
     """Compare runs: settings that differ, results and bytes, curves over rounds and bytes."""
     from dare_agg.cli.demo import json_row
-    from dare_agg.cli.output import print_json, stdout_console
+    from dare_agg.cli.output import fitted, print_json, stdout_console
     from dare_agg.runs.comparison import compare_runs
     from dare_agg.runs.report import write_report
 
@@ -48,7 +48,7 @@ def compare(
         return
     console = stdout_console()
     console.print(settings_table(found))
-    console.print(results_table(found))
+    console.print(fitted(results_table(found), console))
     console.print(f"Curves over rounds and bytes: {page}")
 
 

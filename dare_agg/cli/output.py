@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from rich.console import Console
+    from rich.table import Table
 
     from dare_agg.checkpoint import Left
 
@@ -32,6 +33,25 @@ def print_left(left: Sequence[Left]) -> None:
         files = [one.file for one in left if one.why == why]
         more = f" and {len(files) - _MOST_LEFT} more" if len(files) > _MOST_LEFT else ""
         sys.stderr.write(f"left: {', '.join(files[:_MOST_LEFT])}{more} ({why})\n")
+
+
+def fitted(table: Table, console: Console) -> Table:
+    """The table, or where the console is too narrow for it the same with a row a column.
+
+    Headings and names stay whole then.
+    """
+    from rich.measure import Measurement
+    from rich.table import Table
+
+    if Measurement.get(console, console.options, table).maximum < console.width:
+        return table
+    columns = [[column.header, *column.cells] for column in table.columns]
+    turned = Table(title=table.title)
+    for index, cell in enumerate(columns[0]):
+        turned.add_column(cell, justify="right" if index else "left", overflow="fold")
+    for column in columns[1:]:
+        turned.add_row(*column)
+    return turned
 
 
 def stderr_console() -> Console:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import time
 from contextlib import nullcontext
 from pathlib import Path
@@ -73,7 +74,7 @@ def run(
 ) -> None:
     """Run the Flower app (simulation or deployment); exit with the run's true status."""
     from dare_agg.cli.ending import failure, note_failure
-    from dare_agg.cli.output import print_json, stderr_console, stdout_console
+    from dare_agg.cli.output import fitted, print_json, stderr_console, stdout_console
     from dare_agg.cli.progress import (
         following,
         load_rows,
@@ -85,8 +86,8 @@ def run(
     )
     from dare_agg.errors import RunError
 
-    folder = (resume or output or _new_folder()).absolute()
-    if resume and output and output.absolute() != folder:
+    folder = Path(os.path.abspath(resume or output or _new_folder()))
+    if resume and output and Path(os.path.abspath(output)) != folder:
         raise ConfigError(f"--output {output} beside --resume {resume}: a run goes on where it is")
     overrides = run_settings(config or [], deployed=bool(federation), resume=resume)
     where: dict[str, Any] = {
@@ -116,14 +117,15 @@ def run(
         said = [row.values for row in rows]
         print_json({"run": str(folder), "status": status.status, "rows": said})
     else:
-        stdout_console().print(summary_table(rows))
+        console = stdout_console()
+        console.print(fitted(summary_table(rows), console))
         for table in task_tables(rows):
             stdout_console().print(table)
         if (missed := missed_table(rows)) is not None:
             stdout_console().print(missed)
         for line in [*missed_lines(rows), *secure_lines(rows, folder)]:
             stdout_console().print(line)
-        stdout_console().print(f"Run folder: {folder}\nNext: dare-agg report {folder}")
+        console.print(f"Run folder: {folder}\nNext: dare-agg report {folder}", soft_wrap=True)
 
 
 def _new_folder() -> Path:

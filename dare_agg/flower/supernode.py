@@ -74,7 +74,7 @@ def _launched() -> Iterator[contextlib.AbstractContextManager[object]]:
         LOG.warning("each message starts a process anew: no %s on Linux", launcher.PROGRAM)
         yield contextlib.nullcontext()
         return
-    with tempfile.TemporaryDirectory(prefix="dare-agg-node-") as name:
+    with tempfile.TemporaryDirectory(prefix="dare-agg-node-", ignore_cleanup_errors=True) as name:
         folder = Path(name)
         socket = folder / "launcher.sock"
         command = folder / "bin" / launcher.PROGRAM
@@ -83,9 +83,8 @@ def _launched() -> Iterator[contextlib.AbstractContextManager[object]]:
         quoted = " ".join("'" + word.replace("'", "'\\''") + "'" for word in words)
         command.write_text(f'#!/bin/sh\nexec {quoted} "$@"\n', encoding="utf-8")
         command.chmod(0o700)
-        process = subprocess.Popen(
-            [sys.executable, "-P", launcher.__file__, str(socket)], stdin=subprocess.PIPE
-        )
+        start = [sys.executable, "-P", launcher.__file__, str(socket), "--remove", str(folder)]
+        process = subprocess.Popen(start, stdin=subprocess.PIPE)
         before = os.environ.get("PATH", "")
         os.environ["PATH"] = _path(command.parent)
         try:

@@ -41,8 +41,10 @@ launcher.main()
 
 @pytest.fixture
 def told(tmp_path: Path) -> Iterator[tuple[Path, subprocess.Popen]]:
-    path = tmp_path / "l.sock"
-    process = subprocess.Popen([sys.executable, "-c", TOLD, str(path)], stdin=subprocess.PIPE)
+    path = tmp_path / "node" / "l.sock"
+    path.parent.mkdir()
+    words = [str(path), "--remove", str(path.parent)]
+    process = subprocess.Popen([sys.executable, "-c", TOLD, *words], stdin=subprocess.PIPE)
     until = time.monotonic() + 120
     while not listens(path):
         assert process.poll() is None and time.monotonic() < until
@@ -88,9 +90,12 @@ def test_a_program_that_raises_leaves_the_launcher_alone(told) -> None:
 
 
 def test_it_ends_with_its_supernode(told) -> None:
-    _, process = told
+    path, process = told
+    assert ask(path, "works", "0")[1] == "works" and path.exists()
     process.stdin.close()
     assert process.wait(30) == 0
+    # Also where that was killed and left its folder behind.
+    assert not path.parent.exists()
 
 
 def test_a_request_of_another_form_starts_nothing(told) -> None:

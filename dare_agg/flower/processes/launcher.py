@@ -25,6 +25,7 @@ import importlib
 import os
 import random
 import selectors
+import shutil
 import socket
 import struct
 import sys
@@ -117,6 +118,7 @@ def main() -> None:
     """Listen, load, and fork; in a forked process, be Flower's program."""
     parser = argparse.ArgumentParser(prog="python -P launcher.py", description=__doc__)
     parser.add_argument("socket", type=Path)
+    parser.add_argument("--remove", type=Path, help="folder to remove at the end")
     options = parser.parse_args()
     os.umask(0o077)
     listener = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
@@ -136,7 +138,9 @@ def main() -> None:
     try:
         arguments = serve(listener)
     except KeyboardInterrupt:
-        return
+        arguments = None
+    if arguments is None and options.remove:  # a SuperNode that was killed cannot
+        shutil.rmtree(options.remove, ignore_errors=True)
     if arguments is not None:
         wait_for_message(options.socket.with_name(RECEIVING))
         sys.argv = [PROGRAM, *arguments]

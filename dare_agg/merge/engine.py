@@ -73,9 +73,9 @@ def merge_deltas(
     """Merge deltas into one: ``scaling`` times the method's combination.
 
     ``weights`` default to the method's own (1/n or 1 each). ``keep`` is each source's
-    survival rate 1 − p, for the measurements: sources are rescaled already, so the expected
-    count of TIES, n(1−p) unscaled survivors, is Σ\\|w\\| here. ``base`` is needed by methods
-    on whole models, ``statistics`` by fisher (arrays by name, or a source) and regmean.
+    survival rate 1 − p, for the measurements: sources are rescaled already, so what TIES divides
+    by, the n(1−p) sources that keep an element on average, is Σ\\|w\\| here. ``base`` is needed
+    by methods on whole models, ``statistics`` by fisher (arrays by name, or a source) and regmean.
 
     Raises `MergeError` for no model, another size or a weight that is no number, and
     `ConfigError` for an unknown method or option.

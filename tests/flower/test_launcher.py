@@ -9,6 +9,7 @@ import signal
 import socket
 import subprocess
 import sys
+import tempfile
 import threading
 import time
 from collections.abc import Iterator
@@ -106,6 +107,36 @@ def test_a_request_of_another_form_starts_nothing(told) -> None:
         connection.sendall(b"--token\0x\0")  # no streams
         assert connection.recv(1) == b""
     assert ask(path, "works", "0")[1] == "works" and process.poll() is None
+
+
+@pytest.mark.skipif(os.getuid() != 0, reason="only root can be another user for a moment")
+def test_another_user_starts_nothing(told) -> None:
+    """Also where folder and socket were opened to all."""
+    path, process = told
+    short = Path(tempfile.mkdtemp())  # pytest's own folders are closed further up
+    short.chmod(0o711)
+    there = short / "l.sock"
+    there.hardlink_to(path)
+    there.chmod(0o777)
+    child = os.fork()
+    if child == 0:
+        os.setgid(65534)
+        os.setuid(65534)
+        status = 1
+        with contextlib.suppress(OSError):
+            connection = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
+            connection.settimeout(30)
+            connection.connect(str(there))
+            status = 2
+            try:
+                socket.send_fds(connection, [b"works\0" + b"0\0"], [0, 1, 2])
+                status = 0 if connection.recv(1) == b"" else 3
+            except (ConnectionResetError, BrokenPipeError):
+                status = 0
+        os._exit(status)
+    assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == 0
+    assert ask(path, "works", "0")[1] == "works" and process.poll() is None
+    shutil.rmtree(short)
 
 
 def test_without_a_launcher_flowers_own_program_runs(tmp_path: Path) -> None:

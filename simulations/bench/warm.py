@@ -1,9 +1,10 @@
 """Seconds a round with and without the warm trainer, in a real deployment of the real app.
 
 ``python -m simulations.bench.warm`` starts a SuperLink and two SuperNodes over TLS, fine-tunes
-the encoder of the headline for a few rounds, first with Flower's process a message, then with
-``warm=true`` in the node config; in the middle of the warm run both trainers are killed with
--9. Writes ``results/warm.jsonl``. The results of both runs must be the same bits.
+the encoder of the headline for a few rounds: with Flower's process a message ("cold"), with
+trainers that stay ("warm"), both of which are killed with -9 in the middle, and under
+``dare_agg.flower.supernode`` ("quick"), where nothing is killed. Writes ``results/warm.jsonl``.
+The results of all runs must be the same bits.
 
 Besides the seconds on the clock it counts the CPU seconds of all the federation's processes:
 those are the same on a busy machine.
@@ -30,6 +31,9 @@ from simulations.bench.federation import Federation
 from simulations.runs.rows import RESULTS, versions
 
 ROOT = Path(__file__).parents[2]
+# The first two are also numbers: of rows whether they were warm.
+FORMS = ("cold", "warm", "quick")
+QUICK = (sys.executable, "-m", "dare_agg.flower.supernode")
 CONFIG = {
     "downlink": "auto",
     "drop-rate": "0.99",
@@ -46,22 +50,22 @@ def main() -> None:
     """Entry point."""
     parser = argparse.ArgumentParser(prog="python -m simulations.bench.warm", description=__doc__)
     parser.add_argument("--rounds", type=int, default=5)
-    parser.add_argument("--only", choices=("cold", "warm"), help="this one, the other is kept")
+    parser.add_argument("--only", choices=FORMS, help="this one, the others are kept")
     parser.add_argument("--out", type=Path, default=RESULTS / "warm.jsonl")
     options = parser.parse_args()
     kept = options.out.read_text().splitlines() if options.only and options.out.exists() else []
-    rows = {row["warm"]: row for row in map(json.loads, kept)}
+    rows = {row.get("form", FORMS[row["warm"]]): row for row in map(json.loads, kept)}
     with tempfile.TemporaryDirectory(prefix="dare-base-") as name:
         initial = Path(name) / "base.safetensors"
         keys = [f"{key}={value}" for key, value in CONFIG.items() if key.endswith("-rows")]
         make = [sys.executable, "-m", "client.base", "-o", str(initial), *keys]
         subprocess.run(make, check=True)
-        for warm in (False, True):
-            if options.only in (None, "warm" if warm else "cold"):
-                rows[warm] = {**measure(warm, options.rounds, initial), **versions()}
+        for form in FORMS:
+            if options.only in (None, form):
+                rows[form] = {**measure(form, options.rounds, initial), **versions()}
                 options.out.write_text("".join(json.dumps(row) + "\n" for row in rows.values()))
     if len({row["fingerprint"] for row in rows.values()}) != 1:
-        raise SystemExit(f"warm and cold differ: {rows}")
+        raise SystemExit(f"the forms differ: {rows}")
 
 
 class CpuSeconds(threading.Thread):
@@ -90,8 +94,9 @@ class CpuSeconds(threading.Thread):
         return sum(self.seen.values())
 
 
-def measure(warm: bool, rounds: int, initial: Path) -> dict[str, Any]:
+def measure(form: str, rounds: int, initial: Path) -> dict[str, Any]:
     """One run; returns the seconds of each round."""
+    warm, quick = form == "warm", form == "quick"
     with tempfile.TemporaryDirectory(prefix="dare-warm-") as name:
         folder = Path(name)
         (folder / "run").mkdir()
@@ -100,7 +105,8 @@ def measure(warm: bool, rounds: int, initial: Path) -> dict[str, Any]:
             ["north", "south"],
             app=ROOT,
             environment={"XDG_RUNTIME_DIR": str(folder / "run")},
-            node_config={"warm": warm},
+            node_config={"warm": warm or quick},
+            supernode=QUICK if quick else ("flower-supernode",),
         )
         out = folder / "out"
         killer = threading.Thread(target=kill_trainers, args=(folder, out, rounds // 2))
@@ -132,13 +138,15 @@ def measure(warm: bool, rounds: int, initial: Path) -> dict[str, Any]:
     seconds = [json.loads(line)["seconds"] for line in lines]
     each = [round(b - a, 1) for a, b in zip([0.0, *seconds], seconds, strict=False)]
     row = {
-        "warm": warm,
+        "form": form,
+        "warm": warm or quick,
         "clients": 2,
         "seconds_a_round": each,
         "median_seconds_a_round": round(statistics.median(each[1:]), 1),
         # Without the first round, which brings the base and starts what stays.
         "cpu_seconds_a_round": round((used[-1] - used[0]) / (rounds - 1), 1),
         "trainers_killed_after_round": rounds // 2 if warm else None,
+        "load": round(os.getloadavg()[0], 1),
         "fingerprint": next(iter(state["fingerprints"].values())),
     }
     print(json.dumps(row), flush=True)

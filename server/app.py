@@ -31,17 +31,19 @@ from dare_agg.runs.claim import SERVER, claim
 from dare_agg.runs.ending import COMPLETED, FAILED, INTERRUPTED, RUNNING
 from dare_agg.runs.prometheus import exporter
 from dare_agg.runs.rows import RunRow
+from dare_agg.runs.variants import Variant
 from server.adapter_facts import adapter_facts, say_adapters
 from server.asking import agree_on_labels, ask, wait_for_nodes
 from server.compared import METHODS
 from server.config import RunConfig
 from server.export import describe_model, export_model
 from server.privacy import client_privacy, privacy_facts, promised
-from server.reading import read_config
+from server.reading import read_config, settled
 from server.record_privacy import RECORDS, largest_told, promised_records, record_facts
 from server.recorder import Recorder
 from server.resumed import check_resumed
 from server.secure import merge_models, secure_strategy
+from server.several import rows_of
 from server.start import read_start, secure_start
 
 app = ServerApp()
@@ -85,12 +87,14 @@ def run_methods(grid: Grid, context: Context, config: RunConfig, folder: Path) -
         else:
             labels = agree_on_labels(grid, config)
             prints = {}
-            for name in config.methods:
+            for one, own in rows_of(config, settled):
 
-                def plainly(record: Record, name: str = name) -> RoundStrategy:
-                    return make_strategy(config, name, record, state_folder(folder, name))
+                def plainly(
+                    record: Record, one: Variant = one, own: RunConfig = own
+                ) -> RoundStrategy:
+                    return make_strategy(own, one.method, record, state_folder(folder, one.name))
 
-                prints[name] = run_method(grid, config, name, labels, recorder, plainly)
+                prints[one.name] = run_method(grid, own, one.name, labels, recorder, plainly)
     except BaseException as error:
         reason = str(error) if isinstance(error, DareError) else f"{type(error).__name__}: {error}"
         # A SuperLink that is told to stop a run ends its process.

@@ -46,8 +46,9 @@ class RunConfig(BaseModel):
     num_rounds: rounds of each method.
     methods: what is run, one method after another on the same data and seeds, to compare.
     drop_rate: share of the changes that are dropped at random, 0 to 1; auto: each round chooses
-        what the model bears (docs/FLOWER_APP.md).
-    values: how a survivor is written; auto: chosen with the drop rate, b1 beside a number.
+        what the model bears (docs/FLOWER_APP.md). A list, such as 0.9,0.99: each is a row.
+    values: how a survivor is written; auto: chosen with the drop rate, b1 beside a number. A list:
+        each is a row.
     upload_budget: the most bytes that a client sends in a round, such as 300kB: drop rate and value
         format are the finest that fit, with auto no finer than chosen; none: no bound.
     upload_seconds: the most seconds that a client's update takes over the uplink it tells

@@ -18,7 +18,8 @@ from dare_agg.rounds.terms import UpdateTerms
 from dare_agg.vectors.model import split_tensors
 from server.compared import METHODS
 from server.config import RunConfig
-from server.reading import read_config
+from server.reading import read_config, settled
+from server.several import rows_of
 
 _FLOAT = 4
 
@@ -31,8 +32,12 @@ def outlook(run: Mapping[str, Any], found: Mapping[str, Any]) -> dict[str, Any]:
     one takes at most, None where only running tells.
     """
     config = read_config(run)
-    names = [f"secure-{config.secure}"] if config.secure else list(config.methods)
-    return {"methods": [_method(config, name, found.get("states", {})) for name in names]}
+    states = found.get("states", {})
+    if config.secure:
+        return {"methods": [_method(config, f"secure-{config.secure}", states)]}
+    rows = rows_of(config, settled)
+    return {"methods": [{**_method(own, one.method, states), "name": one.name}
+                        for one, own in rows]}  # fmt: skip
 
 
 def _method(config: RunConfig, name: str, states: Mapping[str, Any]) -> dict[str, Any]:

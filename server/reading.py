@@ -25,6 +25,7 @@ from server.direction_words import check_directions_words
 from server.privacy import check_privacy_words
 from server.robust_words import check_robust_words
 from server.secure_words import check_secure_words
+from server.several import check_several, is_several
 
 
 def read_config(raw: Mapping[str, Any]) -> RunConfig:
@@ -33,6 +34,10 @@ def read_config(raw: Mapping[str, Any]) -> RunConfig:
         config = RunConfig.model_validate(settled({**DEFAULTS, **raw}))
     except ValidationError as error:
         raise ConfigError(_said(error)) from error
+    whole = {**DEFAULTS, **raw}
+    if is_several(whole):
+        check_several(whole, lambda own: read_config({**raw, **own}))
+        return config
     for name in config.methods:
         if name not in METHODS:
             raise ConfigError(f"methods: {name!r} is unknown{did_you_mean(name, METHODS)}")
@@ -76,6 +81,8 @@ def settled(raw: Mapping[str, Any]) -> dict[str, Any]:
     of them travels (docs/RESULTS.md, "Text, and LoRA": in one bit a value a drop of factors costs
     more rounds than it saves bytes).
     """
+    if is_several(raw):  # each row settles its own
+        return dict(raw)
     rate, values = raw["drop-rate"], raw["values"]
     if rate == AUTO and raw["secure"]:
         rate = "0.9"

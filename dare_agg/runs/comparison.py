@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from dare_agg.errors import ConfigError
-from dare_agg.runs.report.records import TITLES, RunRecord, read_run
+from dare_agg.runs.report.records import RunRecord, read_run, title_of
 
 # They say where a run is, not what it computes.
 _ELSEWHERE = frozenset({"output", "resume", "prometheus-port", "prometheus-host", "secure-roster"})
@@ -44,7 +44,7 @@ def compare_runs(folders: Sequence[Path]) -> Comparison:
 
 
 def _called(name: str, method: str) -> str:
-    return f"{name}: {TITLES.get(method, method)}"
+    return f"{name}: {title_of(method)}"
 
 
 def run_names(folders: Sequence[Path]) -> list[str]:

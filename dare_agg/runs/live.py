@@ -17,7 +17,7 @@ from dare_agg.runs.log import is_ours, planned_methods, planned_rounds, seconds_
 from dare_agg.runs.now import NOW_FILE, Now, read_now
 from dare_agg.runs.report.facts import page_facts
 from dare_agg.runs.report.measures import measure_of
-from dare_agg.runs.report.records import TITLES, RunRecord, read_run
+from dare_agg.runs.report.records import RunRecord, read_run, title_of
 from dare_agg.runs.rows import METRICS_FILE, STATE_FILE, RunRow
 from dare_agg.runs.words import human_bytes, human_seconds, without_paths
 
@@ -113,7 +113,7 @@ def live_facts(folder: Path) -> dict[str, Any]:
         runs,
         title=f"Run {folder.resolve().name}",
         lead=f"{shown.get('model', 'a model')} on {shown.get('data', 'data')}; "
-        f"{', '.join(TITLES.get(m, m) for m in methods) or 'methods are not known yet'}.",
+        f"{', '.join(title_of(m) for m in methods) or 'methods are not known yet'}.",
         answers=answers,
         now=now,
     )
@@ -146,9 +146,9 @@ def _now_words(now: Now | None, status: str, rows: Sequence[RunRow], lines: Sequ
     if told:
         return told[-1]
     if now is None:
-        return ""
+        return "before the first round" if status == RUNNING and not rows else ""
     total = f" of {now.rounds}" if now.rounds else ""
-    return f"{TITLES.get(now.method, now.method)}, round {now.round}{total}: {now.words()}"
+    return f"{title_of(now.method)}, round {now.round}{total}: {now.words()}"
 
 
 def live_cards(

@@ -24,6 +24,7 @@ from dare_agg.files.atomic import replace_file
 from dare_agg.files.json_text import parse_json, read_json
 from dare_agg.runs.now import NOW_FILE, now_text
 from dare_agg.runs.rows import METRICS_FILE, STATE_FILE, RunRow, read_rows
+from dare_agg.runs.variants import variants
 
 _LINE = re.compile(r"dare-agg (row|state|now) ([0-9a-f]{16,64}) (\{.*)")
 
@@ -107,9 +108,9 @@ def is_ours(line: str) -> bool:
 
 
 def planned_methods(config: Mapping[str, Any]) -> list[str]:
-    """The methods that a run compares, in order; empty where that is not known."""
+    """The rows that a run compares, in order; empty where that is not known."""
     methods = config.get("methods")
-    return [str(name) for name in methods] if _listed(methods) else []
+    return [one.name for one in variants(config)] if _listed(methods) else []
 
 
 def planned_rounds(config: Mapping[str, Any]) -> int:

@@ -45,7 +45,8 @@ class Now:
         if self.asked:
             said.append(f"{self.answered} of {self.asked} answered")
         if left > 0:
-            names = ", ".join(self.waiting)
+            # Simulated clients are called by numbers.
+            names = ", ".join(f"client {n}" if n.isdigit() else n for n in self.waiting)
             more = left - len(self.waiting)
             if names and more > 0:
                 names += f" and {more} more"

@@ -80,8 +80,8 @@ def test_a_word_of_another_kind_counts_as_not_said():
         "phase": 3,
     }
     assert now_of(odd) == Now(waiting=("x",))
-    assert now_of({"asked": 20, "waiting": ["x"]}).words() == (
-        "0 of 20 answered, waiting for x and 19 more"
+    assert now_of({"asked": 20, "waiting": ["x", "7"]}).words() == (
+        "0 of 20 answered, waiting for x, client 7 and 18 more"
     )
 
 

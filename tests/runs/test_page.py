@@ -135,6 +135,8 @@ def test_totals_clients_answers_and_who_was_left_out_stand_there(chromium: Chrom
     second = "document.querySelector('#result td:nth-child(2)')"
     assert chromium.eval(f"getComputedStyle({second}, '::before').content") == '"Accuracy"'
     assert chromium.eval("document.querySelectorAll('#clients .bar').length") == 5
+    heights = "[...document.querySelectorAll('#clients .amount > bdi')].map((n) => n.offsetHeight)"
+    assert max(chromium.eval(heights)) < 30  # no number is broken
 
 
 def test_numbers_beyond_all_measure_neither_hang_nor_empty_the_page(chromium: Chromium, tmp_path):

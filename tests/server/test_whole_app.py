@@ -99,6 +99,22 @@ def test_rounds_choose_what_is_sent_rows_tell_it_and_a_resumed_run_goes_on(run):
     ]
 
 
+def test_rows_of_several_drop_rates_are_what_runs_of_one_are(run):
+    words = {"steps": 2, "evaluate": False, "num_rounds": 2, "methods": "fedavg,dare-ties"}
+    folder, rows, state = run(drop_rate="0.5,0.9", **words)
+    names = ["fedavg", "dare-ties_p0.5", "dare-ties_p0.9"]
+    assert list(state["fingerprints"]) == names
+    assert [row["method"] for row in rows] == [name for name in names for _ in range(2)]
+    assert last(rows, names[2])["drop_rate"] == pytest.approx(0.9)
+    assert (folder / "model-dare-ties_p0.9" / "model.safetensors").is_file()
+    _, _, alone = run(drop_rate="0.9", into="alone", **{**words, "methods": "dare-ties"})
+    assert alone["fingerprints"]["dare-ties"] == state["fingerprints"]["dare-ties_p0.9"]
+    # It goes on as it was begun, each row from its own state.
+    run(drop_rate="0.5,0.9", into="again", **{**words, "num_rounds": 1})
+    _, _, resumed = run(drop_rate="0.5,0.9", into="again", resume=True, **words)
+    assert resumed["fingerprints"] == state["fingerprints"]
+
+
 @pytest.mark.slow
 def test_methods_run_one_after_another_on_the_same_start(run):
     folder, rows, status = run(

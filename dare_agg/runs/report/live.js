@@ -29,6 +29,7 @@ function show(facts) {
   keep("cards", facts.cards, (cards) => [cardList(cards)]);
   drawBody(facts, keep);
   keep("log", live.log, (text) => [text ? logSection(text) : section("Log", h("p", { class: "note" }, "No log is in the run's folder."))]);
+  drawFooter(facts, keep);
   drawn();
 }
 

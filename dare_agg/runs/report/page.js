@@ -23,6 +23,7 @@ function clientSections(facts) {
     const made = (list, from) => {
       const shown = table(one.columns, list, { words: false, cell: (index, place) => {
         const row = one.rows[from + index];
+        if (place === 1) return "amount";
         if (place !== one.columns.length - 1) return null;
         return row.good ? (row.waited ? "warn" : null) : "bad";
       } });
@@ -68,5 +69,8 @@ function drawBody(facts, keep) {
   keep("moved", facts.histograms, () => [histogramSection(facts)]);
   keep("provenance", facts.provenance, (text) => [text ? h("section", {}, h("details", {}, h("summary", {}, "Configuration and provenance"),
     h("pre", { tabindex: 0, "aria-label": "Configuration" }, text))) : null]);
+}
+
+function drawFooter(facts, keep) {
   keep("footer", facts.footer, (text) => [h("footer", {}, word(text))]);
 }

@@ -12,6 +12,7 @@ from typing import Any
 from dare_agg.errors import StateError
 from dare_agg.files.json_text import read_json
 from dare_agg.runs.rows import METRICS_FILE, STATE_FILE, RunRow, read_rows
+from dare_agg.runs.variants import parts_of
 
 
 @dataclass(frozen=True)
@@ -56,7 +57,7 @@ class RunRecord:
     @property
     def name(self) -> str:
         """The method as people read it."""
-        return TITLES.get(self.method, self.method)
+        return title_of(self.method)
 
     @property
     def accuracy(self) -> float | None:
@@ -94,6 +95,14 @@ TITLES: Mapping[str, str] = {
     "dare-regmean": "DARE RegMean",
     "head-only": "head only",
 }
+
+
+def title_of(method: str) -> str:
+    """A method, or a drop rate and format of one, as people read it."""
+    name, more = parts_of(method)
+    if name not in TITLES:
+        return method
+    return f"{TITLES[name]}, {more}" if more else TITLES[name]
 
 
 def read_run(folder: Path, *, histograms: bool = False) -> list[RunRecord]:

@@ -6,4 +6,5 @@ const keep = keeper(main);
 keep("head", [facts.title, facts.lead], () => [header(facts)]);
 keep("cards", facts.cards, (cards) => [cards.length ? cardList(cards) : null]);
 drawBody(facts, keep);
+drawFooter(facts, keep);
 drawn();

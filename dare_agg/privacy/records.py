@@ -203,7 +203,7 @@ def _noise(ledger: RecordLedger, privacy: RecordPrivacy, sitting: Sitting) -> fl
 
 def statement(privacy: RecordPrivacy, told: Mapping[str, float], unit: str) -> Mapping[str, Any]:
     """The promise in words and numbers, for cards; ``told`` is the most that any party said."""
-    return {
+    said = {
         "unit": unit,
         "neighbours": "add or remove one",
         "sampling": "Poisson, each step, batch/rows of the party",
@@ -212,3 +212,4 @@ def statement(privacy: RecordPrivacy, told: Mapping[str, float], unit: str) -> M
         "epsilon_budget": privacy.epsilon,
         "delta": told.get("delta"),
     }
+    return {key: value for key, value in said.items() if value is not None}

@@ -91,6 +91,20 @@ def test_secure_training_learns(run: Any, method: str, downlink: str) -> None:
     assert (folder / f"model-secure-{method}" / "model.safetensors").is_file()
 
 
+@pytest.mark.slow
+def test_parties_of_a_sum_keep_their_rows_private_too(run: Any, tmp_path: Path) -> None:
+    words = {"dp": "records", "dp-epsilon": 4.0, "steps": 2, "batch": 8, "num-rounds": 2}
+    folder, rows, status = run([], secure="mean", **{"drop-rate": "0.5", **words})
+    assert status["status"] == "completed"
+    assert [row["accepted"] for row in rows] == [4] * 2
+    # Each party's budget was charged for both rounds; the server is told of none.
+    budgets = list(tmp_path.rglob("*.budget"))
+    assert len(budgets) == 4
+    assert "privacy_epsilon" not in rows[-1]
+    card = (folder / "model-secure-mean" / "README.md").read_text(encoding="utf-8")
+    assert '"epsilon_budget": 4.0' in card
+
+
 def test_a_merge_of_tuned_models(run: Any, tiny_model: Path, tmp_path: Path) -> None:
     base = load_file(tiny_model / "model.safetensors")
     rng = np.random.default_rng(0)

@@ -8,11 +8,24 @@ Two lines turn a FedAvg app into a DARE one::
 and ``dare(FedYogi(...))`` carries any of Flower's own strategies.
 """
 
-from dare_agg.flower.around import dare
-from dare_agg.flower.mod import dare_mod
-from dare_agg.flower.reception import offer_base
-from dare_agg.flower.records import STATISTICS_KEY
-from dare_agg.flower.round_outcome import RoundOutcome
-from dare_agg.flower.strategy import DareStrategy
+import importlib
 
+# Of what is lent here nothing is imported before it is asked for: a client's process starts for
+# every message and needs nothing of the strategy. Types stand in __init__.pyi.
+_LENT = {
+    "STATISTICS_KEY": "records",
+    "DareStrategy": "strategy",
+    "RoundOutcome": "round_outcome",
+    "dare": "around",
+    "dare_mod": "mod",
+    "offer_base": "reception",
+}
 __all__ = ["STATISTICS_KEY", "DareStrategy", "RoundOutcome", "dare", "dare_mod", "offer_base"]
+
+
+def __getattr__(name: str) -> object:
+    if name not in _LENT:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    found = getattr(importlib.import_module(f"dare_agg.flower.{_LENT[name]}"), name)
+    globals()[name] = found
+    return found

@@ -144,7 +144,7 @@ def test_relative_paths_mean_the_same_and_nothing_is_imported_from_there(
     there = tmp_path / "there"
     there.mkdir()
     (there / "toy.csv").write_text("1")
-    (there / "flwr.py").write_text("raise ImportError('of the folder')")
+    (there / "flwr").with_suffix(".py").write_text("raise ImportError('of the folder')")
     monkeypatch.chdir(there)
     found = node().metrics()
     assert found["here"] == 1 and found["pid"] != os.getpid()

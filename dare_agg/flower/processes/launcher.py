@@ -130,8 +130,8 @@ def main() -> None:
     for name in PRELOADED:
         with contextlib.suppress(ImportError):
             importlib.import_module(name)
-    with contextlib.suppress(ImportError):
-        import flwr.serverapp.strategy  # noqa: F401
+    from flwr.serverapp import Grid  # noqa: F401
+
     # Collections in the forked processes leave what was loaded alone, and its pages shared.
     gc.collect()
     gc.freeze()

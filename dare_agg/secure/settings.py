@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -11,7 +11,7 @@ from dare_agg.errors import ConfigError, did_you_mean
 from dare_agg.merge.directions import check_rank
 from dare_agg.secure.aggregate import MAX_BITS
 from dare_agg.secure.aggregates import AGGREGATES, SECURE_METHODS
-from dare_agg.secure.division import divided
+from dare_agg.secure.division import among, divided
 from dare_agg.secure.packing import Quantiser
 from dare_agg.secure.roster import Roster
 from dare_agg.secure.sketch import sketch_words
@@ -163,7 +163,26 @@ class SecureSettings:
         Where sums are of groups: of so many of the smallest ``groups``.
         """
         sizes = sorted(map(len, divided(roster, self.groups)))
-        return sum(max(self.min_parties, size // 2 + 1) for size in sizes[:groups])
+        return sum(map(self._fewest_of, sizes[:groups]))
+
+    def cohorts(
+        self, groups: Sequence[Sequence[int]], parties: Iterable[int]
+    ) -> dict[int, list[int]]:
+        """Who of ``parties`` are summed, by the number of their group; of one, all who are here.
+
+        Of several those are left out that no party would take part in.
+        """
+        found = among(groups, parties)
+        if len(groups) == 1:
+            return found
+        return {
+            number: cohort
+            for number, cohort in found.items()
+            if len(cohort) >= self._fewest_of(len(groups[number]))
+        }
+
+    def _fewest_of(self, members: int) -> int:
+        return max(self.min_parties, members // 2 + 1)
 
     def check_groups(self, roster: Roster) -> None:
         """Raise `ConfigError` where a group of ``roster`` makes no safe sum."""

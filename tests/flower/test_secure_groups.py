@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 from pathlib import Path
 from typing import Any
 
@@ -188,6 +189,30 @@ def test_parties_that_did_not_ask_for_groups_refuse(memory_grid: Any, toys: Any,
         strategy.start(grid, toys.record(toys.arrays()), num_rounds=1)
     reasons = {r.reason for r in strategy.outcome.rejections}
     assert reasons == {"groups"}
+
+
+def test_parties_say_in_their_node_config_that_they_take_part(
+    memory_grid: Any, toys: Any, keys: Any
+) -> None:
+    roster = read_roster(keys(9) / "roster.json")
+
+    def node(partition: int, **words: Any) -> dict[str, Any]:
+        return {"partition-id": partition, "num-partitions": 9, "secure-groups": 3, **words}
+
+    def reasons(**words: Any) -> set[str]:
+        nodes = lambda partition: node(partition, **words)  # noqa: E731
+        grid = memory_grid(secure_app(toys), 9, node_config=nodes)
+        strategy = strategy_of(roster, 3)
+        with contextlib.suppress(RunError):
+            strategy.start(grid, toys.record(toys.arrays()), num_rounds=1)
+        assert strategy.outcome.measurements["accepted"] == (
+            0 if strategy.outcome.rejections else 9
+        )
+        return {rejection.reason for rejection in strategy.outcome.rejections}
+
+    # Of nine one may collude by default, and of a group of three nobody may.
+    assert reasons() == {"parties"}
+    assert reasons(**{"secure-colluding": 0.0}) == set()
 
 
 def test_a_resumed_run_goes_on_with_the_same_groups(

@@ -151,6 +151,10 @@ def test_settings_know_the_smallest_group() -> None:
     assert SecureSettings(groups=3).fewest(roster, 3) == 9
     assert SecureSettings(groups=3).fewest(roster, 2) == 6
     assert SecureSettings().fewest(roster) == 6
+    # Two of four are too few of a group; of one sum over all the strategy counts itself.
+    two = SecureSettings(groups=2)
+    assert two.cohorts([(1, 3, 5, 7), (2, 4, 6)], [1, 2, 3, 4, 6]) == {1: [2, 4, 6]}
+    assert SecureSettings().cohorts([(1, 2, 3, 4)], [2]) == {0: [2]}
     SecureSettings(groups=3).check_groups(roster)
     with pytest.raises(ConfigError, match="set secure-groups = 3 or fewer"):
         SecureSettings(groups=4).check_groups(roster)

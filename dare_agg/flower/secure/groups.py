@@ -21,7 +21,7 @@ from dare_agg.secure.groups import GroupSum
 from dare_agg.secure.result import MergedSum, merged_sum
 from dare_agg.secure.roster import Roster
 from dare_agg.secure.settings import SecureSettings
-from dare_agg.vectors.layout import FloatVector
+from dare_agg.vectors.layout import FloatVector, Layout
 from dare_agg.vectors.sources import array_source
 
 
@@ -58,6 +58,17 @@ def check_rule_of_groups(groups: int, rule: RobustRule | None) -> None:
             f"least {rule.least} groups, and secure-groups = {groups}; raise it, name a smaller "
             "byzantine, or another rule"
         )
+
+
+def merge_all(
+    sums: Sequence[GroupSum], secure: SecureSettings, rule: RobustRule | None, layout: Layout
+) -> tuple[MergedSum, dict[str, Any]]:
+    """The merged sums of a round, over ``layout``; where a rule merged groups, what it did."""
+    if rule is not None:
+        return merge_groups(sums, rule, secure.scaling)
+    (one,) = sums
+    terms, mask = one.server.terms, one.server.mask
+    return merged_sum(one.sums, terms, mask, secure.rule, secure.scaling, layout), {}
 
 
 def merge_groups(

@@ -24,7 +24,7 @@ from dare_agg.flower.clients import Client
 from dare_agg.flower.records import ASK_TRAIN
 from dare_agg.flower.round_outcome import RoundOutcome
 from dare_agg.flower.round_strategy import ROUND_WORD, RoundStrategy
-from dare_agg.flower.secure.groups import check_groups, merge_groups
+from dare_agg.flower.secure.groups import check_groups, merge_all
 from dare_agg.flower.secure.records import SECURE_KEY, Train, names_of
 from dare_agg.flower.secure.session import (
     STAGE_SECONDS,
@@ -40,10 +40,9 @@ from dare_agg.rounds.settings import FederatedSettings
 from dare_agg.rounds.step import ServerStep
 from dare_agg.rounds.streamed import advance_merged
 from dare_agg.rounds.terms import UpdateTerms
-from dare_agg.secure.division import among, divided
-from dare_agg.secure.groups import GroupedServer, GroupSum
+from dare_agg.secure.division import divided
+from dare_agg.secure.groups import GroupedServer
 from dare_agg.secure.packing import SecureMeasurements
-from dare_agg.secure.result import MergedSum, merged_sum
 from dare_agg.secure.roster import Roster
 from dare_agg.secure.server import SecureServer
 from dare_agg.secure.settings import SecureSettings
@@ -220,7 +219,7 @@ class SecureStrategy(RoundStrategy):
         log = SessionLog()
         chosen = self.choose(grid, ASK_TRAIN, number)
         nodes = self._meet(grid, chosen)
-        cohorts = self._cohorts(nodes)
+        cohorts = self.secure.cohorts(self.groups, nodes)
         nodes = {party: nodes[party] for cohort in cohorts.values() for party in cohort}
         parties = {node: party for party, node in nodes.items()}
         sessions: dict[int, bytes] = {}
@@ -257,7 +256,8 @@ class SecureStrategy(RoundStrategy):
                 stage_seconds=self.stage_seconds,
                 again=again,
             )
-            found, told = self._merged(sums)
+            layout = model.groups.layout
+            found, told = merge_all(sums, self.secure, self.settings.robust, layout)
             terms = sums[0].server.terms
         except ProtocolError as error:
             self._no_sum(number, error, log, began)
@@ -301,27 +301,6 @@ class SecureStrategy(RoundStrategy):
         )
         outcome = RoundOutcome(number, moved, step_state, facts, log.rejections, [], MetricRecord())
         return self.move(outcome), None
-
-    def _cohorts(self, parties: Iterable[int]) -> dict[int, list[int]]:
-        """The cohort of each group that is large enough, by the group's number."""
-        found = among(self.groups, parties)
-        if len(self.groups) == 1:
-            return found
-        least = {
-            group: max(self.secure.min_parties, len(self.groups[group]) // 2 + 1) for group in found
-        }
-        return {group: cohort for group, cohort in found.items() if len(cohort) >= least[group]}
-
-    def _merged(self, sums: Sequence[GroupSum]) -> tuple[MergedSum, dict[str, Any]]:
-        """The merged sum; where a rule merged groups, what it did."""
-        rule = self.settings.robust
-        if rule is not None:
-            return merge_groups(sums, rule, self.secure.scaling)
-        (one,) = sums
-        layout = self.broadcasting.model.groups.layout
-        terms, mask = one.server.terms, one.server.mask
-        read, scaling = self.secure.rule, self.secure.scaling
-        return merged_sum(one.sums, terms, mask, read, scaling, layout), {}
 
     def _meet(self, grid: Grid, chosen: Sequence[Client]) -> dict[int, int]:
         """Party → node of the chosen clients; each node proves once who it is."""

@@ -38,9 +38,9 @@ def model_in(
 
     Raises `LayoutError` when nothing is left for the delta group.
     """
-    mapped = {name: _mapped(checkpoint, name) for name in checkpoint.names}
+    found = {name: mapped(checkpoint, name) for name in checkpoint.names}
     groups = split_tensors(
-        cast(Arrays, mapped), dense=dense, exclude=exclude, by_form=True, apart=apart
+        cast(Arrays, found), dense=dense, exclude=exclude, by_form=True, apart=apart
     )
     layout, dense_layout = groups.layout, groups.dense_layout
     model = GlobalModel(
@@ -57,10 +57,11 @@ def read_tensor(checkpoint: Checkpoint, name: str) -> NDArray[Any]:
     info = checkpoint.tensors[name]
     if info.dtype == "BF16":
         return checkpoint.array(name)
-    return np.array(_mapped(checkpoint, name))
+    return np.array(mapped(checkpoint, name))
 
 
-def _mapped(checkpoint: Checkpoint, name: str) -> NDArray[Any] | _Widened:
+def mapped(checkpoint: Checkpoint, name: str) -> NDArray[Any] | _Widened:
+    """Return a tensor where it lies, in its shape; of bfloat16 what is read in parts, widened."""
     info, stored = checkpoint.tensors[name], checkpoint.raw(name)
     if info.dtype == "BF16":
         return _Widened(stored, info.shape)

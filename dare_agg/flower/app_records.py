@@ -15,6 +15,7 @@ from flwr.app import (
     MetricRecord,
     RecordDict,
 )
+from numpy.typing import NDArray
 
 from dare_agg.errors import LayoutError
 from dare_agg.flower.lazy import lazy_record
@@ -131,6 +132,19 @@ def changed_integers(
         and not matches(name, patterns)
         and not np.array_equal(base[name], tuned[name])
     )
+
+
+def unmoved_tensors(names: Iterable[str], base: Arrays, tuned: Arrays) -> tuple[str, ...]:
+    """Those of ``names`` that training did not return, or returned as they were."""
+    return tuple(name for name in names if name not in tuned or _same(base[name], tuned[name]))
+
+
+def _same(one: NDArray[np.generic], other: NDArray[np.generic]) -> bool:
+    """Whether two arrays hold the same; what was trained differs in its first row."""
+    if one is other:
+        return True
+    first = (0,) * max(one.ndim - 1, 0)
+    return np.array_equal(one[first], other[first]) and np.array_equal(one, other)
 
 
 def set_local_aside(

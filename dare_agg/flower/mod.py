@@ -20,6 +20,7 @@ from flwr.app import (
     RecordDict,
 )
 
+from dare_agg.codec.rotated_formats import ROTATED
 from dare_agg.downlink.protocol import Receiver
 from dare_agg.errors import BaseMismatchError, DareError
 from dare_agg.flower.app_records import (
@@ -28,6 +29,7 @@ from dare_agg.flower.app_records import (
     keep_local,
     kept_local,
     trained_record,
+    unmoved_tensors,
     without_copies,
     without_model,
 )
@@ -60,6 +62,7 @@ from dare_agg.flower.turns import (
     missing_statistics,
     model_of_arrays,
     warn_of_integers,
+    warn_of_unmoved,
 )
 from dare_agg.flower.update_answer import update_answer
 from dare_agg.rounds.client import update_of_arrays
@@ -196,6 +199,9 @@ def _with_update(
     statistics = to_numpy(collected) if isinstance(collected, ArrayRecord) else None
     update = update_of_arrays(plan, start, tuned, statistics)
     warn_of_integers(changed_integers(local, exclude, arrays, tuned))
+    layout = start.groups.layout
+    if plan.terms.values in ROTATED:
+        warn_of_unmoved(unmoved_tensors(layout.names, arrays, tuned), len(layout.names))
     keep_local(local, exclude, tuned, context)
     rest = {n: record for n, record in content.items() if n not in (key, STATISTICS_KEY)}
     return update_answer(update, order, rest, receiver.have(), context, arrays_key=key)

@@ -137,3 +137,17 @@ def warn_of_integers(names: tuple[str, ...]) -> None:
             len(names),
             names[0],
         )
+
+
+@functools.cache
+def warn_of_unmoved(names: tuple[str, ...], of: int) -> None:
+    """Say once in a process which tensors get noise although training left them alone."""
+    if 0 < len(names) < of:
+        LOG.warning(
+            "training left %d of %d tensors as they were (%r, …), and the noise of the value "
+            "format reaches them with the others: name what is frozen in 'exclude', and it stays "
+            "what it is",
+            len(names),
+            of,
+            names[0],
+        )

@@ -10,14 +10,17 @@ from dare_agg.checkpoint import Checkpoint, open_checkpoint
 from dare_agg.checkpoint.config import config_of
 from dare_agg.checkpoint.embeddings import is_token_tensor
 from dare_agg.checkpoint.families import is_buffer
+from dare_agg.checkpoint.model import mapped
 from dare_agg.checkpoint.tied import copies_in
 from dare_agg.errors import LayoutError
 from dare_agg.offline.adapters.folder import is_adapter
 from dare_agg.offline.differences import exclusion
 from dare_agg.offline.fitting import Fit, fit_to
+from dare_agg.offline.integers import check_same_masks
 from dare_agg.offline.rows import BASE
 from dare_agg.offline.stacks import layered
 from dare_agg.offline.vocabulary import UPDATE, Alignment, Target
+from dare_agg.vectors.forms import is_mask
 from dare_agg.vectors.layout import Layout
 from dare_agg.vectors.patterns import compile_patterns, matches
 
@@ -49,7 +52,8 @@ def open_base(
 ) -> OpenedBase:
     """Open BASE, and find how the checkpoints among ``models`` stand to it.
 
-    Tensors that BASE holds twice are one; buffers that a model lacks stay BASE's. With an
+    Tensors that BASE holds twice are one; masks of minus infinity, and buffers that a model lacks,
+    stay BASE's. With an
     ``alignment`` all have a row for each token of its ``target``. ``stacks`` are those that are
     put together of pieces (`dare_agg.offline.stacks`). Raises `LayoutError` where a
     model is no tuned BASE, saying in which way.
@@ -67,6 +71,7 @@ def open_base(
         if base is not stored:
             alignment.check_others([m for n, m in enumerate(models) if n not in opened])
     patterns = compile_patterns(exclude)
+    masks = {name for name in base.names if is_mask(mapped(base, name), infinite=True)}  # type: ignore[arg-type]
     unlike = layered(base) if BASE in made else set()
     copies = copies_in(base, unlike)
     fits: dict[int, Fit] = {}
@@ -76,12 +81,14 @@ def open_base(
     ties = config_of(base).get("tie_word_embeddings")
     for number, model in enumerate(models):
         if model.suffix == UPDATE:
-            missing, own = _of_update(model, base, copies, exclude)
+            missing, own = _of_update(model, base, {**copies, **{m: m for m in masks}}, exclude)
+            own -= masks
             lacking |= missing
         elif number not in opened:
             continue
         else:
-            fits[number] = fit = fit_to(opened[number], base, copies, patterns)
+            fits[number] = fit = fit_to(opened[number], base, copies, patterns, masks)
+            check_same_masks(base, fit.model, fit.tensors, masks, patterns)
             lacking |= fit.lacking
             own = {name for name in fit.apart if not matches(name, patterns)}
             heads = {n for n in own if is_token_tensor(n) or is_token_tensor(copies[n])}
@@ -96,7 +103,7 @@ def open_base(
         )
     if apart:
         copies = copies_in(base, {*apart, *unlike})
-    layout = base.layout(exclude, {*copies, *lacking})
+    layout = base.layout(exclude, {*copies, *lacking, *masks})
     followers = {name: first for name, first in copies.items() if first in layout}
     return OpenedBase(base, layout, followers, fits, tuple(warnings), target, base is not stored)
 

@@ -2,19 +2,21 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
 
 import numpy as np
 
 from dare_agg.checkpoint import Checkpoint
 from dare_agg.checkpoint.families import is_buffer
+from dare_agg.checkpoint.model import mapped
 from dare_agg.checkpoint.names import found_names
 from dare_agg.checkpoint.reader import TensorInfo
 from dare_agg.checkpoint.tied import copies_in, equal, with_copies
 from dare_agg.errors import LayoutError
 from dare_agg.offline.differences import Difference, why_it_does_not_fit
 from dare_agg.offline.same_in_memory import names_alike_in_memory
+from dare_agg.vectors.forms import is_mask
 from dare_agg.vectors.patterns import Pattern, matches
 
 
@@ -33,9 +35,14 @@ class Fit:
 
 
 def fit_to(
-    model: Checkpoint, base: Checkpoint, copies: Mapping[str, str], exclude: Sequence[Pattern]
+    model: Checkpoint,
+    base: Checkpoint,
+    copies: Mapping[str, str],
+    exclude: Sequence[Pattern],
+    masks: Collection[str] = (),
 ) -> Fit:
-    """Find BASE's tensors in MODEL; ``copies`` are BASE's tied names (`copies_in`).
+    """Find BASE's tensors in MODEL; ``copies`` are BASE's tied names (`copies_in`), ``masks`` what
+    MODEL may lack.
 
     Raises `LayoutError` saying in which way they differ, with a pattern for ``--exclude`` where
     one helps.
@@ -60,6 +67,7 @@ def fit_to(
         and not matches(name, exclude)
         and not _is_copy(name, twice, names)
         and not _is_sinusoidal(model, name)
+        and not is_mask(mapped(model, name), infinite=True)  # type: ignore[arg-type]
     ]
     wanted = {
         name: info
@@ -69,7 +77,8 @@ def fit_to(
     lacking = frozenset(
         name
         for name, info in wanted.items()
-        if name not in tensors and (is_buffer(name, info.shape) or _is_sinusoidal(base, name))
+        if name not in tensors
+        and (name in masks or is_buffer(name, info.shape) or _is_sinusoidal(base, name))
     )
     difference = Difference(
         model=model,

@@ -1,4 +1,4 @@
-"""Tensors that are not floating point: OUT has BASE's, so a model must not have others.
+"""Tensors that are not merged, integers and masks: OUT has BASE's, so a model must not have others.
 
 Positions, masks and indices are the same in every model of an architecture. Where they are
 not, something was trained, packed or built otherwise, and BASE's would be another model.
@@ -7,13 +7,14 @@ not, something was trained, packed or built otherwise, and BASE's would be anoth
 from __future__ import annotations
 
 import re
-from collections.abc import Collection, Sequence
+from collections.abc import Collection, Mapping, Sequence
 
 import numpy as np
 from numpy.typing import NDArray
 
 from dare_agg.checkpoint import Checkpoint
 from dare_agg.checkpoint.families import is_buffer
+from dare_agg.checkpoint.reader import TensorInfo
 from dare_agg.errors import LayoutError
 from dare_agg.vectors.patterns import Pattern, matches
 
@@ -44,6 +45,29 @@ def check_same_integers(base: Checkpoint, model: Checkpoint, excluded: Sequence[
             f"{model.path}: tensor {name!r} is {what}; only floating point is merged: if BASE's "
             f"serves the result, keep it: --exclude '^{re.escape(name)}$'"
         )
+
+
+def check_same_masks(
+    base: Checkpoint,
+    model: Checkpoint,
+    tensors: Mapping[str, TensorInfo],
+    masks: Collection[str],
+    excluded: Sequence[Pattern],
+) -> None:
+    """Raise `LayoutError` for the first of BASE's ``masks`` that ``model`` has otherwise.
+
+    ``tensors`` are the model's under BASE's names.
+    """
+    for name in sorted(masks):
+        own = tensors.get(name)
+        if own is None or matches(name, excluded):
+            continue
+        if not np.array_equal(base.array(name), model.array(own.name)):
+            raise LayoutError(
+                f"{model.path}: {own.name!r} is a mask of minus infinity in BASE, and another "
+                "there; masks are not merged: if BASE's serves the result, keep it: "
+                f"--exclude '^{re.escape(name)}$'"
+            )
 
 
 def check_integers_known(

@@ -1,6 +1,7 @@
 """What a tensor is, read from its name, kind and form: statistics and counters travel whole.
 
-Noise on a running variance may push it below zero, and a counter that stays behind is wrong.
+Noise on a running variance may push it below zero, and a counter that stays behind is wrong. A
+causal mask whose zeros are no zeros any more hides nothing: it does not travel at all.
 Statistics are known by their names (torch, Keras, Flax, Haiku). A list of arrays has numbers for
 names: of it all vectors and single numbers travel whole, for its weights are matrices.
 """
@@ -26,6 +27,8 @@ _SPREADS = ("var", "variance")
 # A vector of more elements is no layer's: it may be a whole model laid flat.
 _MOST_OF_VECTOR = 1 << 16
 
+# Squares below this may be triangles by chance.
+_LEAST_OF_MASK = 4
 # Integers that travel without being named: counters, and not masks or tables of places.
 _MOST_OF_COUNTER = 64
 # Below this every integer is exact in float32.
@@ -62,6 +65,43 @@ def whole_tensors(arrays: Mapping[str, NDArray[np.generic]]) -> set[str]:
             if mean is not None and arrays[mean].shape == arrays[name].shape:
                 found |= {mean, name}
     return found
+
+
+def is_mask(array: NDArray[np.generic], *, infinite: bool = False) -> bool:
+    """Whether floating-point numbers are a mask, which nothing trains: zeros and one other number.
+
+    In one triangle of a square, as causal attention has it, or (with ``infinite``: only) minus
+    infinity, as it is added to scores, in any places. Most tensors are told by two rows.
+
+    >>> is_mask(np.tril(np.ones((1, 1, 8, 8)))), is_mask(np.eye(8)), is_mask(np.ones((8, 8)))
+    (True, False, False)
+    """
+    if array.dtype.kind != "f" or array.ndim < 2 or not array.size:
+        return False
+    rows, columns = array.shape[-2:]
+    if isinstance(array, np.ndarray):
+        ends = (array[(0,) * (array.ndim - 1)], array[(-1,) * (array.ndim - 1)])
+    else:
+        # Of a mapped file, read in parts.
+        array = array.reshape(-1)
+        ends = (array[:columns], array[array.size - columns :])
+    found = np.unique(np.concatenate(ends))
+    if len(found) != 2 or 0 not in found:
+        return False
+    other = found[found != 0][0]
+    if not np.isneginf(other):
+        if infinite or not np.isfinite(other) or not _LEAST_OF_MASK <= rows == columns:
+            return False
+        if array.size != rows * columns:
+            return False
+    values = np.asarray(array[:]).reshape(-1, columns)
+    if not ((values == 0) | (values == other)).all():
+        return False
+    held = values != 0
+    lower = (np.tri(rows, k=k, dtype=bool) for k in (0, -1))
+    return bool(np.isneginf(other)) or any(
+        np.array_equal(held, one) or np.array_equal(held.T, one) for one in lower
+    )
 
 
 def is_list(names: Iterable[str]) -> bool:

@@ -24,6 +24,7 @@ from dare_agg.vectors.forms import (
     INTEGERS_IN,
     integer_bounds,
     is_counter,
+    is_mask,
     running_statistics,
     whole_tensors,
 )
@@ -131,8 +132,8 @@ def split_tensors(
     ``dense`` and ``exclude`` are regular expressions searched in each name; ``exclude``
     wins. Tensors that are not floating point are local, torch's running statistics are dense.
     With ``by_form`` so are statistics and counters of all kinds (`dare_agg.vectors.forms`), and
-    integers that ``dense`` names, and tied tensors but those of ``apart`` are one; without, groups
-    are those of runs that began before there was it.
+    integers that ``dense`` names, masks are local, and tied tensors but those of ``apart`` are
+    one; without, groups are those of runs that began before there was it.
     Raises `LayoutError` when nothing is left for the delta group.
     """
     exclude_patterns = compile_patterns(exclude)
@@ -144,13 +145,16 @@ def split_tensors(
     if by_form and not floats - named - whole:
         # A model of vectors alone: they are its weights.
         whole = set()
+    masks = {n for n in floats - named if by_form and is_mask(arrays[n])}
     delta_shapes: dict[str, tuple[int, ...]] = {}
     dense_shapes: dict[str, tuple[int, ...]] = {}
     local: list[str] = []
     for name, array in arrays.items():
-        if name in floats - named - whole:
+        if name in floats - named - whole - masks:
             delta_shapes[name] = array.shape
-        elif name in floats or (by_form and name in shared and is_counter(array, name in named)):
+        elif name in floats - masks or (
+            by_form and name in shared and is_counter(array, name in named)
+        ):
             dense_shapes[name] = array.shape
         else:
             local.append(name)

@@ -67,3 +67,26 @@ def test_the_same_values_in_another_dtype_are_the_same(
     odd = write(tmp_path / "odd.safetensors", 1, ids=np.arange(6)[None])
     status, said = command(capsys, "diff", base, odd, "-o", tmp_path / "u.dare")
     assert status == 1 and "I64 of shape (1, 8) in BASE, I64 of (1, 6) there" in said
+
+
+def test_masks_of_minus_infinity_are_bases_and_another_is_refused(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    mask = np.triu(np.full((8, 8), -np.inf, np.float32), 1)
+    base = write(tmp_path / "b.safetensors", 0, **{"text.mask": mask})
+    model = write(tmp_path / "m.safetensors", 1, **{"text.mask": mask})
+    update, out = tmp_path / "u.dare", tmp_path / "o.safetensors"
+    words = ("--drop-rate", "0", "--values", "f32")
+    assert command(capsys, "diff", base, model, "-o", update, *words)[0] == 0
+    for given in (model, update, write(tmp_path / "n.safetensors", 1)):
+        assert command(capsys, "merge", base, given, "-o", out, "--force")[0] == 0
+        found = open_checkpoint(out)
+        assert np.array_equal(found.array("text.mask"), mask)
+        assert np.allclose(found.array("w"), open_checkpoint(model).array("w"))
+    other = write(tmp_path / "c.safetensors", 1, **{"text.mask": mask.T})
+    status, said = command(capsys, "merge", base, other, "-o", tmp_path / "p.safetensors")
+    assert status == 1 and "'text.mask' is a mask of minus infinity in BASE, and another" in said
+    exclude = said.split("keep it: ")[1].split()
+    words = ("merge", base, other, "-o", tmp_path / "p.safetensors")
+    assert command(capsys, *words, exclude[0], exclude[1].strip("'"))[0] == 0
+    assert np.array_equal(open_checkpoint(tmp_path / "p.safetensors").array("text.mask"), mask)

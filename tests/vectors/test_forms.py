@@ -3,7 +3,7 @@
 import numpy as np
 import pytest
 
-from dare_agg.vectors.forms import is_counter, is_list, whole_tensors
+from dare_agg.vectors.forms import is_counter, is_list, is_mask, whole_tensors
 
 MATRIX, VECTOR = np.ones((4, 3), np.float32), np.ones(3, np.float32)
 
@@ -57,3 +57,40 @@ def test_counters_are_small_integers():
     for array in (np.array(True), np.array(1.0), np.array([0, 1 << 24]), np.array(-(1 << 24))):
         assert not is_counter(array, named=True)
     assert not is_counter(np.array([5, 2**64 - 1], np.uint64))
+
+
+INF = np.float32(-np.inf)
+
+
+@pytest.mark.parametrize("other", [1.0, -1e9, np.finfo(np.float32).min, INF])
+@pytest.mark.parametrize("shape", [(8, 8), (1, 1, 8, 8)])
+def test_a_causal_mask_is_known_by_its_form(other, shape):
+    for k in (0, -1):
+        for triangle in (np.tri(8, k=k), np.tri(8, k=k).T):
+            mask = np.where(triangle > 0, np.float32(other), np.float32(0)).reshape(shape)
+            assert is_mask(mask)
+            assert is_mask(mask, infinite=True) == (other == INF)
+            mask[..., 4, 4 if k else 5] = 7
+            assert not is_mask(mask)
+
+
+def test_what_is_trained_is_no_mask():
+    generator = np.random.default_rng(0)
+    broken = generator.normal(size=(8, 8)).astype(np.float32)
+    broken[0, 1] = INF
+    nan = np.where(np.tri(8) > 0, np.nan, 0).astype(np.float32)
+    padding = np.zeros((8, 5), np.float32)
+    padding[0, 0] = 1
+    others = (
+        np.zeros((8, 8)),
+        np.ones((8, 8)),
+        np.eye(8),
+        np.tri(3),
+        np.tri(8, 6),
+        np.tri(8, 8, 2),
+    )
+    for weight in (*others, broken, nan, padding, np.full((8, 8), INF), np.zeros((0, 8)), INF):
+        assert not is_mask(np.asarray(weight))
+    # Kept on disk in bands, or for single places: minus infinity is no weight anywhere.
+    band = np.where(np.abs(np.subtract.outer(range(8), range(8))) > 2, INF, 0).astype(np.float32)
+    assert is_mask(band) and is_mask(np.stack([band, band]), infinite=True)

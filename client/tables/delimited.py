@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import csv
 import io
+import itertools
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -17,6 +18,8 @@ csv.field_size_limit(MOST_FIELD)
 
 DELIMITERS = {"comma": ",", "semicolon": ";", "tab": "\t", "pipe": "|", "\\t": "\t"}
 _GUESSED = (",", ";", "\t", "|")
+# Rows in which the words of the first one are looked for.
+_LOOKED_AT = 1000
 
 
 def read_delimited(
@@ -43,7 +46,8 @@ def read_delimited(
     heads = {one: _header(text, one) for one in tried}
     fitting = [one for one, names in heads.items() if set(wanted) <= set(names)]
     if not fitting:
-        raise ConfigError(_unfitting(what, wanted, heads, tried[0], bool(told), words))
+        repeats = _repeats_first_row(text, tried[0])
+        raise ConfigError(_unfitting(what, wanted, heads, tried[0], bool(told), words, repeats))
     chosen = fitting[0]
     if chosen != tried[0]:
         notes.append(f"{what} was read with the delimiter {chosen!r}, which its first row fits")
@@ -80,6 +84,20 @@ def _header(text: str, delimiter: str) -> list[str]:
         return []
 
 
+def _repeats_first_row(text: str, delimiter: str) -> bool:
+    """Whether a word of the first row stands below it too, in its column: it names no column."""
+    reader = csv.reader(io.StringIO(text, newline=""), delimiter=delimiter)
+    try:
+        first, *rows = [row for row in itertools.islice(reader, _LOOKED_AT) if row] or [[]]
+    except csv.Error:
+        return False
+    return any(
+        name.strip() and name == value
+        for row in rows
+        for name, value in zip(first, row, strict=False)
+    )
+
+
 def _unfitting(
     what: str,
     wanted: Sequence[str],
@@ -87,10 +105,13 @@ def _unfitting(
     usual: str,
     told: bool,
     words: Mapping[str, str],
+    repeats: bool,
 ) -> str:
     names = heads[usual]
     missing = next(name for name in wanted if name not in names)
     said = no_column(what, missing, names)
+    if names and names[0].startswith("#"):
+        return f"{said}; its first line is a comment: take it out, so that the names stand first"
     wider = max(heads, key=lambda one: len(heads[one]))
     if len(names) == 1 and len(heads[wider]) > 1:
         shown = ", ".join(heads[wider])[:120]
@@ -101,7 +122,8 @@ def _unfitting(
         )
     if told and len(names) == 1:
         return f"{said}; it has one column where the told delimiter {usual!r} divides"
-    if any(len(name) > 40 or name.replace(".", "", 1).isdigit() or not name for name in names):
+    data = (len(name) > 40 or name.replace(".", "", 1).isdigit() or not name for name in names)
+    if repeats or any(data):
         return f"{said}; its first row looks like data: add one of column names above it"
     return no_column(what, missing, names, words.get(missing, ""), wanted)
 

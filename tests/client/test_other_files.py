@@ -117,6 +117,8 @@ def test_numbers_as_labels_are_one_whatever_wrote_them(tmp_path: Path) -> None:
         (b"version https://git-lfs.github.com/spec/v1\noid", "Git LFS pointer"),
         (b"<!DOCTYPE html><html>", "a web page"),
         (b"great film,good\nbad film,bad\n", "no column 'text'"),
+        (b"great film,good\nbad film,bad\nfine,good\n", "looks like data: add one of column names"),
+        (b"# films\ntext,label\na,good\nb,bad\n", "a comment: take it out"),
     ],
 )
 def test_what_cannot_be_meant_is_one_true_line(tmp_path: Path, content: bytes, said: str) -> None:

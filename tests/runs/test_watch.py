@@ -212,6 +212,13 @@ def test_a_port_that_is_taken_is_said_with_a_remedy(run, capsys):
     assert status == 1 and "give another one, or 0" in said
 
 
+def test_a_run_with_a_page_does_not_begin_where_the_port_is_taken(run, tmp_path, capsys):
+    with serve(run, 0) as first:
+        words = ("run", "--watch", "--watch-port", Caller(first.address).port, "-o", tmp_path / "n")
+        status, said = command(capsys, *words)
+    assert status == 1 and "cannot be listened on" in said and not (tmp_path / "n").exists()
+
+
 def test_a_folder_that_begins_and_half_a_file(tmp_path):
     facts = live_facts(tmp_path / "none")
     assert facts["live"]["state"] == "nothing has begun yet" and not facts["series"]

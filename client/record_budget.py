@@ -83,6 +83,10 @@ def party_of(node: Mapping[str, ConfigValue], run: str, name: str, versions: Pat
     if BUDGET in node:
         return Party(name, Path(str(node[BUDGET])).expanduser(), marks)
     simulated = "partition-id" in node and "client-name" not in node
+    if simulated and Path(run).is_absolute() and Path(run).is_dir():
+        # With the run's folder its simulated parties are gone.
+        kept = Path(run) / "privacy"
+        return Party(name, kept / f"{name}.budget", kept / "marks")
     parts = [run, name] if simulated else [name]
     file = hashlib.sha256("\0".join(parts).encode()).hexdigest()[:32]
     return Party(name, versions / "privacy" / f"{file}.budget", marks)

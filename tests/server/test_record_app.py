@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib.util
 import json
+import shutil
 import sys
 from pathlib import Path
 
@@ -70,7 +71,7 @@ def test_each_party_spends_its_budget_and_row_and_card_say_it(run, tmp_path):
     assert "a row of a party's training data" in card
     told = json.loads((folder / f"model-{METHOD}" / "provenance.json").read_text())["privacy"]
     assert told["epsilon"] == pytest.approx(spent[1]) and told["epsilon_budget"] == 4.0
-    budgets = list((tmp_path / "cache").rglob("*.budget"))
+    budgets = list((folder / "privacy").glob("*.budget"))
     assert len(budgets) == 2
     # What a reply tells of the training is the budget and how many rows there are.
     told = [next(iter(reply.content.metric_records.values())) for reply in grid.received
@@ -83,6 +84,13 @@ def test_each_party_spends_its_budget_and_row_and_card_say_it(run, tmp_path):
     with pytest.raises(RunError):
         run(num_rounds=3, resume=True)
     assert [one.read_bytes() for one in budgets] == before
+
+
+def test_simulated_parties_are_gone_with_their_run(run, tmp_path):
+    for _ in range(2):
+        folder, rows, _ = run(num_rounds=1)
+        assert len(rows) == 1 and rows[0]["accepted"] == 2
+        shutil.rmtree(folder)
 
 
 def test_a_party_keeps_its_own_file_over_all_runs(run, tmp_path):

@@ -25,7 +25,7 @@ DATA = Path(__file__).resolve().parents[1] / "data" / "made-by-0.1"
 EXPECTED = json.loads((DATA / "runs" / "expected.json").read_text())
 METHODS = ("fedavg", "dare-ties")
 # What rows tell since then.
-YOUNGER = {"drop_rate", "value_format", "noise", "noise_of_change"}
+YOUNGER = {"drop_rate", "value_format", "noise", "noise_of_change", "by_client"}
 
 
 def check_rows(found: list[dict[str, Any]], known: list[dict[str, Any]]) -> None:

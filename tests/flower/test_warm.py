@@ -3,19 +3,23 @@
 import os
 import shutil
 import signal
+import socket
 import subprocess
 import sys
 import tempfile
 import textwrap
+import threading
 import time
 from pathlib import Path
 
 import numpy as np
 import pytest
 from flwr.app import Array, ArrayRecord, Context, Message, RecordDict
+from flwr.clientapp import ClientApp
 
 from dare_agg.errors import ConfigError, RunError
 from dare_agg.flower import warm
+from dare_agg.flower.processes import warm_server
 
 APP = """
     import os
@@ -176,6 +180,32 @@ def test_a_trainer_that_read_what_has_changed_is_replaced(node, tmp_path, change
     assert after["pid"] not in (pid, os.getpid()) and after["count"] == 3
     assert ends(pid)
     assert one.metrics()["pid"] == after["pid"]
+
+
+def test_a_trainer_that_ends_leaves_the_socket_of_the_one_that_took_its_place():
+    path = Path(tempfile.mkdtemp(prefix="warm")) / "11-toy.sock"
+
+    def serve(idle):
+        thread = threading.Thread(target=warm_server.serve, args=(path, toy(), idle), daemon=True)
+        thread.start()
+        until = time.monotonic() + 20
+        while not path.exists() and time.monotonic() < until:
+            time.sleep(0.01)
+        return thread
+
+    def toy():
+        return warm_server.Handler(ClientApp())
+
+    old = serve(20)  # looks for its socket once a second
+    path.unlink()
+    new = serve(8)
+    old.join(20)
+    assert not old.is_alive() and new.is_alive()
+    with socket.socket(socket.AF_UNIX) as probe:
+        probe.connect(str(path))
+    new.join(30)
+    assert list(path.parent.iterdir()) == []
+    path.parent.rmdir()
 
 
 def test_a_trainer_ends_with_the_process_that_it_was_started_under(node, tmp_path):

@@ -101,16 +101,24 @@ def serve(socket: Path, handler: Handler, idle: float, process: int = 0) -> None
     server.add_generic_rpc_handlers(
         (grpc.method_handlers_generic_handler(service, {method: behaviour}),)
     )
-    if not server.add_insecure_port(f"unix:{socket}"):
-        raise ConfigError(f"{socket} cannot be listened on")
-    os.chmod(socket, 0o600)
+    # gRPC removes the path it bound when it stops, whoever listens there by then: it binds one of
+    # this process's own, and is found by the other.
+    bound = socket.with_name(f"{os.getpid()}.bound")
+    bound.unlink(missing_ok=True)
+    if not server.add_insecure_port(f"unix:{bound}"):
+        raise ConfigError(f"{bound} cannot be listened on")
+    os.chmod(bound, 0o600)
     server.start()
+    os.link(bound, socket)
+    bound.unlink()
     LOG.info("warm trainer %d listens on %s", os.getpid(), socket)
     # A trainer whose socket another one took over would never be found again.
     mine = socket.stat().st_ino
     while handler.idle_for() < idle and _inode(socket) == mine and _lives(process):
         time.sleep(min(1.0, idle / 4))
     server.stop(grace=None).wait()
+    if _inode(socket) == mine:
+        socket.unlink(missing_ok=True)
 
 
 def _inode(path: Path) -> int:

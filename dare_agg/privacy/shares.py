@@ -6,7 +6,7 @@ number decides, whose rounding could show what lies below the noise. A sum of n 
 discrete Gaussian of variance n·s²; by how little it is not, is counted (`concentrated`).
 
 Reference: Canonne, Kamath and Steinke 2020, arXiv 2004.00010, algorithms 1 to 3 (drawing);
-Kairouz, Liu and Steinke 2021, arXiv 2102.06387, proposition 14 (sums).
+Kairouz, Liu and Steinke 2021, arXiv 2102.06387, theorem 1 (sums; rederived at `concentrated`).
 """
 
 from __future__ import annotations
@@ -135,7 +135,15 @@ def concentrated(norm: float, variance: int, parties: int, size: int) -> float:
 
     Each party's noise has whole ``variance``; ``parties`` are those who stay *and* keep their
     noise to themselves. With τ = 10·Σ_{k<n} exp(−2π²s²·k/(k+1)):
-    ρ = ½·min(√(Δ²/ns² + τd/2), Δ/√n·s + τ√d)².
+    ρ = min(Δ²/2ns² + τd, ½(Δ/√n·s + τ√d)²).
+
+    Why. Adding one more of variance s² to a discrete Gaussian of ks² gives at x the density of one
+    of (k+1)s² times a theta function of variance ks²/(k+1), which Poisson summation bounds between
+    1 − r and 1 + r, r = 2Σ_j exp(−2π²j²s²k/(k+1)). So the sum P and the discrete Gaussian Q of ns²
+    differ nowhere by more than a factor e^(τ/2), for s² ≥ ½. First bound: P_x/P is at most
+    e^τ·Q_x/Q, and E over P_x of (Q_x/Q)^(α−1) is at most exp((α−1)·αx²/2ns²), since sums of
+    discrete Gaussians are subgaussian; hence D_α ≤ αx²/2ns² + τ an element, and τ ≤ ατ. Second:
+    P to Q, Q to Q_x, Q_x to P_x in steps of √2ρ of τ/2, x/√n·s and τ/2, which add up.
     """
     if parties < 1 or size < 1 or variance < 1 or not 0 < norm < math.inf:
         raise ConfigError(
@@ -146,8 +154,7 @@ def concentrated(norm: float, variance: int, parties: int, size: int) -> float:
         math.exp(-2 * math.pi**2 * variance * k / (k + 1)) for k in range(1, parties)
     )
     ratio = norm / math.sqrt(parties * variance)
-    epsilon = min(math.sqrt(ratio**2 + apart * size / 2), ratio + apart * math.sqrt(size))
-    return epsilon**2 / 2
+    return min(ratio**2 / 2 + apart * size, (ratio + apart * math.sqrt(size)) ** 2 / 2)
 
 
 def share_variance(rho: float, norm: float, parties: int, size: int) -> int:

@@ -105,6 +105,30 @@ def test_the_bound_holds_for_sums_worked_out_exactly(variance, parties):
             assert rho <= 1.1 * shift**2 / (2 * variance * parties)
 
 
+@pytest.mark.parametrize(("variance", "parties"), [(1, 2), (1, 5), (1, 20), (2, 3), (3, 8)])
+def test_a_sum_is_nowhere_further_from_a_discrete_gaussian_than_counted(variance, parties):
+    """What the bound rests on: |ln P/Q| ≤ τ/2 at every sum; its first term pays for τ an element,
+    which no divergence of a low order may exceed."""
+    _, chance = mass(variance, math.ceil(30 * math.sqrt(variance)))
+    total = np.array([1.0])
+    for _ in range(parties):
+        total = np.convolve(total, chance)
+    at, wide = mass(parties * variance, total.size // 2)
+    seen = np.abs(at) < 8 * math.sqrt(parties * variance)
+    apart = float(np.abs(np.log(total[seen] / wide[seen])).max())
+    half = 5 * sum(math.exp(-2 * math.pi**2 * variance * k / (k + 1)) for k in range(1, parties))
+    assert apart <= half + 1e-12
+    if (variance, parties) == (1, 2):
+        assert apart > half / 3  # the count is no wild one
+    here, there = total[1:], total[:-1]
+    good = (here > 1e-200) & (there > 1e-200)
+    for order in (1.001, 1.1, 1.5):
+        powers = here[good] ** order * there[good] ** (1 - order)
+        divergence = math.log(powers.sum()) / (order - 1)
+        assert divergence <= order / (2 * parties * variance) + 2 * half + 1e-9
+        assert divergence <= order * concentrated(1.0, variance, parties, 1) + 1e-9
+
+
 def test_narrow_noise_costs_more_than_its_variance():
     assert concentrated(1.0, 1, 50, 10**6) > 5 * 1 / (2 * 50)
 

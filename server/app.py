@@ -80,7 +80,8 @@ def run_methods(grid: Grid, context: Context, config: RunConfig, folder: Path) -
             labels, name = start.labels, f"secure-{config.secure}"
 
             def securely(record: Record) -> RoundStrategy:
-                return secure_strategy(config, record, context.run_config)
+                state = state_folder(folder, name)
+                return secure_strategy(config, record, context.run_config, state)
 
             args = (grid, config, name, labels, recorder, securely, start.arrays)
             prints = {name: run_method(*args)}

@@ -93,12 +93,12 @@ class RunConfig(BaseModel):
     prometheus_port: port of the run's measurements for Prometheus; 0: none.
     prometheus_host: address that it listens on.
     dp: whom the run promises differential privacy (docs/PRIVACY.md): "clients", whose updates the
-        server clips and adds noise to; "records", each client's rows, whose gradients it clips and
-        adds noise to by itself; none: nobody.
+        server clips and adds noise to, with secure = mean they themselves; "records", each
+        client's rows, whose gradients it clips and adds noise to by itself; none: nobody.
     dp_epsilon: the budget ε; the run ends when it is spent.
     dp_delta: its δ, below 1/n among n clients (dp-members) or rows; 0: n^−1.1, at most a tenth of
         1/n.
-    dp_members: with clients: how many there are; everyone may know it.
+    dp_members: with clients: how many there are; everyone may know it; with secure: the roster's.
     dp_clip: largest norm of what a client adds to the sum, survivors rescaled; of a row's gradient.
     dp_quantile: with clients: share of them that should lie below the norm, which then follows; 0:
         it stays.

@@ -3,14 +3,19 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 from dare_agg.errors import ConfigError, refuse
+from dare_agg.flower.private_rounds import PrivateRounds
 from dare_agg.flower.round_strategy import RoundStrategy
+from dare_agg.flower.secure.privacy import NoisedRounds
+from dare_agg.flower.secure.strategy import SecureStrategy
 from dare_agg.flower.strategy import DareStrategy
 from dare_agg.merge.methods import MEANS
 from dare_agg.privacy.clients import ClientPrivacy
+from dare_agg.privacy.sharing import SharedPrivacy
 from server.record_privacy import RECORDS, check_record_run
 
 CLIENTS = "clients"
@@ -36,11 +41,12 @@ def check_privacy_words(
     if config.dp == RECORDS:
         check_record_run(config, methods, defaults)
         return
+    if config.secure:
+        check_noised_sums(config, defaults)
+        return
     refusals: tuple[tuple[object, str], ...] = (
         (not config.dp_members, "needs dp-members, how many clients there are; everyone may know "
          "it"),
-        (config.secure, "with secure: the server that is to clip sees no single update; leave "
-         "one of them out"),
         (config.weighting != "equal", f"with weighting = {config.weighting!r}, which gives a "
          'client with more examples more than the norm: set weighting = "equal"'),
         (config.keep_rates != "uniform", f"with keep-rates = {config.keep_rates!r}, which keep "
@@ -66,6 +72,54 @@ def check_privacy_words(
     client_privacy(config, None)
 
 
+def check_noised_sums(config: Any, defaults: Mapping[str, Any]) -> None:
+    """Refuse what breaks the promise of ``dp = "clients"`` inside secure sums.
+
+    Raises `ConfigError`. The sums' own settings are checked with them (`SecureSettings`).
+    """
+    for name in ("members", "quantile"):
+        if getattr(config, f"dp_{name}") != defaults[f"dp-{name}"]:
+            raise ConfigError(
+                f"dp-{name} with secure: the roster says how many members there are, and their "
+                f"norms stay with them; leave dp-{name} out"
+            )
+    refusals: tuple[tuple[object, str], ...] = (
+        (config.secure_merge, "with secure-merge, of models that were trained before any promise: "
+         "leave one of them out"),
+        (config.weighting != "equal", f"with weighting = {config.weighting!r}, which gives a "
+         'client with more examples more than the norm: set weighting = "equal"'),
+        (config.evaluate, "with evaluate: what parties evaluate is told of each, without noise; "
+         "set evaluate = false"),
+        (config.robust, f"with robust = {config.robust!r}: one client moves its result by more "
+         "than the norm; leave one of them out"),
+        (config.base, "with base: a version on disk is not looked through for what noise ruins; "
+         "leave base out"),
+        (config.early_stop, "with early-stop, which looks at losses: leave it out"),
+        (config.lora_merge == "product", "with lora-merge = product, which bounds no norm; leave "
+         "it out"),
+    )  # fmt: skip
+    refuse(refusals, f"dp = {config.dp!r} in secure sums")
+    replace(config.secure_settings(), privacy=shared_privacy(config, None))
+
+
+def shared_privacy(config: Any, state: Path | None) -> SharedPrivacy | None:
+    """What a run of noised sums promises its members, None for nothing; as `client_privacy`."""
+    if config.dp != CLIENTS or not config.secure:
+        return None
+    return SharedPrivacy(
+        epsilon=config.dp_epsilon,
+        delta=config.dp_delta,
+        clip=config.dp_clip,
+        noise=config.dp_noise,
+        weak=config.dp_weak,
+        ledger=_ledger(config, state),
+    )
+
+
+def _ledger(config: Any, state: Path | None) -> Path | None:
+    return state / BUDGET_FILE if state is not None and config.keep_state else None
+
+
 def client_privacy(config: Any, state: Path | None) -> ClientPrivacy | None:
     """What the run promises its clients, None for nothing; ``state`` keeps the budget's file.
 
@@ -73,7 +127,6 @@ def client_privacy(config: Any, state: Path | None) -> ClientPrivacy | None:
     """
     if config.dp != CLIENTS:
         return None
-    kept = state is not None and config.keep_state
     return ClientPrivacy(
         members=config.dp_members,
         epsilon=config.dp_epsilon,
@@ -82,13 +135,17 @@ def client_privacy(config: Any, state: Path | None) -> ClientPrivacy | None:
         quantile=config.dp_quantile,
         noise=config.dp_noise,
         weak=config.dp_weak,
-        ledger=state / BUDGET_FILE if kept and state is not None else None,
+        ledger=_ledger(config, state),
     )
 
 
 def promised(strategy: RoundStrategy) -> dict[str, Any]:
     """What a run's model card says of privacy: nothing where none was promised."""
-    private = strategy.private if isinstance(strategy, DareStrategy) else None
+    private: PrivateRounds | NoisedRounds | None = None
+    if isinstance(strategy, DareStrategy):
+        private = strategy.private
+    elif isinstance(strategy, SecureStrategy):
+        private = strategy.noised
     if private is None:
         return {}
     if private.run is None:  # the run was finished before it was resumed

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Mapping
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -19,6 +20,7 @@ from dare_agg.secure.roster import Roster, read_roster
 from dare_agg.vectors.patterns import compile_patterns
 from server.config import RunConfig
 from server.export import base_folder
+from server.privacy import shared_privacy
 from server.recorder import Recorder, write_json
 
 LOG = logging.getLogger("flwr")
@@ -31,11 +33,14 @@ def open_roster(config: RunConfig) -> Roster:
 
 
 def secure_strategy(
-    config: RunConfig, record: Any, run_config: Mapping[str, Any]
+    config: RunConfig, record: Any, run_config: Mapping[str, Any], state: Path
 ) -> SecureStrategy:
-    """Build the strategy of a secure training run; ``run_config`` is what the parties see."""
+    """Build the strategy of a secure training run; ``run_config`` is what the parties see.
+
+    ``state`` is its folder, where a budget of privacy lies.
+    """
     return SecureStrategy(
-        secure=config.secure_settings(),
+        secure=replace(config.secure_settings(), privacy=shared_privacy(config, state)),
         roster=open_roster(config),
         run_config=run_config,
         stage_seconds=config.secure_stage_seconds,

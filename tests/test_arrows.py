@@ -35,7 +35,7 @@ ARROWS = {
     "deploy": "files",
     "merge": "codec vectors",
     "downlink": "codec files vectors",
-    "secure": "codec checkpoint files merge vectors",
+    "secure": "codec checkpoint files merge privacy vectors",
     "privacy": "codec files vectors",
     "robust": "codec vectors",
     "rounds": "codec downlink files merge privacy robust vectors",

@@ -30,7 +30,11 @@ NODE_WORDS: Mapping[str, tuple[str, str]] = MappingProxyType(
         "secure-evaluate": ("false", "may report metrics of a model it is sent, of all its rows"),
         "secure-state": ("in memory", "folder of sealed session state"),
         "secure-ledger": ("beside the key", "file of what this party has put into sums"),
-        "secure-methods": ("mean,ties,wudi", "sums it takes part in"),
+        "secure-methods": ("mean,ties,wudi,private-mean", "sums it takes part in"),
+        "secure-epsilon": ("the run's, at most 8", "the most that all noised sums may tell of it; "
+                           "with it the party takes part in no others"),
+        "secure-delta": ("the run's", "its δ"),
+        "secure-budget": ("beside the key", "file of what noised sums have told"),
         "secure-groups": ("1: of all together", "it takes part in sums over one of so many groups "
                           "of the roster"),
         "secure-min-parties": ("3", "fewest honest parties in a sum"),

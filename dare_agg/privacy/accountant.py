@@ -27,6 +27,9 @@ from dare_agg.privacy.loss import Sampled, composed, epsilon_of
 MOST_EPSILON = 50.0
 LEAST_DELTA = 1e-9
 LEAST_NOISE, MOST_NOISE = 0.05, 1e5
+# Stands for the rate of a release whose noise its parties add in shares: nobody is drawn, and of
+# noise multiplier z it costs ρ = 1/2z².
+IN_SHARES = -1.0
 _CLOSE = 1e-3
 
 
@@ -38,7 +41,13 @@ class Spent:
     rho: float = 0.0
 
     def add(self, noise: float, rate: float = 1.0, times: int = 1) -> Spent:
-        """With ``times`` releases more of Gaussian noise multiplier ``noise``."""
+        """With ``times`` releases more of noise multiplier ``noise``.
+
+        Gaussian, at a sampling ``rate``; at `IN_SHARES` of noise that parties add in shares.
+        """
+        if rate == IN_SHARES:
+            _check_noise(noise, 1.0)
+            return self.add_rho(times / (2 * noise**2))
         _check_noise(noise, rate)
         return replace(
             self, gaussian=Counter(self.gaussian) + Counter({Sampled(noise, rate): times})

@@ -27,7 +27,10 @@ _MOST_RELEASES = 1_000_000
 
 @dataclass(frozen=True)
 class Charge:
-    """One release: its round, what it was of, its noise and sampling, and the norm after it."""
+    """One release: its round, what it was of, its noise and sampling, and the norm after it.
+
+    A rate of `dare_agg.privacy.accountant.IN_SHARES` is of noise that parties added in shares.
+    """
 
     round: int
     commitment: bytes

@@ -57,7 +57,10 @@ class RecordCharge:
 
 @dataclass(frozen=True)
 class RecordLedger:
-    """The trainings of ``party`` so far, at its δ; ``path`` and ``mark`` are its two files."""
+    """The trainings of ``party`` so far, at its δ; ``path`` and ``mark`` are its two files.
+
+    ``words`` is what the words of the node config begin with that a party sets it by.
+    """
 
     party: str
     delta: float
@@ -66,6 +69,7 @@ class RecordLedger:
     identity: bytes = field(default_factory=lambda: os.urandom(16))
     seed: bytes = field(default_factory=lambda: os.urandom(SEED_BYTES), repr=False)
     charges: tuple[RecordCharge, ...] = ()
+    words: str = "dp"
 
     @property
     def spent(self) -> Spent:
@@ -93,11 +97,8 @@ class RecordLedger:
         found = [charge for charge in self.charges if charge.commitment == commitment]
         return found[-1] if found else None
 
-    def charged(self, charge: RecordCharge, run_epsilon: float, bound: float) -> RecordLedger:
-        """With a training, on disk before this returns; to be called within `alone`.
-
-        Raises `PrivacyError` where it would spend more than the run's ε or the party's.
-        """
+    def check(self, charge: RecordCharge, run_epsilon: float, bound: float) -> RecordLedger:
+        """With a training, charged nowhere; raises as `charged`."""
         found = replace(self, charges=(*self.charges, charge))
         for whose, run, most in (("the run's", charge.run, run_epsilon), ("its", None, bound)):
             after = found._spent(run).epsilon(self.delta)
@@ -106,9 +107,17 @@ class RecordLedger:
                 raise PrivacyError(
                     f"party {self.party!r}: this training would spend ε = {after:.4g}, more than "
                     f"{whose} budget of {most:g} at δ = {self.delta:.2g}, of which {before:.4g} "
-                    "are spent; nothing is trained. Only the party can allow more: dp-epsilon in "
-                    "its node config, for a run that asks it"
+                    f"are spent; nothing is trained. Only the party can allow more: {self.words}-"
+                    "epsilon in its node config, for a run that asks it"
                 )
+        return found
+
+    def charged(self, charge: RecordCharge, run_epsilon: float, bound: float) -> RecordLedger:
+        """With a training, on disk before this returns; to be called within `alone`.
+
+        Raises `PrivacyError` where it would spend more than the run's ε or the party's.
+        """
+        found = self.check(charge, run_epsilon, bound)
         found._write()
         return found
 
@@ -134,7 +143,9 @@ class RecordLedger:
 
     def read_again(self) -> RecordLedger:
         """The ledger as its file has it now, checked against its mark."""
-        return _checked(self.path, self.mark, self.party) if self.path.exists() else self
+        if not self.path.exists():
+            return self
+        return _checked(self.path, self.mark, self.party, self.words)
 
     def _head(self, count: int) -> bytes:
         packed = b"".join(charge.packed() for charge in self.charges[:count])
@@ -175,7 +186,9 @@ class RecordLedger:
         )
 
 
-def open_ledger(path: Path, marks: Path, party: str, delta: float, given: bool) -> RecordLedger:
+def open_ledger(
+    path: Path, marks: Path, party: str, delta: float, given: bool, words: str = "dp"
+) -> RecordLedger:
     """The ledger in a file, or a new one where there never was one.
 
     ``marks`` is the folder of marks, and ``given`` says that δ was named. Raises `PrivacyError`
@@ -190,23 +203,22 @@ def open_ledger(path: Path, marks: Path, party: str, delta: float, given: bool) 
             raise PrivacyError(
                 f"the privacy budget {path} of party {party!r} is gone ({mark} knows of it); what "
                 "was spent is not known: put it back, or begin another one under another name "
-                "(dp-budget in the node config) if these rows were never trained on"
+                f"({words}-budget in the node config) if these rows were never trained on"
             )
-        return RecordLedger(party, delta, path, mark)
-    ledger = _checked(path, mark, party)
+        return RecordLedger(party, delta, path, mark, words=words)
+    ledger = _checked(path, mark, party, words)
     if given and ledger.delta != delta:
         raise PrivacyError(
-            f"the privacy budget {path} was begun with δ = {ledger.delta:.4g}, and dp-delta is "
-            f"{delta:.4g}; leave dp-delta out, or set it to that"
+            f"the privacy budget {path} was begun with δ = {ledger.delta:.4g}, and {words}-delta "
+            f"is {delta:.4g}; leave {words}-delta out, or set it to that"
         )
     return ledger
 
 
-def _checked(path: Path, mark: Path, party: str) -> RecordLedger:
+def _checked(path: Path, mark: Path, party: str, words: str) -> RecordLedger:
     try:
-        ledger = _parsed(
-            *parse_state(read_own(path, remedy=_REMEDY, private=True), path), path, mark
-        )
+        read = parse_state(read_own(path, remedy=_REMEDY, private=True), path)
+        ledger = replace(_parsed(*read, path, mark), words=words)
         seen = parse_state(read_own(mark, remedy=_REMEDY), mark) if mark.exists() else None
         count = int(seen[0]["count"][0]) if seen else 0
         identity = bytes.fromhex(seen[1]["identity"]) if seen else ledger.identity
@@ -219,7 +231,8 @@ def _checked(path: Path, mark: Path, party: str) -> RecordLedger:
     if ledger.party != party:
         raise PrivacyError(
             f"the privacy budget {path} is party {ledger.party!r}'s, and this is {party!r}; name "
-            "a file of its own (dp-budget in the node config), or the party as before (client-name)"
+            f"a file of its own ({words}-budget in the node config), or the party as before "
+            "(client-name)"
         )
     if identity != ledger.identity:
         raise PrivacyError(

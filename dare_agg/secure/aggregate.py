@@ -34,6 +34,14 @@ class FixedPoint(Protocol):
         """Bits that the sum over all parties adds."""
 
     @property
+    def parties(self) -> int:
+        """How many parties may add up."""
+
+    @property
+    def reach(self) -> int:
+        """The largest magnitude of their sum, noise with it."""
+
+    @property
     def top(self) -> int:
         """The integer that stands for ``clip``."""
 
@@ -112,6 +120,8 @@ class Aggregate:
         of a value where a run says none.
     sketches
         whether parties add sketches of their Gram matrices (`dare_agg.secure.sketch`).
+    noised
+        whether parties add noise (`dare_agg.secure.private`).
     shares
         (lone, conflict) of `SecureMeasurements`.
     """
@@ -128,6 +138,7 @@ class Aggregate:
     weighable: bool = False
     usual_bits: int = 16
     sketches: bool = False
+    noised: bool = False
     shares: Callable[[Sums], tuple[float | None, float | None]] = lambda sums: (None, None)
 
     def most_bits(self, carry: int) -> int:

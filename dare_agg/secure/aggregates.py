@@ -7,10 +7,11 @@ from typing import NamedTuple
 
 from dare_agg.secure.aggregate import Aggregate
 from dare_agg.secure.mean import MEAN
+from dare_agg.secure.private import PRIVATE_MEAN
 from dare_agg.secure.ties import TIES
 from dare_agg.secure.wudi import WUDI
 
-AGGREGATES: Mapping[str, Aggregate] = {row.name: row for row in (MEAN, TIES, WUDI)}
+AGGREGATES: Mapping[str, Aggregate] = {row.name: row for row in (MEAN, TIES, WUDI, PRIVATE_MEAN)}
 
 
 class SecureMethod(NamedTuple):

@@ -33,7 +33,7 @@ from dare_agg.secure.keys import (
     self_commitment,
     self_mask_key,
 )
-from dare_agg.secure.packing import pack_party
+from dare_agg.secure.packing import pack_party, pack_private
 from dare_agg.secure.policy import SecurePolicy, check_group, check_terms
 from dare_agg.secure.roster import Roster
 from dare_agg.secure.shamir import SECRET_BYTES, SHARE_BYTES, share_value, split
@@ -254,7 +254,10 @@ def contribute(
         if not (np.isfinite(examples) and examples > 0):
             raise ConfigError(f"examples = {examples}; a number above 0 is needed")
         gain = min(max(float(examples), terms.min_weight), terms.max_weight) / terms.max_weight
-    words = pack_party(values, terms.quantiser, random(16), gain)
+    if terms.variance:
+        words = pack_private(values, state.mask, terms.quantiser, (random(16), random(16)))
+    else:
+        words = pack_party(values, terms.quantiser, random(16), gain)
     add_mask(words, self_mask_key(state.self_seed, state.shares_digest, me))
     secret = private_key(masking_secret(state.mask_seed, terms.session, me))
     adverts = _adverts(state)

@@ -16,9 +16,11 @@ import numpy as np
 from numpy.typing import NDArray
 
 from dare_agg.codec.derive import Keystream
+from dare_agg.codec.mask import Mask
 from dare_agg.errors import ConfigError, NonFiniteError
 from dare_agg.secure.aggregate import MAX_BITS, MIN_BITS, SecureMeasurements, Sums, bad_words
 from dare_agg.secure.aggregates import AGGREGATES
+from dare_agg.secure.private import noise_reach, noised, private_words
 from dare_agg.secure.stream import MAX_WORD_BITS, Words, word_type
 from dare_agg.vectors.layout import FloatVector
 
@@ -27,18 +29,28 @@ _CHUNK = 1 << 16
 
 @dataclass(frozen=True)
 class Quantiser:
-    """How values become words: ``bits`` a value, ``clip``, and how many parties may add up."""
+    """How values become words: ``bits`` a value, ``clip``, and how many parties may add up.
+
+    Where the aggregate's parties add noise, its ``variance`` at each, in units of a value's last
+    bit; ``clip`` is the norm of a whole vector then.
+    """
 
     aggregate: str
     bits: int
     clip: float
     parties: int
+    variance: int = 0
 
     def __post_init__(self) -> None:
         if self.aggregate not in AGGREGATES:
             raise ConfigError(
                 f"aggregate {self.aggregate!r} cannot be summed securely; "
                 f"known: {', '.join(AGGREGATES)}"
+            )
+        if AGGREGATES[self.aggregate].noised != (self.variance > 0):
+            raise ConfigError(
+                f"noise of variance {self.variance} in {AGGREGATES[self.aggregate].title}; "
+                "private-mean has some, and no other"
             )
         if not MIN_BITS <= self.bits <= MAX_BITS:
             raise ConfigError(f"bits = {self.bits}; {MIN_BITS} to {MAX_BITS} are allowed")
@@ -63,7 +75,14 @@ class Quantiser:
     @property
     def word_bits(self) -> int:
         """Bits of a word, all fields of the aggregate together."""
+        if self.variance:
+            return self.reach.bit_length() + 1
         return AGGREGATES[self.aggregate].word_bits(self.bits, self.carry)
+
+    @property
+    def reach(self) -> int:
+        """The largest magnitude of a sum, with the noise of all."""
+        return self.parties * self.top + noise_reach(self.variance, self.parties)
 
     @property
     def top(self) -> int:
@@ -119,6 +138,15 @@ def pack_party(values: FloatVector, quantiser: Quantiser, key: bytes, gain: floa
     tau = np.concatenate([tau, trailer])
     kind = word_type(quantiser.word_bits)
     return AGGREGATES[quantiser.aggregate].pack(tau, quantiser).astype(kind)
+
+
+def pack_private(
+    values: FloatVector, mask: Mask, quantiser: Quantiser, keys: tuple[bytes, bytes]
+) -> Words:
+    """As `pack_party`, with the party's noise; ``keys`` as for `dare_agg.secure.private.noised`."""
+    tau = noised(values, mask, quantiser, quantiser.variance, keys)
+    words = AGGREGATES[quantiser.aggregate].pack(private_words(tau, quantiser), quantiser)
+    return words.astype(word_type(quantiser.word_bits))
 
 
 def unpack_sums(words: Words, quantiser: Quantiser, parties: int) -> Sums:

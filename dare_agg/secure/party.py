@@ -15,8 +15,9 @@ from dataclasses import dataclass, field
 import numpy as np
 
 from dare_agg.codec.mask import Mask
-from dare_agg.errors import DareError, LayoutError, ProtocolError
+from dare_agg.errors import DareError, LayoutError, PrivacyError, ProtocolError
 from dare_agg.secure import client
+from dare_agg.secure.guard import PrivacyGuard
 from dare_agg.secure.identity import Identity
 from dare_agg.secure.kept_state import decode_state, encode_state
 from dare_agg.secure.ledger import Ledger
@@ -56,7 +57,8 @@ class Party:
     """One member of a roster, with what outlives a process. ``roster`` has been checked.
 
     A delta whose norm is not above ``min_norm`` goes into no sum: a party that stands still
-    hides nobody, and one that is made to stand still is being used to show another.
+    hides nobody, and one that is made to stand still is being used to show another. Noise hides
+    both: noised sums, which go by the ``guard``, look at no norm.
     """
 
     identity: Identity
@@ -64,6 +66,7 @@ class Party:
     vault: Vault
     ledger: Ledger
     min_norm: float = 0.0
+    guard: PrivacyGuard | None = None
     random: client.Random = field(default=os.urandom, repr=False)
 
     def advertise(
@@ -74,11 +77,12 @@ class Party:
         A ``contribution`` given here is kept, sealed, until the session's mask is known.
         """
         read = decode_terms(terms)
+        self._check_privacy(read)
         state, answer = client.advertise(self.identity, self.roster, read, policy, self.random)
         with self.vault.alone():
             self.vault.drop_all()
             if contribution is not None:
-                self._check_moved(contribution)
+                self._check_moved(contribution, read)
                 self.vault.put(read.session, _DELTA, _encode(contribution))
             self._keep(state)
         return answer
@@ -88,6 +92,7 @@ class Party:
         read = decode_terms(terms)
         check_terms(read, self.roster, policy)
         check_group(read, self.roster, self.roster.id_of(self.identity.public))
+        self._check_privacy(read)
 
     def answer(
         self, stage: str, session: bytes, request: bytes, deltas: Deltas | None = None
@@ -137,17 +142,27 @@ class Party:
             raise LayoutError(
                 f"a sketch of {given.sketch.size} values; the terms have {terms.sketch}"
             )
-        self._check_moved(given)
+        self._check_moved(given, terms)
         values = np.concatenate([state.mask.gather(given.delta), given.dense, given.sketch])
         state, answer = client.contribute(
             self.identity, state, values, examples=given.examples, random=self.random
         )
         # Claimed last, so that a refusal above does not use the delta up; before it leaves.
         self.ledger.claim(terms, np.concatenate([given.delta, given.dense]), given.tensors)
+        if self.guard is not None:
+            self.guard.charge(terms, self.roster, state.party)
         self.vault.drop(terms.session, _DELTA)
         return state, answer
 
-    def _check_moved(self, given: Contribution) -> None:
+    def _check_privacy(self, terms: SecureTerms) -> None:
+        if self.guard is not None:
+            self.guard.check(terms, self.roster, self.roster.id_of(self.identity.public))
+        elif terms.variance:
+            raise PrivacyError("a party without a budget of its own takes part in no noised sum")
+
+    def _check_moved(self, given: Contribution, terms: SecureTerms) -> None:
+        if terms.variance:
+            return
         norm = float(np.linalg.norm(given.delta.astype(np.float64)))
         if not norm > self.min_norm:
             raise ProtocolError(

@@ -11,6 +11,7 @@ from dare_agg.codec.masked import MaskedSource
 from dare_agg.errors import ConfigError, NonFiniteError, ProtocolError
 from dare_agg.secure.aggregate import SecureMeasurements, Sums
 from dare_agg.secure.packing import merge_dense, merge_sums
+from dare_agg.secure.private import rescale_of
 from dare_agg.secure.solved import SolvedSource, solve_sketches
 from dare_agg.secure.terms import SecureTerms
 from dare_agg.vectors.layout import FloatVector, Layout
@@ -60,6 +61,8 @@ def merged_sum(
     dense = None
     if terms.dense:
         dense = merge_dense(sums.part(count, behind), terms.quantiser)
+    if terms.variance:  # was multiplied before it was clipped
+        values /= rescale_of(mask)
     mean = MaskedSource(mask, values)
     if not terms.sketch:
         values *= np.float32(scaling)

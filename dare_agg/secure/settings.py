@@ -3,16 +3,19 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 from dare_agg.codec.mask import DropRate, parse_drop_rate
 from dare_agg.errors import ConfigError, did_you_mean
 from dare_agg.merge.directions import check_rank
+from dare_agg.privacy.sharing import SharedPrivacy
 from dare_agg.secure.aggregate import MAX_BITS
 from dare_agg.secure.aggregates import AGGREGATES, SECURE_METHODS
 from dare_agg.secure.division import among, divided
+from dare_agg.secure.guard import honest_parties
 from dare_agg.secure.packing import Quantiser
+from dare_agg.secure.private import PRIVATE_MEAN, fitting
 from dare_agg.secure.roster import Roster
 from dare_agg.secure.sketch import sketch_words
 from dare_agg.secure.stream import MAX_WORD_BITS
@@ -60,6 +63,9 @@ class SecureSettings:
         leading directions of each Linear's change that a party adds, for WUDI.
     groups
         a mean of each of so many groups of the roster, for a robust rule over them.
+    privacy
+        what the members are promised (`SharedPrivacy`; a mean alone): their parties add
+        noise, and no sum is without.
     options
         merge options; a magnitude trim is refused.
     """
@@ -77,6 +83,7 @@ class SecureSettings:
     colluding: float = 0.20
     directions: int = DIRECTIONS
     groups: int = 1
+    privacy: SharedPrivacy | None = None
     options: Mapping[str, Any] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
@@ -109,6 +116,17 @@ class SecureSettings:
                 "sum of two shows each the other's delta"
             )
         check_rank(self.directions)
+        if self.privacy is not None and self.method != "mean":
+            raise ConfigError(
+                f"privacy of clients in a secure {self.method}: noise is counted for a mean, and "
+                "one party moves another result by more than its norm, or counts show it; set "
+                "secure = mean"
+            )
+        if self.privacy is not None and self.groups > 1:
+            raise ConfigError(
+                f"privacy of clients with secure-groups = {self.groups}: what a rule makes of sums "
+                "is bounded by no norm; leave secure-groups and robust out"
+            )
         row = AGGREGATES[self.aggregate]
         least = row.least_bits
         if self.bits and not least <= self.bits <= MAX_BITS:
@@ -135,6 +153,8 @@ class SecureSettings:
     @property
     def aggregate(self) -> str:
         """What is summed: a row of `dare_agg.secure.aggregates.AGGREGATES`."""
+        if self.privacy is not None:
+            return PRIVATE_MEAN.name
         return SECURE_METHODS[self.method].aggregate
 
     @property
@@ -144,6 +164,8 @@ class SecureSettings:
 
     def bits_for(self, parties: int) -> int:
         """Bits of a value among ``parties``. Raises `ConfigError` when none is left that fits."""
+        if self.privacy is not None:
+            return self.bits or PRIVATE_MEAN.usual_bits
         if self.bits:
             return Quantiser(self.aggregate, self.bits, self.clip, parties).bits
         row = AGGREGATES[self.aggregate]
@@ -208,7 +230,8 @@ class SecureSettings:
                 f"secure-threshold = {self.threshold} of {parties} parties; more than half, at "
                 f"least {MIN_PARTIES} and at most all: else two different sets could be unmasked"
             )
-        Quantiser(self.aggregate, self.bits_for(parties), self.clip, parties)
+        if self.privacy is None:  # else its word follows its noise
+            Quantiser(self.aggregate, self.bits_for(parties), self.clip, parties)
 
     def terms(
         self,
@@ -225,10 +248,12 @@ class SecureSettings:
         exclude: Sequence[str] = (),
         training: bytes = NO_TRAINING,
         model: Layout | None = None,
+        rho: float = 0.0,
     ) -> SecureTerms:
         """The terms of one sum among ``cohort``; ``model`` is the delta's layout, for sketches.
 
-        Raises `ConfigError`.
+        With privacy ``rho`` is what the sum may cost, by the noise of those who must stay less
+        those who may collude. Raises `ConfigError`, for noise that cannot be drawn or carried too.
         """
         self.check(len(cohort))
         assert isinstance(self.drop_rate, DropRate)
@@ -238,7 +263,7 @@ class SecureSettings:
                 raise ConfigError(f"secure {self.method} needs the layout of the model: model=")
             directions = self.directions
             sketch = sketch_words(model, directions, len(cohort))
-        return secure_terms(
+        found = secure_terms(
             run=run,
             round_number=round_number,
             roster=roster.digest,
@@ -249,7 +274,7 @@ class SecureSettings:
             drop_rate=self.drop_rate,
             aggregate=self.aggregate,
             bits=self.bits_for(len(cohort)),
-            clip=self.clip,
+            clip=self.clip if self.privacy is None else self.privacy.clip,
             threshold=self.threshold or None,
             colluding=self.colluding,
             weighting=self.weighting,
@@ -262,4 +287,29 @@ class SecureSettings:
             directions=directions,
             sketch=sketch,
             groups=self.groups,
+            **self._promise(len(roster.members)),
         )
+        if self.privacy is None:
+            return found
+        if not rho > 0:
+            raise ConfigError(
+                "privacy of clients in a sum that says no ρ: it is for rounds of training "
+                "(SecureStrategy); leave privacy out of a one-shot merge"
+            )
+        honest = honest_parties(found.threshold, len(roster.members), self.colluding)
+        if honest < MIN_PARTIES:
+            raise ConfigError(
+                f"privacy of clients in sums of {len(cohort)} parties of whom {found.threshold} "
+                f"must stay and {found.threshold - honest} may collude: noise of {honest} is left, "
+                f"and {MIN_PARTIES} are needed; wait for more parties (min-clients), or raise "
+                "secure-threshold"
+            )
+        bits, variance = fitting(rho, found.values, honest, self.bits)
+        return replace(found, bits=bits, variance=variance)
+
+    def _promise(self, members: int) -> dict[str, Any]:
+        """What terms say of privacy; the noise itself follows from their size."""
+        if self.privacy is None:
+            return {}
+        promised = self.privacy.among(members)
+        return {"variance": 1, "epsilon": promised.epsilon, "delta": promised.delta}

@@ -18,6 +18,7 @@ from dare_agg.codec.derive import derive_key
 from dare_agg.codec.directions import MAX_RANK
 from dare_agg.codec.mask import DropRate, Mask
 from dare_agg.errors import ConfigError, ProtocolError
+from dare_agg.privacy.shares import MOST_VARIANCE
 from dare_agg.secure.aggregate import TRAILER_WORDS
 from dare_agg.secure.aggregates import AGGREGATES
 from dare_agg.secure.encoding import (
@@ -62,6 +63,8 @@ class SecureTerms:
     digest of everything that enters the training (`dare_agg.secure.training`), `NO_TRAINING`
     where nothing is trained. Where the aggregate sums sketches of Gram matrices
     (`dare_agg.secure.sketch`), each has so many ``directions`` a party, and ``sketch`` values.
+    Where its parties add noise, each adds so much ``variance``, and the run promises its members
+    ``epsilon`` at ``delta`` in all rounds together; ``clip`` is a vector's norm then.
     The cohort is of one of so many ``groups`` of the roster (`dare_agg.secure.groups`), whose sums
     of a round lie on one mask.
     """
@@ -90,6 +93,9 @@ class SecureTerms:
     directions: int = 0
     sketch: int = 0
     groups: int = 1
+    variance: int = 0
+    epsilon: float = 0.0
+    delta: float = 0.0
 
     def __post_init__(self) -> None:
         n = len(self.cohort)
@@ -143,6 +149,18 @@ class SecureTerms:
             f"1 to {MAX_RANK} and a sketch above 0" if row.sketches else "none",
         )
         _check(
+            0 <= self.variance <= MOST_VARIANCE,
+            f"noise of variance {self.variance}",
+            f"0 to {MOST_VARIANCE}",
+        )
+        _check(
+            (0 < self.epsilon < float("inf") and 0 < self.delta < 1)
+            if row.noised
+            else self.epsilon == self.delta == 0,
+            f"privacy of ε = {self.epsilon} at δ = {self.delta} with {row.title}",
+            "numbers above 0, δ below 1" if row.noised else "none",
+        )
+        _check(
             0 < self.min_weight <= self.max_weight < 1 << 53,
             f"weights from {self.min_weight} to {self.max_weight}",
             "above 0, at most 2**53, and the lower one first",
@@ -175,7 +193,7 @@ class SecureTerms:
     @cached_property
     def quantiser(self) -> Quantiser:
         """The fixed point that these terms fix."""
-        return Quantiser(self.aggregate, self.bits, self.clip, len(self.cohort))
+        return Quantiser(self.aggregate, self.bits, self.clip, len(self.cohort), self.variance)
 
     @property
     def survivors(self) -> int:
@@ -244,6 +262,7 @@ class SecureTerms:
                 # Terms of other aggregates end here: their bytes are those of all versions.
                 u32(self.directions) + u64(self.sketch) if self.sketch else b"",
                 u32(self.groups) if self.groups > 1 else b"",
+                u64(self.variance) + f64(self.epsilon) + f64(self.delta) if self.variance else b"",
             )
         )
 
@@ -301,6 +320,9 @@ def secure_terms(
     directions: int = 0,
     sketch: int = 0,
     groups: int = 1,
+    variance: int = 0,
+    epsilon: float = 0.0,
+    delta: float = 0.0,
 ) -> SecureTerms:
     """Terms with the defaults that follow from the number of parties.
 
@@ -335,6 +357,9 @@ def secure_terms(
         directions=directions,
         sketch=sketch,
         groups=groups,
+        variance=variance,
+        epsilon=epsilon,
+        delta=delta,
     )
 
 
@@ -378,6 +403,8 @@ def decode_terms(data: bytes) -> SecureTerms:
         }
         if AGGREGATES[fields["aggregate"]].sketches:
             fields |= {"directions": read.u32(), "sketch": read.u64()}
+        if AGGREGATES[fields["aggregate"]].noised:
+            fields |= {"variance": read.u64(), "epsilon": read.f64(), "delta": read.f64()}
         if read.left == 4:
             fields["groups"] = read.u32()
             if fields["groups"] < 2:

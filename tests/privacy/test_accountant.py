@@ -10,6 +10,7 @@ from hypothesis import strategies as st
 
 from dare_agg.errors import ConfigError
 from dare_agg.privacy.accountant import (
+    IN_SHARES,
     Spent,
     check_budget,
     concentrated_epsilon,
@@ -154,7 +155,17 @@ def test_a_noise_that_cannot_be_accounted_for_is_refused(noise):
         Spent().add(noise)
 
 
-@pytest.mark.parametrize("rate", [0.0, 1.5, math.nan])
+def test_noise_in_shares_is_counted_as_concentrated_and_not_as_a_gaussian():
+    found = Spent().add(2.0, IN_SHARES, 3)
+    assert found.rho == pytest.approx(3 / 8) and not found.gaussian
+    # Its ε is a bound, above that of the Gaussian that it would be at best.
+    least = Spent().add(2.0, 1.0, 3).epsilon(1e-5)
+    assert least < found.epsilon(1e-5) == pytest.approx(concentrated_epsilon(3 / 8, 1e-5))
+    with pytest.raises(ConfigError):
+        Spent().add(0.001, IN_SHARES)
+
+
+@pytest.mark.parametrize("rate", [0.0, -0.5, 1.5, math.nan])
 def test_a_rate_that_is_none_is_refused(rate):
     with pytest.raises(ConfigError):
         Spent().add(1.0, rate)

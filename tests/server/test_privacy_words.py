@@ -3,7 +3,7 @@
 import pytest
 
 from dare_agg.errors import ConfigError
-from server.privacy import BUDGET_FILE, client_privacy, privacy_facts
+from server.privacy import BUDGET_FILE, client_privacy, privacy_facts, shared_privacy
 from server.reading import read_config
 
 WORDS = {"dp": "clients", "dp-members": 100, "weighting": "equal", "drop-rate": "0.9"}
@@ -48,3 +48,40 @@ def test_a_row_says_what_is_spent():
     found = privacy_facts({"privacy": {"epsilon": 1.0, "delta": 1e-5, "noise": 2.0}})
     assert found == {"privacy_epsilon": 1.0, "privacy_delta": 1e-5, "privacy_noise": 2.0}
     assert privacy_facts({}) == {}
+
+
+SECURE = {
+    "dp": "clients", "secure": "mean", "secure-roster": "r", "weighting": "equal",
+    "drop-rate": "0.9", "evaluate": False,
+}  # fmt: skip
+
+
+def test_the_words_of_noised_sums_make_their_promise(tmp_path):
+    config = read_config({**SECURE, "dp-epsilon": 4.0, "dp-clip": 2.0})
+    privacy = shared_privacy(config, tmp_path)
+    assert (privacy.epsilon, privacy.clip) == (4.0, 2.0)
+    assert privacy.ledger == tmp_path / BUDGET_FILE
+    assert client_privacy(read_config({**WORDS}), tmp_path) is not None
+    assert shared_privacy(read_config({**WORDS}), tmp_path) is None
+
+
+@pytest.mark.parametrize(
+    ("words", "said"),
+    [
+        ({"secure": "ties"}, "secure = mean"),
+        ({"secure": "wudi"}, "secure = mean"),
+        ({"secure": "task-arithmetic"}, "secure = mean"),
+        ({"secure-merge": True}, "secure-merge"),
+        ({"secure-groups": 3, "robust": "median", "byzantine": 1}, "robust"),
+        ({"weighting": "examples"}, "equal"),
+        ({"evaluate": True}, "evaluate = false"),
+        ({"dp-members": 10}, "roster says"),
+        ({"dp-quantile": 0.5}, "roster says"),
+        ({"dp-epsilon": 0.0}, "above 0"),
+        ({"dp-epsilon": 70333.0}, "dp-weak"),
+        ({"dp-clip": -1.0}, "clip"),
+    ],
+)
+def test_what_noised_sums_cannot_promise_is_refused(words, said):
+    with pytest.raises(ConfigError, match=said):
+        read_config({**SECURE, **words})

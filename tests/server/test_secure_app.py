@@ -105,6 +105,27 @@ def test_parties_of_a_sum_keep_their_rows_private_too(run: Any, tmp_path: Path) 
     assert '"epsilon_budget": 4.0' in card
 
 
+def test_no_sum_of_a_private_run_lacks_noise(run: Any, tmp_path: Path) -> None:
+    words = {"dp": "clients", "dp-epsilon": 4.0, "steps": 1, "num-rounds": 2, "evaluate": False}
+    words |= {"weighting": "equal", "drop-rate": "0.5", "learning-rate": 1e-9, "dp-clip": 1.0}
+    folder, rows, status = run([], secure="mean", **words)
+    assert status["status"] == "completed"
+    assert [row["accepted"] for row in rows] == [4] * 2
+    # Hardly anything was learnt (the head alone), and the model moves by noise.
+    noise = rows[0]["privacy_noise"] * np.sqrt(4 / 3) / 4  # three must stay, four did
+    assert rows[0]["merged_norm"] == pytest.approx(
+        noise * np.sqrt(0.5 * rows[0]["parameters"]), rel=0.1
+    )
+    assert 3.9 < rows[-1]["privacy_epsilon"] <= 4.0 and rows[-1]["privacy_delta"] < 0.25
+    told = {"train_loss", "loss", "accuracy", "secure_clipped_share", "by_client", "delta_max"}
+    assert not {key for row in rows for key in told & row.keys() if row[key] is not None}
+    # The run's own budget, and each party's.
+    found = sorted(path.name for path in tmp_path.rglob("*.budget"))
+    assert found == [*(f"party-{n}.budget" for n in range(4)), "privacy.budget"]
+    card = (folder / "model-secure-mean" / "README.md").read_text(encoding="utf-8")
+    assert '"epsilon_budget": 4.0' in card and "its noise alone" in card
+
+
 def test_a_merge_of_tuned_models(run: Any, tiny_model: Path, tmp_path: Path) -> None:
     base = load_file(tiny_model / "model.safetensors")
     rng = np.random.default_rng(0)

@@ -43,7 +43,7 @@ TOLD = frozenset(
         "base", "layout", "terms", "roster", "aggregate", "clip", "parties", "groups",
         "threshold", "degree", "norm", "training", "local", "stage", "session", "cohort",
         "own-keys", "low-order", "shares", "nonce", "overlap", "alive", "duplicate",
-        "second-cohort", "shape",
+        "second-cohort", "shape", "privacy",
     )
 )  # fmt: skip
 TURNED_AWAY = "this node takes part in secure sums only: refused"

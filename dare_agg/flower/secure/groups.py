@@ -11,13 +11,13 @@ from typing import Any
 
 import numpy as np
 
-from dare_agg.codec.mask import Mask
 from dare_agg.codec.masked import MaskedSource
 from dare_agg.errors import ConfigError
 from dare_agg.robust.aggregate import aggregate
 from dare_agg.robust.rule import RobustRule
 from dare_agg.secure.aggregate import SecureMeasurements
 from dare_agg.secure.groups import GroupSum
+from dare_agg.secure.private import rescale_of
 from dare_agg.secure.result import MergedSum, merged_sum
 from dare_agg.secure.roster import Roster
 from dare_agg.secure.settings import SecureSettings
@@ -84,7 +84,7 @@ def merge_groups(
     # What is drawn at random (buckets) is drawn anew each round, and by nobody before the sums.
     seed = np.frombuffer(b"".join(one.server.terms.session for one in found), np.uint32).tolist()
     # As long as the changes they stand for, so that a bound on norms means what it says.
-    rescale = _rescale(mask)
+    rescale = rescale_of(mask)
     bodies = [one.delta.values * rescale for one in means if isinstance(one.delta, MaskedSource)]
     body, measured = _voted(bodies, rule, seed)
     body *= np.float32(scaling) / rescale
@@ -115,10 +115,3 @@ def _voted(
     whole = np.empty(found.delta.size, np.float32)
     found.delta.read(0, whole.size, whole)
     return whole, found.measured
-
-
-def _rescale(mask: Mask) -> FloatVector:
-    """What each survivor is multiplied by where a delta is read."""
-    return np.concatenate(
-        [np.broadcast_to(np.float32(scale), at.shape) for at, scale in mask.blocks()]
-    )

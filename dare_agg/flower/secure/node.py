@@ -9,7 +9,10 @@ may collude; 3), ``secure-min-cohort`` (the cohort must be more than this share 
 half), ``secure-min-threshold`` (share of the cohort that must stay, more than half; two
 thirds by default), ``secure-min-norm`` (a delta must be larger; 0), ``secure-max-clip``,
 ``secure-methods``, ``secure-groups`` (it takes part in sums over one of so many groups of the
-roster; 1: in those of all alone). For merges ``model-path``, ``base-path`` and ``merged-path``.
+roster; 1: in those of all alone). Of noised sums ``secure-epsilon`` and ``secure-delta``, the
+most that all runs together may spend, and ``secure-budget``, the file where it stands; with an ε
+of its own the party takes part in no sum without noise. For merges ``model-path``, ``base-path``
+and ``merged-path``.
 A node with a ``secure-identity`` takes part in nothing else, whatever the server asks for:
 ``secure-evaluate=true`` lets it report metrics, ``secure-only=false`` lets it train in the
 clear too.
@@ -30,8 +33,10 @@ from pathlib import Path
 from flwr.app import Context
 
 from dare_agg.errors import ConfigError
+from dare_agg.files.cache import cache_folder
 from dare_agg.secure.aggregates import AGGREGATES
 from dare_agg.secure.graph import COLLUDING, MOST_COLLUDING
+from dare_agg.secure.guard import PrivacyGuard
 from dare_agg.secure.identity import Identity, need_passphrase, read_identity, read_trusted
 from dare_agg.secure.ledger import FileLedger
 from dare_agg.secure.party import Party
@@ -57,7 +62,27 @@ def secure_party(context: Context) -> Party:
     state = Path(node["secure-state"]) if "secure-state" in node else default_folder()
     ledger = node.get("secure-ledger", str(identity_file.with_suffix(".ledger")))
     least = _number(context.node_config, "secure-min-norm", 0.0, 0.0)
-    return Party(identity, roster, Vault(state, identity), FileLedger(Path(ledger)), least)
+    vault, guard = Vault(state, identity), _guard(context.node_config, identity_file, folder)
+    return Party(identity, roster, vault, FileLedger(Path(ledger)), least, guard)
+
+
+def _guard(config: Mapping[str, object], identity_file: Path, practice: str | None) -> PrivacyGuard:
+    """This party's budget of noised sums."""
+    node = {**practice_words(), **config}
+    path = Path(str(node.get("secure-budget", identity_file.with_suffix(".budget"))))
+    said = "secure-epsilon" in node
+    simulated = practice is not None and "secure-identity" not in node
+    # With the folder of their keys the parties of a simulation are gone.
+    marks = Path(str(practice)) / "marks" if simulated else cache_folder("privacy-marks")
+    return PrivacyGuard(
+        path.expanduser(),
+        marks,
+        epsilon=_number(node, "secure-epsilon", 0.0, 1e-3 if said else 0.0),
+        delta=_number(node, "secure-delta", 0.0, 0.0, 1.0),
+        colluding=_number(node, "secure-colluding", COLLUDING, 0.0, MOST_COLLUDING),
+        insists=said,
+        practice=simulated,
+    )
 
 
 def node_policy(context: Context, base: str, layout: str) -> SecurePolicy:

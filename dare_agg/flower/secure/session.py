@@ -144,13 +144,15 @@ def run_session(
     model: str = "",
     begin_with: int = 0,
     again: Callable[[int, Message], Message | None] = lambda party, reply: None,
+    before: Callable[[str], None] = lambda stage: None,
 ) -> Found:
     """Run the stages among ``nodes`` (party → node) and return the sums.
 
     ``first(party)`` makes the message that the adverts answer; ``model`` goes with every
     later request. With fewer adverts than ``begin_with`` the session ends there, before anyone
     has put data in. ``again(party, answer)`` may answer a first answer with another first
-    message, once. Raises `ProtocolError` as ``server`` does; ``log`` is filled anyhow.
+    message, once. ``before(stage)`` is called when a later stage is about to be asked for. Raises
+    `ProtocolError` as ``server`` does; ``log`` is filled anyhow.
     """
     limit = max(_most_bytes(server.of(party)) for party in nodes)
     messages = {party: first(nodes[party]) for party in sorted(nodes)}
@@ -166,6 +168,7 @@ def run_session(
         )
     for stage in REQUESTS:
         requests = server.close()
+        before(stage)
         began = time.monotonic()
         for some in waves(list(requests), limit if stage == "contribute" else 0):
             messages = {

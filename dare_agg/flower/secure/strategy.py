@@ -18,13 +18,15 @@ from flwr.serverapp import Grid
 
 from dare_agg.codec.mask import DropRate, parse_drop_rate
 from dare_agg.downlink.protocol import SharedMask
-from dare_agg.errors import ConfigError, ProtocolError, RunError
+from dare_agg.errors import ConfigError, PrivacyError, ProtocolError, RunError
 from dare_agg.flower import arguments
 from dare_agg.flower.clients import Client
+from dare_agg.flower.private_rounds import RELEASES
 from dare_agg.flower.records import ASK_TRAIN
 from dare_agg.flower.round_outcome import RoundOutcome
 from dare_agg.flower.round_strategy import ROUND_WORD, RoundStrategy
 from dare_agg.flower.secure.groups import check_groups, merge_all
+from dare_agg.flower.secure.privacy import NoisedRounds
 from dare_agg.flower.secure.records import SECURE_KEY, Train, names_of
 from dare_agg.flower.secure.session import (
     STAGE_SECONDS,
@@ -137,6 +139,21 @@ class SecureStrategy(RoundStrategy):
             min_train_nodes=max(fewest, words.pop("min_train_nodes", 2)),
             **words,
         )
+        self.noised = None
+        if secure.privacy is not None:
+            self.noised = NoisedRounds(
+                secure.privacy,
+                len(roster.members),
+                {
+                    "fraction_evaluate": (
+                        self.fraction_evaluate,
+                        "what parties evaluate is told of each, without noise; set it to 0 "
+                        "(evaluate = false)",
+                    ),
+                    "base": (self.named_base, "a version on disk is not looked through for what "
+                             "noise ruins; leave it out"),
+                },
+            )  # fmt: skip
         self.secure = secure
         self.roster = roster
         self.groups = divided(roster, secure.groups)
@@ -192,6 +209,29 @@ class SecureStrategy(RoundStrategy):
         if self.fraction_evaluate:
             LOG.warning("evaluation metrics are single parties' data and reach the server in clear")
 
+    def ready_for(self, rounds: int) -> None:
+        """Open the privacy budget, if the run has one."""
+        if self.noised is not None:
+            self.noised.begin(rounds)
+
+    def may_go_on(self, number: int, first: bool) -> bool:
+        """Whether the privacy budget bears the round; raises `PrivacyError` for the first."""
+        return self.noised is None or self.noised.may_go_on(number, first)
+
+    def kept_facts(self) -> dict[str, Any]:
+        """How many sums were charged, where privacy is kept."""
+        return {} if self.noised is None else self.noised.facts()
+
+    def take_up(self, facts: Mapping[str, Any]) -> None:
+        """Go on from a state; raises `PrivacyError` where it was of another privacy."""
+        if self.noised is not None:
+            self.noised.take_up(facts)
+        elif RELEASES in facts:
+            raise PrivacyError(
+                "the run was begun with privacy of its clients, and is to go on without; give the "
+                "strategy the same privacy, or begin another run"
+            )
+
     def configure_train(
         self, server_round: int, arrays: ArrayRecord, config: ConfigRecord, grid: Grid
     ) -> Iterable[Message]:
@@ -213,6 +253,8 @@ class SecureStrategy(RoundStrategy):
         """One secure sum of what the parties learn, or one of each group."""
         self.broadcasting.adopt(arrays)
         model = self.broadcasting.model
+        if self.noised is not None:
+            self.noised.check_model(model)
         began = time.monotonic()
         config[ROUND_WORD] = number
         config["start-seed"] = self._start_seed
@@ -246,6 +288,10 @@ class SecureStrategy(RoundStrategy):
                 lost = self.broadcasting.lost_version(node, reply, SECURE_KEY)
                 return first(node) if lost else None
 
+            def before(stage: str) -> None:
+                if self.noised is not None:
+                    self.noised.before(stage, number, server)
+
             sums = run_session(
                 grid,
                 server,
@@ -255,6 +301,7 @@ class SecureStrategy(RoundStrategy):
                 first_seconds=limit,
                 stage_seconds=self.stage_seconds,
                 again=again,
+                before=before,
             )
             layout = model.groups.layout
             found, told = merge_all(sums, self.secure, self.settings.robust, layout)
@@ -290,14 +337,14 @@ class SecureStrategy(RoundStrategy):
             facts["secure"]["lost_groups"] = server.lost
         LOG.info(
             "round %d: a secure %s of %d of %d parties, %s bytes up each; lone contributors at "
-            "%s of the elements, %.2g clipped",
+            "%s of the elements, %s clipped",
             number,
             self.secure.method,
             len(server.alive),
             len(nodes),
             f"{max(log.upload.values()):,}",
             "none known" if measured.lone_share is None else f"{measured.lone_share:.1%}",
-            measured.clipped_share,
+            "nobody knows what was" if self.noised else f"{measured.clipped_share:.2g}",
         )
         outcome = RoundOutcome(number, moved, step_state, facts, log.rejections, [], MetricRecord())
         return self.move(outcome), None
@@ -339,6 +386,7 @@ class SecureStrategy(RoundStrategy):
             exclude=self.settings.terms.exclude,
             training=training,
             model=self.broadcasting.model.groups.layout,
+            rho=self.noised.running.rho if self.noised is not None else 0.0,
         )
 
     def _after(self, cohort: Sequence[int]) -> bytes:
@@ -419,6 +467,8 @@ class SecureStrategy(RoundStrategy):
             "stage_seconds": dict(log.seconds),
         }
         if terms is not None and measured is not None:
+            if self.noised is not None:
+                facts["privacy"] = self.noised.running.measured()
             facts["secure"] = {
                 "method": self.secure.method,
                 "bits": terms.quantiser.bits,
@@ -427,5 +477,7 @@ class SecureStrategy(RoundStrategy):
                 "threshold": terms.threshold,
                 **asdict(measured),
             }
+            if self.noised is not None:
+                del facts["secure"]["clipped_share"]  # none was told
             facts["survivors_per_element"] = len(alive) * terms.drop_rate.keep
         return facts

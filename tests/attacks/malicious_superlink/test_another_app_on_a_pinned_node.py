@@ -84,14 +84,14 @@ def test_what_lay_there_before_is_not_run(monkeypatch):
     """Of eight digits of its digest a bundle of our files can be made to have any."""
     seen = []
 
-    def program(name, words):
+    def program(words):
         home = os.environ["FLWR_HOME"]
         seen.append((home, os.listdir(home)))
 
     monkeypatch.setenv("FLWR_HOME", "/home/of/everybody")
     monkeypatch.setattr(pinned_node, "guard_bundles", lambda accept: None)
     monkeypatch.setattr(pinned_node, "guard_errors", lambda told, otherwise: None)
-    monkeypatch.setattr(pinned_node, "run_program", program)
+    monkeypatch.setattr(pinned_node, "run_supernode", program)
     pinned_node.run_pinned(APP, [])
     ((home, held),) = seen
     assert home != "/home/of/everybody" and held == []

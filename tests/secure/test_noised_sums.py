@@ -176,8 +176,10 @@ def test_words_tell_no_weight_and_nothing_of_what_was_clipped():
     mask = group.terms.mask(b"d" * 32)
     point = group.terms.quantiser
     tails = set()
-    for spread in (1e-5, 100.0):
-        words = pack_private(values_of(group, spread)[1], mask, point, KEYS)
+    alone = np.zeros(group.terms.values, np.float32)
+    alone[0] = 1e6
+    for values in (alone, *(values_of(group, spread)[1] for spread in (1e-5, 100.0))):
+        words = pack_private(values, mask, point, KEYS)
         tails.add(tuple(words[-2:].tolist()))
     assert tails == {(point.top, 0)}
 

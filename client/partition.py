@@ -26,10 +26,27 @@ def dirichlet(
     Draws again, with the next seed, until every client has at least ``least`` rows (Hsu et
     al., arXiv 1909.06335). Raises `ConfigError` when that cannot be.
     """
+    if (drawn := _drawn(labels, clients, alpha, seed, least)) is not None:
+        return drawn
+    # Ten clients are the default, so a number that fits is found and told.
+    most = min(clients // 2, labels.size // least)
+    while most > 1 and _drawn(labels, most, alpha, seed, least) is None:
+        most //= 2
     if labels.size < clients * least:
-        raise ConfigError(
-            f"{labels.size} rows for {clients} clients; at least {least} each are needed"
-        )
+        why = f"{labels.size} rows for {clients} clients; at least {least} each are needed"
+        raise ConfigError(why + _fewer(most))
+    raise ConfigError(
+        f"no Dirichlet({alpha}) partition over {clients} clients gives each {least} rows; raise "
+        f"alpha{_fewer(most, ' or ')}"
+    )
+
+
+def _drawn(
+    labels: NDArray[np.int64], clients: int, alpha: float, seed: int, least: int
+) -> list[Indices] | None:
+    """The first draw in which each client has ``least`` rows; None where a thousand have not."""
+    if labels.size < clients * least:
+        return None
     for attempt in range(1000):
         rng = np.random.default_rng(np.random.SeedSequence([seed, 11, attempt]))
         parts: list[list[Indices]] = [[] for _ in range(clients)]
@@ -42,10 +59,11 @@ def dirichlet(
         whole = [np.sort(np.concatenate(part)) for part in parts]
         if min(part.size for part in whole) >= least:
             return whole
-    raise ConfigError(
-        f"no Dirichlet({alpha}) partition over {clients} clients gives each {least} rows; raise "
-        "alpha or lower the number of clients"
-    )
+    return None
+
+
+def _fewer(most: int, link: str = "; ") -> str:
+    return f"{link}lower the number of clients, such as --clients {most}" if most else ""
 
 
 def by_column(groups: Sequence[str], clients: int) -> list[Indices]:
@@ -53,8 +71,9 @@ def by_column(groups: Sequence[str], clients: int) -> list[Indices]:
     values, inverse = np.unique(np.asarray(groups, dtype=str), return_inverse=True)
     if len(values) < clients:
         raise ConfigError(
-            f"the partition column has {len(values)} values for {clients} clients; lower the "
-            "number of clients or choose another column"
+            f"the partition column has {len(values)} values for {clients} clients"
+            + _fewer(len(values))
+            + ", or choose another column"
         )
     sizes = np.bincount(inverse)
     parts: list[list[Indices]] = [[] for _ in range(clients)]

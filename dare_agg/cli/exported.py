@@ -6,6 +6,8 @@ import sys
 from pathlib import Path
 
 from dare_agg.errors import ConfigError, did_you_mean
+from dare_agg.runs.claim import run_state
+from dare_agg.runs.ending import FAILED, INTERRUPTED, RUNNING
 
 _PREFIX = "model-"
 PROVENANCE = "provenance.json"
@@ -24,12 +26,7 @@ def exported_model(run: Path, method: str = "") -> Path:
         if (path / PROVENANCE).is_file()
     }
     if not found:
-        why = (
-            "save-model was off, or it is not finished"
-            if run.is_dir()
-            else "there is no such folder"
-        )
-        raise ConfigError(f"{run} holds no model of a run: {why}; give a run's folder")
+        raise ConfigError(f"{run} holds no model of a run: {_why_none(run)}")
     if method:
         if method not in found:
             raise ConfigError(f"{run} has no model of {method!r}{did_you_mean(method, found)}")
@@ -38,3 +35,17 @@ def exported_model(run: Path, method: str = "") -> Path:
     if len(found) > 1:
         sys.stderr.write(f"{path.name} of {', '.join(found)}; --method chooses\n")
     return path
+
+
+def _why_none(run: Path) -> str:
+    if not run.is_dir():
+        return "there is no such folder; give a run's folder"
+    if parties := sorted(path.parent for path in run.glob(f"parties/*/{PROVENANCE}")):
+        return f"it is a merge; its parties have theirs: give one, such as {parties[0]}"
+    status = run_state(run).get("status")
+    if status == RUNNING:
+        return "it is running, and a model is written when its method has ended"
+    if status in (FAILED, INTERRUPTED):
+        ended = "failed" if status == FAILED else "was interrupted"
+        return f"it {ended} before one was written; go on with: dare-agg run --resume {run}"
+    return "save-model was off, or it is not finished; give a run's folder"

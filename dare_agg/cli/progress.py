@@ -15,7 +15,7 @@ from dare_agg.runs.live import live_facts, live_line
 from dare_agg.runs.log import Mirror, planned_rounds, rejections, seconds_left
 from dare_agg.runs.missed import MISSED_COLUMNS, MISSED_TITLE, missed_cells
 from dare_agg.runs.rows import METRICS_FILE, STATE_FILE, RunRow, read_rows, sent_words
-from dare_agg.runs.words import human_bytes, human_seconds
+from dare_agg.runs.words import human_bytes, human_seconds, smaller_by
 
 if TYPE_CHECKING:
     from rich.console import Console
@@ -166,7 +166,8 @@ def summary_table(rows: list[RunRow]) -> Table:
     for method, row in last.items():
         update = row.update_bytes_per_client
         own = method != "head-only"
-        ratio = f"{dense / update:,.0f}×" if dense and update and own else "–"
+        # Without FedAvg beside it, against its parameters in float32, as in the report.
+        whole = dense or 4 * (row.parameters or 0)
         table.add_row(
             method,
             _shown(row.perplexity, ",.2f") if language else _shown(row.accuracy, ".3f"),
@@ -175,7 +176,7 @@ def summary_table(rows: list[RunRow]) -> Table:
             *([sent_words(row) or "–"] if said else []),
             human_bytes(update) if own else "–",
             human_bytes(row.dense_bytes_per_client if own else update),
-            ratio,
+            smaller_by(whole, update) if own else "–",
             human_bytes(row.download_bytes_per_client),
             f"{row.seconds:.0f}",
         )

@@ -194,7 +194,8 @@ def live_line(facts: Mapping[str, Any]) -> str:
     """The facts of a page in one line, for a terminal."""
     live = facts["live"]
     state = live["state"] if live["state"] != RUNNING else ""
-    words = [state, live["error"], live["now"]]
+    error = live["error"] if live["error"] != state else ""
+    words = [state, error, live["now"]]
     words += [f"{card['figure']} {card['text']}" for card in facts["cards"][1:]]
     return " · ".join(filter(None, words))
 

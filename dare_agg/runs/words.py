@@ -20,6 +20,20 @@ def human_bytes(count: float) -> str:
     return f"{count:.1f} TB"
 
 
+def smaller_by(whole: float, sent: float) -> str:
+    """How many times smaller ``sent`` is than ``whole``; "–" where either is nothing.
+
+    >>> smaller_by(90_900_000, 293_000), smaller_by(90_900_000, 56_800_000)
+    ('310×', '1.6×')
+    """
+    if not whole or not sent:
+        return "–"
+    ratio = whole / sent
+    if ratio <= 1.05:
+        return "1×"
+    return f"{ratio:,.0f}×" if ratio >= 9.95 else f"{ratio:.1f}×".replace(".0×", "×")
+
+
 def human_seconds(seconds: float) -> str:
     """Format a time roughly.
 

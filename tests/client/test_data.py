@@ -1,3 +1,5 @@
+import re
+
 import numpy as np
 import pytest
 
@@ -91,6 +93,23 @@ def test_whole_groups_stay_together():
 def test_impossible_partitions_are_refused(rule, clients, message):
     with pytest.raises(ConfigError, match=message):
         partition(rule, np.zeros(4, np.int64), ["x", "x", "y", "y"], clients)
+
+
+@pytest.mark.parametrize(("count", "clients"), [(96, 10), (100, 10), (400, 30), (25, 10)])
+def test_too_few_rows_name_a_number_of_clients_that_fits(count, clients):
+    labels = np.arange(count) % 3
+    with pytest.raises(ConfigError) as refused:
+        partition("dirichlet", labels, [], clients)
+    found = re.search(r"--clients (\d+)$", str(refused.value))
+    assert found and 1 <= int(found[1]) < clients
+    assert len(partition("dirichlet", labels, [], int(found[1]))) == int(found[1])
+
+
+def test_too_few_groups_name_the_clients_that_fit():
+    labels, groups = np.zeros(96, np.int64), ["x", "y", "z"] * 32
+    with pytest.raises(ConfigError, match="--clients 3, or"):
+        partition("column", labels, groups, 10)
+    assert len(partition("column", labels, groups, 3)) == 3
 
 
 def test_the_table_of_built_in_sets_is_complete():

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import json
 import re
 from pathlib import Path
@@ -168,3 +169,15 @@ def test_scripts_make_no_html_of_words_and_name_no_address():
             assert way not in code, way
         assert set(re.findall(r"https?://[\w./]+", code)) == {"http://www.w3.org/2000/svg"}
     assert "url(" not in part(STYLE) and "@import" not in part(STYLE)
+
+
+@pytest.mark.parametrize("measured", [(1.0, 1.0), (0.9991, 0.9999), (0.0, 0.0)])
+def test_ticks_differ_and_a_flat_curve_has_none_above_everything(chromium, tmp_path, measured):
+    folder = made_run(tmp_path / "run", [a_row("fedavg", 1 + n, v) for n, v in enumerate(measured)])
+    path = write_report(tmp_path / "r.html", read_run(folder), title="A run", lead="lead")
+    chromium.open(path.as_uri())
+    ticks = chromium.eval("""[...document.querySelectorAll(
+      '#by-round-plot text[text-anchor=end]')].map((one) => Number(one.textContent))""")
+    assert len(ticks) > 2 and len(set(ticks)) == len(ticks) and max(ticks) <= 100
+    steps = [after - before for before, after in itertools.pairwise(ticks)]
+    assert max(steps) == pytest.approx(min(steps), rel=1e-6)

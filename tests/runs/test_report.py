@@ -28,7 +28,7 @@ from dare_agg.runs.report.series import coinciding, target_of, totals
 from dare_agg.runs.rows import RunRow, read_rows
 from dare_agg.vectors.layout import layout_of
 from dare_agg.vectors.sources import array_source
-from tests.runs.made_run import facts_in
+from tests.runs.made_run import a_row, facts_in
 
 
 def _run(name: str, upload: float, accuracies: tuple[float, ...]) -> RunRecord:
@@ -124,6 +124,16 @@ def test_what_was_sent_and_what_was_warned_of_stand_in_table_and_page(tmp_path: 
     assert [c.header for c in table.columns][3] == "sent"
     assert [*table.columns[3].cells] == ["p = 0, b2, b4"]
     assert "sent" not in [c.header for c in summary_table([RunRow({"method": "a"})]).columns]
+
+
+def test_the_ratio_of_a_run_without_fedavg_is_the_reports() -> None:
+    for more, said in (
+        ({}, "10×"),
+        ({"update_bytes_per_client": 2500}, "1.6×"),
+        ({"parameters": None}, "–"),
+    ):
+        table = summary_table([RunRow(a_row("dare", 1, 0.5, **more))])
+        assert {c.header: [*c.cells] for c in table.columns}["ratio"] == [said]
 
 
 def test_same_runs_give_the_same_page(tmp_path: Path) -> None:

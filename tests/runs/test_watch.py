@@ -243,6 +243,8 @@ def test_how_a_run_ended_is_said_and_what_it_did_last_no_more(tmp_path):
     line = live_line(facts)
     assert line.startswith("failed · no client came · 8 rounds were finished · 80.0 % accuracy")
     assert "left" not in line and "\n" not in line
+    (folder / "run.json").write_text(json.dumps({**state, "error": "failed"}))
+    assert live_line(live_facts(folder)).startswith("failed · 8 rounds were finished")
 
 
 def test_who_waits_for_clients_says_so_and_talk_of_a_client_does_not(tmp_path):

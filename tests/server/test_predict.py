@@ -20,6 +20,7 @@ from dare_agg.cli.push import push_folder
 from dare_agg.errors import ConfigError, RunError
 from server.export import export_model
 from tests.chat import make_model
+from tests.runs.made_run import made_run
 from tests.tiny import command
 
 LABELS = ("negative", "positive")
@@ -99,6 +100,24 @@ def test_which_model_is_meant(run, tmp_path):
         exported_model(tmp_path)
     with pytest.raises(ConfigError, match="there is no such folder"):
         exported_model(tmp_path / "none")
+
+
+def test_a_run_without_a_model_says_why(tmp_path):
+    for status, why in (
+        ("interrupted", "was interrupted before .*--resume"),
+        ("failed", "failed before .*--resume"),
+        ("running", "it is running"),
+        ("completed", "save-model was off"),
+    ):
+        folder = made_run(tmp_path / status, [], status=status)
+        with pytest.raises(ConfigError, match=why):
+            exported_model(folder)
+    party = tmp_path / "completed" / "parties" / "party-0.merged"
+    party.mkdir(parents=True)
+    (party / "provenance.json").write_text("{}")
+    with pytest.raises(ConfigError, match=r"such as .*party-0\.merged$"):
+        exported_model(tmp_path / "completed")
+    assert exported_model(party) == party
 
 
 def test_what_words_mean(tmp_path):

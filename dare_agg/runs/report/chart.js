@@ -59,16 +59,26 @@ function ticksOf(low, high, log, whole) {
   return every.filter((v) => v <= high + step * 1e-9);
 }
 
+// The labels of ticks, in as few digits as tell each from the next.
+function labelled(values, tick = shortNumber) {
+  let texts = [];
+  for (let digits = 3; digits <= 12; digits++) {
+    texts = values.map((v) => tick(v, digits));
+    if (new Set(texts).size === texts.length) break;
+  }
+  return values.map((v, place) => [v, texts[place]]);
+}
+
 function thinned(values) {
   const every = Math.ceil(values.length / 6);
   return values.filter((_, place) => place % every === 0);
 }
 
-function scale(values, from, to, log) {
+function scale(values, from, to, { log, most = Infinity }) {
   const shown = log ? values.filter((v) => v > 0) : values;
   let low = Math.min(...shown), high = Math.max(...shown);
   if (!shown.length) [low, high] = log ? [1, 10] : [0, 1];
-  if (low === high) [low, high] = log ? [low / 2, high * 2] : [low - 0.5, high + 0.5];
+  if (low === high) [low, high] = log ? [low / 2, high * 2] : [low - 0.5, Math.max(high, Math.min(high + 0.5, most))];
   const t = log ? Math.log10 : (v) => v;
   const place = (v) => from + (to - from) * (t(v) - t(low)) / (t(high) - t(low));
   return { low, high, place };
@@ -91,17 +101,17 @@ function chart({ id, title, series, x, y, limit = null, steps = false }) {
   function draw() {
     const height = Math.max(230, Math.min(320, width * 0.62));
     const drawn = shown(), every = drawn.flatMap((one) => one.points);
-    const sx = scale(every.map((p) => p[0]).concat(limit ?? []), ROOM.left + EDGE, width - ROOM.right - EDGE, x.log);
-    const sy = scale(every.map((p) => p[1]), height - ROOM.bottom - EDGE, ROOM.top + EDGE, y.log);
+    const sx = scale(every.map((p) => p[0]).concat(limit ?? []), ROOM.left + EDGE, width - ROOM.right - EDGE, x);
+    const sy = scale(every.map((p) => p[1]), height - ROOM.bottom - EDGE, ROOM.top + EDGE, y);
     const bottom = height - ROOM.bottom;
     const parts = [];
-    for (const v of ticksOf(sy.low, sy.high, y.log)) {
+    for (const [v, text] of labelled(ticksOf(sy.low, sy.high, y.log), y.tick)) {
       parts.push(svg("line", { class: "grid", x1: ROOM.left, x2: width - ROOM.right, y1: sy.place(v), y2: sy.place(v) }),
-        svg("text", { x: ROOM.left - 7, y: sy.place(v) + 4, "text-anchor": "end" }, (y.tick || shortNumber)(v)));
+        svg("text", { x: ROOM.left - 7, y: sy.place(v) + 4, "text-anchor": "end" }, text));
     }
     let last = -Infinity;
-    for (const v of ticksOf(sx.low, sx.high, x.log, x.whole)) {
-      const at = sx.place(v), text = (x.tick || shortNumber)(v), half = 3.6 * text.length;
+    for (const [v, text] of labelled(ticksOf(sx.low, sx.high, x.log, x.whole), x.tick)) {
+      const at = sx.place(v), half = 3.6 * text.length;
       parts.push(svg("line", { class: "axis", x1: at, x2: at, y1: bottom, y2: bottom + 5 }));
       if (at - half < last + 6 || at + half > width) continue; // no label on another, none cut
       last = at + half;

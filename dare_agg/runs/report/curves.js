@@ -1,5 +1,5 @@
 // The curves of runs: any measure by rounds, bytes or time, and what a target costs.
-const percent = { tick: (v) => shortNumber(v), said: (v) => v.toFixed(1) + " %" };
+const percent = { tick: shortNumber, most: 100, said: (v) => v.toFixed(1) + " %" };
 const MEASURES = {
   accuracy: { title: "Accuracy", label: "test accuracy, %", by: 100, better: 1, ...percent },
   perplexity: { title: "Perplexity", label: "test perplexity", log: true, better: -1 },

@@ -43,11 +43,11 @@ function shortBytes(count) {
   return humanBytes(count).replace(".0 ", " ");
 }
 
-function shortNumber(value) {
+function shortNumber(value, digits = 3) {
   if (value === 0) return "0";
   const size = Math.abs(value);
-  if (size >= 1e5 || size < 1e-3) return value.toExponential(1).replace("e+", "e").replace(".0e", "e");
-  return String(Number(value.toPrecision(3)));
+  if (size >= 1e5 || size < 1e-3) return value.toExponential(digits - 2).replace("e+", "e").replace(".0e", "e");
+  return String(Number(value.toPrecision(digits)));
 }
 
 // Says on the page that all of it is there, plots too, which are drawn once their width is known.

@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from dare_agg.runs.report.measures import PERPLEXITY, Measure, further_measures, measure_of
 from dare_agg.runs.report.records import RunRecord
 from dare_agg.runs.rows import sent_words
-from dare_agg.runs.words import human_bytes
+from dare_agg.runs.words import human_bytes, smaller_by
 
 _BYTES = ("Upload / client / round", "Smaller by")
 _HEAD = "Dense head, extra"
@@ -31,13 +31,12 @@ def table_row(run: RunRecord, runs: Sequence[RunRecord] = ()) -> list[str]:
     """The cells of a run under `table_columns` of all runs, without its name."""
     runs = runs or (run,)
     measures = (measure_of(runs), *further_measures(runs))
-    ratio = 4 * run.parameters / run.upload if run.upload else None
     head = human_bytes(run.head_upload) if run.head_upload else "–"
     return [
         *(_shown_last(measure, run) for measure in measures),
         *([_sent(run) or "–"] if any(map(_sent, runs)) else []),
         human_bytes(run.upload) if run.upload else "–",
-        "–" if ratio is None else f"{ratio:,.0f}×" if ratio > 1.05 else "1×",
+        smaller_by(4 * run.parameters, run.upload),
         *([] if measures[0] is PERPLEXITY else [head]),
         human_bytes(run.download),
         f"{run.seconds:.0f}",

@@ -147,6 +147,7 @@ def run_method(
             # After the row: a resumed run drops rows of rounds that were not kept.
             told = {
                 "totals": totals,
+                "clock": row.seconds,
                 FROZEN: str(orders.get(FROZEN, "")),
                 **_facts(outcome),
                 "record_privacy": told_privacy,
@@ -159,6 +160,7 @@ def run_method(
     recorder.rewind(name, resumed.round if resumed else 0)
     if resumed is not None:
         totals.update(resumed.facts["totals"])
+        began -= float(resumed.facts.get("clock", 0.0))  # what the run has taken so far
         told_privacy.update(resumed.facts.get("record_privacy", {}))
         frozen = str(resumed.facts.get(FROZEN, ""))
         initial = None if config.base else to_record(kept.load_base())

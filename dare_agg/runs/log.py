@@ -152,7 +152,7 @@ def _usual_length(rows: Sequence[RunRow]) -> float:
 def _length(row: RunRow, before: RunRow | None) -> float:
     """From the end of the round before to the end of this one; ``round_seconds`` is training."""
     since = row.seconds - (before.seconds if before else 0.0)
-    # The clock begins again where a run was resumed.
+    # In older runs the clock begins again where one was resumed.
     return max(row.round_seconds, since if since > 0 else row.seconds)
 
 

@@ -93,6 +93,8 @@ def test_rounds_choose_what_is_sent_rows_tell_it_and_a_resumed_run_goes_on(run):
     run(num_rounds=1, into="again", **words)
     _, again, resumed = run(num_rounds=3, into="again", resume=True, **words)
     assert resumed["fingerprints"] == state["fingerprints"]
+    # The clock goes on where the rounds before ended, though another process counts.
+    assert again[1]["seconds"] >= again[0]["seconds"] + again[1]["round_seconds"]
     told = ("drop_rate", "value_format", "noise", "noise_of_change")
     assert [[row[key] for key in told] for row in again] == [
         [row[key] for key in told] for row in rows

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import sys
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Annotated
 
@@ -138,13 +139,11 @@ def _bundle(app: Path | None) -> list[Check]:
     from dare_agg.errors import DareError
     from dare_agg.files.app_config import app_project, find_app
 
+    if find_spec("flwr") is None:  # bundles are Flower's
+        return [("app", False, "not looked at", "install Flower first, see above")]
     try:
-        import dare_agg.flower  # noqa: F401 (bundles are Flower's)
-
         folder = find_app(app)
         project = app_project(folder)
-    except ModuleNotFoundError:
-        return [("app", False, "not looked at", "install Flower first, see above")]
     except DareError as error:
         return [("app", False, "not found", str(error))]
     include = project["tool"]["flwr"]["app"].get("fab-include", [])

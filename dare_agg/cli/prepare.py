@@ -44,7 +44,9 @@ def prepare(
 
     See `run` for the words.
     """
-    _need("flwr" if federation else "ray")
+    _need("flwr")
+    if not federation:
+        _need("ray")
     source = find_app(app)
     usual = app_defaults(source)
     overrides = as_texts(overrides, usual)

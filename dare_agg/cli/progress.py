@@ -42,8 +42,11 @@ def load_rows(folder: Path) -> list[RunRow]:
 
 @contextlib.contextmanager
 def following(folder: Path, console: Console) -> Iterator[Callable[[str], None]]:
-    """`follow`, on a terminal with a last line that says how the run stands right now."""
-    if not console.is_terminal:
+    """`follow`, on a terminal with a last line that says how the run stands right now.
+
+    A terminal without colours (NO_COLOR) has no such line: it is written with control codes.
+    """
+    if not console.is_terminal or console.color_system is None:
         yield follow(folder, console)
         return
     with console.status("") as status:

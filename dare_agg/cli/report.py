@@ -42,4 +42,4 @@ def report(
     if json:
         print_json({"runs": [json_row(one) for one in runs], "report": str(path.resolve())})
     else:
-        stdout_console().print(f"Report: {path}")
+        stdout_console().print(f"Report: {path}", markup=False, highlight=False, soft_wrap=True)

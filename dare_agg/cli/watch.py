@@ -78,7 +78,7 @@ def follow_line(console: Any, watched: Watched) -> None:
     from dare_agg.runs.live import live_line
 
     shown: tuple[Any, ...] = ()
-    terminal = console.is_terminal
+    terminal = console.is_terminal and console.color_system is not None
     with console.status("") as status:
         while True:
             try:

@@ -16,6 +16,7 @@ from dare_agg.errors import ConfigError, RunError, StateError
 from dare_agg.runs.answers import read_answers
 from dare_agg.runs.claim import COMMAND, claim
 from dare_agg.runs.report import read_run
+from tests.runs.made_run import facts_in
 
 KEYS = [
     "method",
@@ -148,8 +149,11 @@ def test_the_demo_of_language_models(tmp_path: Path) -> None:
     for run, (_, perplexity, _) in zip(printed["runs"], after, strict=True):
         assert perplexity == pytest.approx(run["perplexity"], rel=0.02)
         assert before is not None and run["perplexity"] < before / 4
-    page = Path(printed["report"]).read_text(encoding="utf-8")
-    assert "Answers side by side: arithmetic-worked" in page and "<svg" in page
+    facts = facts_in(Path(printed["report"]).read_text(encoding="utf-8"))
+    (shown,) = facts["answers"]
+    assert shown["title"] == "Answers side by side: arithmetic-worked"
+    assert len(shown["right"]) == 8
+    assert all(one["points"] for one in facts["series"]) and len(facts["series"]) == 2
 
 
 def test_an_unknown_demo_is_refused_with_the_nearest() -> None:
@@ -179,4 +183,6 @@ def test_the_demo_itself(tmp_path: Path) -> None:
     upload = {name: run["upload_bytes_per_client_round"] for name, run in by_name.items()}
     assert upload["fedavg"] > 90_000_000
     assert upload["fedavg"] / upload["dare-task-arithmetic"] > 300
-    assert "<svg" in Path(printed["report"]).read_text(encoding="utf-8")
+    facts = facts_in(Path(printed["report"]).read_text(encoding="utf-8"))
+    assert [one["method"] for one in facts["series"]] == list(by_name)
+    assert all(one["points"] for one in facts["series"])

@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
-import json
 import subprocess
 import sys
 from pathlib import Path
 
+import numpy as np
 import pytest
+from safetensors.numpy import save_file
 
 from dare_agg.cli.main import COMMANDS, load_command, main
 from dare_agg.merge.methods import METHODS
@@ -72,14 +73,20 @@ def test_help_imports_nothing_heavy() -> None:
 
 @pytest.mark.parametrize(
     ("absent", "arguments", "extra"),
-    [(["flwr"], ["run", "."], "flower"), (["jinja2"], ["report", "RUN"], "report")],
+    [
+        (["flwr"], ["run", "."], "flower"),
+        (["ray"], ["run", "."], "simulation"),
+        (["jinja2"], ["diagnose", "BASE", "MODEL", "--report", "PAGE"], "report"),
+    ],
 )
 def test_a_missing_extra_is_named(
     absent: list[str], arguments: list[str], extra: str, tmp_path: Path
 ) -> None:
-    run = {"method": "fedavg", "round": 1, "upload_bytes_per_client": 1}
-    (tmp_path / "metrics.jsonl").write_text(json.dumps(run) + "\n")
-    arguments = [str(tmp_path) if word == "RUN" else word for word in arguments]
+    files = {name: str(tmp_path / f"{name}.safetensors") for name in ("BASE", "MODEL")}
+    for number, path in enumerate(files.values()):
+        save_file({"layer.weight": np.full((4, 4), 1 + number / 100, np.float32)}, path)
+    files["PAGE"] = str(tmp_path / "page.html")
+    arguments = [files.get(word, word) for word in arguments]
     code = WITHOUT_EXTRAS.format(absent=absent, arguments=arguments)
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
     assert done.returncode == 1

@@ -59,7 +59,7 @@ def demo(
     json: Annotated[bool, typer.Option("--json", help="Print one JSON object.")] = False,
 ) -> None:
     """Fine-tune a real model over simulated clients: FedAvg beside DARE, with a report."""
-    from dare_agg.cli.output import print_json, stdout_console
+    from dare_agg.cli.output import fitted, print_json, stdout_console
     from dare_agg.runs.answers import read_answers
     from dare_agg.runs.report import read_run, write_report
 
@@ -88,10 +88,11 @@ def demo(
         print_json({"runs": [json_row(run) for run in runs], "report": str(report)})
         return
     console = stdout_console()
-    console.print(result_table(runs))
+    console.print(fitted(result_table(runs), console))
     for table in answer_tables(answers):
         console.print(table)
-    console.print(f"Report: {report}   ({time.monotonic() - started:.0f} s in all)")
+    seconds = time.monotonic() - started
+    console.print(f"Report: {report}   ({seconds:.0f} s in all)", soft_wrap=True)
     console.print("Next: dare-agg run --help   (your own model and data)")
 
 

@@ -5,13 +5,16 @@ from __future__ import annotations
 import json
 import subprocess
 import sys
+from io import StringIO
 from pathlib import Path
 
 import pytest
+from rich.console import Console
 
 from dare_agg.cli.demo import json_row, result_table, run_command
 from dare_agg.cli.demo_follow import follow, prepare_folder
 from dare_agg.cli.demo_kinds import DEMOS, Demo
+from dare_agg.cli.output import fitted
 from dare_agg.errors import ConfigError, RunError, StateError
 from dare_agg.runs.answers import read_answers
 from dare_agg.runs.claim import COMMAND, claim
@@ -72,6 +75,10 @@ def test_follow_reads_rounds_and_gives_the_run_s_records(tmp_path: Path) -> None
     # The head is this control's only payload: nothing of it counts as the encoder's update.
     assert (head.upload, head.head_upload, head.parameters) == (0, 40, 0)
     assert result_table([dense, ties, head]).row_count == 3
+    console = Console(width=80, file=StringIO())
+    console.print(fitted(result_table([dense, ties, head]), console))
+    said = console.file.getvalue()
+    assert "Accuracy" in said and "Seconds" in said and "…" not in said
 
 
 def test_a_failed_run_fails_with_its_own_error(tmp_path: Path) -> None:

@@ -4,8 +4,8 @@
 20 with the noise switched off. In each, every canary, a row whose whole gradient is one direction
 and as long as it likes, is among the party's rows with probability 1/2. From the model that
 is sent (its value along each direction) an attacker guesses which were. The bound of
-`simulations.bench.audit` has to stay below the ε that the party's ledger has charged, and to exceed
-the ε that is promised without noise.
+`simulations.bench.auditing` has to stay below the ε that the party's ledger has charged, and to
+exceed the ε that is promised without noise.
 
 Trainings go the whole way: charged to a ledger, drawn, clipped, noised and stepped by the code
 of the client.
@@ -13,10 +13,9 @@ of the client.
 
 from __future__ import annotations
 
-import argparse
 import sys
 import tempfile
-import time
+from contextlib import nullcontext
 from functools import lru_cache
 from pathlib import Path
 from unittest import mock
@@ -31,8 +30,8 @@ from dare_agg.privacy import gradients
 from dare_agg.privacy.accountant import noise_for
 from dare_agg.privacy.record_ledger import open_ledger
 from dare_agg.privacy.records import RecordPrivacy, Sitting, permit
-from simulations.bench.audit import Audit, judged
-from simulations.runs.rows import RESULTS, append_row, versions
+from simulations.bench.auditing import Audit, audit_words, judged, report
+from simulations.runs.rows import RESULTS
 
 OUT = RESULTS / "record_audit.jsonl"
 DELTA = 1e-5
@@ -88,11 +87,8 @@ def audit_records(
         charge = allowed.charge
         how = PrivateSteps(charge.steps, batch, charge.rate, terms.clip, charge.noise, allowed.key)
         silent = mock.patch.object(gradients, "gaussian", lambda key, count: np.zeros(count))
-        if noise:
+        with nullcontext() if noise else silent:
             learn_privately(lesson, np.arange(ROWS), how, lambda at: at)
-        else:
-            with silent:
-                learn_privately(lesson, np.arange(ROWS), how, lambda at: at)
         spent = allowed.measured()["privacy-epsilon"]
     scores = network.weight.detach().numpy().ravel()[:canaries].astype(np.float64)
     # Where nothing moved, which is first is a matter of chance.
@@ -102,38 +98,10 @@ def audit_records(
 
 def main() -> int:
     """Entry point; exit status 1 where a bound is on the wrong side."""
-    parser = argparse.ArgumentParser(
-        prog="python -m simulations.bench.record_audit", description=__doc__
-    )
-    parser.add_argument("--runs", type=int, default=20)
-    parser.add_argument("--epsilon", type=float, default=2.0)
-    parser.add_argument("--rate", type=float, default=1.0, help="of Poisson sampling")
+    parser = audit_words("record_audit", __doc__, OUT)
     parser.add_argument("--steps", type=int, default=8)
-    parser.add_argument("--out", type=Path, default=OUT)
     options = parser.parse_args()
-    failed = 0
-    for noise in (True, False):
-        good, bounds, began = 0, [], time.process_time()
-        for seed in range(options.runs):
-            found = audit_records(
-                seed, noise=noise, epsilon=options.epsilon, steps=options.steps, rate=options.rate
-            )
-            good += found.bound <= found.epsilon if noise else found.bound > options.epsilon
-            bounds.append(found.bound)
-        row = {
-            "unit": "record", "noise": noise, "epsilon": options.epsilon, "rate": options.rate,
-            "steps": options.steps, "runs": options.runs, "as_promised": good,
-            "bounds": [round(bound, 3) for bound in bounds],
-            "cpu_seconds": round(time.process_time() - began, 1), "versions": versions(),
-        }  # fmt: skip
-        append_row(options.out, row)
-        failed += options.runs - good
-        word = "at most" if noise else "above"
-        sys.stdout.write(
-            f"noise {'on' if noise else 'off'}: lower bound {word} ε = {options.epsilon:g} in "
-            f"{good} of {options.runs} runs (bounds {min(bounds):.2f} to {max(bounds):.2f})\n"
-        )
-    return 1 if failed else 0
+    return report(audit_records, options, "record", {"steps": options.steps})
 
 
 if __name__ == "__main__":

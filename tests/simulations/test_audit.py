@@ -5,7 +5,8 @@ import math
 import numpy as np
 import pytest
 
-from simulations.bench.audit import audit, lower_bound, p_value
+from simulations.bench.audit import audit
+from simulations.bench.auditing import lower_bound, p_value
 
 
 def test_all_right_is_the_closed_form():

@@ -11,9 +11,10 @@ from flwr.serverapp import Grid
 from dare_agg.errors import RunError
 from dare_agg.flower.exchange import ROOM, exchange, online_nodes, went_away
 from dare_agg.flower.limits import ReplyLimit
-from dare_agg.flower.records import one_line, said_by
+from dare_agg.flower.records import said_by
 from dare_agg.flower.waiting import Waiting
 from dare_agg.merge.methods import find_method
+from dare_agg.rounds.messages import one_line
 from server.compared import METHODS
 from server.config import RunConfig
 

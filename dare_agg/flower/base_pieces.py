@@ -28,21 +28,18 @@ from dare_agg.flower.bases import kept_place, open_base_of
 from dare_agg.flower.broadcasting import Broadcasting
 from dare_agg.flower.clients import Client
 from dare_agg.flower.exchange import exchange
-from dare_agg.flower.fields import Record, read_fields, text, whole
 from dare_agg.flower.records import (
-    ASK_BASE,
     DOWN_PREFIX,
     ORDER_KEY,
     OURS,
-    VERSION,
-    Order,
-    Refusal,
     down_payloads,
     failure_of,
     read_answer,
     read_config,
 )
 from dare_agg.flower.transport import pack
+from dare_agg.rounds.fields import Record, read_fields, text, whole
+from dare_agg.rounds.messages import ASK_BASE, VERSION, Order, Refusal
 
 LOG = logging.getLogger("flwr")
 PIECE_BYTES = 4 << 20
@@ -113,8 +110,8 @@ def _message(client: Client, broadcasting: Broadcasting, file: OneFile, at: int 
     """The next piece for a client; the first message only asks how far it is."""
     content = RecordDict(
         {
-            ORDER_KEY: broadcasting.order(ASK_BASE).to_record(),
-            PIECE_KEY: Piece(at=at or 0).to_record(),
+            ORDER_KEY: ConfigRecord(broadcasting.order(ASK_BASE).to_record()),
+            PIECE_KEY: ConfigRecord(Piece(at=at or 0).to_record()),
         }
     )
     if at is not None:

@@ -21,7 +21,7 @@ from dare_agg.checkpoint.hub_names import hub_name
 from dare_agg.checkpoint.model import model_in
 from dare_agg.downlink.base import BASE_BYTES, BASE_NAME, BASE_VERSION
 from dare_agg.errors import BaseMissingError, DareError
-from dare_agg.flower.records import Order, one_line
+from dare_agg.rounds.messages import Order, one_line
 from dare_agg.vectors.model import Arrays, GlobalModel, global_model
 
 # What an app offers: named arrays, or where they lie.

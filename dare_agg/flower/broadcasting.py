@@ -16,15 +16,9 @@ from dare_agg.errors import LayoutError
 from dare_agg.flower.clients import Client
 from dare_agg.flower.decoded import GivenDelta
 from dare_agg.flower.lazy import is_untouched, lazy_record, on_disk, record_of
-from dare_agg.flower.records import (
-    ASK_HELLO,
-    DOWN_PREFIX,
-    ORDER_KEY,
-    REPLY_KEY,
-    Order,
-    read_refusal,
-)
+from dare_agg.flower.records import DOWN_PREFIX, ORDER_KEY, REPLY_KEY, read_refusal
 from dare_agg.flower.transport import pack, to_numpy, to_record
+from dare_agg.rounds.messages import ASK_HELLO, Order
 from dare_agg.rounds.plan import RoundPlan
 from dare_agg.vectors.layout import FloatVector
 from dare_agg.vectors.model import GlobalModel, Groups, global_model
@@ -255,7 +249,7 @@ class Broadcasting:
         Mods in front of ours find the app's records under its keys; a client may make the base
         by itself from ``config``.
         """
-        asked = self.order(ASK_HELLO).to_record()
+        asked = ConfigRecord(self.order(ASK_HELLO).to_record())
         return RecordDict(
             {self.arrays_key: ArrayRecord(), self.config_key: config, ORDER_KEY: asked}
         )
@@ -265,7 +259,8 @@ class Broadcasting:
         have = self.have.get(client.node, client.hello.have)
         broadcast = self.downlink.broadcast(self.model, have)
         self.have[client.node] = broadcast.holds
-        content = RecordDict({self.config_key: config, ORDER_KEY: order.to_record()})
+        asked = ConfigRecord(order.to_record())
+        content = RecordDict({self.config_key: config, ORDER_KEY: asked})
         if broadcast.full:
             content[self.arrays_key] = self.arrays
         for name, payload in broadcast.payloads.items():

@@ -20,17 +20,10 @@ from flwr.serverapp import Grid
 from dare_agg.codec.derive import derive_key
 from dare_agg.errors import DareError, RunError
 from dare_agg.flower.exchange import exchange, online_nodes, went_away
-from dare_agg.flower.records import (
-    Hello,
-    Refusal,
-    failure_of,
-    one_line,
-    read_answer,
-    way_out,
-    worker_died,
-)
+from dare_agg.flower.records import failure_of, read_answer, way_out, worker_died
 from dare_agg.flower.waiting import Waiting
 from dare_agg.rounds.draws import drawn_places
+from dare_agg.rounds.messages import Hello, Refusal, one_line
 
 LOG = logging.getLogger("flwr")
 WAIT_SECONDS = 1.0

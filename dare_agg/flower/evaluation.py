@@ -16,9 +16,10 @@ from dare_agg.flower.clients import Client
 from dare_agg.flower.exchange import exchange
 from dare_agg.flower.limits import ReplyLimit
 from dare_agg.flower.metrics import MetricsFn, aggregate_metrics, told_metrics
-from dare_agg.flower.records import ASK_EVALUATE, Held, Refusal, failure_of, read_answer, unread
+from dare_agg.flower.records import failure_of, read_answer, unread
 from dare_agg.flower.standing import Standing
 from dare_agg.flower.transport import message_bytes
+from dare_agg.rounds.messages import ASK_EVALUATE, Held, Refusal
 from dare_agg.rounds.server import check_weight
 from dare_agg.rounds.weight_bound import bounded_weights
 

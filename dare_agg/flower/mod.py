@@ -43,18 +43,7 @@ from dare_agg.flower.reception import (
     open_receiver,
     receive_base,
 )
-from dare_agg.flower.records import (
-    ASK_BASE,
-    ASK_HELLO,
-    ORDER_KEY,
-    REPLY_KEY,
-    STATISTICS_KEY,
-    Held,
-    Hello,
-    Order,
-    Refusal,
-    read_config,
-)
+from dare_agg.flower.records import ORDER_KEY, REPLY_KEY, STATISTICS_KEY, read_config
 from dare_agg.flower.transport import to_numpy
 from dare_agg.flower.turns import (
     Turn,
@@ -66,6 +55,7 @@ from dare_agg.flower.turns import (
 )
 from dare_agg.flower.update_answer import update_answer
 from dare_agg.rounds.client import update_of_arrays
+from dare_agg.rounds.messages import ASK_BASE, ASK_HELLO, Held, Hello, Order, Refusal
 from dare_agg.vectors.returned import in_shape_of, returned_tensors
 
 LOG = logging.getLogger("flwr")
@@ -123,7 +113,8 @@ def dare_mod(msg: Message, ctxt: Context, call_next: ClientAppCallable) -> Messa
             reply.content = _with_update(reply.content, *trained, order, held, receiver, ctxt)
         else:
             reply.content = without_model(reply.content, order.arrays_key, form)
-            reply.content[REPLY_KEY] = Held(have=receiver.have()).to_record()
+            held_now = Held(have=receiver.have())
+            reply.content[REPLY_KEY] = ConfigRecord(held_now.to_record())
     except BaseMismatchError as error:
         return _answer(msg, _refusal(_CHANGED if came_whole else error, receiver))
     except DareError as error:
@@ -155,7 +146,7 @@ def _answer(
     msg: Message, answer: Hello | Taken | Refusal, metrics: MetricRecord | None = None
 ) -> Message:
     """Our own answer; mods in front of ours may look for ``metrics``."""
-    content = RecordDict({REPLY_KEY: answer.to_record()})
+    content = RecordDict({REPLY_KEY: ConfigRecord(answer.to_record())})
     if metrics is not None:
         content["metrics"] = metrics
     return Message(content, reply_to=msg)

@@ -24,10 +24,11 @@ from dare_agg.flower.exchange import LOG, exchange
 from dare_agg.flower.internals import set_lifetime
 from dare_agg.flower.lazy import lazy_record
 from dare_agg.flower.limits import OWN_BYTES, ReplyLimit
-from dare_agg.flower.records import ASK_TRAIN, ORDER_KEY, REPLY_KEY, is_order, one_line, unread
+from dare_agg.flower.records import ORDER_KEY, REPLY_KEY, is_order, unread
 from dare_agg.flower.replies import Inbox, TrainReply, metrics_and_weight
 from dare_agg.flower.standing import Standing
 from dare_agg.flower.transport import message_bytes
+from dare_agg.rounds.messages import ASK_TRAIN, one_line
 from dare_agg.rounds.plan import RoundPlan
 from dare_agg.rounds.server import Rejection, check_weight
 from dare_agg.vectors.model import GlobalModel

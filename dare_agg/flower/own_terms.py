@@ -10,10 +10,10 @@ from dare_agg.codec.payload import payload_bytes
 from dare_agg.codec.update_header import HEADER_BYTES
 from dare_agg.errors import ConfigError
 from dare_agg.flower.choosing import Chooser
-from dare_agg.flower.records import Hello
 from dare_agg.rounds.auto import within
 from dare_agg.rounds.auto_state import AutoState
 from dare_agg.rounds.directions import most_bytes
+from dare_agg.rounds.messages import Hello
 from dare_agg.rounds.terms import UpdateTerms
 from dare_agg.vectors.model import GlobalModel
 

@@ -31,7 +31,7 @@ from dare_agg.flower.internals import (
     inflate,
 )
 from dare_agg.flower.limits import MAX_DEPTH, ReplyLimit, need
-from dare_agg.flower.records import one_line
+from dare_agg.rounds.messages import one_line
 
 Found = TypeVar("Found")
 # Of an answer that names the parts, for each: its digest in hexadecimal digits.

@@ -20,8 +20,9 @@ from dare_agg.errors import BaseMissingError
 from dare_agg.files.cache import cache_folder
 from dare_agg.flower.bases import Offer, find_base, missing
 from dare_agg.flower.lazy import record_of
-from dare_agg.flower.records import Order, down_payloads
+from dare_agg.flower.records import down_payloads
 from dare_agg.flower.transport import SentArrays, to_record
+from dare_agg.rounds.messages import Order
 from dare_agg.vectors.model import Arrays
 
 LOG = logging.getLogger("flwr")

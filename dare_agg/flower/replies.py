@@ -21,16 +21,14 @@ from dare_agg.flower.records import (
     DENSE_KEY,
     STATISTICS_KEY,
     UPDATE_KEY,
-    Receipt,
-    Refusal,
     failure_of,
     metrics_of,
-    one_line,
     read_answer,
     read_payload,
 )
 from dare_agg.flower.transport import message_bytes
 from dare_agg.rounds.directions import most_bytes
+from dare_agg.rounds.messages import Receipt, Refusal, one_line
 from dare_agg.rounds.plan import RoundPlan
 from dare_agg.rounds.server import Accepted, Rejection, check_reply
 from dare_agg.rounds.settings import WEIGHTINGS

@@ -35,10 +35,10 @@ from dare_agg.flower.limits import OWN_BYTES, ReplyLimit
 from dare_agg.flower.metrics import MetricsFn, mean_metrics
 from dare_agg.flower.named_base import open_base, store_for
 from dare_agg.flower.receiving import Lent, give_back, lend
-from dare_agg.flower.records import ASK_EVALUATE, ASK_TRAIN
 from dare_agg.flower.round_outcome import RoundOutcome
 from dare_agg.flower.standing import Standing
 from dare_agg.rounds.draws import run_secret
+from dare_agg.rounds.messages import ASK_EVALUATE, ASK_TRAIN
 from dare_agg.rounds.settings import FederatedSettings
 from dare_agg.rounds.step import StepState
 from dare_agg.vectors.model import GlobalModel, Groups

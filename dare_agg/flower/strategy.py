@@ -27,7 +27,6 @@ from dare_agg.flower.open_round import OpenRound
 from dare_agg.flower.own_terms import OwnTerms
 from dare_agg.flower.private_rounds import RELEASES, PrivateRounds
 from dare_agg.flower.receiving import Lent
-from dare_agg.flower.records import ASK_TRAIN, Hello
 from dare_agg.flower.replies import Inbox, TrainReply
 from dare_agg.flower.round_noise import RoundNoise
 from dare_agg.flower.round_outcome import RoundOutcome, round_measurements
@@ -38,6 +37,7 @@ from dare_agg.rounds.auto import AUTO
 from dare_agg.rounds.chain import Passed, StepContext, UpdateStep, chain
 from dare_agg.rounds.directions import linears_of_round
 from dare_agg.rounds.draws import round_secret
+from dare_agg.rounds.messages import ASK_TRAIN, Hello
 from dare_agg.rounds.plan import make_plans
 from dare_agg.rounds.robust import check_one_mask, robust_step
 from dare_agg.rounds.server import Accepted, Rejection, round_weights

@@ -18,15 +18,10 @@ from flwr.app import Array, ConfigRecord, Context, Message, MetricRecord, Record
 from dare_agg.downlink.protocol import Receiver
 from dare_agg.errors import DareError, UpdateError
 from dare_agg.flower.app_records import Record, changed_integers, keep_local, kept_local
-from dare_agg.flower.records import (
-    REPLY_KEY,
-    STATISTICS_KEY,
-    Held,
-    Order,
-    Refusal,
-)
+from dare_agg.flower.records import REPLY_KEY, STATISTICS_KEY
 from dare_agg.flower.update_answer import update_answer
 from dare_agg.rounds.client import ClientUpdate, model_of_plan
+from dare_agg.rounds.messages import Held, Order, Refusal
 from dare_agg.rounds.plan import RoundPlan
 from dare_agg.vectors.model import Arrays, GlobalModel, global_model
 
@@ -76,7 +71,7 @@ class Turn:
         own: dict[str, Record] = {**(records or {}), "metrics": MetricRecord(dict(metrics))}
         have = self.receiver.have()
         if update is None:
-            content = RecordDict({**own, REPLY_KEY: Held(have=have).to_record()})
+            content = RecordDict({**own, REPLY_KEY: ConfigRecord(Held(have=have).to_record())})
         else:
             content = update_answer(update, self.order, own, have, self.context)
         return Message(content, reply_to=self.message)
@@ -84,7 +79,9 @@ class Turn:
     def refuse(self, error: DareError) -> Message:
         """The answer that says why there is no update."""
         refusal = Refusal.of(error, self.receiver.have())
-        return Message(RecordDict({REPLY_KEY: refusal.to_record()}), reply_to=self.message)
+        return Message(
+            RecordDict({REPLY_KEY: ConfigRecord(refusal.to_record())}), reply_to=self.message
+        )
 
     @contextmanager
     def opened(self) -> Iterator[Turn]:

@@ -4,22 +4,15 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 
-from flwr.app import Context, RecordDict
+from flwr.app import ConfigRecord, Context, RecordDict
 
 from dare_agg.deploy.identities import load_identity
 from dare_agg.errors import UpdateError
 from dare_agg.flower.app_records import Record
-from dare_agg.flower.records import (
-    DENSE_KEY,
-    REPLY_KEY,
-    STATISTICS_KEY,
-    UPDATE_KEY,
-    Order,
-    Receipt,
-    metrics_of,
-)
+from dare_agg.flower.records import DENSE_KEY, REPLY_KEY, STATISTICS_KEY, UPDATE_KEY, metrics_of
 from dare_agg.flower.transport import pack
 from dare_agg.rounds.client import ClientUpdate
+from dare_agg.rounds.messages import Order, Receipt
 from dare_agg.rounds.signing import reply_digest
 
 
@@ -57,7 +50,7 @@ def update_answer(
         metrics = metrics_of(RecordDict(dict(rest)))
         digest = reply_digest(plan.digest(), update.blob, update.dense_blob, metrics, statistics)
         signature = load_identity(str(identity)).sign(digest)
-    records[REPLY_KEY] = Receipt.of(
+    receipt = Receipt.of(
         plan,
         have=have,
         delta_norm=update.delta_norm,
@@ -66,5 +59,6 @@ def update_answer(
         statistics=names,
         arrays_key=arrays_key if arrays_key not in ("", order.arrays_key) else "",
         signature=signature,
-    ).to_record()
+    )
+    records[REPLY_KEY] = ConfigRecord(receipt.to_record())
     return RecordDict(records)

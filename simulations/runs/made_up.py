@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import numpy as np
-from flwr.app import Message, MetricRecord, RecordDict
+from flwr.app import ConfigRecord, Message, MetricRecord, RecordDict
 
 from dare_agg.codec.update import encode_update
-from dare_agg.flower.records import ORDER_KEY, REPLY_KEY, UPDATE_KEY, Hello, Order, Receipt
+from dare_agg.flower.records import ORDER_KEY, REPLY_KEY, UPDATE_KEY
 from dare_agg.flower.transport import pack
+from dare_agg.rounds.messages import Hello, Order, Receipt
 
 
 class Ripple:
@@ -29,12 +30,12 @@ def made_up_answer(message: Message, number: int) -> Message:
     order = Order.read(message.content.config_records[ORDER_KEY])
     if order.plan is None:
         hello = Hello(name=str(number), have=order.version)
-        return Message(RecordDict({REPLY_KEY: hello.to_record()}), reply_to=message)
+        return Message(RecordDict({REPLY_KEY: ConfigRecord(hello.to_record())}), reply_to=message)
     spec = order.plan.spec()
     content = RecordDict(
         {
             UPDATE_KEY: pack(encode_update(spec, Ripple(spec.size))),
-            REPLY_KEY: Receipt.of(order.plan, have=order.version).to_record(),
+            REPLY_KEY: ConfigRecord(Receipt.of(order.plan, have=order.version).to_record()),
             "metrics": MetricRecord({"num-examples": 1 + number}),
         }
     )

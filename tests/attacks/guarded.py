@@ -26,7 +26,7 @@ from flwr.clientapp import ClientApp
 from dare_agg.codec.mask import parse_drop_rate
 from dare_agg.errors import ProtocolError
 from dare_agg.flower import dare_mod
-from dare_agg.flower.records import ORDER_KEY, Order
+from dare_agg.flower.records import ORDER_KEY
 from dare_agg.flower.secure.mod import secure_mod, secure_queries
 from dare_agg.flower.secure.records import (
     QUERY,
@@ -40,6 +40,7 @@ from dare_agg.flower.secure.records import (
 )
 from dare_agg.flower.secure.training import training_of
 from dare_agg.flower.transport import to_record
+from dare_agg.rounds.messages import Order
 from dare_agg.secure import identity as identities
 from dare_agg.secure.identity import new_identity, write_identity, write_public
 from dare_agg.secure.party import REQUESTS
@@ -226,8 +227,8 @@ def training_content(
         {
             "config": ConfigRecord(dict(config)),
             "arrays": to_record(dict(arrays)),
-            ORDER_KEY: order.to_record(),
-            SECURE_KEY: Train(terms=terms.encode(), after=after).to_record(),
+            ORDER_KEY: ConfigRecord(order.to_record()),
+            SECURE_KEY: ConfigRecord(Train(terms=terms.encode(), after=after).to_record()),
             **more,
         }
     )

@@ -12,9 +12,9 @@ from dare_agg.codec.budget import UploadBudget
 from dare_agg.downlink.ways import make_downlink
 from dare_agg.errors import ConfigError
 from dare_agg.flower import DareStrategy, dare, update_answer
-from dare_agg.flower.records import Receipt
 from dare_agg.flower.resume import keep_base, resume, save
 from dare_agg.rounds import auto
+from dare_agg.rounds.messages import Receipt
 from dare_agg.rounds.noise import LOUD, QUIET
 from dare_agg.rounds.state import StateFolder
 

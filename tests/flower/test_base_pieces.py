@@ -4,7 +4,7 @@ import logging
 from pathlib import Path
 
 import pytest
-from flwr.app import RecordDict
+from flwr.app import ConfigRecord, RecordDict
 
 from dare_agg.checkpoint import open_checkpoint, write_checkpoint
 from dare_agg.checkpoint.model import model_in
@@ -13,8 +13,9 @@ from dare_agg.downlink.base import BASE, BASE_BYTES, BASE_VERSION
 from dare_agg.errors import BaseMissingError
 from dare_agg.flower import DareStrategy, base_pieces
 from dare_agg.flower.base_pieces import PIECE_BYTES, PIECE_KEY, Piece, take_piece
-from dare_agg.flower.records import DOWN_PREFIX, ORDER_KEY, Order
+from dare_agg.flower.records import DOWN_PREFIX, ORDER_KEY
 from dare_agg.flower.transport import pack
+from dare_agg.rounds.messages import Order
 
 
 @pytest.fixture(autouse=True)
@@ -92,7 +93,12 @@ def asked(base: Path) -> tuple[Order, OneFile]:
 
 
 def give(order: Order, folder: Path, at: int, payload: bytes) -> base_pieces.Taken:
-    content = RecordDict({ORDER_KEY: order.to_record(), PIECE_KEY: Piece(at=at).to_record()})
+    content = RecordDict(
+        {
+            ORDER_KEY: ConfigRecord(order.to_record()),
+            PIECE_KEY: ConfigRecord(Piece(at=at).to_record()),
+        }
+    )
     content[DOWN_PREFIX + BASE] = pack(payload)
     return take_piece(content, order, folder)
 

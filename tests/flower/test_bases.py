@@ -10,7 +10,7 @@ from dare_agg.checkpoint.model import model_in
 from dare_agg.downlink.base import BASE_BYTES, BASE_NAME, BASE_VERSION
 from dare_agg.errors import BaseMissingError
 from dare_agg.flower.bases import find_base
-from dare_agg.flower.records import Order
+from dare_agg.rounds.messages import Order
 from tests.tiny import llama, tensors
 
 

@@ -15,21 +15,10 @@ from dare_agg.downlink.following import ChainReceiver
 from dare_agg.downlink.lossless import encode_counts
 from dare_agg.downlink.step_form import StepHead
 from dare_agg.downlink.steps import Step, chained_step
-from dare_agg.flower.records import (
-    ASK_EVALUATE,
-    ASK_TRAIN,
-    DENSE_KEY,
-    DOWN_PREFIX,
-    ORDER_KEY,
-    REPLY_KEY,
-    UPDATE_KEY,
-    Held,
-    Order,
-    Receipt,
-    Refusal,
-)
+from dare_agg.flower.records import DENSE_KEY, DOWN_PREFIX, ORDER_KEY, REPLY_KEY, UPDATE_KEY
 from dare_agg.flower.transport import pack, unpack
 from dare_agg.rounds.client import make_client_update
+from dare_agg.rounds.messages import ASK_EVALUATE, ASK_TRAIN, Held, Order, Receipt, Refusal
 from dare_agg.rounds.plan import make_plans, plan_from_record
 from dare_agg.rounds.server import Accepted, check_reply
 from dare_agg.rounds.terms import UpdateTerms
@@ -74,7 +63,10 @@ def ask(base: GlobalModel, step: Step, toys, tmp_path: Path):
             facts={BASE_VERSION: base.ref.version},
             plan=plan if what == ASK_TRAIN else None,
         )
-        content = {ORDER_KEY: order.to_record(), "config": ConfigRecord({"server-round": 2})}
+        content = {
+            ORDER_KEY: ConfigRecord(order.to_record()),
+            "config": ConfigRecord({"server-round": 2}),
+        }
         if sent is not None:
             content[DOWN_PREFIX + STEPS] = pack(sent.body)
             content[DOWN_PREFIX + DENSE_STEPS] = pack(sent.dense)

@@ -12,8 +12,10 @@ from hypothesis import strategies as st
 
 from dare_agg.errors import REASONS, BaseMismatchError, ConfigError, DareError, UpdateError
 from dare_agg.flower import records
-from dare_agg.flower.fields import words_of
-from dare_agg.flower.records import (
+from dare_agg.flower.secure import records as secure
+from dare_agg.flower.workers import WORKER_DIED
+from dare_agg.rounds.fields import words_of
+from dare_agg.rounds.messages import (
     ASK_EVALUATE,
     ASK_HELLO,
     ASK_TRAIN,
@@ -23,8 +25,6 @@ from dare_agg.flower.records import (
     Receipt,
     Refusal,
 )
-from dare_agg.flower.secure import records as secure
-from dare_agg.flower.workers import WORKER_DIED
 from dare_agg.rounds.plan import make_plans
 from dare_agg.rounds.terms import UpdateTerms
 from dare_agg.vectors.model import ModelRef

@@ -8,8 +8,8 @@ from dare_agg.cli.progress import follow
 from dare_agg.errors import RunError
 from dare_agg.flower import DareStrategy, waiting
 from dare_agg.flower.clients import Client, Clients
-from dare_agg.flower.records import Hello
 from dare_agg.flower.waiting import Waiting
+from dare_agg.rounds.messages import Hello
 
 
 class Console:

@@ -23,9 +23,9 @@ from pathlib import Path
 
 from dare_agg.errors import ConfigError
 from dare_agg.flower.internals import app_bundle, guard_bundles, guard_errors
-from dare_agg.flower.records import one_line
 from dare_agg.flower.secure.gate import KEPT_HERE, TURNED_AWAY
 from dare_agg.flower.supernode import run_supernode
+from dare_agg.rounds.messages import one_line
 
 LOG = logging.getLogger("flwr")
 _OTHER = ("", -1)

@@ -10,21 +10,12 @@ from __future__ import annotations
 
 import logging
 
-from flwr.app import Context, Error, Message, MessageType, MetricRecord, RecordDict
+from flwr.app import ConfigRecord, Context, Error, Message, MessageType, MetricRecord, RecordDict
 
 from dare_agg.downlink.protocol import Receiver
 from dare_agg.errors import REASONS, BaseMismatchError, DareError
-from dare_agg.flower.fields import words_of
 from dare_agg.flower.internals import FailureCode
-from dare_agg.flower.records import (
-    ASK_HELLO,
-    ORDER_KEY,
-    REPLY_KEY,
-    Order,
-    Refusal,
-    read_config,
-    read_refusal,
-)
+from dare_agg.flower.records import ORDER_KEY, REPLY_KEY, read_config, read_refusal
 from dare_agg.flower.secure.records import (
     MESSAGE_KEY,
     QUERY,
@@ -33,6 +24,8 @@ from dare_agg.flower.secure.records import (
     content_of,
     stage_of,
 )
+from dare_agg.rounds.fields import words_of
+from dare_agg.rounds.messages import ASK_HELLO, Order, Refusal
 
 LOG = logging.getLogger("flwr")
 
@@ -100,7 +93,7 @@ def in_fixed_words(reply: Message, asked: Message) -> Message:
     own, refusal = read_config(reply.content, REPLY_KEY), read_refusal(reply)
     if refusal is not None:
         LOG.warning("secure party: %s: %s", refusal.reason, refusal.detail)
-        own = _fixed(refusal.reason, refusal.lost, refusal.have).to_record()
+        own = ConfigRecord(_fixed(refusal.reason, refusal.lost, refusal.have).to_record())
     if own is not None:
         content[REPLY_KEY] = own
     return Message(content, reply_to=asked)

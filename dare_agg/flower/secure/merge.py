@@ -20,7 +20,6 @@ from flwr.serverapp import Grid
 
 from dare_agg.errors import ConfigError, DareError, RunError
 from dare_agg.flower.exchange import exchange, online_nodes
-from dare_agg.flower.records import one_line
 from dare_agg.flower.secure.records import (
     RESULT,
     Begin,
@@ -40,6 +39,7 @@ from dare_agg.flower.secure.session import (
 )
 from dare_agg.flower.transport import message_bytes
 from dare_agg.flower.waiting import Waiting
+from dare_agg.rounds.messages import one_line
 from dare_agg.secure.own_model import open_public
 from dare_agg.secure.result import merged_sum
 from dare_agg.secure.roster import Roster

@@ -38,11 +38,7 @@ from dare_agg.flower.app_records import (
 from dare_agg.flower.internals import ClientAppCallable, FailureCode, app_mods
 from dare_agg.flower.mod import answer_hello
 from dare_agg.flower.reception import open_receiver, receive_base
-from dare_agg.flower.records import (
-    ORDER_KEY,
-    Order,
-    read_config,
-)
+from dare_agg.flower.records import ORDER_KEY, read_config
 from dare_agg.flower.secure.gate import (
     KEPT_HERE,
     in_fixed_words,
@@ -78,6 +74,7 @@ from dare_agg.flower.secure.records import (
     stage_of,
 )
 from dare_agg.flower.secure.training import own_tensors, training_of
+from dare_agg.rounds.messages import Order
 from dare_agg.secure.own_model import OwnModel, open_own
 from dare_agg.secure.party import Contribution, Party
 from dare_agg.secure.result import read_result, result_bytes, vector_of

@@ -16,18 +16,11 @@ from typing import Any, Self
 from flwr.app import ConfigRecord, Message, RecordDict
 
 from dare_agg.errors import ProtocolError
-from dare_agg.flower.fields import Record, raw, read_fields, said, text, words_of
 from dare_agg.flower.internals import FailureCode
-from dare_agg.flower.records import (
-    OURS,
-    SameCode,
-    failure_of,
-    one_line,
-    read_config,
-    read_payload,
-    read_refusal,
-)
+from dare_agg.flower.records import OURS, failure_of, read_config, read_payload, read_refusal
 from dare_agg.flower.transport import pack
+from dare_agg.rounds.fields import Record, raw, read_fields, said, text, words_of
+from dare_agg.rounds.messages import SameCode, one_line
 from dare_agg.secure.party import REQUESTS
 from dare_agg.vectors.model import ModelRef
 
@@ -151,7 +144,7 @@ def read_request(record: Mapping[str, Any]) -> Request:
 
 def content_of(record: Record, message: bytes | None = None) -> RecordDict:
     """The records of one request or answer, with the protocol's message where there is one."""
-    content = RecordDict({SECURE_KEY: record.to_record()})
+    content = RecordDict({SECURE_KEY: ConfigRecord(record.to_record())})
     if message is not None:
         content[MESSAGE_KEY] = pack(message)
     return content

@@ -20,7 +20,6 @@ from flwr.serverapp import Grid
 from dare_agg.errors import DareError, ProtocolError
 from dare_agg.flower.exchange import exchange
 from dare_agg.flower.limits import ReplyLimit
-from dare_agg.flower.records import one_line
 from dare_agg.flower.secure.records import (
     QUERY,
     Introduce,
@@ -32,6 +31,7 @@ from dare_agg.flower.secure.records import (
     read_message,
 )
 from dare_agg.flower.transport import message_bytes
+from dare_agg.rounds.messages import one_line
 from dare_agg.rounds.server import Rejection
 from dare_agg.secure.identity import verify
 from dare_agg.secure.packing import SecureMeasurements

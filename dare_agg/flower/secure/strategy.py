@@ -22,7 +22,6 @@ from dare_agg.errors import ConfigError, PrivacyError, ProtocolError, RunError
 from dare_agg.flower import arguments
 from dare_agg.flower.clients import Client
 from dare_agg.flower.private_rounds import RELEASES
-from dare_agg.flower.records import ASK_TRAIN
 from dare_agg.flower.round_outcome import RoundOutcome
 from dare_agg.flower.round_strategy import ROUND_WORD, RoundStrategy
 from dare_agg.flower.secure.groups import check_groups, merge_all
@@ -37,6 +36,7 @@ from dare_agg.flower.secure.session import (
 )
 from dare_agg.flower.secure.training import training_of
 from dare_agg.robust.rule import check_robust
+from dare_agg.rounds.messages import ASK_TRAIN
 from dare_agg.rounds.server import MergedRound, advance
 from dare_agg.rounds.settings import FederatedSettings
 from dare_agg.rounds.step import ServerStep
@@ -427,7 +427,7 @@ class SecureStrategy(RoundStrategy):
         """The training message: the model, the app's config and the terms."""
         content = self.broadcasting.content(client, self.broadcasting.order(ASK_TRAIN), config)
         train = Train(terms=terms.encode(), weighted_by_key=self._weight_key, after=after)
-        content[SECURE_KEY] = train.to_record()
+        content[SECURE_KEY] = ConfigRecord(train.to_record())
         return Message(content, client.node, MessageType.TRAIN, ttl=seconds + 60)
 
     def _no_sum(self, number: int, error: ProtocolError, log: SessionLog, began: float) -> None:

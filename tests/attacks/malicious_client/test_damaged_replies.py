@@ -12,9 +12,9 @@ from toy import toy_app, toy_arrays
 
 from dare_agg.codec.mask import parse_drop_rate
 from dare_agg.errors import REASONS, UpdateError
-from dare_agg.flower.records import Order, one_line
 from dare_agg.flower.replies import TrainReply, judge, metrics_and_weight
 from dare_agg.flower.transport import to_record
+from dare_agg.rounds.messages import Order, one_line
 from dare_agg.rounds.plan import make_plans
 from dare_agg.rounds.server import Rejection, check_weight
 from dare_agg.rounds.terms import UpdateTerms
@@ -47,7 +47,7 @@ def test_damaged_records_of_a_reply(dense):
         plan=plan,
     )  # fmt: skip
     content = RecordDict({
-        "dare.order": order.to_record(), "arrays": to_record(toy_arrays()),
+        "dare.order": ConfigRecord(order.to_record()), "arrays": to_record(toy_arrays()),
         "config": ConfigRecord({"lr": 0.1, "server-round": 1}),
     })  # fmt: skip
     grid = MemoryGrid(toy_app(), 1)

@@ -7,9 +7,10 @@ from guarded import Parties, base_arrays, bytes_of, learner, quick_keys
 
 from dare_agg.downlink.base import write_base
 from dare_agg.flower import reception
-from dare_agg.flower.records import DOWN_PREFIX, ORDER_KEY, Order
+from dare_agg.flower.records import DOWN_PREFIX, ORDER_KEY
 from dare_agg.flower.secure.records import Introduce, content_of
 from dare_agg.flower.transport import pack
+from dare_agg.rounds.messages import Order
 from dare_agg.vectors.model import global_model
 
 
@@ -35,7 +36,9 @@ def parties(tmp_path, monkeypatch):
 
 
 def introduce(order):
-    return RecordDict({**content_of(Introduce(challenge=bytes(32))), ORDER_KEY: order.to_record()})
+    return RecordDict(
+        {**content_of(Introduce(challenge=bytes(32))), ORDER_KEY: ConfigRecord(order.to_record())}
+    )
 
 
 @pytest.mark.parametrize("ask", ["hello", "evaluate", "train"])
@@ -49,7 +52,7 @@ def test_reading_paths_and_the_cache_by_an_order_beside_a_query(parties, tmp_pat
 
 
 def asks_for(base, **config):
-    order = an_order("hello", base).to_record()
+    order = ConfigRecord(an_order("hello", base).to_record())
     return RecordDict({ORDER_KEY: order, "config": ConfigRecord(config)})
 
 
@@ -74,7 +77,7 @@ def test_what_another_consortium_had_a_party_keep(parties, tmp_path):
     name = global_model(base).ref.version
     first = parties.ids[0]
     payload = {DOWN_PREFIX + "base": pack(write_base(base))}
-    train = {ORDER_KEY: an_order("train", name).to_record(), **payload}
+    train = {ORDER_KEY: ConfigRecord(an_order("train", name).to_record()), **payload}
     theirs = {**parties.nodes[first], "secure-roster": str(tmp_path / "other.json")}
     (tmp_path / "other.json").write_bytes((tmp_path / "roster.json").read_bytes())
     secure = content_of(Introduce(challenge=bytes(32)))["dare.secure"]

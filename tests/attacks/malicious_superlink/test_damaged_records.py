@@ -5,10 +5,10 @@ from time import process_time
 
 import pytest
 from damaged import damaged_content
-from flwr.app import RecordDict
+from flwr.app import ConfigRecord, RecordDict
 from guarded import SECRET, Parties, base_arrays, bytes_of, digest_of, learner, quick_keys
 
-from dare_agg.flower.records import ORDER_KEY, REPLY_KEY, Order, read_refusal
+from dare_agg.flower.records import ORDER_KEY, REPLY_KEY, read_refusal
 from dare_agg.flower.secure.gate import KEPT_HERE, TOLD, TURNED_AWAY
 from dare_agg.flower.secure.records import (
     MESSAGE_KEY,
@@ -17,6 +17,7 @@ from dare_agg.flower.secure.records import (
     Introduce,
     content_of,
 )
+from dare_agg.rounds.messages import Order
 
 COUNT = 250
 
@@ -37,7 +38,7 @@ def test_damaged_records_of_every_message(tmp_path, monkeypatch, seed):
     terms = parties.terms(arrays, training=digest_of(arrays, {"lr": 0.1}, {}))
     assert parties.round(terms, lambda party: (arrays, {"lr": 0.1}, {})) == {}
     party = parties.ids[0]
-    hello = Order(ask="hello", downlink="full", arrays_key="arrays").to_record()
+    hello = ConfigRecord(Order(ask="hello", downlink="full", arrays_key="arrays").to_record())
     seen.append((party, RecordDict({ORDER_KEY: hello}), "train"))
     seen.append((party, content_of(Introduce(challenge=bytes(32))), "query.secure"))
     seen.append((party, content_of(Begin(terms=terms.encode())), "query.secure"))

@@ -4,10 +4,11 @@ import pytest
 from flwr.app import ConfigRecord, MetricRecord, RecordDict
 from guarded import SECRET, Parties, base_arrays, bytes_of, digest_of, learner, quick_keys
 
-from dare_agg.flower.records import ORDER_KEY, Order
+from dare_agg.flower.records import ORDER_KEY
 from dare_agg.flower.secure.gate import KEPT_HERE
 from dare_agg.flower.secure.records import SECURE_KEY, Begin, Introduce, Step, Train, content_of
 from dare_agg.flower.transport import to_record
+from dare_agg.rounds.messages import Order
 
 
 @pytest.fixture
@@ -23,7 +24,9 @@ def plain(**more):
 
 
 def hello(**words):
-    return Order(ask="hello", downlink="full", arrays_key="arrays", **words).to_record()
+    return ConfigRecord(
+        Order(ask="hello", downlink="full", arrays_key="arrays", **words).to_record()
+    )
 
 
 def terms_of(parties):
@@ -40,13 +43,13 @@ ASKED = {
     "a query that raises": ("query.initial", lambda p: plain()),
     "a query dressed as secure training": (
         "query.describe",
-        lambda p: plain(**{SECURE_KEY: Train(terms=terms_of(p)).to_record()}),
+        lambda p: plain(**{SECURE_KEY: ConfigRecord(Train(terms=terms_of(p)).to_record())}),
     ),
     "a query dressed as a hello": ("query.describe", lambda p: plain(**{ORDER_KEY: hello()})),
     "an evaluation dressed as a hello": ("evaluate", lambda p: plain(**{ORDER_KEY: hello()})),
     "an evaluation dressed as secure training": (
         "evaluate",
-        lambda p: plain(**{SECURE_KEY: Train(terms=terms_of(p)).to_record()}),
+        lambda p: plain(**{SECURE_KEY: ConfigRecord(Train(terms=terms_of(p)).to_record())}),
     ),
     "training dressed as a hello": ("train", lambda p: plain(**{ORDER_KEY: hello()})),
     "training dressed as a hello, arrays elsewhere": (

@@ -12,8 +12,6 @@ import re
 from collections.abc import Callable, Mapping
 from typing import Any
 
-from flwr.app import ConfigRecord
-
 from dare_agg.errors import DareError
 
 MAX_LENGTH = 4096
@@ -107,9 +105,9 @@ def words_of(kind: type) -> dict[str, str]:
 class Record:
     """Base of the frozen dataclasses made of such fields."""
 
-    def to_record(self) -> ConfigRecord:
-        """The record that travels."""
-        record = ConfigRecord()
+    def to_record(self) -> dict[str, Any]:
+        """The record that travels, as plain values by their words."""
+        record: dict[str, Any] = {}
         for field in dataclasses.fields(self):  # type: ignore[arg-type]
             value = getattr(self, field.name)
             if field.metadata and ("said" in field.metadata or value != field.default):

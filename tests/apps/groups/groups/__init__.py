@@ -1,0 +1,1 @@
+"""Parties in groups: each learns what its name says, and one of them lies."""

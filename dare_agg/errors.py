@@ -60,6 +60,7 @@ REASONS: Mapping[str, str] = {
     "duplicate": "a second one where one is due",
     "unknown-node": "a node that was not asked",
     "late": "no answer in time",
+    "stale": "trained from a version that is older than what counts in a buffer",
     "mod": "the app answers without the client mod",
     "lost": "the node went away, or its message or reply did on the way",
     "worker": "the process that a simulated client ran in died, or Ray did",

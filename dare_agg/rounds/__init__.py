@@ -9,4 +9,7 @@ both run the same round::
     passed = chain(*steps)(accepted, StepContext(model, settings, 1, secret))
     merged = merge_round(model, passed.accepted, settings)
     model, state = advance(model, state, merged, settings)
+
+Rounds that wait for nobody: `dare_agg.rounds.buffer` says who is asked and what is merged,
+`dare_agg.rounds.buffered` makes their plans.
 """

@@ -9,7 +9,6 @@ give equal bits on any machine. The steps themselves are the rows of
 from __future__ import annotations
 
 import math
-import re
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from types import MappingProxyType
@@ -20,13 +19,13 @@ from numpy.typing import NDArray
 from dare_agg.errors import ConfigError, StateError, did_you_mean
 from dare_agg.robust.momentum import Momentum
 from dare_agg.rounds.auto_state import NAMES, AutoState, auto_from_arrays
+from dare_agg.rounds.called import read_call
 from dare_agg.rounds.server_steps import SERVER_STEPS
 from dare_agg.vectors.layout import MAX_TENSORS, FloatVector
 
 _TILE = 1 << 16
 # Prefixes of a client's momentum and of how many rounds it is made of.
 _MOMENTUM, _ROUNDS = "momentum.", "momentum-rounds."
-_CALL = re.compile(r"\s*([\w-]+)\s*(?:\((.*)\)\s*)?")
 
 
 @dataclass(frozen=True)
@@ -104,7 +103,7 @@ def server_step(step: str = "plain", **numbers: float) -> ServerStep:
     >>> server_step("momentum", beta=0.5) == server_step("momentum(beta=0.5)")
     True
     """
-    name, written = _read_call(step)
+    name, written = read_call("server step", step, "adam(beta1=0.9, tau=1e-3)")
     if name not in SERVER_STEPS:
         raise ConfigError(f"server step {name!r} is unknown{did_you_mean(name, SERVER_STEPS)}")
     for key in written:
@@ -128,27 +127,6 @@ def server_step(step: str = "plain", **numbers: float) -> ServerStep:
             raise ConfigError(f"server step {name!r}: {key} = {value!r}; it must lie in {bound}")
     merged = {key: float(numbers.get(key, default)) for key, default in row.defaults.items()}
     return ServerStep(name, MappingProxyType(merged), row.vectors, row.apply)
-
-
-def _read_call(text: str) -> tuple[str, dict[str, float]]:
-    """Read "name" or "name(key=number, ...)"."""
-    call = _CALL.fullmatch(text)
-    if call is None:
-        raise ConfigError(
-            f'server step {text!r} cannot be read; write a name, or "adam(beta1=0.9, tau=1e-3)"'
-        )
-    numbers: dict[str, float] = {}
-    for part in filter(None, (part.strip() for part in (call[2] or "").split(","))):
-        key, _, value = (piece.strip() for piece in part.partition("="))
-        if key in numbers:
-            raise ConfigError(f"server step {text!r}: {key} is given twice; give it once")
-        try:
-            numbers[key] = float(value)
-        except ValueError as error:
-            raise ConfigError(
-                f"server step {text!r}: {part!r} is no number; write {key or 'name'}=0.9"
-            ) from error
-    return call[1], numbers
 
 
 def state_to_arrays(state: StepState) -> dict[str, NDArray[np.generic]]:

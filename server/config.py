@@ -56,7 +56,7 @@ class RunConfig(BaseModel):
     mask: which elements are sent: "stratified", exactly one of every 1/(1 - p) neighbours, or
         "bernoulli", each by a draw of its own, as in the paper.
     keep_rates: "uniform": of every tensor the same share survives; "own": in proportion to its
-        change, as each client finds it; "last": as it was in the round before.
+        change, as each client finds it; "last": as it was in the round before (secure sums too).
     directions: with dare-wudi, leading directions of each Linear's change beside the survivors;
         0: 8.
     direction_bits: bits of an element of a direction.
@@ -289,6 +289,7 @@ class RunConfig(BaseModel):
             directions=self.secure_directions,
             min_parties=self.secure_min_parties,
             groups=self.secure_groups,
+            keep_rates=self.keep_rates,
             threshold=self.secure_threshold,
             # Sums count parties; a mean may weigh them, in secret.
             weighting=self.weighting if weighed else "equal",

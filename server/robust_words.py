@@ -38,7 +38,8 @@ def check_robust_words(config: RunConfig, methods: dict[str, str]) -> None:
          "update of all before the rule sees them; set lora-merge = factors"),
         (other and not rule.bounds_only, f"{named} with {', '.join(other)}: the rule takes the "
          "place of a mean; compare dare-task-arithmetic, dare-average or fedavg"),
-        (rule.votes and config.keep_rates != "uniform", f"{named} compares the same elements of "
+        (rule.votes and config.keep_rates != "uniform" and not config.secure,
+         f"{named} compares the same elements of "
          f"all clients, and keep-rates = {config.keep_rates} keep others of each; leave it out"),
         (rule.votes and config.upload_seconds, f"{named} needs one drop rate for all clients, and "
          "upload-seconds gives each its own; set drop-rate, or upload-budget alone"),

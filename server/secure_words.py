@@ -27,9 +27,10 @@ def check_secure_words(config: RunConfig, usual: Mapping[str, Any]) -> None:
         (config.methods != split_words(usual["methods"]),
          "methods beside secure; secure names the method"),
         (config.mask != "stratified", f"mask = {config.mask!r} with secure; stratified is summed"),
-        (config.keep_rates != "uniform",
-         f"keep-rates = {config.keep_rates!r} with secure; its sums keep the same of every tensor: "
-         "leave keep-rates out"),
+        (config.keep_rates == "own", "keep-rates = 'own' with secure; its sums keep the same "
+         "elements of all: set last"),
+        (config.secure_merge and config.keep_rates != "uniform", f"keep-rates = "
+         f"{config.keep_rates!r} in a one-shot merge, which has no round before: leave it out"),
         (config.secure_merge and config.downlink != usual["downlink"],
          f"downlink = {config.downlink!r} in a one-shot merge, which sends no model: leave it out"),
         (config.budget() is not None, "an upload budget with secure; all parties share one mask: "

@@ -155,6 +155,11 @@ class TensorRates:
         """Bytes of the table inside an update."""
         return 0 if self.told else _HEAD.size + len(self.sizes)
 
+    @property
+    def survivors(self) -> int:
+        """How many elements survive."""
+        return int(self.known.counts(np.array(self.sizes, np.int64)).sum())
+
     def most_survivors(self, uniform: int) -> int:
         """Most survivors that an update may have whose one keep rate for all gave ``uniform``."""
         return uniform + len(self.sizes)

@@ -99,7 +99,7 @@ class RoundPlan:
             table = read_table(self.told, len(layout.sizes)) if self.told else None
             rates = TensorRates(layout.sizes, table, told=table is not None)
             if table is not None:
-                kept = int(table.counts(np.array(layout.sizes, np.int64)).sum())
+                kept = rates.survivors
                 most = rates.most_survivors(self.drop_rate.survivors(self.model.size))
                 if kept > most:
                     raise _bad_plan(

@@ -6,7 +6,9 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
 
+from dare_agg.codec.fitted_rates import fitted_rates
 from dare_agg.codec.mask import DropRate, parse_drop_rate
+from dare_agg.codec.rates import TensorRates
 from dare_agg.errors import ConfigError, did_you_mean
 from dare_agg.merge.directions import check_rank
 from dare_agg.privacy.sharing import SharedPrivacy
@@ -32,6 +34,8 @@ from dare_agg.vectors.layout import Layout
 DIRECTIONS = 8
 # A weight of few examples beside max_weight shrinks its party's values: bits to make up for it.
 WEIGHTED_BITS = MAX_BITS
+# Those that all parties find alike.
+KEEP_RATES = ("uniform", "last")
 
 
 @dataclass(frozen=True)
@@ -66,6 +70,9 @@ class SecureSettings:
     privacy
         what the members are promised (`SharedPrivacy`; a mean alone): their parties add
         noise, and no sum is without.
+    keep_rates
+        "uniform", or "last": of every tensor as its merged change of the round before says, which
+        all know. The first round's are uniform.
     options
         merge options; a magnitude trim is refused.
     """
@@ -84,6 +91,7 @@ class SecureSettings:
     directions: int = DIRECTIONS
     groups: int = 1
     privacy: SharedPrivacy | None = None
+    keep_rates: str = "uniform"
     options: Mapping[str, Any] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
@@ -126,6 +134,16 @@ class SecureSettings:
             raise ConfigError(
                 f"privacy of clients with secure-groups = {self.groups}: what a rule makes of sums "
                 "is bounded by no norm; leave secure-groups and robust out"
+            )
+        if self.keep_rates not in KEEP_RATES:
+            raise ConfigError(
+                f"keep rates {self.keep_rates!r} in a secure sum, which needs the same elements of "
+                f"all; {' or '.join(KEEP_RATES)} are possible"
+            )
+        if self.privacy is not None and self.keep_rates != "uniform":
+            raise ConfigError(
+                f"keep rates {self.keep_rates!r} with privacy of clients: the last merged change "
+                "is noise for the most part, and rates would follow that; set them to uniform"
             )
         row = AGGREGATES[self.aggregate]
         least = row.least_bits
@@ -249,8 +267,12 @@ class SecureSettings:
         training: bytes = NO_TRAINING,
         model: Layout | None = None,
         rho: float = 0.0,
+        levels: bytes = b"",
     ) -> SecureTerms:
         """The terms of one sum among ``cohort``; ``model`` is the delta's layout, for sketches.
+
+        ``levels`` say how much each tensor of ``model`` changed in the round before, for keep rates
+        "last"; without them all tensors are kept alike.
 
         With privacy ``rho`` is what the sum may cost, by the noise of those who must stay less
         those who may collude. Raises `ConfigError`, for noise that cannot be drawn or carried too.
@@ -263,6 +285,10 @@ class SecureSettings:
                 raise ConfigError(f"secure {self.method} needs the layout of the model: model=")
             directions = self.directions
             sketch = sketch_words(model, directions, len(cohort))
+        rates: TensorRates | None = None
+        if self.keep_rates == "last" and levels and model is not None:
+            # A word a survivor, as of float32.
+            rates = fitted_rates(model.sizes, levels, self.drop_rate, "f32", told=True)
         found = secure_terms(
             run=run,
             round_number=round_number,
@@ -287,6 +313,7 @@ class SecureSettings:
             directions=directions,
             sketch=sketch,
             groups=self.groups,
+            rates=rates,
             **self._promise(len(roster.members)),
         )
         if self.privacy is None:

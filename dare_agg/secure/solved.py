@@ -24,6 +24,7 @@ from dare_agg.codec.masked import MaskedSource
 from dare_agg.merge.by_tensor import Matrix, read_matrix
 from dare_agg.merge.methods import METHODS
 from dare_agg.secure.aggregate import FixedPoint, bad_words
+from dare_agg.secure.private import rescale_of
 from dare_agg.secure.sketch import SketchPlan
 from dare_agg.vectors.layout import FloatVector
 from dare_agg.vectors.one_thread import one_blas_thread
@@ -107,6 +108,8 @@ def solve_sketches(
     that are no squares or too large, and a merged Linear beyond what so many clipped deltas reach.
     """
     factors = np.zeros(sums.size, np.float32)
+    # What the rescale makes of a value of 1.
+    widest = max(1.0, float(rescale_of(mean.mask).max()))
     for one, grams, values in plan.parts():
         outputs, inputs = one.linear.shape
         with one_blas_thread():
@@ -132,7 +135,7 @@ def solve_sketches(
             against = np.linalg.lstsq((basis.T @ signs).T, (z - middle @ y).T, rcond=None)[0].T
             left = against / (sizes + ridge)
             largest = float(np.abs(middle + left @ basis.T).max())
-            if not largest <= parties * point.clip * _largest_mean(mean):
+            if not largest <= parties * point.clip * widest:
                 raise bad_words(
                     f"a merged element of {name!r} of {largest:.4g}, at most {parties} times the "
                     "clip is possible"
@@ -141,11 +144,6 @@ def solve_sketches(
         factors[grams].reshape(inputs, one.width)[:, :width] = basis
         factors[values].reshape(outputs, one.width)[:, :width] = left
     return factors
-
-
-def _largest_mean(mean: MaskedSource) -> float:
-    """What the rescale makes of a value of 1."""
-    return max(1.0, mean.mask.drop_rate.numerator / mean.mask.drop_rate.denominator)
 
 
 def _eigen(

@@ -17,7 +17,8 @@ from typing import Any
 from dare_agg.codec.derive import derive_key
 from dare_agg.codec.directions import MAX_RANK
 from dare_agg.codec.mask import DropRate, Mask
-from dare_agg.errors import ConfigError, ProtocolError
+from dare_agg.codec.rates import TensorRates, read_table
+from dare_agg.errors import ConfigError, ProtocolError, UpdateError
 from dare_agg.privacy.shares import MOST_VARIANCE
 from dare_agg.secure.aggregate import TRAILER_WORDS
 from dare_agg.secure.aggregates import AGGREGATES
@@ -36,7 +37,7 @@ from dare_agg.secure.graph import COLLUDING, COMPLETE_UP_TO, degree_for, share_t
 from dare_agg.secure.packing import Quantiser
 from dare_agg.secure.roster import MAX_MEMBERS
 from dare_agg.secure.sketch import SketchPlan, sketch_words
-from dare_agg.vectors.layout import Layout
+from dare_agg.vectors.layout import MAX_TENSORS, Layout
 
 PROTOCOL_VERSION = 2
 MIN_PARTIES = 3
@@ -46,7 +47,9 @@ WEIGHTINGS = ("equal", "examples")
 MAX_PATTERNS, MAX_PATTERN_BYTES = 64, 256
 # Sums of models that parties already have: nothing is trained.
 NO_TRAINING = bytes(32)
-_MAX_TERMS_BYTES = 4 * MAX_MEMBERS + 1024 + 2 * MAX_PATTERNS * (MAX_PATTERN_BYTES + 4)
+_MAX_TERMS_BYTES = (
+    4 * MAX_MEMBERS + 1024 + 2 * MAX_PATTERNS * (MAX_PATTERN_BYTES + 4) + 9 * MAX_TENSORS
+)
 
 
 @dataclass(frozen=True)
@@ -66,7 +69,8 @@ class SecureTerms:
     Where its parties add noise, each adds so much ``variance``, and the run promises its members
     ``epsilon`` at ``delta`` in all rounds together; ``clip`` is a vector's norm then.
     The cohort is of one of so many ``groups`` of the roster (`dare_agg.secure.groups`), whose sums
-    of a round lie on one mask.
+    of a round lie on one mask. With ``rates`` each tensor is kept at its own rate, and the drop
+    rate bounds how much is kept in all.
     """
 
     run: str
@@ -96,6 +100,7 @@ class SecureTerms:
     variance: int = 0
     epsilon: float = 0.0
     delta: float = 0.0
+    rates: TensorRates | None = None
 
     def __post_init__(self) -> None:
         n = len(self.cohort)
@@ -184,6 +189,19 @@ class SecureTerms:
             f"{row.title} over a group of {n} parties",
             f"the mean, and groups of at most {COMPLETE_UP_TO}",
         )
+        if self.rates is not None:
+            uniform = self.drop_rate.survivors(self.size)
+            _check(
+                sum(self.rates.sizes) == self.size,
+                f"keep rates of {sum(self.rates.sizes)} elements",
+                f"as many as the size, {self.size},",
+            )
+            _check(
+                0 < self.survivors <= self.rates.most_survivors(uniform),
+                f"keep rates of {self.survivors} survivors",
+                f"1 to {self.rates.most_survivors(uniform)}, which the drop rate allows,",
+            )
+            _check(not self.variance, "keep rates by tensor with noise", "one rate for all")
 
     @cached_property
     def members(self) -> frozenset[int]:
@@ -198,7 +216,18 @@ class SecureTerms:
     @property
     def survivors(self) -> int:
         """Elements of the delta that are summed: one a stratum."""
-        return -(-self.size * self.drop_rate.denominator // self.drop_rate.numerator)
+        if self.rates is not None:
+            return self.rates.survivors
+        return self.drop_rate.survivors(self.size)
+
+    def check_layout(self, layout: Layout) -> None:
+        """Raise `ProtocolError` (reason "terms") for keep rates of other tensors than its own."""
+        if self.rates is not None and self.rates.sizes != layout.sizes:
+            raise ProtocolError(
+                f"the terms have keep rates of {len(self.rates.sizes)} tensors, and this model's "
+                f"{len(layout.sizes)} have other sizes; run the same dare-agg at every party",
+                reason="terms",
+            )
 
     @property
     def values(self) -> int:
@@ -261,7 +290,8 @@ class SecureTerms:
                 self.training,
                 # Terms of other aggregates end here: their bytes are those of all versions.
                 u32(self.directions) + u64(self.sketch) if self.sketch else b"",
-                u32(self.groups) if self.groups > 1 else b"",
+                u32(self.groups) if self.groups > 1 or self.rates else b"",
+                _rates_bytes(self.rates) if self.rates else b"",
                 u64(self.variance) + f64(self.epsilon) + f64(self.delta) if self.variance else b"",
             )
         )
@@ -279,7 +309,7 @@ class SecureTerms:
         key = derive_key(shares_digest, "secure mask")
         if self.groups > 1:
             key = derive_key(self._round_digest, "secure mask of groups")
-        return Mask("stratified", self.size, self.drop_rate, key)
+        return Mask("stratified", self.size, self.drop_rate, key, rates=self.rates)
 
     @property
     def _round_digest(self) -> bytes:
@@ -323,6 +353,7 @@ def secure_terms(
     variance: int = 0,
     epsilon: float = 0.0,
     delta: float = 0.0,
+    rates: TensorRates | None = None,
 ) -> SecureTerms:
     """Terms with the defaults that follow from the number of parties.
 
@@ -360,6 +391,7 @@ def secure_terms(
         variance=variance,
         epsilon=epsilon,
         delta=delta,
+        rates=rates,
     )
 
 
@@ -405,15 +437,31 @@ def decode_terms(data: bytes) -> SecureTerms:
             fields |= {"directions": read.u32(), "sketch": read.u64()}
         if AGGREGATES[fields["aggregate"]].noised:
             fields |= {"variance": read.u64(), "epsilon": read.f64(), "delta": read.f64()}
-        if read.left == 4:
+        if read.left >= 4:
             fields["groups"] = read.u32()
-            if fields["groups"] < 2:
+            if not read.left and fields["groups"] < 2:
                 raise read.bad(f"{fields['groups']} groups written out; 2 or more are")
+            if read.left:
+                fields["rates"] = _read_rates(read)
         terms = SecureTerms(**fields)
     except (ConfigError, UnicodeDecodeError) as error:
         raise ProtocolError(f"terms: {error}", reason="terms") from error
     read.done()
     return terms
+
+
+def _rates_bytes(rates: TensorRates) -> bytes:
+    sizes = b"".join(map(u64, rates.sizes))
+    return u32(len(rates.sizes)) + sizes + rates.known.to_bytes()
+
+
+def _read_rates(read: Reader) -> TensorRates:
+    sizes = tuple(read.u64() for _ in range(read.count(9, MAX_TENSORS)))
+    try:
+        table = read_table(read.take(read.left), len(sizes))
+    except UpdateError as error:
+        raise read.bad(str(error)) from error
+    return TensorRates(sizes, table, told=True)
 
 
 def _row(table: tuple[str, ...], read: Reader) -> str:

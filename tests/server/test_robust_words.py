@@ -58,6 +58,8 @@ SECURE = {**DEFAULT, "secure": "mean", "secure-roster": "roster.json", "secure-g
 def test_a_rule_over_the_sums_of_groups_is_taken():
     config = read_config({**SECURE, "min-clients": 3})
     assert config.secure_settings().groups == 5
+    # Means of groups lie on one mask, and its rates are one round's.
+    assert read_config({**SECURE, "keep-rates": "last"}).secure_settings().keep_rates == "last"
 
 
 @pytest.mark.parametrize(

@@ -10,6 +10,8 @@ from dare_agg.errors import ConfigError
 from dare_agg.secure.settings import SecureSettings
 from server.reading import read_config
 
+NOISED = {"weighting": "equal", "evaluate": False, "drop-rate": "0.9"}
+
 
 @pytest.mark.parametrize(
     ("words", "match"),
@@ -18,6 +20,9 @@ from server.reading import read_config
         ({"secure": "", "secure-merge": True}, "secure-merge without secure"),
         ({"methods": "fedavg"}, "secure names the method"),
         ({"mask": "bernoulli"}, "stratified is summed"),
+        ({"keep-rates": "own"}, "the same elements of all: set last"),
+        ({"keep-rates": "last", "secure-merge": True}, "has no round before"),
+        ({"secure": "mean", "keep-rates": "last", "dp": "clients", **NOISED}, "would follow that"),
         ({"downlink": "auto", "secure-merge": True}, "downlink"),
         ({"upload-budget": "10 kB"}, "one mask"),
         ({"secure-roster": ""}, "secure-roster"),
@@ -40,7 +45,9 @@ def test_safe_ones_are_not() -> None:
     settings = config.secure_settings()
     assert (settings.method, settings.weighting, settings.bits_for(5)) == ("ties", "equal", 16)
     mean = read_config({"secure": "mean", "secure-roster": "r"}).secure_settings()
-    assert mean.weighting == "examples"
+    assert mean.weighting == "examples" and mean.keep_rates == "uniform"
+    words = {"secure": "mean", "secure-roster": "r", "keep-rates": "last"}
+    assert read_config(words).secure_settings().keep_rates == "last"
 
 
 def test_auto_is_a_number_here_since_no_norms_are_seen() -> None:

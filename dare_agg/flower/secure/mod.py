@@ -125,7 +125,9 @@ def _answer(
         raise ProtocolError("training is asked for by a query", reason="stage")
     own = _OwnFiles(request.model, context, find_base)
     if isinstance(request, Begin):
-        opened = own.open(decode_terms(request.terms).exclude)
+        terms = decode_terms(request.terms)
+        opened = own.open(terms.exclude)
+        terms.check_layout(opened.base.layout)
         own.check_target()
         policy = node_policy(context, opened.base.fingerprint, opened.base.layout.fingerprint)
         advert = party.advertise(request.terms, policy)
@@ -255,6 +257,7 @@ def _train(
             by_form=order.by_form,
             apart=order.apart,
         )
+        terms.check_layout(model.groups.layout)
         # By the values it has here, whatever a server calls the version: ledgers know it so.
         policy = node_policy(ctxt, *names_of(model.fingerprints))
         party.check(request.terms, policy)

@@ -10,12 +10,13 @@ import logging
 import os
 import time
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from typing import Any
 
 from flwr.app import ArrayRecord, ConfigRecord, Message, MessageType, MetricRecord, RecordDict
 from flwr.serverapp import Grid
 
+from dare_agg.codec.fitted_rates import tensor_squares
 from dare_agg.codec.mask import DropRate, parse_drop_rate
 from dare_agg.downlink.protocol import SharedMask
 from dare_agg.errors import ConfigError, PrivacyError, ProtocolError, RunError
@@ -36,6 +37,7 @@ from dare_agg.flower.secure.session import (
 )
 from dare_agg.flower.secure.training import training_of
 from dare_agg.robust.rule import check_robust
+from dare_agg.rounds.levels import levels_told
 from dare_agg.rounds.messages import ASK_TRAIN
 from dare_agg.rounds.server import MergedRound, advance
 from dare_agg.rounds.settings import FederatedSettings
@@ -48,6 +50,7 @@ from dare_agg.secure.packing import SecureMeasurements
 from dare_agg.secure.roster import Roster
 from dare_agg.secure.server import SecureServer
 from dare_agg.secure.settings import SecureSettings
+from dare_agg.secure.solved import SolvedSource
 from dare_agg.secure.terms import SecureTerms
 
 LOG = logging.getLogger("flwr")
@@ -318,9 +321,9 @@ class SecureStrategy(RoundStrategy):
                 self.broadcasting.have[nodes[party]] = model.ref.version
         dense, measured, merged = found.dense, found.measured, found.delta
         warn_of_clipping(measured, terms.clip)
+        mask = SharedMask(number, terms.drop_rate, server.mask.key, rates=terms.rates)
         # Merged Linears have no mask: all of their elements move.
-        moving = EVERY if terms.sketch else terms.drop_rate
-        plans = [SharedMask(number, moving, server.mask.key)]
+        plans = [SharedMask(number, EVERY, mask.mask_key) if terms.sketch else mask]
         if self.store is None:
             whole = MergedRound(found.vector(), dense, (), {})
             moved, step_state = advance(
@@ -330,6 +333,10 @@ class SecureStrategy(RoundStrategy):
             moved, step_state = advance_merged(
                 model, self.step_state, merged, dense, self.settings, self.store, plans
             )
+        if self.secure.keep_rates == "last":
+            mean = merged.mean if isinstance(merged, SolvedSource) else merged
+            levels = levels_told(layout.sizes, tensor_squares(layout.sizes, mean), [mask])
+            step_state = replace(step_state, levels=levels)
         facts = self._facts(number, log, began, server.alive, terms, measured)
         facts["merged_norm"] = merged.norm()
         if told:
@@ -387,6 +394,7 @@ class SecureStrategy(RoundStrategy):
             training=training,
             model=self.broadcasting.model.groups.layout,
             rho=self.noised.running.rho if self.noised is not None else 0.0,
+            levels=self.step_state.levels,
         )
 
     def _after(self, cohort: Sequence[int]) -> bytes:
@@ -479,5 +487,9 @@ class SecureStrategy(RoundStrategy):
             }
             if self.noised is not None:
                 del facts["secure"]["clipped_share"]  # none was told
-            facts["survivors_per_element"] = len(alive) * terms.drop_rate.keep
+            kept = terms.drop_rate.keep
+            if terms.rates is not None:
+                kept = terms.survivors / terms.size
+                facts["drop_rates"] = [1 - kept for _ in alive]
+            facts["survivors_per_element"] = len(alive) * kept
         return facts

@@ -11,6 +11,7 @@ from dare_agg.codec.budget import UploadBudget, parse_bytes
 from dare_agg.codec.mask import MASK_KINDS
 from dare_agg.deploy.devices import PRECISIONS
 from dare_agg.files.app_config import config_defaults
+from dare_agg.privacy.clients import MOST_APART
 from dare_agg.rounds.settings import WEIGHTINGS
 from dare_agg.rounds.step import ServerStep, server_step
 from dare_agg.rounds.terms import KEEP_RATES
@@ -103,6 +104,8 @@ class RunConfig(BaseModel):
     dp_quantile: with clients: share of them that should lie below the norm, which then follows; 0:
         it stays.
     dp_noise: noise multiplier; 0: the least with which all rounds keep ε.
+    dp_apart: with clients who cannot be sampled: each takes part at most once in so many rounds,
+        which share their noise (DP-FTRL); 0: clients are sampled.
     dp_weak: admit an ε above 50, which promises next to nothing.
     secure: what is summed, so that the server sees no single update; none: a plain run.
     secure_merge: one merge of models that parties have, instead of rounds.
@@ -173,6 +176,7 @@ class RunConfig(BaseModel):
     dp_clip: float
     dp_quantile: float
     dp_noise: float
+    dp_apart: int = Field(ge=0, le=MOST_APART)
     dp_weak: bool
 
     secure: str

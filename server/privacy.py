@@ -19,6 +19,7 @@ from dare_agg.privacy.sharing import SharedPrivacy
 from server.record_privacy import RECORDS, check_record_run
 
 CLIENTS = "clients"
+WORDS = ("epsilon", "delta", "members", "clip", "quantile", "noise", "apart", "weak")
 BUDGET_FILE = "privacy.budget"
 
 
@@ -30,7 +31,7 @@ def check_privacy_words(
     ``methods`` are the merge methods by what the run compares. Raises `ConfigError`.
     """
     if not config.dp:
-        for name in ("epsilon", "delta", "members", "clip", "quantile", "noise", "weak"):
+        for name in WORDS:
             value = getattr(config, f"dp_{name}")
             if value != defaults[f"dp-{name}"]:
                 raise ConfigError(
@@ -69,7 +70,9 @@ def check_privacy_words(
                 f"dp = {config.dp!r} with {name}: one client moves its result by more than the "
                 "norm; use dare-task-arithmetic, dare-average or fedavg"
             )
-    client_privacy(config, None)
+    privacy = client_privacy(config, None)
+    if privacy is not None:
+        privacy.check_rate(config.fraction_train)
 
 
 def check_noised_sums(config: Any, defaults: Mapping[str, Any]) -> None:
@@ -77,12 +80,13 @@ def check_noised_sums(config: Any, defaults: Mapping[str, Any]) -> None:
 
     Raises `ConfigError`. The sums' own settings are checked with them (`SecureSettings`).
     """
-    for name in ("members", "quantile"):
+    for name, why in (
+        ("members", "the roster says how many members there are"),
+        ("quantile", "the parties' norms stay with them"),
+        ("apart", "each party draws noise of its own, which no later round knows"),
+    ):
         if getattr(config, f"dp_{name}") != defaults[f"dp-{name}"]:
-            raise ConfigError(
-                f"dp-{name} with secure: the roster says how many members there are, and their "
-                f"norms stay with them; leave dp-{name} out"
-            )
+            raise ConfigError(f"dp-{name} with secure: {why}; leave dp-{name} out")
     refusals: tuple[tuple[object, str], ...] = (
         (config.secure_merge, "with secure-merge, of models that were trained before any promise: "
          "leave one of them out"),
@@ -134,6 +138,7 @@ def client_privacy(config: Any, state: Path | None) -> ClientPrivacy | None:
         clip=config.dp_clip,
         quantile=config.dp_quantile,
         noise=config.dp_noise,
+        apart=config.dp_apart,
         weak=config.dp_weak,
         ledger=_ledger(config, state),
     )

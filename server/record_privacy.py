@@ -15,7 +15,7 @@ from dare_agg.privacy.records import RecordPrivacy, statement
 RECORDS = "records"
 # What a party tells with its update, and a run's row and card of all parties: the most of any.
 TOLD = ("privacy-epsilon", "privacy-delta", "privacy-noise")
-_OF_CLIENTS = ("members", "quantile")
+_OF_CLIENTS = ("members", "quantile", "apart")
 
 
 def check_record_run(config: Any, methods: Mapping[str, Any], defaults: Mapping[str, Any]) -> None:

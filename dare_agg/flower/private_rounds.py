@@ -9,6 +9,7 @@ from typing import Any
 from dare_agg.errors import ConfigError, PrivacyError
 from dare_agg.flower.clients import Client
 from dare_agg.privacy.clients import ClientPrivacy, PrivateRun
+from dare_agg.privacy.spaced import SpacedRun
 from dare_agg.rounds.plan import RoundPlan
 from dare_agg.rounds.private import check_private_model, check_private_settings, private_round
 from dare_agg.rounds.server import Accepted, MergedRound
@@ -35,8 +36,7 @@ class PrivateRounds:
         others: Mapping[str, object],
     ) -> None:
         check_private_settings(settings)
-        if not rate > 0:
-            raise ConfigError(f"privacy of clients with fraction_train = {rate!r}: nobody is drawn")
+        privacy.check_rate(rate)
         for word, value in others.items():
             if value:
                 raise ConfigError(
@@ -44,8 +44,9 @@ class PrivateRounds:
                     f"bounded by the norm, or not clipped; leave {word} out"
                 )
         self.privacy, self.settings, self.rate = privacy, settings, rate
-        self.run: PrivateRun | None = None
+        self.run: PrivateRun | SpacedRun | None = None
         self.plan: RoundPlan | None = None
+        self._names: list[str] = []
         self._releases: object = 0
 
     def take_up(self, facts: Mapping[str, Any]) -> None:
@@ -80,7 +81,7 @@ class PrivateRounds:
             LOG.warning("the privacy budget is kept in memory alone; name a ledger to resume by")
 
     @property
-    def running(self) -> PrivateRun:
+    def running(self) -> PrivateRun | SpacedRun:
         """The run; in a loop of an app's own it begins with its first round."""
         if self.run is None:
             if not self.privacy.noise:
@@ -95,8 +96,7 @@ class PrivateRounds:
     def may_go_on(self, number: int, first: bool) -> bool:
         """Whether the budget bears a round; raises `PrivacyError` where not even the first."""
         run = self.running
-        charges = run.budget.charges
-        if run.may_go_on or (charges and charges[-1].round >= number):
+        if run.may_go_on or run.made(number):
             return True
         said = (
             f"round {number} would spend more than ε = {run.budget.epsilon:g} at δ = "
@@ -108,18 +108,21 @@ class PrivateRounds:
         return False
 
     def drawn(self, number: int, clients: Sequence[Client]) -> list[Client]:
-        """The clients that take part in a round, each by a draw of its own; may be none."""
+        """The clients that take part in a round, as the run draws or chooses them; may be none."""
         drawn = self.running.drawn(number, [client.hello.name for client in clients])
         chosen = [client for client, takes in zip(clients, drawn, strict=True) if takes]
-        LOG.info("train: %d of %d clients, each drawn by itself", len(chosen), len(clients))
+        how = self.running.statement()["sampling"]
+        LOG.info("train: %d of %d clients (%s)", len(chosen), len(clients), how)
         return chosen
 
-    def open(self, model: GlobalModel, plan: RoundPlan) -> None:
-        """Take a round's plan, whose mask is that of all clients; checks the model."""
+    def open(self, model: GlobalModel, plan: RoundPlan, clients: Sequence[Client]) -> None:
+        """Take a round's plan, whose mask is that of all its ``clients``; checks the model."""
         check_private_model(model)
         self.plan = plan
+        self._names = [client.hello.name for client in clients]
 
     def merge(self, model: GlobalModel, accepted: Sequence[Accepted]) -> MergedRound:
         """Release the round; raises as `private_round`."""
         assert self.plan is not None
-        return private_round(model, self.plan, accepted, self.settings, self.running)
+        run, names = self.running, self._names
+        return private_round(model, self.plan, accepted, self.settings, run, names)

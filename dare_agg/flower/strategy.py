@@ -125,7 +125,7 @@ class DareStrategy(RoundStrategy):
     privacy
         what clients are promised (`ClientPrivacy`): a round releases the clipped and noised
         sum of all their updates, ``fraction_train`` is the probability with which a client takes
-        part, and the run ends when its budget is spent.
+        part (with ``apart`` the share that is asked), and the run ends when its budget is spent.
     round_hook
         called with each `RoundOutcome`; returning True ends the run early.
     """
@@ -387,7 +387,7 @@ class DareStrategy(RoundStrategy):
             check_one_mask(plans)
         check_privacy(self.train_config, self.settings, self.downlink, plans, model.groups)
         if self.private is not None:
-            self.private.open(model, plans[0])
+            self.private.open(model, plans[0], chosen)
         by_node = {c.node: plan for c, plan in zip(chosen, plans[: len(chosen)], strict=True)}
         signers = {
             client.node: (client.hello.name, self.identities[client.hello.name])

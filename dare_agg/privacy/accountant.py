@@ -30,6 +30,8 @@ LEAST_NOISE, MOST_NOISE = 0.05, 1e5
 # Stands for the rate of a release whose noise its parties add in shares: nobody is drawn, and of
 # noise multiplier z it costs ρ = 1/2z².
 IN_SHARES = -1.0
+# Stands for the rate of a release that an earlier one has paid for: it costs nothing more.
+PAID = 0.0
 _CLOSE = 1e-3
 
 
@@ -78,7 +80,8 @@ def spent(releases: Iterable[tuple[float, float]]) -> Spent:
     """What releases of these noise multipliers and rates spent together."""
     total = Spent()
     for (noise, rate), times in Counter(releases).items():
-        total = total.add(noise, rate, times)
+        if rate != PAID:
+            total = total.add(noise, rate, times)
     return total
 
 

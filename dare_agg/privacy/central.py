@@ -18,7 +18,7 @@ from __future__ import annotations
 import hashlib
 import hmac
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -133,12 +133,13 @@ def release(
     clipping: Clipping,
     seed: bytes,
     number: int,
+    shape: Callable[[NDArray[np.float64]], NDArray[np.float64]] | None = None,
 ) -> Release:
     """Clip, sum, noise and divide the vectors, of ``size`` elements each, of round ``number``.
 
     The noise is drawn from ``seed``, which nobody but the server may know, the round and the sum
     itself: the same sum again gets the same noise and is no second release, another one gets
-    noise of its own.
+    noise of its own. ``shape`` makes of it, in units of its deviation, what is added.
     """
     noise, count_deviation = clipping.split(expected)
     deviation = noise * clipping.norm
@@ -154,9 +155,9 @@ def release(
     terms = np.array([clipping.norm, clipping.noise, clipping.quantile, expected, below], "<f8")
     sums = total.astype("<i8", copy=False)
     commitment = hmac.digest(seed, hashlib.sha256(sums.data).digest() + terms.tobytes(), "sha256")
-    key = derive_key(seed, "privacy noise", number, commitment)
-    drawn = gaussian(key, size + 1)
-    total += np.rint(drawn[:size] * (deviation / step)).astype(np.int64)
+    drawn = fresh_noise(seed, number, commitment, size + 1)
+    added = drawn[:size] if shape is None else shape(drawn[:size])
+    total += np.rint(added * (deviation / step)).astype(np.int64)
     share = (below + count_deviation * drawn[size]) / expected + 0.5
     mean = (total * (step / expected)).astype(np.float32)
     return Release(
@@ -167,6 +168,11 @@ def release(
         commitment,
         clipped / max(1, len(contributions)),
     )
+
+
+def fresh_noise(seed: bytes, number: int, commitment: bytes, count: int) -> NDArray[np.float64]:
+    """``count`` numbers of N(0, 1) for a round and its sum, as `release` draws them."""
+    return gaussian(derive_key(seed, "privacy noise", number, commitment), count)
 
 
 def gaussian(key: bytes, count: int) -> NDArray[np.float64]:

@@ -23,8 +23,13 @@ from dare_agg.privacy.accountant import (
     default_delta,
     noise_for,
 )
+from dare_agg.privacy.banded import Places
 from dare_agg.privacy.central import Clipping, Contribution, Release, release
 from dare_agg.privacy.ledger import Budget, Charge, open_budget
+from dare_agg.privacy.spaced import SpacedRun
+
+# Rounds that a client may have to wait; as many vectors of noise are held.
+MOST_APART = 1000
 
 
 @dataclass(frozen=True)
@@ -48,6 +53,9 @@ class ClientPrivacy:
     noise
         noise multiplier, standard deviation by norm; 0 takes the least with which all
         rounds of the run keep ε.
+    apart
+        for clients who cannot be sampled: each takes part at most once in so many rounds, and
+        rounds share their noise (`dare_agg.privacy.spaced`); 0 samples them.
     weak
         admit an ε above 50, which promises next to nothing.
     ledger
@@ -61,6 +69,7 @@ class ClientPrivacy:
     clip: float = 1.0
     quantile: float = 0.0
     noise: float = 0.0
+    apart: int = 0
     weak: bool = False
     ledger: str | os.PathLike[str] | None = None
 
@@ -73,13 +82,41 @@ class ClientPrivacy:
             check_number("quantile", self.quantile, 0.01, 0.99)
         if self.noise:
             check_number("noise", self.noise, LEAST_NOISE, MOST_NOISE)
+        if self.apart:
+            if not isinstance(self.apart, int):
+                raise ConfigError(f"privacy: apart = {self.apart!r}; a whole number is needed")
+            check_number("apart", self.apart, 1, MOST_APART)
+            if self.quantile:
+                raise ConfigError(
+                    f"privacy: a norm that follows the clients' (quantile = {self.quantile:g}) "
+                    f"with apart = {self.apart}: rounds that share their noise have one norm; "
+                    "leave quantile out"
+                )
 
-    def begin(self, rounds: int, rate: float) -> PrivateRun:
+    def check_rate(self, rate: float) -> None:
+        """Raise `ConfigError` for a share of the clients of a round that cannot be kept apart."""
+        if not rate > 0:
+            raise ConfigError(f"privacy of clients with fraction_train = {rate!r}: nobody is drawn")
+        if not self.apart:
+            return
+        if rate * self.apart > 1 + 1e-9:
+            raise ConfigError(
+                f"privacy: fraction_train = {rate:g} of the clients in each round, none of them "
+                f"twice in {self.apart} (apart): take at most {1 / self.apart:.4g}"
+            )
+        if rate * self.members < 1:
+            raise ConfigError(
+                f"privacy: fraction_train = {rate:g} of {self.members} members is nobody; take at "
+                f"least {1 / self.members:.4g}"
+            )
+
+    def begin(self, rounds: int, rate: float) -> PrivateRun | SpacedRun:
         """The run, at the start or where its ledger left it, with the noise of its rounds."""
+        self.check_rate(rate)
         path = None if self.ledger is None else Path(self.ledger)
-        budget = open_budget(path, self.epsilon, self.delta, self.members)
+        budget = open_budget(path, self.epsilon, self.delta, self.members, self.apart)
         if not budget.noise:
-            noise = self.noise or noise_for(self.epsilon, self.delta, rounds, rate)
+            noise = self.noise or self._noise(rounds, rate)
             budget = replace(budget, noise=noise)
             budget.write()
         elif self.noise and self.noise != budget.noise:
@@ -87,7 +124,14 @@ class ClientPrivacy:
                 f"noise = {self.noise:g}, and the run was begun with {budget.noise:g}; leave it "
                 "out to go on as before"
             )
+        if self.apart:
+            return SpacedRun(budget, self.clip, math.floor(rate * self.members + 1e-9))
         return PrivateRun(self, budget, rate)
+
+    def _noise(self, rounds: int, rate: float) -> float:
+        if self.apart:
+            return noise_for(self.epsilon, self.delta, -(-rounds // self.apart))
+        return noise_for(self.epsilon, self.delta, rounds, rate)
 
 
 class PrivateRun:
@@ -106,6 +150,16 @@ class PrivateRun:
         """Whether the budget bears another round."""
         return self.budget.allows(self.budget.noise, self.rate)
 
+    @property
+    def expected(self) -> float:
+        """How many clients a round expects; its sum is divided by that."""
+        return self.rate * self.settings.members
+
+    def made(self, number: int) -> bool:
+        """Whether round ``number`` was released before: to be made again, to the bit."""
+        charges = self.budget.charges
+        return bool(charges) and charges[-1].round >= number
+
     def drawn(self, number: int, names: Sequence[str]) -> list[bool]:
         """Which of the clients take part in a round: each by itself, with the sampling rate."""
         if self.rate >= 1:
@@ -117,17 +171,23 @@ class PrivateRun:
         )
         return [int.from_bytes(key, "little") < least for key in keys]
 
-    def release(self, number: int, contributions: Sequence[Contribution], size: int) -> Release:
+    def release(
+        self,
+        number: int,
+        contributions: Sequence[Contribution],
+        places: Places,
+        names: Sequence[str],
+    ) -> Release:
         """Release the noised mean of a round's vectors, charged before it is returned.
 
-        Raises `PrivacyError` where the budget does not bear it.
+        Who they are plays no part. Raises `PrivacyError` where the budget does not bear it.
         """
         settings = self.settings
         norm = self.budget.norm(number, settings.clip)
         made = release(
             contributions,
-            size,
-            self.rate * settings.members,
+            places.count,
+            self.expected,
             Clipping(norm, self.budget.noise, settings.quantile),
             self.budget.seed,
             number,

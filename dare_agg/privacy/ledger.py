@@ -16,9 +16,10 @@ from typing import Any
 
 import numpy as np
 
-from dare_agg.errors import PrivacyError, StateError
+from dare_agg.errors import ConfigError, PrivacyError, StateError
 from dare_agg.files.state_file import read_state, write_state
-from dare_agg.privacy.accountant import Spent, spent
+from dare_agg.privacy.accountant import PAID, Spent, spent
+from dare_agg.privacy.steps import SpacedStep, read_steps, step_columns
 
 SEED_BYTES = 32
 _KIND = "dare-agg privacy budget 1"
@@ -41,7 +42,10 @@ class Charge:
 
 @dataclass(frozen=True)
 class Budget:
-    """ε at δ, and what was charged to it so far; ``path`` is its file, None for memory alone."""
+    """ε at δ, and what was charged to it so far; ``path`` is its file, None for memory alone.
+
+    Of a run whose clients come ``apart`` rounds apart there is a step for each charge.
+    """
 
     epsilon: float
     delta: float
@@ -50,6 +54,8 @@ class Budget:
     seed: bytes = field(default_factory=lambda: os.urandom(SEED_BYTES), repr=False)
     noise: float = 0.0
     charges: tuple[Charge, ...] = ()
+    apart: int = 0
+    steps: tuple[SpacedStep, ...] = ()
 
     @property
     def spent(self) -> Spent:
@@ -58,12 +64,15 @@ class Budget:
 
     def allows(self, noise: float, rate: float) -> bool:
         """Whether a further release of this noise and sampling rate keeps ε."""
+        if rate == PAID:
+            return True
         return self.spent.add(noise, rate).epsilon(self.delta) <= self.epsilon
 
-    def charged(self, charge: Charge) -> Budget:
+    def charged(self, charge: Charge, step: SpacedStep | None = None) -> Budget:
         """With a release, written before this returns; the very one again costs nothing.
 
-        Raises `PrivacyError` where the budget does not bear it.
+        Where clients come some rounds apart its ``step`` is given. Raises `PrivacyError` where
+        the budget does not bear it.
         """
         if self.made_before(charge):
             return self
@@ -73,7 +82,8 @@ class Budget:
                 f"{self.delta:.2g}, of which {self.spent.epsilon(self.delta):.4g} are spent; the "
                 "model so far is what the budget allows"
             )
-        found = replace(self, charges=(*self.charges, charge))
+        steps = self.steps if step is None else (*self.steps, step)
+        found = replace(self, charges=(*self.charges, charge), steps=steps)
         found.write()
         return found
 
@@ -98,6 +108,7 @@ class Budget:
             "members": self.members,
             "noise": self.noise,
             "seed": self.seed.hex(),
+            "apart": self.apart,
         }
         charges = self.charges
         write_state(
@@ -110,6 +121,7 @@ class Budget:
                 "noises": np.array([charge.noise for charge in charges], np.float64),
                 "rates": np.array([charge.rate for charge in charges], np.float64),
                 "norms": np.array([charge.norm for charge in charges], np.float64),
+                **(step_columns(self.steps) if self.apart else {}),
             },
             facts,
             remedy="nothing was released: free space or fix the permissions, then resume",
@@ -126,18 +138,20 @@ class Budget:
             )
 
 
-def open_budget(path: Path | None, epsilon: float, delta: float, members: int) -> Budget:
+def open_budget(
+    path: Path | None, epsilon: float, delta: float, members: int, apart: int = 0
+) -> Budget:
     """The budget in a file, or a new one where there is none.
 
-    Raises `PrivacyError` for one that was begun with another ε, δ or number of members, or that
-    cannot be read: it is never begun anew by itself.
+    Raises `PrivacyError` for one that was begun with another ε, δ, number of members or of rounds
+    between two of a client, or that cannot be read: it is never begun anew by itself.
     """
     if path is None or not path.exists():
-        return Budget(epsilon, delta, members, path)
+        return Budget(epsilon, delta, members, path, apart=apart)
     try:
         arrays, facts = read_state(path)
         budget = _parsed(path, arrays, facts)
-    except (StateError, KeyError, TypeError, ValueError) as error:
+    except (StateError, ConfigError, KeyError, TypeError, ValueError) as error:
         raise PrivacyError(
             f"the privacy budget {path} cannot be read ({str(error)[:200]}); what was spent is "
             "not known: put its last good copy back, or begin another run with less ε"
@@ -146,6 +160,7 @@ def open_budget(path: Path | None, epsilon: float, delta: float, members: int) -
         ("ε", budget.epsilon, epsilon),
         ("δ", budget.delta, delta),
         ("a number of members", budget.members, members),
+        ("a distance", budget.apart, apart),
     ):
         if begun != now:
             raise PrivacyError(
@@ -173,6 +188,12 @@ def _parsed(path: Path, arrays: Mapping[str, Any], facts: Mapping[str, Any]) -> 
         Charge(int(number), commitments[32 * i : 32 * i + 32], *(float(c[i]) for c in columns))
         for i, number in enumerate(rounds)
     )
-    budget = Budget(numbers[0], numbers[1], int(facts["members"]), path, seed, numbers[2], charges)
+    apart = int(facts.get("apart", 0))
+    steps = read_steps(arrays) if apart else ()
+    if apart and len(steps) != count:
+        raise ValueError(f"{len(steps)} steps for {count} releases")
+    epsilon, delta, noise = numbers
+    members = int(facts["members"])
+    budget = Budget(epsilon, delta, members, path, seed, noise, charges, apart, steps)
     _ = budget.spent  # noises and rates that can be accounted for
     return budget

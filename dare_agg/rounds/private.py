@@ -13,8 +13,10 @@ import numpy as np
 
 from dare_agg.errors import ConfigError, MergeError, refuse
 from dare_agg.merge.methods import MEANS
+from dare_agg.privacy.banded import Places
 from dare_agg.privacy.central import Contribution, contribution
 from dare_agg.privacy.clients import PrivateRun
+from dare_agg.privacy.spaced import SpacedRun
 from dare_agg.rounds.noise import norm_of
 from dare_agg.rounds.plan import RoundPlan
 from dare_agg.rounds.server import Accepted, MergedRound
@@ -61,12 +63,14 @@ def private_round(
     plan: RoundPlan,
     accepted: Sequence[Accepted],
     settings: FederatedSettings,
-    run: PrivateRun,
+    run: PrivateRun | SpacedRun,
+    names: Sequence[str] = (),
 ) -> MergedRound:
     """Release the accepted updates of a round, none of them too, and charge it to the budget.
 
-    ``plan`` is any of the round's: all clients share its mask. Raises `MergeError` for an update
-    of another mask, `PrivacyError` where the budget does not bear the round.
+    ``plan`` is any of the round's: all clients share its mask; ``names`` are theirs, by their
+    number in the round. Raises `MergeError` for an update of another mask, `PrivacyError` where the
+    budget does not bear the round.
     """
     mask = plan.spec(model.groups.layout).draw_mask()
     survivors, dense_size = mask.survivors, model.ref.dense_size
@@ -80,13 +84,14 @@ def private_round(
                 "round: leave client_terms and upload_budget out"
             )
         found.append(contribution(reply.update, reply.dense, survivors))
-    made = run.release(plan.round, found, survivors + dense_size)
+    who = [names[reply.plan.client] for reply in ordered] if names else []
+    made = run.release(plan.round, found, Places(mask, dense_size), who)
     values = made.mean[:survivors] * np.float32(settings.scaling)
     delta = mask.scatter(values, rescale=False)
     dense = made.mean[survivors:] if dense_size else None
     measured: dict[str, Any] = {
         "accepted": len(ordered),
-        "weights": [1 / (run.rate * run.settings.members)] * len(ordered),
+        "weights": [1 / run.expected] * len(ordered),
         "survivors": [survivors] * len(ordered),
         "survivors_per_element": sum(reply.keep for reply in ordered),
         "merged_norm": norm_of(delta),

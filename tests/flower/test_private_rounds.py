@@ -24,6 +24,10 @@ def strategy(privacy, **words):
     return DareStrategy(**given)
 
 
+def _but(words, *names):
+    return {name: value for name, value in words.items() if name not in names}
+
+
 def run(grid, toys, privacy, rounds=3, **words):
     outcomes = []
     made = strategy(privacy, round_hook=lambda o: outcomes.append(o), **words)
@@ -84,12 +88,42 @@ def test_the_run_ends_when_its_budget_is_spent(memory_grid, toys, tmp_path, capl
         run(memory_grid(toys.app(), 20), toys, privacy, rounds=1, seed=2)
 
 
+def test_clients_that_come_apart_train_in_turn(memory_grid, toys, tmp_path):
+    trained = []
+    app = toys.app(edit=lambda partition, arrays, metrics: trained.append(partition))
+    privacy = ClientPrivacy(12, apart=3, noise=5.0, ledger=tmp_path / "budget")
+    outcomes = run(memory_grid(app, 12), toys, privacy, rounds=8, fraction_train=0.25)
+    assert [o.measurements["accepted"] for o in outcomes] == [3] * 8
+    for number in range(6):  # any three rounds have nine clients
+        assert len(set(trained[3 * number : 3 * number + 9])) == 9
+    assert {len(set(trained[:12])), len(set(trained[12:]))} == {12}
+    spent = [o.measurements["privacy"]["epsilon"] for o in outcomes]
+    assert spent[0] == spent[2] < spent[3] == spent[5] < spent[6]
+    # A run begun again with the budget, and without its state: nobody is taken in too early.
+    before = trained[-6:]
+    (again,) = run(memory_grid(app, 12), toys, privacy, rounds=1, fraction_train=0.25)
+    assert not set(trained[-3:]) & set(before)
+    assert again.measurements["privacy"]["releases"] == 9
+
+
+def test_an_app_that_chooses_for_itself_cannot_take_a_client_in_too_early(memory_grid, toys):
+    """An attack: the same clients every round, by an override of who is asked."""
+    made = strategy(ClientPrivacy(12, apart=3, noise=5.0), fraction_train=0.25)
+    made.private.drawn = lambda number, clients: list(clients)[:3]
+    with pytest.raises(PrivacyError, match="twice within 3 rounds"):
+        made.start(memory_grid(toys.app(), 12), toys.record(toys.arrays()), num_rounds=2)
+    assert len(made.private.run.budget.charges) == 1
+
+
+@pytest.mark.parametrize("apart", [0, 2])
 @pytest.mark.parametrize("downlink", ["full", "auto"])
-def test_stopping_and_going_on_changes_nothing(memory_grid, toys, tmp_path, downlink):
+def test_stopping_and_going_on_changes_nothing(memory_grid, toys, tmp_path, downlink, apart):
+    words = {"apart": apart} if apart else {"quantile": 0.5}
+
     def one_run(name, stop_after=None, rounds=4):
         kept = StateFolder(tmp_path / name)
         # The seed of the noise is drawn; for a comparison it is one.
-        privacy = ClientPrivacy(50, quantile=0.5, ledger=tmp_path / f"{name}.budget")
+        privacy = ClientPrivacy(50, **words, ledger=tmp_path / f"{name}.budget")
         made = strategy(
             privacy,
             downlink=make_downlink(downlink),
@@ -107,7 +141,7 @@ def test_stopping_and_going_on_changes_nothing(memory_grid, toys, tmp_path, down
         )  # fmt: skip
         return made
 
-    first = ClientPrivacy(50, quantile=0.5, ledger=tmp_path / "a.budget").begin(4, 0.5)
+    first = ClientPrivacy(50, **words, ledger=tmp_path / "a.budget").begin(4, 0.5)
     (tmp_path / "b.budget").write_bytes((tmp_path / "a.budget").read_bytes())
     assert first.budget.charges == ()
     whole = one_run("a")
@@ -141,11 +175,12 @@ def test_a_private_run_does_not_go_on_without(memory_grid, toys, tmp_path):
         ({"client_terms": lambda hello: None}, "leave client_terms out"),
         ({"robust": "median", "byzantine": 0, "min_train_nodes": 5}, "leave robust out"),
         ({"fraction_train": 0.0}, "nobody is drawn"),
+        ({"apart": 3}, "take at most 0.3333"),
     ],
 )
 def test_what_breaks_the_promise_is_refused_before_anyone_trains(words, said):
     with pytest.raises(ConfigError, match=said):
-        strategy(ClientPrivacy(50), **words)
+        strategy(ClientPrivacy(50, apart=words.get("apart", 0)), **_but(words, "apart"))
 
 
 @pytest.mark.parametrize("exclude", [[], ["num_batches"]])

@@ -6,11 +6,15 @@ from dataclasses import replace
 import numpy as np
 import pytest
 
+from dare_agg.codec.mask import Mask, parse_drop_rate
 from dare_agg.errors import ConfigError, PrivacyError
 from dare_agg.privacy.accountant import Spent
+from dare_agg.privacy.banded import Places
 from dare_agg.privacy.central import Contribution
 from dare_agg.privacy.clients import ClientPrivacy
 from dare_agg.privacy.ledger import Budget, Charge, open_budget
+
+TEN = Places(Mask("stratified", 8, parse_drop_rate(0), bytes(16)), dense=2)
 
 
 def one(value=1.0):
@@ -36,20 +40,20 @@ def test_the_budget_is_on_disk_before_a_release_is_returned(tmp_path, monkeypatc
     from dare_agg.errors import StateError
 
     with pytest.raises((StateError, OSError)):
-        run.release(1, [one()], 10)
+        run.release(1, [one()], TEN, [])
 
 
 def test_the_very_release_again_costs_nothing_and_another_one_does(tmp_path):
     words = {"members": 100, "noise": 2.0, "ledger": tmp_path / "budget"}
-    first = ClientPrivacy(**words).begin(5, 1.0).release(1, [one()], 10)
+    first = ClientPrivacy(**words).begin(5, 1.0).release(1, [one()], TEN, [])
     resumed = ClientPrivacy(**words).begin(5, 1.0)
-    again = resumed.release(1, [one()], 10)
+    again = resumed.release(1, [one()], TEN, [])
     assert again.mean.tobytes() == first.mean.tobytes()
     assert len(resumed.budget.charges) == 1
-    resumed.release(2, [one()], 10)
-    resumed.release(1, [one()], 10)  # a state of two rounds before was the last that was whole
+    resumed.release(2, [one()], TEN, [])
+    resumed.release(1, [one()], TEN, [])  # a state of two rounds before was the last that was whole
     assert len(resumed.budget.charges) == 2
-    other = resumed.release(1, [one(-1.0)], 10)
+    other = resumed.release(1, [one(-1.0)], TEN, [])
     assert other.mean.tobytes() != first.mean.tobytes()
     assert len(resumed.budget.charges) == 3
 
@@ -58,11 +62,11 @@ def test_a_spent_budget_releases_nothing(tmp_path):
     run = ClientPrivacy(100, 4.0, ledger=tmp_path / "budget").begin(3, 0.5)
     for number in (1, 2, 3):
         assert run.may_go_on
-        run.release(number, [one()], 10)
+        run.release(number, [one()], TEN, [])
     assert run.epsilon <= 4.0
     assert not run.may_go_on
     with pytest.raises(PrivacyError, match="more than ε = 4"):
-        run.release(4, [one()], 10)
+        run.release(4, [one()], TEN, [])
     assert len(open_budget(tmp_path / "budget", 4.0, run.budget.delta, 100).charges) == 3
 
 
@@ -78,7 +82,7 @@ def test_another_budget_is_refused(tmp_path, words):
 def test_a_damaged_budget_is_not_begun_anew(tmp_path, damage):
     path = tmp_path / "budget"
     run = ClientPrivacy(100, noise=2.0, ledger=path).begin(3, 0.5)
-    run.release(1, [one()], 10)
+    run.release(1, [one()], TEN, [])
     data = path.read_bytes()
     path.write_bytes(
         {"cut": data[:-9], "flip": data[:40] + b"?" + data[41:], "empty": b"", "text": b"{}"}[
@@ -92,9 +96,9 @@ def test_a_damaged_budget_is_not_begun_anew(tmp_path, damage):
 def test_a_budget_rolled_back_or_lost_is_refused(tmp_path):
     path = tmp_path / "budget"
     run = ClientPrivacy(100, noise=2.0, ledger=path).begin(3, 0.5)
-    run.release(1, [one()], 10)
+    run.release(1, [one()], TEN, [])
     old = path.read_bytes()
-    run.release(2, [one()], 10)
+    run.release(2, [one()], TEN, [])
     run.budget.check_resumed(2)
     path.write_bytes(old)
     back = ClientPrivacy(100, noise=2.0, ledger=path).begin(3, 0.5)

@@ -32,6 +32,10 @@ def test_the_words_make_the_promise(tmp_path):
         ({"keep-rates": "last"}, "keep-rates"),
         ({"upload-budget": "300kB"}, "upload budget"),
         ({"dp": "client"}, "dp"),
+        ({"dp-apart": 5}, r"fraction_train = 1 .* take at most 0\.2"),
+        ({"dp-apart": 5, "fraction-train": 0.001}, "is nobody"),
+        ({"dp-apart": 5, "fraction-train": 0.2, "dp-quantile": 0.5}, "leave quantile out"),
+        ({"dp-apart": 2000}, "dp-apart"),
     ],
 )
 def test_what_promises_nothing_is_refused(words, said):
@@ -39,9 +43,21 @@ def test_what_promises_nothing_is_refused(words, said):
         read_config({**WORDS, **words})
 
 
-def test_words_of_privacy_alone_are_refused():
+def test_clients_that_come_apart_are_asked_in_turn(tmp_path):
+    config = read_config({**WORDS, "dp-apart": 5, "fraction-train": 0.2})
+    privacy = client_privacy(config, tmp_path)
+    assert privacy.apart == 5 and privacy.begin(10, 0.2).expected == 20
+
+
+@pytest.mark.parametrize("words", [{"dp-epsilon": 1.0}, {"dp-apart": 5}])
+def test_words_of_privacy_alone_are_refused(words):
     with pytest.raises(ConfigError, match="without dp"):
-        read_config({"dp-epsilon": 1.0})
+        read_config(words)
+
+
+def test_rows_are_not_kept_apart():
+    with pytest.raises(ConfigError, match="dp-apart with dp = 'records'"):
+        read_config({"dp": "records", "dp-apart": 5})
 
 
 def test_a_row_says_what_is_spent():
@@ -76,7 +92,8 @@ def test_the_words_of_noised_sums_make_their_promise(tmp_path):
         ({"weighting": "examples"}, "equal"),
         ({"evaluate": True}, "evaluate = false"),
         ({"dp-members": 10}, "roster says"),
-        ({"dp-quantile": 0.5}, "roster says"),
+        ({"dp-quantile": 0.5}, "norms stay with them"),
+        ({"dp-apart": 3}, "no later round knows"),
         ({"dp-epsilon": 0.0}, "above 0"),
         ({"dp-epsilon": 70333.0}, "dp-weak"),
         ({"dp-clip": -1.0}, "clip"),

@@ -9,7 +9,14 @@ from typing import Any
 from simulations.pages import tables
 
 Row = Mapping[str, Any]
-_WAYS = (("central", "0"), ("central", "0.9"), ("central", "0.99"), ("flower", "0"))
+# Way, quantile of the norm, and what the table calls it.
+_FORMS = (
+    ("central", 0.0, "the server"),
+    ("central", 0.5, "the server, norm by median"),
+    ("secure", 0.0, "the parties, in a secure sum"),
+    ("flower", 0.5, "Flower's wrapper"),
+)
+_DROPS = ("0", "0.9", "0.99")
 
 
 def private_table(rows: Sequence[Row]) -> str:
@@ -21,37 +28,33 @@ def private_table(rows: Sequence[Row]) -> str:
     for clients in sorted({row["clients"] for row in rows}, reverse=True):
         own = [row for row in rows if row["clients"] == clients]
         base = f"{100 * mean(row['base'] for row in own):.1f}"
-        bare = [_of(own, "none", drop) for _, drop in _WAYS[:3]]
-        lines.append((f"{clients:,}", base, "none", "–", *map(_cell, bare), "–"))
+        bare = [_cell(_of(own, "none", drop)) for drop in _DROPS]
+        lines.append((f"{clients:,}", base, "none", "", *bare))
         for epsilon in sorted({row["epsilon"] for row in own}, reverse=True):
-            for quantile, norm in ((0.5, "median"), (0.0, "fixed")):
+            for way, quantile, title in _FORMS:
                 found = [
                     [
                         row
                         for row in _of(own, way, drop)
-                        if row["epsilon"] == epsilon and row["settings"]["quantile"] == quantile
+                        if (row["epsilon"], row["settings"]["quantile"]) == (epsilon, quantile)
                     ]
-                    for way, drop in _WAYS[:3]
+                    for drop in _DROPS
                 ]
-                if not any(found):
-                    continue
-                flower = [row for row in _of(own, "flower", "0") if row["epsilon"] == epsilon]
-                cells = (*map(_cell, found), _cell(flower))
-                lines.append((f"{clients:,}", base, f"ε = {epsilon:g}", norm, *cells))
-    sizes = ", ".join(
-        f"{label} {mean(found):,.0f} B"
-        for label, way, drop in (
-            ("dense", "central", "0"),
-            ("p=.9", "central", "0.9"),
-            ("p=.99", "central", "0.99"),
-        )
-        if (found := [r["bytes"] for r in rows if (r["way"], r["drop_rate"]) == (way, drop)])
+                if any(found):
+                    cells = map(_cell, found)
+                    lines.append((f"{clients:,}", base, f"ε = {epsilon:g}", title, *cells))
+    columns = ("Clients", "Base", "Privacy", "Noise of", "dense", "p=.9", "p=.99")
+    sizes = (
+        f"{title} {', '.join(_size(rows, way, drop) for drop in _DROPS)}"
+        for way, title in (("central", "to a server"), ("secure", "inside a secure sum"))
     )
-    columns = (
-        "Clients", "Base", "Privacy", "Norm", "central, dense", "central, p=.9", "central, p=.99",
-        "Flower's wrapper, dense",
-    )  # fmt: skip
-    return tables.markdown(columns, lines) + f"\n\nAn update: {sizes}."
+    return tables.markdown(columns, lines) + f"\n\nAn update: {'; '.join(sizes)} bytes."
+
+
+def _size(rows: Sequence[Row], way: str, drop: str) -> str:
+    """Bytes of an update, of the most clients that are there."""
+    found = {row["clients"]: row["bytes"] for row in _of(rows, way, drop)}
+    return f"{found[max(found)]:,}" if found else "–"
 
 
 def _of(rows: Sequence[Row], way: str, drop: str) -> list[Row]:
@@ -68,17 +71,36 @@ def _cell(rows: Sequence[Row]) -> str:
 
 def audit_table(rows: Sequence[Row]) -> str:
     """Bounds on ε by the attack, with and without noise: the newest row of each setting."""
-    newest = {(row["epsilon"], row["drop_rate"], row["rate"], row["noise"]): row for row in rows}
+    newest = {
+        (row.get("unit", "client"), row["epsilon"], row["drop_rate"], _who(row), row["noise"]): row
+        for row in rows
+    }
     lines = [
         (
+            "parties, in a secure sum" if "secure" in unit else "the server",
             f"{epsilon:g}",
             f"p={drop}",
-            f"{rate:g}",
+            who,
             "on" if noise else "off",
             f"{min(row['bounds']):.2f} to {max(row['bounds']):.2f}",
             f"{row['as_promised']} of {row['runs']} {'at most ε' if noise else 'above ε'}",
         )
-        for (epsilon, drop, rate, noise), row in newest.items()
+        for (unit, epsilon, drop, who, noise), row in newest.items()
     ]
-    columns = ("ε promised", "Updates", "Sampling", "Noise", "Lower bounds found", "Runs")
+    columns = (
+        "Noise of",
+        "ε promised",
+        "Updates",
+        "Sampling",
+        "Noise",
+        "Lower bounds found",
+        "Runs",
+    )
     return tables.markdown(columns, lines)
+
+
+def _who(row: Row) -> str:
+    """How clients come to take part."""
+    if "apart" in row:
+        return f"{row['apart']} rounds apart"
+    return "all, each round" if row["rate"] == 1 else f"sampled, {row['rate']:g}"

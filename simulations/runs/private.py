@@ -1,9 +1,12 @@
 """Federated training with privacy of clients: accuracy by ε, number of clients and drop rate.
 
-Ways: ``central`` (`dare_agg.rounds.private`), ``flower`` (Flower's own server-side wrapper with
-fixed clipping around its FedAvg, dense), ``none`` (no privacy). All share base, data, rounds and
-seeds; the network is `simulations.runs.small_classifier`. Poisson sampling, as the accountant
-counts it; Flower's wrapper samples a fixed number, so that its ε is only what ours would be.
+Ways: ``central`` (`dare_agg.rounds.private`; with ``apart`` clients are not sampled but come so
+many rounds apart), ``secure`` (noise of the parties inside a secure sum,
+`simulations.runs.keyless`; all take part in every round), ``flower`` (Flower's own server-side
+wrapper with fixed clipping around its FedAvg, dense), ``none`` (no privacy). All share base, data,
+rounds and seeds; the network is `simulations.runs.small_classifier`. Poisson sampling, as the
+accountant counts it; Flower's wrapper samples a fixed number, so that its ε is only what ours
+would be.
 """
 
 from __future__ import annotations
@@ -18,14 +21,18 @@ from dare_agg.codec.mask import parse_drop_rate
 from dare_agg.errors import ConfigError, did_you_mean
 from dare_agg.privacy.accountant import default_delta, noise_for
 from dare_agg.privacy.clients import ClientPrivacy
+from dare_agg.privacy.sharing import SharedPrivacy
 from dare_agg.rounds.client import make_client_update
 from dare_agg.rounds.plan import make_plans
 from dare_agg.rounds.private import private_round
-from dare_agg.rounds.server import Rejection, advance, check_reply, merge_round
+from dare_agg.rounds.server import MergedRound, Rejection, advance, check_reply, merge_round
 from dare_agg.rounds.settings import FederatedSettings
 from dare_agg.rounds.step import StepState
 from dare_agg.rounds.terms import UpdateTerms
+from dare_agg.secure.result import merged_sum
+from dare_agg.secure.settings import SecureSettings
 from dare_agg.vectors.model import GlobalModel, global_model
+from simulations.runs.keyless import keyless_sum, keys_of, noised_terms, roster_of
 from simulations.runs.quiet import quiet_flower
 from simulations.runs.small_classifier import (
     Arrays,
@@ -35,6 +42,8 @@ from simulations.runs.small_classifier import (
     train_each,
 )
 
+# Clients that train in one go.
+_AT_ONCE = 50
 Trainer = Callable[[Arrays, Sequence[int], int], list[Arrays]]
 
 
@@ -84,11 +93,15 @@ def by_rounds(
         clip=clip,
         quantile=settings["quantile"],
         noise=0.0 if private else 1.0,
+        apart=settings.get("apart", 0),
     ).begin(settings["rounds"], rate)
+    names = [f"client {client}" for client in range(clients)]
     model, state = global_model(base, dense=(), exclude=()), StepState()
     sent: list[int] = []
     for number in range(1, settings["rounds"] + 1):
         drawn = np.random.default_rng([seed, 5, number]).random(clients) < rate
+        if run.budget.apart:
+            drawn = np.array(run.drawn(number, names))
         chosen = [int(client) for client in np.flatnonzero(drawn)]
         secret = derive_key(seed_secret(seed), "round", number, length=32)
         plans = make_plans(
@@ -104,7 +117,8 @@ def by_rounds(
                 raise AssertionError(reply.detail)
             accepted.append(reply)
         if private:
-            merged = private_round(model, plans[0], accepted, federated, run)
+            who = [names[client] for client in chosen]
+            merged = private_round(model, plans[0], accepted, federated, run, who)
         elif accepted:
             merged = merge_round(model, accepted, federated)
         else:
@@ -118,6 +132,42 @@ def by_rounds(
         "spent": round(run.epsilon, 4) if private else None,
         "norm": run.budget.norm(settings["rounds"] + 1, clip) if private else None,
     }
+
+
+def by_secure_sums(
+    settings: Mapping[str, Any], seed: int, base: Arrays, trained: Trainer
+) -> dict[str, Any]:
+    """Rounds of secure sums of all clients, each with its share of the noise."""
+    members, rounds, rate = settings["clients"], settings["rounds"], settings["drop_rate"]
+    update = UpdateTerms(drop_rate=parse_drop_rate(rate), values="f32", dense=())
+    federated = FederatedSettings(update, weighting="equal", shared_mask=True)
+    clip = settings["clip"] / (1 - update.drop_rate.p) ** 0.5
+    secure = SecureSettings(drop_rate=rate, privacy=SharedPrivacy(settings["epsilon"], clip=clip))
+    assert secure.privacy is not None
+    run, roster = secure.privacy.begin(rounds, members), roster_of(members)
+    model, state = global_model(base, dense=(), exclude=()), StepState()
+    groups = model.groups
+    nbytes = 0
+    for number in range(1, rounds + 1):
+        terms = noised_terms(secure, roster, model, number, run.rho)
+        run.charge(number, terms.session)
+        mask = terms.mask(derive_key(seed_secret(seed), "round", number, length=32))
+        arrays = _arrays(model)
+        start = groups.layout.flatten(arrays)
+        changes = (
+            (client + 1, mask.gather(groups.layout.flatten(tuned) - start))
+            for some in _in_parts(members)
+            for client, tuned in zip(some, trained(arrays, some, number), strict=True)
+        )
+        sums = keyless_sum(terms, mask, changes, keys_of(seed, number))
+        found = merged_sum(sums, terms, mask)
+        model, state = advance(model, state, MergedRound(found.vector(), None, (), {}), federated)
+        bits = terms.quantiser.word_bits
+        nbytes = -(-(terms.values + 2) * bits // 8)
+    return {
+        "arrays": _arrays(model), "bytes": nbytes, "noise": run.budget.noise,
+        "delta": run.budget.delta, "spent": round(run.epsilon, 4), "norm": clip,
+    }  # fmt: skip
 
 
 @quiet_flower()
@@ -166,8 +216,13 @@ def by_flower(
 WAYS: Mapping[str, Callable[[Mapping[str, Any], int, Arrays, Trainer], dict[str, Any]]] = {
     "none": by_rounds,
     "central": by_rounds,
+    "secure": by_secure_sums,
     "flower": by_flower,
 }
+
+
+def _in_parts(clients: int) -> list[range]:
+    return [range(lo, min(lo + _AT_ONCE, clients)) for lo in range(0, clients, _AT_ONCE)]
 
 
 def _arrays(model: GlobalModel) -> Arrays:

@@ -42,6 +42,21 @@ _ROUNDS: Mapping[str, Any] = {
     "evaluate_rows": 600,
     "milestones": [],
 }
+_PRIVATE: Mapping[str, Any] = {
+    "way": "central",
+    "epsilon": 8.0,
+    "clients": 1000,
+    "rate": 0.1,
+    "drop_rate": "0",
+    "values": "f32",
+    "clip": 0.5,
+    "quantile": 0.5,
+    "rounds": 30,
+    "alpha": 0.5,
+    "steps": 10,
+    "batch": 20,
+    "learning_rate": 0.1,
+}
 # The kinds of experiment: module of this package that has ``run_row(row) -> dict``, and the
 # settings a cell may carry with their defaults.
 KINDS: Mapping[str, tuple[str, Mapping[str, Any]]] = {
@@ -95,24 +110,9 @@ KINDS: Mapping[str, tuple[str, Mapping[str, Any]]] = {
         "simulations.runs.federated_abilities",
         {**_FEDERATED, "abilities": {}, "each": 1},
     ),
-    "private": (
-        "simulations.runs.private",
-        {
-            "way": "central",
-            "epsilon": 8.0,
-            "clients": 1000,
-            "rate": 0.1,
-            "drop_rate": "0",
-            "values": "f32",
-            "clip": 0.5,
-            "quantile": 0.5,
-            "rounds": 30,
-            "alpha": 0.5,
-            "steps": 10,
-            "batch": 20,
-            "learning_rate": 0.1,
-        },
-    ),
+    "private": ("simulations.runs.private", _PRIVATE),
+    # A kind of its own, as above.
+    "private-apart": ("simulations.runs.private", {**_PRIVATE, "apart": 0}),
     "gram-rounds": (
         "simulations.runs.gram_rounds",
         {

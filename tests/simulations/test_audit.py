@@ -1,11 +1,12 @@
 """The audit: its bound is one, and it tells noise from none."""
 
 import math
+from functools import partial
 
 import numpy as np
 import pytest
 
-from simulations.bench.audit import audit
+from simulations.bench.audit import audit, audit_secure
 from simulations.bench.auditing import lower_bound, p_value
 
 
@@ -34,14 +35,19 @@ def test_randomised_response_is_refuted_no_more_often_than_said(epsilon):
     assert 0.005 < refuted <= 0.06
 
 
+ATTACKS = pytest.mark.parametrize("attack", [audit, partial(audit, apart=4), audit_secure])
+
+
+@ATTACKS
 @pytest.mark.parametrize("seed", [0, 1])
-def test_the_attack_stays_below_what_is_promised(seed):
-    found = audit(seed, noise=True)
+def test_the_attack_stays_below_what_is_promised(seed, attack):
+    found = attack(seed, noise=True)
     assert found.epsilon <= 2.0
     assert found.bound <= found.epsilon
 
 
+@ATTACKS
 @pytest.mark.parametrize("seed", [0, 1])
-def test_the_attack_exceeds_what_is_promised_where_noise_is_off(seed):
-    found = audit(seed, noise=False)
+def test_the_attack_exceeds_what_is_promised_where_noise_is_off(seed, attack):
+    found = attack(seed, noise=False)
     assert found.bound > 2.0 >= found.epsilon

@@ -17,29 +17,29 @@ from dare_agg.codec.mask import DropRate, parse_drop_rate
 from dare_agg.downlink.protocol import Downlink
 from dare_agg.errors import ConfigError, PrivacyError
 from dare_agg.flower import arguments, run_log
-from dare_agg.flower.choosing import Chooser
 from dare_agg.flower.clients import Client
-from dare_agg.flower.differential_privacy import check_privacy
+from dare_agg.flower.differential_privacy import check_privacy, privacy_wrapper
 from dare_agg.flower.limits import OWN_BYTES
 from dare_agg.flower.merging import merge_passed
 from dare_agg.flower.metrics import MetricsFn, aggregate_metrics, mean_metrics
 from dare_agg.flower.open_round import OpenRound
-from dare_agg.flower.own_terms import OwnTerms
 from dare_agg.flower.private_rounds import RELEASES, PrivateRounds
 from dare_agg.flower.receiving import Lent
 from dare_agg.flower.replies import Inbox, TrainReply
-from dare_agg.flower.round_noise import RoundNoise
 from dare_agg.flower.round_outcome import RoundOutcome, round_measurements
 from dare_agg.flower.round_strategy import ROUND_WORD, RoundStrategy
 from dare_agg.privacy.clients import ClientPrivacy
 from dare_agg.robust.rule import check_robust
 from dare_agg.rounds.auto import AUTO
 from dare_agg.rounds.chain import Passed, StepContext, UpdateStep, chain
+from dare_agg.rounds.choosing import Chooser
 from dare_agg.rounds.directions import linears_of_round
 from dare_agg.rounds.draws import round_secret
 from dare_agg.rounds.messages import ASK_TRAIN, Hello
+from dare_agg.rounds.own_terms import OwnTerms
 from dare_agg.rounds.plan import make_plans
 from dare_agg.rounds.robust import check_one_mask, robust_step
+from dare_agg.rounds.round_noise import RoundNoise
 from dare_agg.rounds.server import Accepted, Rejection, round_weights
 from dare_agg.rounds.settings import FederatedSettings
 from dare_agg.rounds.step import ServerStep
@@ -236,9 +236,16 @@ class DareStrategy(RoundStrategy):
         self.train_metrics_aggr_fn = train_metrics_aggr_fn or mean_metrics
         self.min_replies = arguments.count("min_replies", min_replies, least=1)
         self.steps = chain(bound_step, *steps, *self._robust_steps())
-        chooser = Chooser(self.CALLED, values) if chosen else None
+        chooser = Chooser(self.CALLED, LOG, values) if chosen else None
         self._own_terms = OwnTerms(client_terms, upload_budget, chooser)
-        self._noise = RoundNoise(self.CALLED, settings, self._own_terms, self.store)
+        self._noise = RoundNoise(
+            self.CALLED,
+            LOG,
+            settings,
+            self._own_terms,
+            self.store,
+            lambda: privacy_wrapper() is not None,
+        )
         self._open: OpenRound | None = None
         self.private: PrivateRounds | None = None
         if privacy is not None:

@@ -9,9 +9,9 @@ from dare_agg.codec.budget import ClientTerms, UploadBudget
 from dare_agg.codec.payload import payload_bytes
 from dare_agg.codec.update_header import HEADER_BYTES
 from dare_agg.errors import ConfigError
-from dare_agg.flower.choosing import Chooser
 from dare_agg.rounds.auto import within
 from dare_agg.rounds.auto_state import AutoState
+from dare_agg.rounds.choosing import Chooser
 from dare_agg.rounds.directions import most_bytes
 from dare_agg.rounds.messages import Hello
 from dare_agg.rounds.terms import UpdateTerms
@@ -22,8 +22,8 @@ from dare_agg.vectors.model import GlobalModel
 class OwnTerms:
     """Who chooses a client's drop rate and value format; None where nobody does.
 
-    ``client_terms`` and ``upload_budget`` are `DareStrategy`'s words, ``chooser`` is there where
-    rounds choose. Raises `ConfigError` where two words choose.
+    ``client_terms`` and ``upload_budget`` are words of the run, ``chooser`` is there where rounds
+    choose. Raises `ConfigError` where two words choose.
     """
 
     client_terms: Callable[[Hello], ClientTerms | None] | None = None

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -12,11 +12,9 @@ from numpy.typing import NDArray
 
 from dare_agg.codec.fitted_rates import tensor_squares
 from dare_agg.downlink.store import VersionStore
-from dare_agg.flower.choosing import Squares, loudest_words
-from dare_agg.flower.differential_privacy import privacy_wrapper
-from dare_agg.flower.own_terms import OwnTerms
 from dare_agg.rounds.auto import judge
 from dare_agg.rounds.auto_state import AutoState
+from dare_agg.rounds.choosing import Squares, loudest_words
 from dare_agg.rounds.noise import (
     NoiseWatch,
     error_of_plan,
@@ -24,21 +22,25 @@ from dare_agg.rounds.noise import (
     norm_of,
     round_noise,
 )
+from dare_agg.rounds.own_terms import OwnTerms
 from dare_agg.rounds.plan import RoundPlan
 from dare_agg.rounds.settings import FederatedSettings
 from dare_agg.vectors.model import GlobalModel
 
-LOG = logging.getLogger("flwr")
-
 
 @dataclass
 class RoundNoise:
-    """Looks at round after round of a strategy; ``called`` is what its words are given to."""
+    """Looks at round after round of a run; ``called`` is what its words are given to.
+
+    ``hidden`` says whether a wrapper's noise hides norms, which the next terms then do not follow.
+    """
 
     called: str
+    log: logging.Logger
     settings: FederatedSettings
     own_terms: OwnTerms
     store: VersionStore | None = None
+    hidden: Callable[[], bool] = lambda: False
     _watch: NoiseWatch = field(default_factory=NoiseWatch)
 
     def look(
@@ -77,13 +79,12 @@ class RoundNoise:
 
         chooser = self.own_terms.chooser
         if chooser is not None:
-            # Terms that followed norms would tell of them what a wrapper's noise does not hide.
-            known = None if privacy_wrapper() is not None else judged
+            known = None if self.hidden() else judged
             state, said = chooser.after(layout, state, known, measured, squares)
         else:
             said = self._too_loud(noise, plans, measured, moved, squares)
         if said:
-            LOG.warning("round %d: %s", measured["round"], said)
+            self.log.warning("round %d: %s", measured["round"], said)
             measured["noise_warning"] = said
         return state
 

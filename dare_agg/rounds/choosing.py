@@ -1,4 +1,4 @@
-"""What `DareStrategy` says and keeps of a round's noise, and the next round's terms."""
+"""What a run whose rounds choose their terms says and keeps of noise, and the next terms."""
 
 from __future__ import annotations
 
@@ -27,7 +27,6 @@ from dare_agg.rounds.auto_state import AutoState
 from dare_agg.rounds.noise import LOUD
 from dare_agg.vectors.layout import Layout
 
-LOG = logging.getLogger("flwr")
 # The sum of squares of each tensor's change in a round, made where it is asked for.
 Squares = Callable[[], NDArray[np.float64]]
 
@@ -37,10 +36,11 @@ class Chooser:
     """The terms of a run whose rounds choose them; ``values`` is "auto" or the one format.
 
     ``compared`` is for strategies that hold updates against each other; ``limit`` names the word
-    that bounds what clients send, "" where none does.
+    that bounds what clients send, "" where none does. ``log`` is told when the terms change.
     """
 
     called: str
+    log: logging.Logger
     values: str = AUTO
     compared: bool = False
     limit: str = ""
@@ -66,7 +66,7 @@ class Chooser:
         found, now = self.choices(layout), self.wanted(layout, state)
         wanted = next_terms(found, now, judged)
         if wanted != now and judged is not None:
-            LOG.info(
+            self.log.info(
                 "from round %d on: %s, since noise was %s",
                 measured["round"] + 1,
                 terms_words(wanted),

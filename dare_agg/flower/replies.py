@@ -12,8 +12,6 @@ from dataclasses import dataclass, field
 
 from flwr.app import Message, MetricRecord, RecordDict
 
-from dare_agg.codec.payload import payload_bytes
-from dare_agg.codec.update import UpdateSpec
 from dare_agg.errors import DareError, UpdateError
 from dare_agg.flower.app_records import own_records
 from dare_agg.flower.limits import ReplyLimit
@@ -30,7 +28,7 @@ from dare_agg.flower.transport import message_bytes
 from dare_agg.rounds.directions import most_bytes
 from dare_agg.rounds.messages import Receipt, Refusal, one_line
 from dare_agg.rounds.plan import RoundPlan
-from dare_agg.rounds.server import Accepted, Rejection, check_reply
+from dare_agg.rounds.server import Accepted, Rejection, check_reply, most_payload
 from dare_agg.rounds.settings import WEIGHTINGS
 from dare_agg.rounds.signing import check_signature, reply_digest
 from dare_agg.rounds.statistics import StatisticsUpdate, statistics_spec
@@ -40,8 +38,6 @@ LOG = logging.getLogger("flwr")
 
 # Of replies that count for nothing, and nobody is to blame.
 _LEFT_OUT = ("left-out", "no-examples")
-# Header, checksum and block scales' slack; the decoder checks the exact length.
-HEADER_ROOM = 1024
 
 
 @dataclass(frozen=True)
@@ -189,11 +185,11 @@ def judge(
         if isinstance(receipt, Refusal):
             return Rejection(plan.client, receipt.reason, receipt.detail)
         receipt.check_answers(plan)
-        blob = read_payload(content, UPDATE_KEY, _limit(plan.spec(layout)))
+        blob = read_payload(content, UPDATE_KEY, most_payload(plan.spec(layout)))
         if blob is None:
             raise UpdateError("the reply holds no update payload", reason="truncated")
         dense_spec = plan.dense_spec()
-        dense_limit = _limit(dense_spec) if dense_spec else 0
+        dense_limit = most_payload(dense_spec) if dense_spec else 0
         dense_blob = read_payload(content, DENSE_KEY, dense_limit)
         statistics = _read_statistics(plan, layout, content, receipt.statistics)
         statistics_blob = statistics.blob if statistics else b""
@@ -235,7 +231,7 @@ def _read_statistics(
     if plan.terms.directions:
         limit = most_bytes(plan.terms, layout)
     else:
-        limit = _limit(statistics_spec(plan, layout, names))
+        limit = most_payload(statistics_spec(plan, layout, names))
     blob = read_payload(content, STATISTICS_KEY, limit)
     return None if blob is None else StatisticsUpdate(blob, names)
 
@@ -249,12 +245,7 @@ def _payload_bytes(plan: RoundPlan, layout: Layout | None) -> int:
     if plan.terms.statistics and layout is not None:
         matrices = [entry.name for entry in layout.entries if len(entry.shape) == 2]
         specs.append(statistics_spec(plan, layout, matrices))
-    return carried + sum(_limit(spec) for spec in specs if spec is not None)
-
-
-def _limit(spec: UpdateSpec) -> int:
-    """Most bytes a payload of this specification can have, known before it arrives."""
-    return payload_bytes(spec.values, spec.most_survivors) + spec.table_bytes + HEADER_ROOM
+    return carried + sum(most_payload(spec) for spec in specs if spec is not None)
 
 
 def metrics_and_weight(

@@ -11,7 +11,7 @@ import os
 import time
 from abc import abstractmethod
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -26,7 +26,7 @@ from dare_agg.downlink.base import BASE_BYTES
 from dare_agg.downlink.protocol import Downlink
 from dare_agg.downlink.ways import make_downlink
 from dare_agg.errors import ConfigError, RunError
-from dare_agg.flower import arguments, run_log
+from dare_agg.flower import run_log
 from dare_agg.flower.base_pieces import send_base as bring
 from dare_agg.flower.broadcasting import Broadcasting
 from dare_agg.flower.clients import Client, Clients, Draw
@@ -37,43 +37,17 @@ from dare_agg.flower.named_base import open_base, store_for
 from dare_agg.flower.receiving import Lent, give_back, lend
 from dare_agg.flower.round_outcome import RoundOutcome
 from dare_agg.flower.standing import Standing
+from dare_agg.rounds import arguments
 from dare_agg.rounds.draws import run_secret
 from dare_agg.rounds.messages import ASK_EVALUATE, ASK_TRAIN
+from dare_agg.rounds.missed import Tally
 from dare_agg.rounds.settings import FederatedSettings
 from dare_agg.rounds.step import StepState
 from dare_agg.vectors.model import GlobalModel, Groups
 
 LOG = logging.getLogger("flwr")
-# What is wrong with an app or its settings rather than with a round: FedAvg too ends a run there.
-_LASTING = frozenset(("config", "layout", "mod", "package", "statistics", "version", "weight"))
 # Of the app's config.
 ROUND_WORD = "server-round"
-
-
-@dataclass
-class Tally:
-    """How many rounds of a run moved the model, and why the others did not."""
-
-    moved: int = 0
-    missed: list[RunError] = field(default_factory=list)
-
-    def check(self) -> None:
-        """Say at the end how many rounds moved nothing; raises `RunError` where all did."""
-        if not self.missed:
-            return
-        count, last = len(self.missed), self.missed[-1]
-        if not self.moved:
-            raise RunError(
-                f"the model is as it was: none of {count} rounds got enough updates; the last, "
-                f"{last}",
-                reason=last.reason,
-            )
-        LOG.warning(
-            "%d of %d rounds left the model as it was; the last, %s",
-            count,
-            count + self.moved,
-            last,
-        )
 
 
 class RoundStrategy(Strategy):
@@ -152,7 +126,6 @@ class RoundStrategy(Strategy):
         self.step_state = StepState()
         self.outcome: RoundOutcome | None = None
         self._grid: Grid | None = None
-        self.empty_rounds = 0
         self._tally = Tally()
         self._in_own_loop = False
         self._told: RoundOutcome | None = None
@@ -210,7 +183,7 @@ class RoundStrategy(Strategy):
         self.train_config = train_config
         # A store goes on where it is, and so do the moments in it.
         self.step_state = step_state or (StepState() if self.store is None else self.step_state)
-        self.empty_rounds, self._tally = 0, Tally()
+        self._tally = Tally()
         self.ready_for(num_rounds - start_round + 1)
         self._in_own_loop = True
         limit = min(timeout, self.deadline) if self.deadline else timeout
@@ -256,7 +229,7 @@ class RoundStrategy(Strategy):
             LOG.info("version %s has fingerprint %s", version, self.fingerprint())
         self._in_own_loop = False
         run_log.finished(time.monotonic() - started, result)
-        self._tally.check()
+        self._tally.check(LOG)
         return result
 
     def begin(self, arrays: ArrayRecord | None = None) -> ArrayRecord:
@@ -412,23 +385,18 @@ class RoundStrategy(Strategy):
 
     def move(self, outcome: RoundOutcome) -> ArrayRecord:
         """Go on to the model of a finished round; returns its arrays."""
-        self.outcome, self.step_state, self.empty_rounds = outcome, outcome.step_state, 0
-        self._tally.moved += 1
+        self.outcome, self.step_state = outcome, outcome.step_state
+        self._tally.move()
         self.broadcasting.move(outcome.model)
         return self.broadcasting.arrays
 
     def stay(self, outcome: RoundOutcome, why: str, reason: str) -> None:
         """Count a round that moved nothing; raises `RunError` when there were too many.
 
-        And where every answer was one that the apps would give again (`_LASTING`).
+        And where every answer was one that the apps would give again.
         """
-        self.empty_rounds += 1
-        self._tally.missed.append(RunError(why, reason=reason))
-        given = [rejection.reason for rejection in outcome.rejections]
-        lasting = bool(given) and _LASTING.issuperset(given)
-        most = self.max_empty_rounds
-        if lasting or (most is not None and self.empty_rounds > most):
-            raise self._tally.missed[-1]
+        error = RunError(why, reason=reason)
+        self._tally.miss(error, outcome.rejections, self.max_empty_rounds)
         LOG.warning("%s; the global model stays as it is", why)
         self.outcome = outcome
 

@@ -16,7 +16,7 @@ from dare_agg.codec.derive import derive_key
 from dare_agg.codec.mask import DropRate, parse_drop_rate
 from dare_agg.downlink.protocol import Downlink
 from dare_agg.errors import ConfigError, PrivacyError
-from dare_agg.flower import arguments, run_log
+from dare_agg.flower import run_log
 from dare_agg.flower.clients import Client
 from dare_agg.flower.differential_privacy import check_privacy, privacy_wrapper
 from dare_agg.flower.limits import OWN_BYTES
@@ -30,6 +30,7 @@ from dare_agg.flower.round_outcome import RoundOutcome, round_measurements
 from dare_agg.flower.round_strategy import ROUND_WORD, RoundStrategy
 from dare_agg.privacy.clients import ClientPrivacy
 from dare_agg.robust.rule import check_robust
+from dare_agg.rounds import arguments
 from dare_agg.rounds.auto import AUTO
 from dare_agg.rounds.chain import Passed, StepContext, UpdateStep, chain
 from dare_agg.rounds.choosing import Chooser
@@ -525,8 +526,7 @@ class DareStrategy(RoundStrategy):
         taken, rejections = opened.inbox.in_order(), opened.inbox.all_rejections()
         self.broadcasting.have.update({one.node: one.receipt.have for one in taken})
         if moved:
-            self.empty_rounds = 0
-            self._tally.moved += 1
+            self._tally.move()
         self.outcome = RoundOutcome(
             opened.number,
             opened.model,

@@ -8,7 +8,8 @@ from dataclasses import asdict, dataclass, replace
 from typing import Any
 
 from dare_agg.codec.fitted_rates import tensor_squares
-from dare_agg.codec.update import decode_update
+from dare_agg.codec.payload import payload_bytes
+from dare_agg.codec.update import UpdateSpec, decode_update
 from dare_agg.downlink.protocol import Downlink, DrawnMask, FullDownlink
 from dare_agg.errors import (
     DareError,
@@ -31,6 +32,9 @@ from dare_agg.rounds.step import StepState
 from dare_agg.vectors.layout import FloatVector, Layout, check_finite
 from dare_agg.vectors.model import GlobalModel
 from dare_agg.vectors.sources import DeltaSource, survivors_of
+
+# Header, checksum and block scales' slack; the decoder checks the exact length.
+_HEADER_ROOM = 1024
 
 
 @dataclass(frozen=True)
@@ -110,6 +114,11 @@ def check_reply(
     except DareError as error:
         return Rejection(plan.client, error.reason, str(error))
     return Accepted(plan, update, dense, checked, found)
+
+
+def most_payload(spec: UpdateSpec) -> int:
+    """Most bytes a payload of this specification can have, known before it arrives."""
+    return payload_bytes(spec.values, spec.most_survivors) + spec.table_bytes + _HEADER_ROOM
 
 
 def check_weight(weight: object, max_weight: float) -> float:

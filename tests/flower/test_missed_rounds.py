@@ -24,7 +24,7 @@ def test_an_app_without_the_mod_is_told_so(memory_grid, toys):
 
 def test_clients_with_other_code_are_refused_before_training(memory_grid, toys, monkeypatch):
     trained = []
-    monkeypatch.setattr("dare_agg.flower.records.package_fingerprint", lambda: "0" * 16)
+    monkeypatch.setattr("dare_agg.rounds.messages.package_fingerprint", lambda: "0" * 16)
     app = toys.app(edit=lambda *arguments: trained.append(arguments))
     with pytest.raises(RunError, match="neutral directory"):
         run(memory_grid(app, 2), toys, 1, node_timeout=30)

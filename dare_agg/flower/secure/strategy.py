@@ -20,7 +20,6 @@ from dare_agg.codec.fitted_rates import tensor_squares
 from dare_agg.codec.mask import DropRate, parse_drop_rate
 from dare_agg.downlink.protocol import SharedMask
 from dare_agg.errors import ConfigError, PrivacyError, ProtocolError, RunError
-from dare_agg.flower import arguments
 from dare_agg.flower.clients import Client
 from dare_agg.flower.private_rounds import RELEASES
 from dare_agg.flower.round_outcome import RoundOutcome
@@ -37,6 +36,7 @@ from dare_agg.flower.secure.session import (
 )
 from dare_agg.flower.secure.training import training_of
 from dare_agg.robust.rule import check_robust
+from dare_agg.rounds import arguments
 from dare_agg.rounds.levels import levels_told
 from dare_agg.rounds.messages import ASK_TRAIN
 from dare_agg.rounds.server import MergedRound, advance

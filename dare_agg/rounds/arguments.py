@@ -1,4 +1,4 @@
-"""Checks of the arguments that a strategy is made with; each returns what it was given."""
+"""Checks of the arguments that a run is made with; each returns what it was given."""
 
 from __future__ import annotations
 

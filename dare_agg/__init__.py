@@ -28,9 +28,9 @@ The merged delta is right in expectation though 80 % of its places were dropped 
 The rooms, from the ground up: `dare_agg.vectors` and `dare_agg.files`; `dare_agg.codec`,
 `dare_agg.checkpoint` and `dare_agg.deploy`; `dare_agg.merge`, `dare_agg.downlink`,
 `dare_agg.secure` and `dare_agg.privacy`; `dare_agg.rounds` and `dare_agg.offline`;
-`dare_agg.flower` and `dare_agg.runs`; `dare_agg.cli`. No import runs back up. What is below
-`dare_agg.flower` needs neither Flower nor torch. `dare_agg.simulate` is a federation in one
-process.
+`dare_agg.flower`, `dare_agg.nvflare` and `dare_agg.runs`; `dare_agg.cli`. No import runs back up.
+What is below these needs no Flower, no NVFlare and no torch. `dare_agg.simulate` is a federation in
+one process.
 """
 
 import importlib

@@ -41,6 +41,7 @@ ARROWS = {
     "rounds": "codec downlink files merge privacy robust vectors",
     "offline": "checkpoint codec files merge vectors",
     "flower": "checkpoint codec deploy downlink files merge privacy robust rounds secure vectors",
+    "nvflare": "codec downlink files robust rounds vectors",
     "torch": "codec files flower rounds vectors",
     "runs": "files offline vectors",
     # All but torch, which apps import.
@@ -189,12 +190,13 @@ def test_no_two_files_import_each_other() -> None:
     assert not left
 
 
-def test_only_the_flower_room_of_the_library_imports_flwr() -> None:
+@pytest.mark.parametrize(("room", "engine"), [("flower", "flwr"), ("nvflare", "nvflare")])
+def test_only_an_engines_own_room_of_the_library_imports_it(room: str, engine: str) -> None:
     bad = [
         str(path.relative_to(ROOT))
-        for room, paths in rooms().items()
+        for other, paths in rooms().items()
         for path in paths
-        if room != "flower" and "flwr" in tops(imports(path, module_level_only=True))
+        if other != room and engine in tops(imports(path, module_level_only=True))
     ]
     assert not bad
 

@@ -17,7 +17,9 @@ from dare_agg.codec.update_spec import CODEC_VERSION
 from dare_agg.errors import RunError, UpdateError
 
 # The folders of the package that both ends of a round run; below each, every module counts.
-SHARED_ROOMS = ("codec", "downlink", "flower", "merge", "rounds", "secure", "vectors")
+SHARED_ROOMS = (
+    "codec", "downlink", "flower", "merge", "nvflare", "rounds", "secure", "vectors",
+)  # fmt: skip
 
 
 @cache

@@ -1,0 +1,16 @@
+"""Words under which DARE's records and payloads travel in NVFlare's messages."""
+
+from __future__ import annotations
+
+# In the meta of a task's and of a result's DXO: `dare_agg.rounds.messages`.
+ORDER = "dare.order"
+REPLY = "dare.reply"
+# Public properties of a site: who it is, for every message, and why it refuses, with a result.
+HELLO = "dare.hello"
+REFUSAL = "dare.refusal"
+# The topic under which sites pull what they lack of a version, and the words of a request.
+PULL = "dare.pull"
+VERSION, HAVE, AT = "version", "have", "at"
+ANSWER = "dare.piece"
+
+TRAIN = "train"

@@ -13,16 +13,20 @@ import numpy as np
 from dare_agg.runs.words import human_bytes
 from dare_agg.vectors.sources import SAFE_DELTA
 from simulations.pages.plots import COLOURS, make_axes, save
-from simulations.pages.tables import Rows, by_cell, markdown, mean_and_interval, shown
+from simulations.pages.tables import Rows, by_cell, markdown, mean_and_interval, shown, verdict
 
 REFERENCE = "FedAvg"
+# Nats a token up to which two losses are level.
+LEVEL = 0.05
 
 
 def number(values: Sequence[float], *, signed: bool = False, digits: int = 3) -> str:
     """Format a mean with its 95 % interval, as `tables.shown` does for shares."""
     mean, half = mean_and_interval(values)
     text = f"{mean:{'+' if signed else ''}.{digits}f}"
-    return text if half is None else f"{text} ± {half:.{digits}f}"
+    if half is None:
+        return text
+    return f"{text} ± {half:.{digits}f}{verdict(mean, half, LEVEL) if signed else ''}"
 
 
 # By way of dropping and drop rate: each seed's rise of the loss (None: not finite) over its tuned

@@ -14,7 +14,7 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 
 from simulations.pages import abilities as ability_pages
-from simulations.pages import frontier, language, large, plots, private, tables
+from simulations.pages import frontier, language, large, plots, private, small, tables
 from simulations.pages import gram as gram_pages
 from simulations.pages import links as link_pages
 from simulations.pages import weights as weight_pages
@@ -125,6 +125,16 @@ def gram() -> str:
 def gram_pictures() -> str:
     """Networks of pictures, a view each, merged from updates that carry directions."""
     return gram_pages.pictures_table(_of_scenario("gram-pictures"))
+
+
+def learned_rounds() -> str:
+    """Rounds in which only the survivors of the plan's mask learn."""
+    return small.learned_rounds_table(_of_scenario("learned-rounds"))
+
+
+def secure_rates() -> str:
+    """Secure rounds by keep rates; the table of docs/SECURE.md."""
+    return small.secure_rates_table(_rows("secure_rates"))
 
 
 def gram_rounds() -> str:
@@ -310,6 +320,8 @@ SECTIONS: Mapping[str, Callable[[], str]] = {
         engine,
         single,
         hard,
+        learned_rounds,
+        secure_rates,
         merging,
         gram,
         gram_pictures,

@@ -8,6 +8,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from simulations.pages.tables import shown as of_shares
 from simulations.runs.attacks import ATTACKS
 from simulations.runs.flower_rules import FLOWER_RULES
 from simulations.runs.rows import RESULTS, read_rows
@@ -52,9 +53,8 @@ def tables(rows: Sequence[Mapping[str, Any]]) -> str:
     for (n, f, rate, rule), of_cell in sorted(cells.items(), key=_order):
         every = [row for of_attack in of_cell.values() for row in of_attack]
         losses = {attack: lost(found) for attack, found in of_cell.items()}
-        worst = max((loss for attack, loss in losses.items() if attack != "none"), default=None)
         shown = [f"{losses[a]:.1f}" if a in losses else "–" for a in attacks]
-        last = "–" if worst is None else f"**{worst:.1f}**"
+        last = _worst(of_cell)
         clean, own = (100 * mean([row[k] for row in every]) for k in ("clean", "clean_rotated"))
         counts = [len({row["seed"] for row in found}) for found in of_cell.values()]
         seeds = str(min(counts)) if len(set(counts)) == 1 else f"{min(counts)} to {max(counts)}"
@@ -115,12 +115,21 @@ def groups(rows: Sequence[Mapping[str, Any]]) -> str:
 def _losses(of: Losses, attacks: Sequence[str]) -> tuple[str, str, str, float]:
     """A row's cells of attacks, its worst, its seeds and the plain mean's accuracy in %."""
     losses = {attack: lost(found) for attack, found in of.items()}
-    worst = max((loss for attack, loss in losses.items() if attack != "none"), default=None)
     shown = " | ".join(f"{losses[a]:.1f}" if a in losses else "–" for a in attacks)
     counts = sorted({len({row["seed"] for row in found}) for found in of.values()})
     seeds = str(counts[0]) if len(counts) == 1 else f"{counts[0]} to {counts[-1]}"
     clean = 100 * mean([row["clean"] for found in of.values() for row in found])
-    return shown, "–" if worst is None else f"**{worst:.1f}**", seeds, clean
+    return shown, _worst(of), seeds, clean
+
+
+def _worst(of: Mapping[str, Sequence[Mapping[str, Any]]]) -> str:
+    """What the worst attack took, with its interval over the seeds where there are several."""
+    attacks = [attack for attack in of if attack != "none"]
+    if not attacks:
+        return "–"
+    rows = of[max(attacks, key=lambda attack: lost(of[attack]))]
+    figure = of_shares([row["clean"] - row["accuracy"] for row in rows])
+    return f"**{figure}**"
 
 
 def _default_first(item: tuple[tuple[Any, ...], Any]) -> tuple[Any, ...]:

@@ -9,6 +9,9 @@ from typing import Any
 
 from dare_agg.runs.words import human_bytes
 
+# Points of accuracy up to which two methods are level.
+LEVEL = 2.0
+NO_FINDING = ", no finding"
 Rows = Sequence[Mapping[str, Any]]
 # Two-sided 95 % quantiles of Student's t for 1, 2, … degrees of freedom.
 _T = (12.706, 4.303, 3.182, 2.776, 2.571, 2.447, 2.365, 2.306, 2.262)
@@ -31,10 +34,20 @@ def mean_and_interval(values: Sequence[float]) -> tuple[float, float | None]:
 
 
 def shown(values: Sequence[float], *, signed: bool = False) -> str:
-    """Format shares as percent, with the interval and the number of seeds."""
+    """Format shares as percent with their interval; signed ones are differences, judged."""
     mean, half = mean_and_interval([100 * v for v in values])
     text = f"{mean:+.1f}" if signed else f"{mean:.1f}"
-    return text if half is None else f"{text} ± {half:.1f}"
+    if half is None:
+        return text
+    return f"{text} ± {half:.1f}{verdict(mean, half, LEVEL) if signed else ''}"
+
+
+def verdict(mean: float, half: float, level: float) -> str:
+    """What stands behind a difference whose interval covers zero.
+
+    Nothing where it lies within ``level`` of zero: that the two are level is a finding then.
+    """
+    return NO_FINDING if abs(mean) <= half and abs(mean) + half > level else ""
 
 
 def by_cell(rows: Rows) -> dict[str, list[Mapping[str, Any]]]:

@@ -87,8 +87,12 @@ def train(
     batch: int,
     rate: float,
     seed: Sequence[int],
+    kept: State | None = None,
 ) -> list[dict[str, NDArray[np.float32]]]:
-    """Train a copy of the network on each part of the rows, by plain SGD; returns the copies."""
+    """Train a copy of the network on each part of the rows, by plain SGD; returns the copies.
+
+    ``kept``, of each copy, has 1 where it learns and 0 elsewhere; without it all of it does.
+    """
     digits, count = load_digits(), len(parts)
     stack = {name: np.repeat(array[None], count, axis=0) for name, array in state.items()}
     draws = [
@@ -119,10 +123,14 @@ def train(
         )
         error *= np.float32(rate / batch)
         back = (error @ stack["out.weight"].swapaxes(1, 2)) * (hidden > 0)
-        stack["out.weight"] -= hidden.swapaxes(1, 2) @ error
-        stack["out.bias"] -= error.sum(axis=1)
-        stack["hidden.weight"] -= pixels.swapaxes(1, 2) @ back
-        stack["hidden.bias"] -= back.sum(axis=1)
+        steps_of = {
+            "out.weight": hidden.swapaxes(1, 2) @ error,
+            "out.bias": error.sum(axis=1),
+            "hidden.weight": pixels.swapaxes(1, 2) @ back,
+            "hidden.bias": back.sum(axis=1),
+        }
+        for name, change in steps_of.items():
+            stack[name] -= change if kept is None else change * kept[name]
     return [{name: array[client] for name, array in stack.items()} for client in range(count)]
 
 

@@ -55,24 +55,34 @@ def resent(spec: UpdateSpec, delta: FloatVector) -> tuple[FloatVector, int]:
 
 
 def learned(task: Any, base: State, layout: Layout, spec: UpdateSpec, seed: int) -> State:
-    """A state tuned from ``base`` in which only an update's survivors, and the head, moved.
+    """A state tuned from ``base`` in which only an update's survivors, and the head, moved."""
+    with survivors_alone(task, base, layout, spec, RATE):
+        return _trained(task, base, seed)
 
-    They have to go further than all elements would: their learning rate grows with √(1/(1−p)).
+
+@contextmanager
+def survivors_alone(
+    task: Any, state: State, layout: Layout, spec: UpdateSpec, rate: float
+) -> Iterator[None]:
+    """Lets only an update's survivors, and the head, learn from ``state``.
+
+    They have to go further than all elements would: their learning rate is the task's own times
+    ``rate`` and √(1/(1−p)).
     """
     import torch
 
     kept = layout.unflatten(survivors_of(spec))
     masks = {name: torch.from_numpy(array.copy()) for name, array in kept.items()}
-    network, _ = task.network(base, "train")
+    network, _ = task.network(state, "train")
     handles = []
     for name, parameter in network.named_parameters():
         if name in masks:
             parameter.requires_grad_(True)
             handles.append(parameter.register_hook(lambda g, mask=masks[name]: g * mask))
-    rate = task.config.learning_rate * RATE / sqrt(spec.drop_rate.keep)
+    factor = rate / sqrt(spec.drop_rate.keep)
     try:
-        with _changed(task, learning_rate=rate):
-            return _trained(task, base, seed)
+        with _changed(task, learning_rate=task.config.learning_rate * factor):
+            yield
     finally:
         for handle in handles:
             handle.remove()

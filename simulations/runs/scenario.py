@@ -71,6 +71,21 @@ KINDS: Mapping[str, tuple[str, Mapping[str, Any]]] = {
         {"sweeps": [], "drop_rates": [], "task": {}, "wrong_base": {}},
     ),
     "hard": ("simulations.runs.hard", {"ways": [], "bits": [], "task": {}}),
+    "learned-rounds": (
+        "simulations.runs.learned_rounds",
+        {
+            "way": "fedavg",
+            "drop_rate": "0.99",
+            "rate": 1.0,
+            "rounds": 30,
+            "clients": 10,
+            "alpha": 0.5,
+            "steps": 10,
+            "batch": 16,
+            "learning_rate": 0.1,
+            "task": {},
+        },
+    ),
     "adapters": (
         "simulations.runs.adapters",
         {

@@ -167,7 +167,9 @@ def test_the_page_tells_what_was_lost_and_the_worst():
         ]
     )
     assert text.endswith("4 runs.")
-    assert f"| 10, 2 | 0.9 | `{DEFAULT}` | 1 to 2 | 90.0 | 92.0 | 0.0 | 3.0 | **3.0** |" in text
+    assert (
+        f"| 10, 2 | 0.9 | `{DEFAULT}` | 1 to 2 | 90.0 | 92.0 | 0.0 | 3.0 | **3.0 ± 12.7** |" in text
+    )
     assert "| 10, 2 | 0.9 | `mean` | 1 | 90.0 | 92.0 | – | 80.0 | **80.0** |" in text
 
 

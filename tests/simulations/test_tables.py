@@ -6,7 +6,7 @@ from typing import Any
 
 import pytest
 
-from simulations.pages import frontier, links, tables
+from simulations.pages import frontier, language, links, small, tables
 
 
 def _row(cell: str, seed: int, scores: list[float], up: int, down: int) -> dict[str, Any]:
@@ -86,3 +86,48 @@ def test_the_hard_table_pairs_each_way_with_its_own_tuned_model():
     assert "| **x**: tuned 80.0, base 50.0; 2 seeds |" in table
     assert "| own | – | -10.0 ± 0.0 |" in table
     assert "| bitdelta | -2.0 ± 0.0 | – |" in table
+
+
+@pytest.mark.parametrize(
+    ("values", "said"),
+    [
+        ([0.031, 0.029, 0.03], "+3.0 ± 0.2"),
+        ([0.03, -0.01, 0.01], "+1.0 ± 5.0, no finding"),
+        # Level within two points: that is a finding.
+        ([0.001, -0.001, 0.0], "+0.0 ± 0.2"),
+        ([0.03], "+3.0"),
+    ],
+)
+def test_a_difference_whose_interval_covers_zero_is_no_finding(
+    values: list[float], said: str
+) -> None:
+    assert tables.shown(values, signed=True) == said
+    assert "no finding" not in tables.shown(values)
+
+
+def test_losses_are_judged_in_nats() -> None:
+    assert language.number([0.002, 0.001, 0.003], signed=True) == "+0.002 ± 0.002"
+    assert language.number([0.004, -0.002, 0.0], signed=True) == "+0.001 ± 0.008"
+    assert language.number([0.3, -0.2, 0.1], signed=True).endswith(", no finding")
+
+
+def test_survivors_that_learn_are_paired_with_dare_of_their_rate() -> None:
+    def row(cell: str, seed: int, accuracy: float) -> dict[str, Any]:
+        return {"cell": cell, "seed": seed, "accuracy": accuracy, "bytes": 232}
+
+    rows = [row("p=.9: DARE", 0, 0.9), row("p=.9: other", 0, 0.8), row("p=.99: other", 0, 0.7)]
+    table = small.learned_rounds_table(rows)
+    assert "| p=.9: DARE | 232 | 90.0 | – | 1 |" in table
+    assert "| p=.9: other | 232 | 80.0 | -10.0 | 1 |" in table
+    assert "| p=.99: other | 232 | 70.0 | – | 1 |" in table
+
+
+def test_keep_rates_of_secure_rounds_are_paired_by_seed() -> None:
+    def row(keep: str, seed: int, accuracy: float, error: float) -> dict[str, Any]:
+        curve = [{"accuracies": {"a": accuracy, "b": accuracy}}]
+        names = {"method": "ties", "drop_rate": "0.99", "keep_rates": keep, "seed": seed}
+        return {**names, "curve": curve, "error": [9.0, error], "words": 100}
+
+    rows = [row("uniform", 0, 0.8, 2.0), row("last", 0, 0.81, 1.0), row("last", 1, 0.5, 1.0)]
+    table = small.secure_rates_table(rows)
+    assert "| ties | 0.99 | 80.0 | 81.0 | +1.0 | 0.50 | 100 of 100 | 1 |" in table

@@ -160,7 +160,7 @@ def test_who_vanishes_takes_their_group_along_and_no_other(
     gone = vanishing(set(partitions(roster, 4)[3]), grids)
     grids.append(memory_grid(secure_app(toys), 12, tamper=gone))
     seen: list[Any] = []
-    strategy = strategy_of(roster, 4, stage_seconds=8, round_hook=seen.append)
+    strategy = strategy_of(roster, 4, stage_seconds=3, round_hook=seen.append)
     strategy.start(grids[0], toys.record(toys.arrays()), num_rounds=2)
     first, second = (one.measurements for one in seen)
     assert first["accepted"] == second["accepted"] == 9
@@ -176,7 +176,7 @@ def test_too_few_groups_leave_the_model_as_it_is(
     grids: list[Any] = []
     gone = vanishing({partitions(roster, 3)[0][0]}, grids)
     grids.append(memory_grid(secure_app(toys), 9, tamper=gone))
-    strategy = strategy_of(roster, 3, stage_seconds=8)
+    strategy = strategy_of(roster, 3, stage_seconds=3)
     with pytest.raises(RunError, match="2 of 3 groups are left"):
         strategy.start(grids[0], toys.record(toys.arrays()), num_rounds=1)
 

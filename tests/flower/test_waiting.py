@@ -6,7 +6,7 @@ import pytest
 
 from dare_agg.cli.progress import follow
 from dare_agg.errors import RunError
-from dare_agg.flower import DareStrategy, waiting
+from dare_agg.flower import DareStrategy, clients, waiting
 from dare_agg.flower.clients import Client, Clients
 from dare_agg.flower.waiting import Waiting
 from dare_agg.rounds.messages import Hello
@@ -68,7 +68,8 @@ def test_a_strategy_says_it_when_it_takes_long(
 ) -> None:
     caplog.set_level("INFO", logger="flwr")
     monkeypatch.setattr(waiting, "SILENT_SECONDS", silent)
-    strategy = DareStrategy(min_available_nodes=3, node_timeout=3.5)
+    monkeypatch.setattr(clients, "WAIT_SECONDS", 0.1)
+    strategy = DareStrategy(min_available_nodes=3, node_timeout=1.0)
     with pytest.raises(RunError, match="2 of the 3 clients needed are online"):
         strategy.start(memory_grid(toys.app(), 2), toys.record(toys.arrays()), num_rounds=1)
     assert ("waiting for clients (2 of 3 online, for" in caplog.text) == (silent < 1)
@@ -76,11 +77,11 @@ def test_a_strategy_says_it_when_it_takes_long(
 
 def test_clients_that_went_away_and_nodes_turned_away_are_known() -> None:
     hellos = {1: "north", 2: "south", 3: "east", 4: "south"}
-    clients = Clients(
+    met = Clients(
         known={node: Client(node, Hello(name=name)) for node, name in hellos.items()},
         refused={5: "signature: unknown", 6: "package: other"},
         # South came back as another node; node 6 is gone.
         online=[1, 4, 5],
     )
-    assert clients.away() == ["east"]
-    assert clients.turned_away() == [{"name": "node 5", "detail": "signature: unknown"}]
+    assert met.away() == ["east"]
+    assert met.turned_away() == [{"name": "node 5", "detail": "signature: unknown"}]

@@ -198,7 +198,7 @@ def test_a_trainer_that_ends_leaves_the_socket_of_the_one_that_took_its_place():
 
     old = serve(20)  # looks for its socket once a second
     path.unlink()
-    new = serve(8)
+    new = serve(4)
     old.join(20)
     assert not old.is_alive() and new.is_alive()
     with socket.socket(socket.AF_UNIX) as probe:

@@ -41,10 +41,10 @@ ARROWS = {
     "rounds": "codec downlink files merge privacy robust vectors",
     "offline": "checkpoint codec files merge vectors",
     "flower": "checkpoint codec deploy downlink files merge privacy robust rounds secure vectors",
-    "nvflare": "codec downlink files robust rounds vectors",
     "torch": "codec files flower rounds vectors",
+    "nvflare": "codec downlink files flower robust rounds vectors",
     "runs": "files offline vectors",
-    # All but torch, which apps import.
+    # All but torch and nvflare, which apps and jobs import.
     "cli": "checkpoint codec deploy downlink files flower merge offline privacy robust rounds runs "
     "secure vectors",
 }

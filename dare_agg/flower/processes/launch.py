@@ -148,7 +148,7 @@ def simulation_superlink(home: Path) -> Iterator[Simulation]:
         command, cwd=work, env=environment, stdout=log, stderr=log, start_new_session=True
     )
     try:
-        _wait_healthy(process, port, home / "superlink.log")
+        wait_healthy(process, port, home / "superlink.log")
         yield Simulation(f"127.0.0.1:{port}", home, process)
     finally:
         end_family(home)
@@ -164,7 +164,8 @@ def _without_colours(log: Path) -> None:
         replace_file(log, (f"{plain_line(line)}\n".encode() for line in text.splitlines()))
 
 
-def _wait_healthy(process: subprocess.Popen, port: int, log: Path) -> None:
+def wait_healthy(process: subprocess.Popen, port: int, log: Path) -> None:
+    """Wait until a SuperLink answers; `RunError` where it ends or takes `START_SECONDS`."""
     until = time.monotonic() + START_SECONDS
     while time.monotonic() < until:
         if process.poll() is not None:

@@ -15,5 +15,6 @@ mypy
 if [ -n "${CI:-}" ]; then
     bash scripts/golden_matrix.sh --quick
     bash scripts/flower_matrix.sh
+    bash scripts/nvflare.sh
 fi
 exec python -m pytest -n 2 --dist worksteal -q "${arguments[@]+"${arguments[@]}"}"

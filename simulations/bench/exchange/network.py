@@ -57,14 +57,14 @@ class Namespace:
 
 
 class Sockets:
-    """What the TCP sockets of some processes of a namespace have sent and received.
+    """What the TCP sockets of some processes, here or in a namespace, have sent and received.
 
     A socket is seen while it is open: ``look`` has to be called now and then, and once more
     while the last bytes of each are past.
     """
 
-    def __init__(self, namespace: Namespace) -> None:
-        self._command = [*namespace.prefix, "ss", "-tinpHO"]
+    def __init__(self, namespace: Namespace | None = None) -> None:
+        self._command = [*(namespace.prefix if namespace else ()), "ss", "-tinpHO"]
         self._seen: dict[tuple[int, str], tuple[int, int]] = {}
 
     def look(self) -> None:
@@ -82,9 +82,12 @@ class Sockets:
                 before = self._seen.get(key, (0, 0))
                 self._seen[key] = max(before[0], counts[0]), max(before[1], counts[1])
 
-    def of(self, pids: set[int]) -> tuple[int, int]:
-        """Bytes that sockets of these processes sent and received."""
-        counts = [seen for (pid, _), seen in self._seen.items() if pid in pids]
+    def of(self, pids: set[int], port: int | None = None) -> tuple[int, int]:
+        """Bytes that sockets of these processes (to a port) sent and received."""
+        end = "" if port is None else f":{port}"
+        counts = [
+            seen for (pid, ends), seen in self._seen.items() if pid in pids and ends.endswith(end)
+        ]
         return sum(sent for sent, _ in counts), sum(received for _, received in counts)
 
 

@@ -6,12 +6,11 @@ from collections.abc import Mapping
 from typing import Any
 
 from simulations.pages.tables import Rows, by_cell, markdown
+from simulations.runs.machines import MESSAGE_BYTES
 
 # Uplinks in kbit/s; the downlink is taken to be as fast.
 LINKS = {"NB-IoT": 20, "LTE-M": 300, "rural ADSL": 700, "LTE Cat-1": 2000}
 SIZES = {"22.7 M": 22.7e6, "125 M": 125e6, "1 B": 1e9, "7 B": 7e9}
-# Bytes of a message to a client and its answer besides what they carry, measured with Flower.
-MESSAGE_BYTES = 1600
 
 
 def links_table(rows: Rows, compact: str) -> str:

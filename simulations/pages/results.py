@@ -14,6 +14,7 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 
 from simulations.pages import abilities as ability_pages
+from simulations.pages import asynchronous as async_pages
 from simulations.pages import frontier, language, large, plots, private, small, tables
 from simulations.pages import gram as gram_pages
 from simulations.pages import links as link_pages
@@ -203,6 +204,22 @@ def links() -> str:
     return link_pages.links_table(_rows("traffic"), COMPACT)
 
 
+def asynchronous() -> str:
+    """A buffer beside rounds, on the virtual clock."""
+    rows = _of_scenario("asynchronous")
+    path = async_pages.clock_plot(rows, PLOTS / "asynchronous.svg")
+    return async_pages.clock_table(rows) + "\n\n" + _image(path, "accuracy by virtual hours")
+
+
+def asynchronous_choice() -> str:
+    return async_pages.clock_table(_of_scenario("asynchronous-choice"), "FedAvg", "rounds")
+
+
+def many_clients() -> str:
+    """Ten thousand clients over a day, some of them liars."""
+    return async_pages.day_table(_of_scenario("many-clients"))
+
+
 def engine() -> str:
     """Flower's engine with many simulated clients, by round."""
     lines = []
@@ -337,6 +354,9 @@ SECTIONS: Mapping[str, Callable[[], str]] = {
         weights,
         rate,
         links,
+        asynchronous,
+        asynchronous_choice,
+        many_clients,
         scale,
         large_models,
         fine_tuning,

@@ -135,7 +135,7 @@ def learned_rounds() -> str:
 
 def secure_rates() -> str:
     """Secure rounds by keep rates; the table of docs/SECURE.md."""
-    return small.secure_rates_table(_rows("secure_rates"))
+    return small.secure_rates_table(_of_scenario("secure-rates"))
 
 
 def gram_rounds() -> str:

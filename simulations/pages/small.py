@@ -14,39 +14,33 @@ _KEEP = ("uniform", "last")
 
 def secure_rates_table(rows: Rows) -> str:
     """Accuracy and the merged step's error of either keep rates, paired by seed."""
-    cells: dict[tuple[str, str], dict[int, dict[str, Mapping[str, Any]]]] = defaultdict(dict)
+    cells: dict[str, dict[int, dict[str, Mapping[str, Any]]]] = defaultdict(dict)
     for row in rows:
-        of_seed = cells[row["method"], row["drop_rate"]].setdefault(row["seed"], {})
+        of_seed = cells[row["cell"].rpartition(", ")[0]].setdefault(row["seed"], {})
         of_seed[row["keep_rates"]] = row
     lines = []
-    for (method, rate), seeds in cells.items():
+    for cell, seeds in cells.items():
         pairs = [[own[k] for k in _KEEP] for _, own in sorted(seeds.items()) if len(own) == 2]
         if not pairs:
             continue
-        scores = [[_accuracy(row) for row in pair] for pair in pairs]
+        scores = [[row["accuracy"] for row in pair] for pair in pairs]
         # The first round is uniform in both.
-        errors = [[math.fsum(row["error"][1:]) for row in pair] for pair in pairs]
+        errors = [[math.fsum(row["errors"][1:]) for row in pair] for pair in pairs]
         ratio = math.fsum(last / uniform for uniform, last in errors) / len(errors)
         means = [shown([pair[k] for pair in scores]) for k in (0, 1)]
         gains = shown([last - uniform for uniform, last in scores], signed=True)
-        words = f"{pairs[0][1]['words']:,} of {pairs[0][0]['words']:,}"
-        lines.append((method, rate, *means, gains, f"{ratio:.2f}", words, str(len(pairs))))
+        words = max(max(last["words"]) / min(uniform["words"]) for uniform, last in pairs)
+        lines.append((cell, *means, gains, f"{ratio:.2f}", f"{words:.3f}", str(len(pairs))))
     columns = (
-        "Merge",
-        "p",
+        "Sum",
         "uniform, %",
         "last, %",
         "last minus uniform, points",
         "error of the step, last / uniform",
-        "Words up",
+        "words up, the same at most",
         "Seeds",
     )
     return markdown(columns, lines)
-
-
-def _accuracy(row: Mapping[str, Any]) -> float:
-    accuracies = row["curve"][-1]["accuracies"].values()
-    return math.fsum(accuracies) / len(accuracies)
 
 
 def learned_rounds_table(rows: Rows) -> str:

@@ -29,7 +29,7 @@ from simulations.runs.hard_learning import State, resent, survivors_alone, survi
 WAYS = ("fedavg", "dare", "learned", "learned, one mask")
 _NOBODY = "0" * 64
 # Rounds whose accuracies are averaged at the end.
-_LAST = 3
+LAST = 3
 
 
 def specs_of(way: str, size: int, rate: str, seed: int, number: int, n: int) -> list[UpdateSpec]:
@@ -111,13 +111,18 @@ class _Task:
         return float(self.task.evaluate(state)["accuracy"])
 
 
+def learner_of(settings: Any, seed: int) -> _Digits | _Task:
+    """The clients of a row: of its task, or of the digits."""
+    return (_Task if settings["task"] else _Digits)(settings, seed)
+
+
 def run_row(row: Any) -> dict[str, Any]:
     """Accuracy at the end, and the bytes of one client's update."""
     settings = row.settings
     way, n = settings["way"], settings["clients"]
     if way not in WAYS:
         raise ConfigError(f"way {way!r} is unknown{did_you_mean(way, WAYS)}")
-    learner = (_Task if settings["task"] else _Digits)(settings, row.seed)
+    learner = learner_of(settings, row.seed)
     layout, state = learner.layout, dict(learner.state)
     parts = partition(
         "dirichlet", learner.labels, learner.groups, n, alpha=settings["alpha"], seed=row.seed
@@ -143,9 +148,9 @@ def run_row(row: Any) -> dict[str, Any]:
         except NonFiniteError:
             break  # what is left of the model is what is measured
         state = {**layout.unflatten((before + step).astype(np.float32)), **heads}
-        if number > settings["rounds"] - _LAST:
+        if number > settings["rounds"] - LAST:
             curve.append(round(learner.accuracy(state), 4))
-    while len(curve) < _LAST:
+    while len(curve) < LAST:
         curve.append(round(learner.accuracy(state), 4))
     return {
         "way": way,

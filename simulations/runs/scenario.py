@@ -57,6 +57,17 @@ _PRIVATE: Mapping[str, Any] = {
     "batch": 20,
     "learning_rate": 0.1,
 }
+# Clients of the digits, or of a task.
+_LEARNERS: Mapping[str, Any] = {
+    "rate": 1.0,
+    "rounds": 30,
+    "clients": 10,
+    "alpha": 0.5,
+    "steps": 10,
+    "batch": 16,
+    "learning_rate": 0.1,
+    "task": {},
+}
 # The kinds of experiment: module of this package that has ``run_row(row) -> dict``, and the
 # settings a cell may carry with their defaults.
 KINDS: Mapping[str, tuple[str, Mapping[str, Any]]] = {
@@ -73,17 +84,17 @@ KINDS: Mapping[str, tuple[str, Mapping[str, Any]]] = {
     "hard": ("simulations.runs.hard", {"ways": [], "bits": [], "task": {}}),
     "learned-rounds": (
         "simulations.runs.learned_rounds",
+        {**_LEARNERS, "way": "fedavg", "drop_rate": "0.99"},
+    ),
+    "secure-rates": (
+        "simulations.runs.secure_rates",
         {
+            **_LEARNERS,
             "way": "fedavg",
+            "method": "mean",
             "drop_rate": "0.99",
-            "rate": 1.0,
-            "rounds": 30,
-            "clients": 10,
-            "alpha": 0.5,
-            "steps": 10,
-            "batch": 16,
-            "learning_rate": 0.1,
-            "task": {},
+            "keep_rates": "uniform",
+            "clip": 1.0,
         },
     ),
     "adapters": (

@@ -21,14 +21,11 @@ from typing import Any
 import numpy as np
 
 from dare_agg.codec.derive import Keystream, derive_key, seed_secret
-from dare_agg.codec.fitted_rates import tensor_squares
 from dare_agg.codec.mask import Mask, parse_drop_rate
-from dare_agg.downlink.protocol import SharedMask
 from dare_agg.merge.by_tensor import read_matrix
 from dare_agg.merge.directions import directions_of, leading_directions
 from dare_agg.merge.engine import merge_deltas
 from dare_agg.merge.linears import model_linears
-from dare_agg.rounds.levels import levels_told
 from dare_agg.secure import Identity, LocalSum, make_roster, secure_sum
 from dare_agg.secure.aggregate import MAX_BITS
 from dare_agg.secure.aggregates import SECURE_METHODS
@@ -100,17 +97,9 @@ def seeded_random(seed: int) -> Callable[[int], bytes]:
 
 
 def secure_merge(
-    deltas: Sequence[FloatVector],
-    base: str,
-    layout: Layout,
-    row: dict[str, Any],
-    number: int,
-    levels: bytes = b"",
+    deltas: Sequence[FloatVector], base: str, layout: Layout, row: dict[str, Any], number: int
 ) -> LocalSum:
-    """Merge by the protocol; party i of the roster holds ``deltas[i]`` by key order.
-
-    ``levels`` are those of the round before, for keep rates "last".
-    """
+    """Merge by the protocol; party i of the roster holds ``deltas[i]`` by key order."""
     random = seeded_random(1000 * row["seed"] + number)
     identities = [Identity(name, random(32)) for name in TASKS]
     roster = make_roster("four tasks", [(i.name, i.public) for i in identities])
@@ -123,7 +112,6 @@ def secure_merge(
         bits=0 if grams else BITS,
         clip=CLIP,
         directions=DIRECTIONS,
-        keep_rates=row.get("keep_rates", "uniform"),
     )
     terms = settings.terms(
         run="secure-tasks",
@@ -134,7 +122,6 @@ def secure_merge(
         layout=layout.fingerprint,
         size=layout.size,
         model=layout,
-        levels=levels,
     )
 
     def values(party: int, mask: Mask) -> FloatVector:
@@ -281,7 +268,7 @@ def rounds(row: dict[str, Any]) -> dict[str, Any]:
     heads = [{n: a for n, a in s.items() if n not in layout} for s in states]
     method, scaling = row["method"], METHODS[row["method"]]
     rate = parse_drop_rate(row["drop_rate"])
-    lone, curve, error, levels = [], [], [], b""
+    lone, curve = [], []
     for number in range(1, ROUNDS + 1):
         deltas = []
         for party, task in enumerate(tasks):
@@ -292,13 +279,8 @@ def rounds(row: dict[str, Any]) -> dict[str, Any]:
             heads[party] = {n: a for n, a in tuned.items() if n not in layout}
             deltas.append(layout.flatten(tuned) - body)
         if row["masks"] == "secure":
-            result = secure_merge(deltas, fingerprint(layout, body), layout, row, number, levels)
+            result = secure_merge(deltas, fingerprint(layout, body), layout, row, number)
             step, measured = result.merged(SECURE_METHODS[method].rule, scaling)
-            if "keep_rates" in row:
-                mask = SharedMask(number, rate, result.mask.key, rates=result.mask.rates)
-                levels = levels_told(layout.sizes, tensor_squares(layout.sizes, step), [mask])
-                whole = plain_merge(layout, deltas, method, scaling, 1.0)
-                error.append(float(np.square(step - whole).sum() / np.square(whole).sum()))
             lone.append(measured.lone_share)
         else:
             if row["masks"] == "independent":
@@ -316,11 +298,7 @@ def rounds(row: dict[str, Any]) -> dict[str, Any]:
                 for name, task, head in zip(TASKS, tasks, heads, strict=True)
             }
             curve.append({"round": number, "accuracies": accuracies})
-    found: dict[str, Any] = {"curve": curve}
-    found["lone_share"] = lone[-1] if lone and lone[-1] is not None else None
-    if error:
-        found |= {"error": [round(value, 4) for value in error], "words": result.terms.words}
-    return found
+    return {"curve": curve, "lone_share": lone[-1] if lone and lone[-1] is not None else None}
 
 
 def run(seeds: Sequence[int], kind: str, limit: int, method: str = "", rate: str = "") -> int:

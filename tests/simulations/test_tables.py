@@ -123,11 +123,10 @@ def test_survivors_that_learn_are_paired_with_dare_of_their_rate() -> None:
 
 
 def test_keep_rates_of_secure_rounds_are_paired_by_seed() -> None:
-    def row(keep: str, seed: int, accuracy: float, error: float) -> dict[str, Any]:
-        curve = [{"accuracies": {"a": accuracy, "b": accuracy}}]
-        names = {"method": "ties", "drop_rate": "0.99", "keep_rates": keep, "seed": seed}
-        return {**names, "curve": curve, "error": [9.0, error], "words": 100}
+    def row(keep: str, seed: int, accuracy: float, error: float, words: int) -> dict[str, Any]:
+        found = {"cell": f"x, p=.9, {keep}", "keep_rates": keep, "seed": seed}
+        return {**found, "accuracy": accuracy, "errors": [9.0, error], "words": [100, words]}
 
-    rows = [row("uniform", 0, 0.8, 2.0), row("last", 0, 0.81, 1.0), row("last", 1, 0.5, 1.0)]
-    table = small.secure_rates_table(rows)
-    assert "| ties | 0.99 | 80.0 | 81.0 | +1.0 | 0.50 | 100 of 100 | 1 |" in table
+    rows = [row("uniform", 0, 0.8, 2.0, 100), row("last", 0, 0.81, 1.0, 99)]
+    table = small.secure_rates_table([*rows, row("last", 1, 0.5, 1.0, 99)])
+    assert "| x, p=.9 | 80.0 | 81.0 | +1.0 | 0.50 | 1.000 | 1 |" in table

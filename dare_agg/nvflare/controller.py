@@ -22,7 +22,9 @@ from nvflare.app_common.aggregators.weighted_aggregation_helper import (
 from nvflare.app_common.workflows.fedavg import FedAvg
 
 from dare_agg.errors import ConfigError, DareError
-from dare_agg.nvflare.run import Answered, Finished, Run
+from dare_agg.nvflare.answers import Answered
+from dare_agg.nvflare.open_round import Finished
+from dare_agg.nvflare.run import Run
 from dare_agg.nvflare.wire import ANSWER, AT, HAVE, HELLO, ORDER, PULL, REFUSAL, REPLY, VERSION
 from dare_agg.nvflare.words import read_words
 from dare_agg.rounds.messages import Hello, Refusal

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 from typing import Any
 
 from nvflare.app_common.np.recipes.fedavg import NumpyFedAvgRecipe
@@ -9,11 +10,11 @@ from nvflare.app_opt.pt.recipes.fedavg import FedAvgRecipe
 from nvflare.client.config import ExchangeFormat
 from nvflare.job_config.defs import FilterType
 
-from dare_agg.errors import ConfigError
+from dare_agg.errors import ConfigError, did_you_mean
 from dare_agg.nvflare.controller import DareFedAvg
 from dare_agg.nvflare.filter import DareFilter
 from dare_agg.nvflare.wire import TRAIN
-from dare_agg.nvflare.words import ELSEWHERE, WORDS, read_words
+from dare_agg.nvflare.words import CALLED, ELSEWHERE, WORDS, read_words
 
 
 class _Dare:
@@ -22,6 +23,10 @@ class _Dare:
     def __init__(self, **words: Any) -> None:
         own = {name: words.pop(name) for name in (*WORDS, *ELSEWHERE) if name in words}
         read_words(own)
+        known = (*WORDS, *inspect.signature(super().__init__).parameters)
+        for word in words:
+            if word not in known:
+                raise ConfigError(f"{CALLED} has no word {word!r}{did_you_mean(word, known)}")
         self._dare, self._answers = own, False
         if words.get("server_expected_format", ExchangeFormat.NUMPY) != ExchangeFormat.NUMPY:
             raise ConfigError(
@@ -31,6 +36,13 @@ class _Dare:
         super().__init__(**words)
         # The package is installed at every site, and not sent along with a job.
         self._job.set_app_packages(["dare_agg"])  # type: ignore[attr-defined]
+
+    def enable_tensor_streaming(self, *args: Any, **kwargs: Any) -> None:
+        """Raise `ConfigError`: there are no tensors in a task to be streamed."""
+        raise ConfigError(
+            "tensor streaming carries the tensors of tasks and results, and a DARE job has none in "
+            "them; leave it out: what brings a version is pulled in pieces"
+        )
 
     def _create_controller(
         self, persistor_id: str, model_params: Any, model_aggregator: Any

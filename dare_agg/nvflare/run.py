@@ -9,76 +9,36 @@ from __future__ import annotations
 
 import logging
 import threading
-import time
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass, field, replace
+from dataclasses import replace
 from typing import Any
 
 from dare_agg.codec.derive import derive_key
+from dare_agg.downlink.base import BASE_VERSION
 from dare_agg.downlink.protocol import FullDownlink
 from dare_agg.errors import ConfigError, DareError, RunError, UpdateError
+from dare_agg.nvflare.answers import judge
+from dare_agg.nvflare.open_round import Finished, OpenRound, round_measured
 from dare_agg.nvflare.payloads import Pieces
 from dare_agg.nvflare.resume import KeptRun
 from dare_agg.nvflare.words import CALLED, Words
 from dare_agg.rounds.chain import StepContext, chain
-from dare_agg.rounds.directions import linears_of_round, most_bytes
+from dare_agg.rounds.directions import linears_of_round
 from dare_agg.rounds.draws import drawn_places, round_secret, run_secret
-from dare_agg.rounds.messages import ASK_TRAIN, Hello, Order, Receipt, Refusal, one_line
+from dare_agg.rounds.messages import ASK_TRAIN, Hello, Order, one_line
 from dare_agg.rounds.missed import Tally
-from dare_agg.rounds.plan import RoundPlan, make_plans
+from dare_agg.rounds.plan import make_plans
 from dare_agg.rounds.robust import check_one_mask, robust_step
 from dare_agg.rounds.round_noise import RoundNoise
 from dare_agg.rounds.server import (
-    Accepted,
     Rejection,
     advance,
-    check_reply,
     merge_round,
-    most_payload,
     round_weights,
 )
-from dare_agg.rounds.settings import WEIGHTINGS
-from dare_agg.rounds.statistics import StatisticsUpdate
 from dare_agg.rounds.step import StepState
 from dare_agg.rounds.weight_bound import bound_step, bound_weights
 from dare_agg.vectors.model import Arrays, GlobalModel, global_model
-
-# Payloads of an answer.
-UPDATE, DENSE, DIRECTIONS = "update", "dense", "directions"
-
-
-@dataclass(frozen=True)
-class Answered:
-    """A site's accepted update and what it measured of its own change."""
-
-    accepted: Accepted
-    receipt: Receipt
-    update_bytes: int
-    dense_bytes: int
-    metrics: Mapping[str, Any]
-
-
-@dataclass
-class OpenRound:
-    """A round that is going on: the plans by site, and what came of them so far."""
-
-    number: int
-    plans: Mapping[str, RoundPlan]
-    started: float = field(default_factory=time.monotonic)
-    answers: dict[str, Answered] = field(default_factory=dict)
-    rejections: dict[str, Rejection] = field(default_factory=dict)
-    download: dict[str, int] = field(default_factory=dict)
-
-
-@dataclass(frozen=True)
-class Finished:
-    """What a round came to: the model's arrays, its measurements, and the answers merged."""
-
-    arrays: Arrays
-    moved: bool
-    measurements: dict[str, Any]
-    answers: Mapping[str, Answered]
-    weights: tuple[float, ...] = ()
 
 
 class Run:
@@ -96,6 +56,11 @@ class Run:
         if rule is not None:
             rule.check_clients(clients, "raise min_clients")
             self._least = max(self._least, rule.least)
+        if self._least > clients:
+            raise ConfigError(
+                f"min_replies = {self._least}, and {clients} sites take part in a round; raise "
+                "min_clients, or lower it"
+            )
         self._steps = chain(bound_step, *([robust_step(rule)] if rule is not None else []))
         self.secret = run_secret(words.seed)
         self.tally = Tally()
@@ -211,8 +176,8 @@ class Run:
                 )
             if have not in self._pieces:
                 # Any text that names no version is answered as "" is, and kept under that.
-                known = {"", self.downlink.facts().get("base-version", ""), version}
-                have = have if have in known | set(self._parents()) else ""
+                known = {self.downlink.facts().get(BASE_VERSION, ""), version, *self._parents()}
+                have = have if have in known else ""
                 if have not in self._pieces:
                     sent = self.downlink.broadcast(self.model, have)
                     self._pieces[have] = Pieces(sent.payloads)
@@ -256,7 +221,8 @@ class Run:
             self.reject(site, "duplicate", "two answers in one round; both dropped")
             return False
         try:
-            found = self._judged(opened.plans[site], record, payloads, weight, metrics)
+            layout, weighting = self.model.groups.layout, self.settings.weighting
+            found = judge(opened.plans[site], layout, weighting, record, payloads, weight, metrics)
         except DareError as error:
             found = Rejection(opened.plans[site].client, error.reason, str(error))
         if isinstance(found, Rejection):
@@ -264,42 +230,6 @@ class Run:
             return False
         opened.answers[site] = found
         return True
-
-    def _judged(
-        self,
-        plan: RoundPlan,
-        record: Mapping[str, Any] | None,
-        payloads: Mapping[str, Any],
-        weight: object,
-        metrics: Mapping[str, Any],
-    ) -> Answered | Rejection:
-        if record is None:
-            raise UpdateError(
-                "the reply holds whole weights or nothing of an update; put DareFilter into the "
-                "site's filters of incoming tasks and of results (DareRecipe does)",
-                reason="mod",
-            )
-        refusal = Refusal.read(record)
-        if refusal is not None:
-            return Rejection(plan.client, refusal.reason, refusal.detail)
-        receipt = Receipt.read(record)
-        receipt.check_answers(plan)
-        layout = self.model.groups.layout
-        dense_spec = plan.dense_spec()
-        blob = _payload(payloads, UPDATE, most_payload(plan.spec(layout)))
-        if blob is None:
-            raise UpdateError("the reply holds no update payload", reason="truncated")
-        dense = _payload(payloads, DENSE, most_payload(dense_spec) if dense_spec else 0)
-        statistics = None
-        if plan.terms.directions:
-            found = _payload(payloads, DIRECTIONS, most_bytes(plan.terms, layout))
-            statistics = None if found is None else StatisticsUpdate(found)
-        if not WEIGHTINGS[self.settings.weighting]:
-            weight = 1.0
-        checked = check_reply(plan, blob, dense, weight, statistics=statistics, layout=layout)
-        if isinstance(checked, Rejection):
-            return checked
-        return Answered(checked, receipt, len(blob), len(dense or b""), metrics)
 
     def close(self) -> Finished:
         """Merge what was accepted; the model stays where that is too little.
@@ -328,7 +258,7 @@ class Run:
             answers.pop(names[one.client])
         rejections = [*opened.rejections.values(), *passed.rejections]
         taken = list(answers.values())
-        measured = _measured(opened, answers, rejections, names)
+        measured = round_measured(opened, answers, rejections, names)
         if len(taken) < self._least:
             why = f"round {opened.number}: {len(taken)} of {len(opened.plans)} updates count, "
             why += f"{self._least} are needed"
@@ -364,49 +294,3 @@ class Run:
         if self._open is None:
             raise ConfigError("no round is open; call open first")
         return self._open
-
-
-def _payload(payloads: Mapping[str, Any], name: str, limit: int) -> bytes | None:
-    """A payload of an answer, None where there is none; raises `UpdateError` for another kind."""
-    found = payloads.get(name)
-    if found is None:
-        return None
-    if not isinstance(found, bytes):
-        raise UpdateError(
-            f"payload {name!r} is a {type(found).__name__}; bytes are needed", reason="transport"
-        )
-    if len(found) > limit:
-        raise UpdateError(
-            f"payload {name!r} has {len(found)} bytes, the plan allows {limit}", reason="oversized"
-        )
-    return found
-
-
-def _measured(
-    opened: OpenRound,
-    answers: Mapping[str, Answered],
-    rejections: Sequence[Rejection],
-    names: Mapping[int, str],
-) -> dict[str, Any]:
-    """What a round measured, as plain values; lists follow the accepted sites' order."""
-    taken = list(answers.values())
-    return {
-        "round": opened.number,
-        "seconds": time.monotonic() - opened.started,
-        "sampled": len(opened.plans),
-        "accepted": len(taken),
-        "clients": list(answers),
-        "update_bytes": [one.update_bytes for one in taken],
-        "dense_bytes": [one.dense_bytes for one in taken],
-        "download_bytes": [opened.download.get(site, 0) for site in opened.plans],
-        "examples": [one.accepted.weight for one in taken],
-        "drop_rates": [
-            one.accepted.plan.drop_rate.p
-            if one.accepted.plan.rates is None
-            else 1 - one.accepted.plan.keep
-            for one in taken
-        ],
-        "values": [one.accepted.plan.terms.values for one in taken],
-        "delta_norms": [one.receipt.delta_norm for one in taken],
-        "rejected": [{**asdict(one), "name": names[one.client]} for one in rejections],
-    }

@@ -17,7 +17,7 @@ from dare_agg.downlink.base import read_base
 from dare_agg.downlink.protocol import Receiver
 from dare_agg.downlink.ways import WAYS, Place
 from dare_agg.errors import BaseMismatchError, LayoutError, UpdateError
-from dare_agg.nvflare.run import DENSE, DIRECTIONS, UPDATE
+from dare_agg.nvflare.answers import DENSE, DIRECTIONS, UPDATE
 from dare_agg.rounds.client import model_of_plan, update_of_arrays
 from dare_agg.rounds.messages import Order, Receipt
 from dare_agg.vectors.model import Arrays, GlobalModel

@@ -46,8 +46,9 @@ def check_same_code(codec: object, package: object, theirs: str, ours: str) -> N
         )
     if package != package_fingerprint():
         raise UpdateError(
-            f"{theirs} runs package {str(package)[:32]}, {ours} {package_fingerprint()}; start "
-            "the nodes from a neutral directory so that they load the code of the bundle",
+            f"{theirs} runs package {str(package)[:32]}, {ours} {package_fingerprint()}; install "
+            "the same dare-agg at both ends, and start Flower's nodes from a neutral directory so "
+            "that they load the code of the bundle",
             reason="package",
         )
 

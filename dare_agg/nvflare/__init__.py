@@ -8,6 +8,7 @@ and its training script stays as it is. The only room that imports NVFlare (extr
 """
 
 import importlib
+from typing import Any
 
 _LENT = {
     "DareFedAvg": "controller",
@@ -18,7 +19,7 @@ _LENT = {
 __all__ = ["DareFedAvg", "DareFilter", "DareRecipe", "NumpyDareRecipe"]
 
 
-def __getattr__(name: str) -> object:
+def __getattr__(name: str) -> Any:
     if name not in _LENT:
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
     return getattr(importlib.import_module(f"dare_agg.nvflare.{_LENT[name]}"), name)

@@ -16,6 +16,7 @@ from dare_agg.flower.strategy import DareStrategy
 from dare_agg.merge.methods import MEANS
 from dare_agg.privacy.clients import ClientPrivacy
 from dare_agg.privacy.sharing import SharedPrivacy
+from dare_agg.secure.terms import MIN_PARTIES
 from server.record_privacy import RECORDS, check_record_run
 
 CLIENTS = "clients"
@@ -103,7 +104,10 @@ def check_noised_sums(config: Any, defaults: Mapping[str, Any]) -> None:
          "it out"),
     )  # fmt: skip
     refuse(refusals, f"dp = {config.dp!r} in secure sums")
-    replace(config.secure_settings(), privacy=shared_privacy(config, None))
+    promise = shared_privacy(config, None)
+    replace(config.secure_settings(), privacy=promise)
+    if promise is not None:
+        promise.among(max(MIN_PARTIES, config.min_clients))  # a roster has as many, or more
 
 
 def shared_privacy(config: Any, state: Path | None) -> SharedPrivacy | None:

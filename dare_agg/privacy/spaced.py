@@ -76,10 +76,15 @@ class SpacedRun:
     ) -> Release:
         """Release the noised mean of a round's vectors, charged before it is returned.
 
-        Raises `PrivacyError` where the budget does not bear it, and where a client of ``names``
-        took part less than the promised number of rounds ago.
+        ``names`` are theirs, one each. Raises `PrivacyError` where the budget does not bear it, and
+        where a client took part less than the promised number of rounds ago.
         """
         budget = self.budget
+        if len(names) != len(contributions):
+            raise PrivacyError(
+                f"{len(contributions)} vectors of {len(names)} clients by name: who takes part has "
+                "to be known, for rounds to be kept apart; give a name for each"
+            )
         step = SpacedStep(places, tuple(mark(name) for name in names))
         recent = {who for old in self._recent for who in old.who}
         for name, who in zip(names, step.who, strict=True):
@@ -98,9 +103,8 @@ class SpacedRun:
         at = len(budget.steps)
         noise = budget.noise * length(budget.apart)
         clipping = Clipping(self.clip, noise)
-        made = release(
-            contributions, places.count, self.expected, clipping, budget.seed, at, shape
-        )  # fmt: skip
+        count = places.count
+        made = release(contributions, count, self.expected, clipping, budget.seed, at, shape)
         charge = Charge(at, made.commitment, budget.noise, self._rate, self.clip)
         self.budget = budget.charged(charge, step)
         self._before = _latest([*self._before, *added], budget.apart)

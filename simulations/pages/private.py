@@ -16,6 +16,7 @@ _FORMS = (
     ("secure", 0.0, "the parties, in a secure sum"),
     ("flower", 0.5, "Flower's wrapper"),
 )
+_EPSILONS = (0.0, 8.0, 4.0, 2.0, 1.0)
 _DROPS = ("0", "0.9", "0.99")
 
 
@@ -49,6 +50,43 @@ def private_table(rows: Sequence[Row]) -> str:
         for way, title in (("central", "to a server"), ("secure", "inside a secure sum"))
     )
     return tables.markdown(columns, lines) + f"\n\nAn update: {'; '.join(sizes)} bytes."
+
+
+def apart_table(rows: Sequence[Row], sampled: Sequence[Row]) -> str:
+    """Accuracy in percent of clients who come rounds apart, beside as many who are ``sampled``."""
+    lines = []
+    for clients, epsilon, drop in sorted(
+        {(row["clients"], row["epsilon"], row["drop_rate"]) for row in rows},
+        key=lambda cell: (-cell[0], -cell[1], cell[2]),
+    ):
+        own, beside = (
+            [
+                row
+                for row in _of(some, "central", drop)
+                if (row["clients"], row["epsilon"], row["settings"]["quantile"])
+                == (clients, epsilon, 0.0)
+            ]
+            for some in (rows, sampled)
+        )
+        apart = str(own[0]["settings"]["apart"])
+        shown = (f"{clients:,}", f"ε = {epsilon:g}", f"p={drop}", apart)
+        lines.append((*shown, _cell(own), _cell(beside)))
+    columns = ("Clients", "Privacy", "Updates", "Rounds apart", "rounds apart", "sampled")
+    return tables.markdown(columns, lines)
+
+
+def records_table(rows: Sequence[Row]) -> str:
+    """Accuracy in percent of parties that keep their rows to themselves, by task and ε."""
+    lines = []
+    of = [(row["settings"]["data"], row["settings"]["drop_rate"]) for row in rows]
+    for title, drop in sorted(set(of)):
+        own = [row for row, its in zip(rows, of, strict=True) if its == (title, drop)]
+        by_epsilon = [
+            _cell([row for row in own if row["epsilon"] == epsilon]) for epsilon in _EPSILONS
+        ]
+        lines.append((title, f"p={drop}", f"{own[0]['bytes']:,}", *by_epsilon))
+    shown = ("none", *(f"ε = {epsilon:g}" for epsilon in _EPSILONS[1:]))
+    return tables.markdown(("Task", "Updates", "Bytes", *shown), lines)
 
 
 def _size(rows: Sequence[Row], way: str, drop: str) -> str:

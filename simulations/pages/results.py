@@ -297,6 +297,16 @@ def privacy() -> str:
     return private.private_table(_of_scenario("private"))
 
 
+def apart() -> str:
+    """Clients who come rounds apart, beside sampled ones."""
+    return private.apart_table(_of_scenario("private-apart"), _of_scenario("private"))
+
+
+def private_records() -> str:
+    """Parties that keep their rows to themselves, by ε."""
+    return private.records_table(_of_scenario("private-records"))
+
+
 def audit() -> str:
     return private.audit_table(_rows("audit"))
 
@@ -361,6 +371,8 @@ SECTIONS: Mapping[str, Callable[[], str]] = {
         large_models,
         fine_tuning,
         privacy,
+        apart,
+        private_records,
         audit,
         cost,
     )

@@ -139,6 +139,22 @@ KINDS: Mapping[str, tuple[str, Mapping[str, Any]]] = {
     "private": ("simulations.runs.private", _PRIVATE),
     # A kind of its own, as above.
     "private-apart": ("simulations.runs.private", {**_PRIVATE, "apart": 0}),
+    "private-records": (
+        "simulations.runs.private_records",
+        {
+            "data": "reuters-r8",
+            "epsilon": 8.0,
+            "parties": 4,
+            "alpha": 0.5,
+            "drop_rate": "0.9",
+            "values": "b1",
+            "clip": 1.0,
+            "rounds": 10,
+            "steps": 10,
+            "batch": 128,
+            "learning_rate": 0.003,
+        },
+    ),
     "gram-rounds": (
         "simulations.runs.gram_rounds",
         {

@@ -226,7 +226,9 @@ def test_nobody_comes_twice_within_the_rounds_and_who_waits_longest_comes_first(
         run.release(41, vectors(1, one), one, [chosen[0]])
     with pytest.raises(PrivacyError, match="twice"):
         run.release(41, vectors(2, one), one, ["new", "new"])
-    assert len(run.budget.charges) == 40  # neither was charged
+    with pytest.raises(PrivacyError, match="who takes part has to be known"):
+        run.release(41, vectors(1, one), one, [])
+    assert len(run.budget.charges) == 40  # none was charged
 
 
 def test_a_round_made_again_after_a_crash_is_another_release_with_other_noise():

@@ -94,6 +94,7 @@ def test_the_words_of_noised_sums_make_their_promise(tmp_path):
         ({"dp-members": 10}, "roster says"),
         ({"dp-quantile": 0.5}, "norms stay with them"),
         ({"dp-apart": 3}, "no later round knows"),
+        ({"dp-delta": 0.2, "min-clients": 5}, "less than 1/5"),
         ({"dp-epsilon": 0.0}, "above 0"),
         ({"dp-epsilon": 70333.0}, "dp-weak"),
         ({"dp-clip": -1.0}, "clip"),

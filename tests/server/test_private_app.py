@@ -70,3 +70,18 @@ def test_rows_and_card_say_what_is_spent_and_a_resumed_run_goes_on_with_it(run):
         run(num_rounds=3, resume=True)
     with pytest.raises(ConfigError, match="dp-epsilon"):
         run(num_rounds=3, resume=True, dp_epsilon=20.0)
+
+
+def test_clients_who_come_apart_are_said_so_and_a_resumed_run_keeps_them_apart(run):
+    words = {"dp_apart": 2, "dp_members": 3, "fraction_train": 0.4}
+    folder, rows, _ = run(num_rounds=2, save_model=True, **words)
+    spent = [row["privacy_epsilon"] for row in rows]
+    assert 0 < spent[0] == spent[1] <= 6.0  # nobody can have come twice
+    assert [row["accepted"] for row in rows] == [1, 1]
+    card = (folder / f"model-{METHOD}" / "README.md").read_text(encoding="utf-8")
+    assert "a client takes part once in 2 rounds at most" in card
+    assert '"neighbours": "a client\'s data, or nothing in its place"' in card
+    with pytest.raises((ConfigError, PrivacyError), match=r"dp-apart|distance of 2"):
+        run(num_rounds=3, resume=True, **{**words, "dp_apart": 1})
+    with pytest.raises(PrivacyError, match="more than ε = 6"):
+        run(num_rounds=3, resume=True, **words)

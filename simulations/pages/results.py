@@ -116,11 +116,21 @@ def merging() -> str:
     return tables.merging_table(_rows("merging"))
 
 
+def merging_mpnet() -> str:
+    """The same four tasks of a larger encoder."""
+    return tables.merging_table(_of_scenario("merging-mpnet"))
+
+
 def gram() -> str:
     """Four tasks merged from updates that carry directions, by bits."""
     rows = _of_scenario("gram")
     path = gram_pages.gram_plot(rows, _rows("merging"), PLOTS / "gram.svg")
     return _image(path, "accuracy by bits a parameter") + "\n\n" + gram_pages.gram_table(rows)
+
+
+def gram_mpnet() -> str:
+    """A larger encoder merged from updates that carry directions."""
+    return gram_pages.gram_table(_of_scenario("gram-mpnet"))
 
 
 def gram_pictures() -> str:
@@ -350,7 +360,9 @@ SECTIONS: Mapping[str, Callable[[], str]] = {
         learned_rounds,
         secure_rates,
         merging,
+        merging_mpnet,
         gram,
+        gram_mpnet,
         gram_pictures,
         gram_rounds,
         abilities,

@@ -12,7 +12,7 @@ as in the paper's code), on training rows.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from statistics import mean
 from typing import Any
 
@@ -46,12 +46,10 @@ def run_row(row: Any) -> dict[str, Any]:
     for rate in settings["drop_rates"]:
         deltas = {name: dropped(delta, rate, row.seed, name) for name, delta in whole.items()}
         kinds = {find_method(spec["method"]).statistics for spec in settings["methods"]} - {None}
-        statistics = {
-            name: collect(tuned.tasks[name], layout, start + delta, tuned.heads[name], settings)
-            if kinds
-            else {}
-            for name, delta in deltas.items()
-        }
+        statistics: dict[str, Statistics] = {}  # those of the rate before are gone
+        for name, delta in deltas.items():
+            body, head = start + delta, tuned.heads[name]
+            statistics[name] = collect(tuned.tasks[name], layout, body, head, settings, kinds)
         for subset in settings["sets"]:
             for spec in settings["methods"]:
                 if spec["method"] == "slerp" and len(subset) != 2:
@@ -93,11 +91,18 @@ def dropped(delta: FloatVector, rate: str, seed: int, name: str) -> FloatVector:
 
 
 def collect(
-    task: Any, layout: Layout, vector: FloatVector, head: Mapping[str, Any], settings: Any
+    task: Any,
+    layout: Layout,
+    vector: FloatVector,
+    head: Mapping[str, Any],
+    settings: Any,
+    kinds: Collection[str | None],
 ) -> Statistics:
-    """Return Fisher values and Gram matrices of one model's encoder, by kind."""
+    """Return what ``kinds`` names of one model's encoder: Fisher values, Gram matrices."""
     from dare_agg.merge.collect import collect_fisher, collect_grams
 
+    if not kinds:
+        return {}
     network, read = task.network({**layout.unflatten(vector), **head}, "train")
     count = settings["statistics_examples"]
 
@@ -109,10 +114,12 @@ def collect(
             yield read(np.arange(lo, min(rows, lo + size)))
 
     rows = min(len(task.train_rows), 10 * count)
-    return {
-        "fisher": collect_fisher(network, batches(1, count), forward=forward),
-        "gram": collect_grams(network, batches(50, rows), forward=forward),
-    }
+    found: dict[str, Mapping[str, Any]] = {}
+    if "fisher" in kinds:
+        found["fisher"] = collect_fisher(network, batches(1, count), forward=forward)
+    if "gram" in kinds:
+        found["gram"] = collect_grams(network, batches(50, rows), forward=forward)
+    return found
 
 
 def merged(

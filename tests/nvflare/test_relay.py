@@ -163,6 +163,17 @@ def test_a_node_hears_that_the_run_is_over():
         assert site.post(FLEET) == (503, b"")
 
 
+@pytest.mark.parametrize("ended", [False, True])
+def test_nodes_that_have_all_ended_before_the_run_fail_the_job(ended):
+    connector, panics = SuperLinkConnector(seconds=5.0), []
+    connector.applet = Running(0)
+    connector.applet.is_stopped = lambda: (ended, 0)
+    connector.applet.stop = lambda timeout: 0
+    connector.system_panic = lambda reason, fl_ctx: panics.append(reason)
+    connector.stop(FLContext())
+    assert len(panics) == (not ended)
+
+
 def test_the_folder_has_to_be_an_app(tmp_path):
     with pytest.raises(ConfigError, match=r"no pyproject\.toml"):
         flower_job(tmp_path, 2)

@@ -140,6 +140,19 @@ class SecureTerms:
         _check(0 < self.size < 1 << 40, f"size {self.size}", "1 to 2**40 - 1")
         _check(0 <= self.dense < MAX_WORDS, f"dense {self.dense}", f"0 to {MAX_WORDS - 1}")
         _check(0 <= self.sketch < MAX_WORDS, f"sketch {self.sketch}", f"0 to {MAX_WORDS - 1}")
+        if self.rates is not None:
+            _check(
+                sum(self.rates.sizes) == self.size,
+                f"keep rates of {sum(self.rates.sizes)} elements",
+                f"as many as the size, {self.size},",
+            )
+            uniform = self.drop_rate.survivors(self.size)
+            _check(
+                0 < self.survivors <= self.rates.most_survivors(uniform),
+                f"keep rates of {self.survivors} survivors",
+                f"1 to {self.rates.most_survivors(uniform)}, which the drop rate allows,",
+            )
+            _check(not self.variance, "keep rates by tensor with noise", "one rate for all")
         _check(self.words <= MAX_WORDS, f"{self.words} words", f"at most {MAX_WORDS}: raise p")
         row = AGGREGATES[self.quantiser.aggregate]  # with bounds of its own
         _check(self.weighting in WEIGHTINGS, f"weighting {self.weighting!r}", ", ".join(WEIGHTINGS))
@@ -189,19 +202,6 @@ class SecureTerms:
             f"{row.title} over a group of {n} parties",
             f"the mean, and groups of at most {COMPLETE_UP_TO}",
         )
-        if self.rates is not None:
-            uniform = self.drop_rate.survivors(self.size)
-            _check(
-                sum(self.rates.sizes) == self.size,
-                f"keep rates of {sum(self.rates.sizes)} elements",
-                f"as many as the size, {self.size},",
-            )
-            _check(
-                0 < self.survivors <= self.rates.most_survivors(uniform),
-                f"keep rates of {self.survivors} survivors",
-                f"1 to {self.rates.most_survivors(uniform)}, which the drop rate allows,",
-            )
-            _check(not self.variance, "keep rates by tensor with noise", "one rate for all")
 
     @cached_property
     def members(self) -> frozenset[int]:

@@ -19,6 +19,7 @@ from dare_agg.codec.derive import derive_key, seed_secret
 from dare_agg.codec.mask import parse_drop_rate
 from dare_agg.codec.payload import payload_bytes
 from dare_agg.codec.update import HEADER_BYTES, UpdateSpec, decode_update, encode_update
+from dare_agg.errors import LayoutError
 from dare_agg.vectors.layout import FloatVector, Layout
 
 State = Mapping[str, NDArray[Any]]
@@ -79,6 +80,8 @@ def survivors_alone(
         if name in masks:
             parameter.requires_grad_(True)
             handles.append(parameter.register_hook(lambda g, mask=masks[name]: g * mask))
+    if len(handles) != len(masks):
+        raise LayoutError(f"{len(masks)} tensors of a mask, {len(handles)} of them parameters")
     factor = rate / sqrt(spec.drop_rate.keep)
     try:
         with _changed(task, learning_rate=task.config.learning_rate * factor):

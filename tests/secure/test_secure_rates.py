@@ -50,8 +50,12 @@ def test_terms_have_one_encoding(groups: int) -> None:
     assert terms.session != replace(terms, rates=None).session
     with pytest.raises(ProtocolError, match="keep rates"):
         decode_terms(data + b"\0")
-    others = [bytes(byte ^ (at == cut) for at, byte in enumerate(data)) for cut in range(len(data))]
-    for other in [*others, *(data[:cut] for cut in range(len(data)))]:
+    others = [data[:cut] for cut in range(len(data))]
+    for bit in range(8 * len(data)):
+        other = bytearray(data)
+        other[bit // 8] ^= 1 << bit % 8
+        others.append(bytes(other))
+    for other in others:
         try:
             changed = decode_terms(other)
         except ProtocolError:

@@ -8,8 +8,9 @@ at the usual settings on one thread of the CPU, without dropout, batches drawn f
 from __future__ import annotations
 
 import logging
-from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, field, replace
 from functools import cached_property
 from typing import Any
 
@@ -189,11 +190,6 @@ class FineTuning:
         if privately is not None:
             return self._train_privately(state, rows, seed, progress, moments, privately)
         rows, stop_rows = rows_aside(rows, self.config, self.readable)
-        named = self._place(state)
-        model = self._load()
-        prepare(model, self.config)
-        for name, parameter in model.named_parameters():
-            parameter.requires_grad_(name in named)
         drawn = draw_batches(rows, self.config, seed)
         seen = np.unique(np.concatenate(drawn))
         good = self.readable("train", seen)
@@ -202,26 +198,10 @@ class FineTuning:
         batches = [kept for at in drawn if len(kept := at[np.isin(at, good)])]
         # Of rows that were not drawn, nothing is known.
         examples = len(rows) - (len(seen) - len(good))
-        with (
-            own_components(model, named, self.config) as learned,
-            seeded(seed, self.config, self.compute),
-        ):
-            lesson = Lesson(
-                self.config,
-                self.compute,
-                model,
-                learned,
-                read=lambda at: self._read("train", at),
-                loss=self._loss,
-                progress=progress,
-                stop=self._early_stop(learned, stop_rows) if len(stop_rows) else None,
-                moments=moments,
-                seed=seed,
-            )
+        with self._lesson(state, seed, progress, moments, seed) as (lesson, named):
+            if len(stop_rows):
+                lesson = replace(lesson, stop=self._early_stop(lesson.named, stop_rows))
             losses = learn(lesson, batches)
-        # Gradients are one more model: they go before copies are made.
-        model.zero_grad(set_to_none=True)
-        self.compute.release()
         measured = {"train-loss": float(np.mean(losses))}
         if lesson.stop:
             measured |= {
@@ -239,32 +219,48 @@ class FineTuning:
         moments: KeptOptimizer | None,
         how: PrivateSteps,
     ) -> tuple[State, int, Metrics]:
+        # By a secret: which outputs a row drops would tell how many rows came before it.
+        with self._lesson(state, seed, progress, moments, how.secret_seed) as (lesson, named):
+            check_private(lesson.network, self.config)
+            learn_privately(lesson, rows, how, lambda at: self.readable("train", at))
+        return returned_state(named, state), len(rows), {}
+
+    @contextmanager
+    def _lesson(
+        self,
+        state: Mapping[str, NDArray],
+        seed: Sequence[int],
+        progress: Progress,
+        moments: KeptOptimizer | None,
+        dropout_seed: Sequence[int],
+    ) -> Iterator[tuple[Lesson, dict[str, Any]]]:
+        """A lesson from a state on, and all of the state's parameters by name."""
         named = self._place(state)
         model = self._load()
         prepare(model, self.config)
-        check_private(model, self.config)
         for name, parameter in model.named_parameters():
             parameter.requires_grad_(name in named)
         with (
             own_components(model, named, self.config) as learned,
-            # By a secret: which outputs a row drops would tell how many rows came before it.
-            seeded(how.secret_seed, self.config, self.compute),
+            seeded(dropout_seed, self.config, self.compute),
         ):
-            lesson = Lesson(
-                self.config,
-                self.compute,
-                model,
-                learned,
-                read=lambda at: self._read("train", at),
-                loss=self._loss,
-                progress=progress,
-                moments=moments,
-                seed=seed,
+            yield (
+                Lesson(
+                    self.config,
+                    self.compute,
+                    model,
+                    learned,
+                    read=lambda at: self._read("train", at),
+                    loss=self._loss,
+                    progress=progress,
+                    moments=moments,
+                    seed=seed,
+                ),
+                named,
             )
-            learn_privately(lesson, rows, how, lambda at: self.readable("train", at))
+        # Gradients are one more model: they go before copies are made.
         model.zero_grad(set_to_none=True)
         self.compute.release()
-        return returned_state(named, state), len(rows), {}
 
     def _early_stop(self, named: Mapping[str, Any], rows: Indices) -> EarlyStop:
         def measure() -> float:

@@ -6,7 +6,8 @@ import logging
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from dare_agg.errors import ConfigError, PrivacyError
+from dare_agg.errors import ConfigError
+from dare_agg.flower.budgets import RELEASES, bears_round, budget_facts, say_promise
 from dare_agg.flower.clients import Client
 from dare_agg.privacy.clients import ClientPrivacy, PrivateRun
 from dare_agg.privacy.spaced import SpacedRun
@@ -17,8 +18,6 @@ from dare_agg.rounds.settings import FederatedSettings
 from dare_agg.vectors.model import GlobalModel
 
 LOG = logging.getLogger("flwr")
-# Of a round's state: how many releases the run had made.
-RELEASES = "privacy-releases"
 
 
 class PrivateRounds:
@@ -55,30 +54,13 @@ class PrivateRounds:
 
     def facts(self) -> dict[str, Any]:
         """What a round's state keeps."""
-        return {RELEASES: len(self.run.budget.charges) if self.run else 0}
+        return budget_facts(self.run)
 
     def begin(self, rounds: int) -> None:
         """Open the budget, with the noise of so many rounds; raises as `ClientPrivacy.begin`."""
         self.run = self.privacy.begin(max(1, rounds), self.rate)
         self.run.budget.check_resumed(self._releases)
-        said = self.run.statement()
-        LOG.info(
-            "\t├── Privacy: unit %s; neighbours: %s; sampling: %s; %s",
-            said["unit"],
-            said["neighbours"],
-            said["sampling"],
-            said["mechanism"],
-        )
-        LOG.info(
-            "\t├── Privacy: ε %.4g of %.4g spent at δ %.2g among %d clients; noise multiplier %.4g",
-            said["epsilon"],
-            said["epsilon_budget"],
-            said["delta"],
-            said["members"],
-            said["noise_multiplier"],
-        )
-        if self.privacy.ledger is None:
-            LOG.warning("the privacy budget is kept in memory alone; name a ledger to resume by")
+        say_promise(self.run, self.privacy.ledger)
 
     @property
     def running(self) -> PrivateRun | SpacedRun:
@@ -95,17 +77,7 @@ class PrivateRounds:
 
     def may_go_on(self, number: int, first: bool) -> bool:
         """Whether the budget bears a round; raises `PrivacyError` where not even the first."""
-        run = self.running
-        if run.may_go_on or run.made(number):
-            return True
-        said = (
-            f"round {number} would spend more than ε = {run.budget.epsilon:g} at δ = "
-            f"{run.budget.delta:.2g}; spent: {run.epsilon:.4g}"
-        )
-        if first:
-            raise PrivacyError(f"{said}; the model as it is is what the budget allows")
-        LOG.warning("%s; the run ends with the model it has", said)
-        return False
+        return self.running.made(number) or bears_round(self.running, number, first)
 
     def drawn(self, number: int, clients: Sequence[Client]) -> list[Client]:
         """The clients that take part in a round, as the run draws or chooses them; may be none."""

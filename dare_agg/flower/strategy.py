@@ -17,13 +17,14 @@ from dare_agg.codec.mask import DropRate, parse_drop_rate
 from dare_agg.downlink.protocol import Downlink
 from dare_agg.errors import ConfigError, PrivacyError
 from dare_agg.flower import run_log
+from dare_agg.flower.budgets import RELEASES
 from dare_agg.flower.clients import Client
 from dare_agg.flower.differential_privacy import check_privacy, privacy_wrapper
 from dare_agg.flower.limits import OWN_BYTES
 from dare_agg.flower.merging import merge_passed
 from dare_agg.flower.metrics import MetricsFn, aggregate_metrics, mean_metrics
 from dare_agg.flower.open_round import OpenRound
-from dare_agg.flower.private_rounds import RELEASES, PrivateRounds
+from dare_agg.flower.private_rounds import PrivateRounds
 from dare_agg.flower.receiving import Lent
 from dare_agg.flower.replies import Inbox, TrainReply
 from dare_agg.flower.round_outcome import RoundOutcome, round_measurements

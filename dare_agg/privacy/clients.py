@@ -10,7 +10,7 @@ from __future__ import annotations
 import math
 import os
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -115,15 +115,7 @@ class ClientPrivacy:
         self.check_rate(rate)
         path = None if self.ledger is None else Path(self.ledger)
         budget = open_budget(path, self.epsilon, self.delta, self.members, self.apart)
-        if not budget.noise:
-            noise = self.noise or self._noise(rounds, rate)
-            budget = replace(budget, noise=noise)
-            budget.write()
-        elif self.noise and self.noise != budget.noise:
-            raise ConfigError(
-                f"noise = {self.noise:g}, and the run was begun with {budget.noise:g}; leave it "
-                "out to go on as before"
-            )
+        budget = budget.with_noise(self.noise, lambda: self._noise(rounds, rate))
         if self.apart:
             return SpacedRun(budget, self.clip, math.floor(rate * self.members + 1e-9))
         return PrivateRun(self, budget, rate)
@@ -218,12 +210,7 @@ class PrivateRun:
             "neighbours": "add or remove one client",
             "sampling": sampled,
             "mechanism": "Gaussian noise on the clipped sum, by a trusted server",
-            "epsilon": self.epsilon,
-            "epsilon_budget": self.budget.epsilon,
-            "delta": self.budget.delta,
-            "members": self.budget.members,
-            "noise_multiplier": self.budget.noise,
-            "releases": len(self.budget.charges),
+            **self.budget.figures(),
         }
 
 

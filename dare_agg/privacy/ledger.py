@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import math
 import os
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
@@ -126,6 +126,33 @@ class Budget:
             facts,
             remedy="nothing was released: free space or fix the permissions, then resume",
         )
+
+    def with_noise(self, given: float, least: Callable[[], float]) -> Budget:
+        """With the noise that the run was begun with; at its start ``given``, or ``least()``.
+
+        Raises `ConfigError` where another is given than the run was begun with.
+        """
+        if not self.noise:
+            begun = replace(self, noise=given or least())
+            begun.write()
+            return begun
+        if given and given != self.noise:
+            raise ConfigError(
+                f"noise = {given:g}, and the run was begun with {self.noise:g}; leave it out to go "
+                "on as before"
+            )
+        return self
+
+    def figures(self) -> dict[str, Any]:
+        """The promise in numbers, and what is spent of it."""
+        return {
+            "epsilon": self.spent.epsilon(self.delta),
+            "epsilon_budget": self.epsilon,
+            "delta": self.delta,
+            "members": self.members,
+            "noise_multiplier": self.noise,
+            "releases": len(self.charges),
+        }
 
     def check_resumed(self, charges: object) -> None:
         """Raise `PrivacyError` unless the budget knows all releases of the run that goes on."""

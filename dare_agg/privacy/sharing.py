@@ -15,7 +15,6 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from dare_agg.errors import ConfigError
 from dare_agg.privacy.accountant import (
     IN_SHARES,
     LEAST_NOISE,
@@ -72,16 +71,12 @@ class SharedPrivacy:
         settings = self.among(members)
         path = None if self.ledger is None else Path(self.ledger)
         budget = open_budget(path, settings.epsilon, settings.delta, members)
-        if not budget.noise:
+
+        def least() -> float:
             each = rho_for(settings.epsilon, settings.delta) / rounds * (1 - 1e-9)
-            budget = replace(budget, noise=self.noise or 1 / math.sqrt(2 * each))
-            budget.write()
-        elif self.noise and self.noise != budget.noise:
-            raise ConfigError(
-                f"noise = {self.noise:g}, and the run was begun with {budget.noise:g}; leave it "
-                "out to go on as before"
-            )
-        return SharedRun(settings, budget)
+            return 1 / math.sqrt(2 * each)
+
+        return SharedRun(settings, budget.with_noise(self.noise, least))
 
 
 class SharedRun:
@@ -126,10 +121,5 @@ class SharedRun:
             "neighbours": "a client's data, or its noise alone",
             "sampling": "none that is counted",
             "mechanism": "discrete Gaussian noise of those who must stay, in a secure sum",
-            "epsilon": self.epsilon,
-            "epsilon_budget": self.budget.epsilon,
-            "delta": self.budget.delta,
-            "members": self.budget.members,
-            "noise_multiplier": self.budget.noise,
-            "releases": len(self.budget.charges),
+            **self.budget.figures(),
         }

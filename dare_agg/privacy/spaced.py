@@ -149,12 +149,7 @@ class SpacedRun:
             "neighbours": "a client's data, or nothing in its place",
             "sampling": f"none; a client takes part once in {self.budget.apart} rounds at most",
             "mechanism": "Gaussian noise shared by rounds (banded matrix), by a trusted server",
-            "epsilon": self.epsilon,
-            "epsilon_budget": self.budget.epsilon,
-            "delta": self.budget.delta,
-            "members": self.budget.members,
-            "noise_multiplier": self.budget.noise,
-            "releases": len(self.budget.charges),
+            **self.budget.figures(),
         }
 
 

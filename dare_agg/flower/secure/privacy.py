@@ -2,18 +2,15 @@
 
 from __future__ import annotations
 
-import logging
 from collections.abc import Mapping
 from typing import Any
 
-from dare_agg.errors import ConfigError, PrivacyError
-from dare_agg.flower.private_rounds import RELEASES
+from dare_agg.errors import ConfigError
+from dare_agg.flower.budgets import RELEASES, bears_round, budget_facts, say_promise
 from dare_agg.privacy.sharing import SharedPrivacy, SharedRun
 from dare_agg.rounds.private import check_private_model
 from dare_agg.secure.groups import GroupedServer
 from dare_agg.vectors.model import GlobalModel
-
-LOG = logging.getLogger("flwr")
 
 
 class NoisedRounds:
@@ -36,21 +33,7 @@ class NoisedRounds:
         """Open the budget, with the noise of so many rounds; raises as `SharedPrivacy.begin`."""
         self.run = self.privacy.begin(max(1, rounds), self.members)
         self.run.budget.check_resumed(self._releases)
-        said = self.run.statement()
-        LOG.info(
-            "\t├── Privacy: unit %s; neighbours: %s; %s; ε %.4g of %.4g spent at δ %.2g among %d "
-            "members; noise multiplier %.4g",
-            said["unit"],
-            said["neighbours"],
-            said["mechanism"],
-            said["epsilon"],
-            said["epsilon_budget"],
-            said["delta"],
-            said["members"],
-            said["noise_multiplier"],
-        )
-        if self.privacy.ledger is None:
-            LOG.warning("the privacy budget is kept in memory alone; name a ledger to resume by")
+        say_promise(self.run, self.privacy.ledger)
 
     @property
     def running(self) -> SharedRun:
@@ -61,17 +44,7 @@ class NoisedRounds:
 
     def may_go_on(self, number: int, first: bool) -> bool:
         """Whether the budget bears a round; raises `PrivacyError` where not even the first."""
-        run = self.running
-        if run.may_go_on:
-            return True
-        said = (
-            f"round {number} would spend more than ε = {run.budget.epsilon:g} at δ = "
-            f"{run.budget.delta:.2g}; spent: {run.epsilon:.4g}"
-        )
-        if first:
-            raise PrivacyError(f"{said}; the model as it is is what the budget allows")
-        LOG.warning("%s; the run ends with the model it has", said)
-        return False
+        return bears_round(self.running, number, first)
 
     def check_model(self, model: GlobalModel) -> None:
         """Raise `ConfigError` for tensors that noise ruins or does not hide."""
@@ -85,7 +58,7 @@ class NoisedRounds:
 
     def facts(self) -> dict[str, Any]:
         """What a round's state keeps."""
-        return {RELEASES: len(self.run.budget.charges) if self.run else 0}
+        return budget_facts(self.run)
 
     def take_up(self, facts: Mapping[str, Any]) -> None:
         """Go on with the run whose state has these facts: its budget must know its releases."""

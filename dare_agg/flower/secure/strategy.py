@@ -20,8 +20,8 @@ from dare_agg.codec.fitted_rates import tensor_squares
 from dare_agg.codec.mask import DropRate, parse_drop_rate
 from dare_agg.downlink.protocol import SharedMask
 from dare_agg.errors import ConfigError, PrivacyError, ProtocolError, RunError
+from dare_agg.flower.budgets import RELEASES
 from dare_agg.flower.clients import Client
-from dare_agg.flower.private_rounds import RELEASES
 from dare_agg.flower.round_outcome import RoundOutcome
 from dare_agg.flower.round_strategy import ROUND_WORD, RoundStrategy
 from dare_agg.flower.secure.groups import check_groups, merge_all

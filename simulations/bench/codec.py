@@ -15,7 +15,6 @@ from __future__ import annotations
 import argparse
 import json
 import sys
-import threading
 import time
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
@@ -38,6 +37,7 @@ from dare_agg.codec.update import (
 from dare_agg.codec.update_header import HEADER_BYTES
 from dare_agg.errors import ConfigError
 from dare_agg.vectors.layout import FloatVector
+from simulations.runs.looking import Looking
 
 VALUES = ("b1", "f16")
 DROP_RATES = ("0.9", "0.99", "0.999")
@@ -58,21 +58,15 @@ def resident() -> int:
 
 def growth_mib(work: Callable[[], Any], besides: int) -> float:
     """Largest growth of the resident size while ``work`` runs, less ``besides`` bytes."""
-    before, peak, done = resident(), 0, threading.Event()
+    before, peak = resident(), 0
 
-    def watch() -> None:
+    def look() -> None:
         nonlocal peak
-        while not done.wait(0.002):
-            peak = max(peak, resident())
-
-    watcher = threading.Thread(target=watch)
-    watcher.start()
-    try:
-        work()
         peak = max(peak, resident())
-    finally:
-        done.set()
-        watcher.join()
+
+    with Looking(look, 0.002):
+        work()
+        look()
     return max(0.0, (peak - before - besides) / 2**20)
 
 

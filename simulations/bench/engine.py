@@ -11,12 +11,12 @@ from __future__ import annotations
 import argparse
 import json
 import tempfile
-import threading
 import time
 from pathlib import Path
 from typing import Any
 
 from dare_agg.runs.rows import METRICS_FILE
+from simulations.runs.looking import Looking
 from simulations.runs.rows import RESULTS, append_row, versions
 
 CONFIG = {
@@ -91,32 +91,25 @@ def make_model(folder: Path) -> None:
     ResNetModel(settings).save_pretrained(folder)
 
 
-class PeakMemory:
+class PeakMemory(Looking):
     """Largest sum of proportional memory over this process and those below it, in bytes."""
 
     peak = 0
 
-    def __enter__(self) -> PeakMemory:
-        self._stop = threading.Event()
-        self._thread = threading.Thread(target=self._watch, daemon=True)
-        self._thread.start()
-        return self
+    def __init__(self) -> None:
+        super().__init__(self.look, 5.0)
 
-    def __exit__(self, *_: object) -> None:
-        self._stop.set()
-        self._thread.join()
-
-    def _watch(self) -> None:
+    def look(self) -> None:
+        """Look now."""
         import psutil
 
-        while not self._stop.wait(5):
-            total = 0
-            for process in (me := psutil.Process(), *me.children(recursive=True)):
-                try:
-                    total += process.memory_full_info().pss
-                except (psutil.NoSuchProcess, psutil.AccessDenied):
-                    continue
-            self.peak = max(self.peak, total)
+        total = 0
+        for process in (me := psutil.Process(), *me.children(recursive=True)):
+            try:
+                total += process.memory_full_info().pss
+            except (psutil.NoSuchProcess, psutil.AccessDenied):
+                continue
+        self.peak = max(self.peak, total)
 
 
 if __name__ == "__main__":

@@ -13,8 +13,8 @@ import contextlib
 import json
 import sys
 import tempfile
-import threading
 import time
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -25,6 +25,7 @@ from dare_agg.flower.processes.launch import run_app
 from dare_agg.secure.identity import new_identity, write_identity, write_public
 from dare_agg.secure.roster import make_roster, sign_roster, write_roster
 from simulations.bench.federation import Federation
+from simulations.runs.looking import Looking
 from simulations.runs.memory import memory_of
 from simulations.runs.process_groups import descendants
 
@@ -66,8 +67,6 @@ def merge_at_size(
         folder, names, app=APP, supernode=("dare-agg", "supernode", "--app", str(APP), "--")
     )
     peaks: dict[str, int] = {}
-    done = threading.Event()
-    watcher = threading.Thread(target=watch_memory, args=(fed, peaks, done), daemon=True)
     lines: list[str] = []
     try:
         fed.start_superlink()
@@ -84,7 +83,6 @@ def merge_at_size(
                 "merged-path": str(folder / f"merged-{name}.safetensors"),
             }
             fed.start_node(name)
-        watcher.start()
         settings = fed._settings(
             folder / "out",
             {
@@ -95,10 +93,10 @@ def merge_at_size(
         )
         settings["stage-seconds"] = stage_seconds
         began = time.monotonic()
-        status = run_app(APP, fed.home, "dep", settings, on_line=lines.append)
+        with Looking(partial(note_memory, fed, peaks), 0.5):
+            status = run_app(APP, fed.home, "dep", settings, on_line=lines.append)
         minutes = (time.monotonic() - began) / 60
     finally:
-        done.set()
         fed.stop_all()
         (folder / "run.log").write_text("\n".join(lines))
     found: dict[str, Any] = {
@@ -162,13 +160,12 @@ def prepare(folder: Path, names: list[str], parameters: int) -> None:
         save_file(tuned, folder / f"{name}.safetensors")
 
 
-def watch_memory(fed: Federation, peaks: dict[str, int], done: threading.Event) -> None:
+def note_memory(fed: Federation, peaks: dict[str, int]) -> None:
     """Keep the largest anonymous memory of each of our processes and of what it started."""
-    while not done.wait(0.5):
-        for name, process in list(fed.processes.items()):
-            for pid in [process.pid, *descendants([process.pid])]:
-                key = name if pid == process.pid else f"{name}: {_what(pid)}"
-                peaks[key] = max(peaks.get(key, 0), _anonymous(pid))
+    for name, process in list(fed.processes.items()):
+        for pid in [process.pid, *descendants([process.pid])]:
+            key = name if pid == process.pid else f"{name}: {_what(pid)}"
+            peaks[key] = max(peaks.get(key, 0), _anonymous(pid))
 
 
 def _what(pid: int) -> str:

@@ -6,12 +6,12 @@ import contextlib
 import os
 import subprocess
 import tempfile
-import threading
 import time
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from types import TracebackType
+
+from simulations.runs.looking import Looking
 
 _PERIOD = 0.02
 
@@ -31,44 +31,20 @@ def memory_of(pid: int | str = "self") -> tuple[int, int]:
     return fields["RssAnon:"], fields["RssFile:"] + fields["RssShmem:"]
 
 
-class Peak:
-    """The largest own memory (and mapped memory) of a process, seen every ``period`` seconds.
-
-    ``cpu_seconds`` is what looking has cost so far.
-    """
+class Peak(Looking):
+    """The largest own memory (and mapped memory) of a process, seen every ``period`` seconds."""
 
     own = 0
     mapped = 0
-    cpu_seconds = 0.0
 
     def __init__(self, pid: int | str = "self", period: float = _PERIOD) -> None:
-        self._pid, self._period = pid, period
-        self._stop = threading.Event()
-        self._thread = threading.Thread(target=self._watch, daemon=True)
+        super().__init__(self.look, period)
+        self._pid = pid
 
-    def __enter__(self) -> Peak:
-        self._thread.start()
-        return self
-
-    def __exit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        trace: TracebackType | None,
-    ) -> None:
-        self._stop.set()
-        self._thread.join()
-
-    def _watch(self) -> None:
-        while True:
-            try:
-                own, mapped = memory_of(self._pid)
-            except OSError:
-                return
-            self.own, self.mapped = max(self.own, own), max(self.mapped, mapped)
-            self.cpu_seconds = time.thread_time()
-            if self._stop.wait(self._period):
-                return
+    def look(self) -> None:
+        """Look now; raises OSError where the process has ended."""
+        own, mapped = memory_of(self._pid)
+        self.own, self.mapped = max(self.own, own), max(self.mapped, mapped)
 
 
 def room_of(folder: Path) -> int:
@@ -80,41 +56,18 @@ def room_of(folder: Path) -> int:
     return taken
 
 
-class PeakRoom:
-    """The most that a folder's files took on the disk, seen every ``period`` seconds, or `look`.
-
-    ``cpu_seconds`` is what looking has cost its own thread so far.
-    """
+class PeakRoom(Looking):
+    """The most that a folder's files took on the disk, seen every ``period`` seconds, or `look`."""
 
     most = 0
-    cpu_seconds = 0.0
 
     def __init__(self, folder: Path, period: float = 0.2) -> None:
-        self._folder, self._period = folder, period
-        self._stop = threading.Event()
-        self._thread = threading.Thread(target=self._watch, daemon=True)
-
-    def __enter__(self) -> PeakRoom:
-        self._thread.start()
-        return self
-
-    def __exit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        trace: TracebackType | None,
-    ) -> None:
-        self._stop.set()
-        self._thread.join()
+        super().__init__(self.look, period)
+        self._folder = folder
 
     def look(self) -> None:
         """Look now."""
         self.most = max(self.most, room_of(self._folder))
-
-    def _watch(self) -> None:
-        while not self._stop.wait(self._period):
-            self.look()
-            self.cpu_seconds = time.thread_time()
 
 
 @dataclass(frozen=True)

@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 import contextlib
-import threading
 import time
 from collections.abc import Callable, Iterable
 from pathlib import Path
 
+from simulations.runs.looking import Looking
 from simulations.runs.memory import memory_of
 
 Groups = Callable[[], dict[str, list[int]]]
@@ -35,7 +35,7 @@ def command_of(pid: int) -> str:
     return ""
 
 
-class GroupPeaks:
+class GroupPeaks(Looking):
     """Largest sum of own memory (``RssAnon``) of each group of processes, while it lasts.
 
     ``groups`` names the processes of each group; it is asked twice a second, and their memory
@@ -43,29 +43,20 @@ class GroupPeaks:
     """
 
     def __init__(self, groups: Groups) -> None:
+        super().__init__(self.look, 0.02)
         self.own: dict[str, int] = {}
         self.largest: dict[str, int] = {}
         self._groups = groups
-        self._stop = threading.Event()
-        self._thread = threading.Thread(target=self._watch, daemon=True)
+        self._asked, self._known = -1.0, dict[str, list[int]]()
 
-    def __enter__(self) -> GroupPeaks:
-        self._thread.start()
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        self._stop.set()
-        self._thread.join()
-
-    def _watch(self) -> None:
-        asked, groups = 0.0, {}
-        while not self._stop.wait(0.02):
-            if time.monotonic() - asked > 0.5:
-                asked, groups = time.monotonic(), self._groups()
-            for name, pids in groups.items():
-                own = [_own(pid) for pid in pids]
-                self.own[name] = max(self.own.get(name, 0), sum(own))
-                self.largest[name] = max(self.largest.get(name, 0), *own, 0)
+    def look(self) -> None:
+        """Look now."""
+        if time.monotonic() - self._asked > 0.5:
+            self._asked, self._known = time.monotonic(), self._groups()
+        for name, pids in self._known.items():
+            own = [_own(pid) for pid in pids]
+            self.own[name] = max(self.own.get(name, 0), sum(own))
+            self.largest[name] = max(self.largest.get(name, 0), *own, 0)
 
 
 def _own(pid: int) -> int:

@@ -7,7 +7,8 @@ it has when it begins; beyond them it dies without the error that is waited for.
 import json
 import subprocess
 import sys
-from collections.abc import Callable
+import tempfile
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import numpy as np
@@ -18,8 +19,10 @@ from dare_agg.checkpoint import open_checkpoint
 from dare_agg.errors import CheckpointError
 
 ROOT = Path(__file__).resolve().parents[3]
+Read = Callable[[str, Path], str]
+# One process imports what reads, and makes of itself a process for each file.
 READ = """
-import resource, sys
+import json, os, resource, sys
 from pathlib import Path
 import numpy, yaml
 from cryptography.hazmat.primitives.asymmetric import ed25519
@@ -37,28 +40,53 @@ from dare_agg.runs.report.records import read_run
 from dare_agg.secure.identity import read_public
 from dare_agg.secure.roster import read_roster
 import safetensors.numpy
-path = Path(sys.argv[1])
-pages = int(Path("/proc/self/statm").read_text().split()[0])
-most = pages * resource.getpagesize() + (64 << 20)
-resource.setrlimit(resource.RLIMIT_AS, (most, most))
-used = resource.getrusage(resource.RUSAGE_SELF)
-seconds = int(used.ru_utime + used.ru_stime) + 4
-resource.setrlimit(resource.RLIMIT_CPU, (seconds, seconds))
-try:
-    found = {reader}
-    print("read", str(found)[:100])
-except DareError as error:
-    print(type(error).__name__, str(error)[:300])
+def read(reader, path):
+    pages = int(Path("/proc/self/statm").read_text().split()[0])
+    most = pages * resource.getpagesize() + (64 << 20)
+    resource.setrlimit(resource.RLIMIT_AS, (most, most))
+    used = resource.getrusage(resource.RUSAGE_SELF)
+    seconds = int(used.ru_utime + used.ru_stime) + 4
+    resource.setrlimit(resource.RLIMIT_CPU, (seconds, seconds))
+    try:
+        found = eval(reader)
+        return "read " + str(found)[:100]
+    except DareError as error:
+        return type(error).__name__ + " " + str(error)[:300]
+
+for line in sys.stdin:
+    reader, path = json.loads(line)
+    if not (child := os.fork()):
+        print(json.dumps(read(reader, Path(path))), flush=True)
+        os._exit(0)
+    status = os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])
+    print(json.dumps(status), flush=True)
 """
 
 
-def read(reader: str, path: Path) -> str:
-    done = subprocess.run(
-        [sys.executable, "-c", READ.replace("{reader}", reader), str(path)],
-        capture_output=True, text=True, cwd=ROOT, timeout=120,
-    )  # fmt: skip
-    assert done.returncode == 0, (done.returncode, done.stderr[-2000:])
-    return done.stdout.strip()
+@pytest.fixture(scope="module")
+def read() -> Iterator[Read]:
+    """Reads a file by an expression of ``path``; returns what was read or the error."""
+    with (
+        tempfile.TemporaryFile() as errors,
+        subprocess.Popen(
+            [sys.executable, "-c", READ], stdin=subprocess.PIPE, stdout=subprocess.PIPE,
+            stderr=errors, text=True, cwd=ROOT,
+        ) as process,
+    ):  # fmt: skip
+        assert process.stdin and process.stdout
+        asked, told = process.stdin, process.stdout
+
+        def one(reader: str, path: Path) -> str:
+            print(json.dumps([reader, str(path)]), file=asked, flush=True)
+            found = json.loads(told.readline() or '"nothing"')
+            if not isinstance(found, str):
+                errors.seek(0)
+                raise AssertionError((found, errors.read()[-2000:]))
+            assert json.loads(told.readline()) == 0
+            return found.strip()
+
+        yield one
+        asked.close()
 
 
 def deep(left: str = "[", right: str = "]", count: int = 100_000) -> str:
@@ -177,7 +205,7 @@ BOMBS: dict[str, tuple[str, str, Callable[[], str | bytes], str, str]] = {
 
 
 @pytest.mark.parametrize("what", BOMBS)
-def test_a_bomb_is_refused_by_name(tmp_path: Path, what: str) -> None:
+def test_a_bomb_is_refused_by_name(read: Read, tmp_path: Path, what: str) -> None:
     reader, name, content, kind, words = BOMBS[what]
     made = content()
     (tmp_path / name).write_bytes(made.encode() if isinstance(made, str) else made)
@@ -193,7 +221,7 @@ def test_a_bomb_is_refused_by_name(tmp_path: Path, what: str) -> None:
         ("config.json", deep()),
     ],
 )
-def test_what_only_a_hint_is_read_from_is_passed_over(tmp_path, name, content) -> None:
+def test_what_only_a_hint_is_read_from_is_passed_over(read, tmp_path, name, content) -> None:
     (tmp_path / name).write_text(content)
     assert read("bases_named_by([path.parent])", tmp_path / name) == "read"
 

@@ -10,7 +10,9 @@ from pathlib import Path
 
 from client.unpack import SUFFIXES, file_digest, unpack
 from dare_agg.checkpoint import refuse_quantised
-from dare_agg.checkpoint.quantised import Quantisation, declared_in, refusal
+from dare_agg.checkpoint.codes import Quantisation
+from dare_agg.checkpoint.declared import declared_in
+from dare_agg.checkpoint.quantised import refusal
 from dare_agg.checkpoint.weight_files import PICKLES, weight_files
 from dare_agg.errors import ConfigError
 

@@ -16,7 +16,8 @@ from dataclasses import dataclass
 import numpy as np
 from numpy.typing import NDArray
 
-from dare_agg.checkpoint.quantised import QuantisedError, quantisation_of
+from dare_agg.checkpoint.codes import quantisation_of
+from dare_agg.checkpoint.quantised import QuantisedError
 from dare_agg.checkpoint.reader import Checkpoint, TensorInfo
 from dare_agg.vectors.layout import FloatVector
 

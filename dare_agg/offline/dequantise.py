@@ -25,16 +25,10 @@ from dare_agg.checkpoint import (
     state_dtype,
 )
 from dare_agg.checkpoint.carried import CARD
+from dare_agg.checkpoint.declared import Declared, declared_by, without_quantisation
 from dare_agg.checkpoint.fp8 import Fp8Weights, dequantised, fp8_weights
 from dare_agg.checkpoint.hub import located
-from dare_agg.checkpoint.quantised import (
-    GGUF_SUFFIX,
-    Declared,
-    QuantisedError,
-    check_not_quantised,
-    declared_by,
-    without_quantisation,
-)
+from dare_agg.checkpoint.quantised import GGUF_SUFFIX, QuantisedError, check_not_quantised
 from dare_agg.checkpoint.reader import WEIGHTS_NAME
 from dare_agg.checkpoint.writer import check_target
 from dare_agg.errors import CheckpointError, ConfigError

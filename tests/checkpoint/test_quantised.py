@@ -10,7 +10,8 @@ import numpy as np
 import pytest
 
 from dare_agg.checkpoint import CheckpointWriter, TensorPlan, open_checkpoint
-from dare_agg.checkpoint.quantised import QuantisedError, declared_in
+from dare_agg.checkpoint.declared import declared_in
+from dare_agg.checkpoint.quantised import QuantisedError
 from tests.tiny import command
 
 Q = "model.layers.0.self_attn.q_proj"

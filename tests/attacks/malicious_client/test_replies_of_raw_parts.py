@@ -87,7 +87,7 @@ def test_garbage_whatever_is_asked(caplog, asked, trained):
 def test_uploads_that_never_end_hold_up_nobody():
     """More of them than threads that pull: each thread waited for one of them, up to two hours."""
     link = SuperLink(toy_app(), 10)
-    words = {"deadline": 15.0, "fraction_evaluate": 0.0}
+    words = {"deadline": 5.0, "fraction_evaluate": 0.0}
     seen = run(link, replies.never_ends, "train", range(1, 10), **words).outcome.measurements
     assert seen["accepted"] == 1
     assert [row["reason"] for row in seen["rejected"]] == ["late"] * 9

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import math
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
@@ -23,7 +22,7 @@ from nvflare.app_common.workflows.fedavg import FedAvg
 
 from dare_agg.errors import ConfigError, DareError
 from dare_agg.nvflare.answers import Answered
-from dare_agg.nvflare.open_round import Finished
+from dare_agg.nvflare.open_round import Finished, row_text
 from dare_agg.nvflare.run import Run
 from dare_agg.nvflare.wire import ANSWER, AT, HAVE, HELLO, ORDER, PULL, REFUSAL, REPLY, VERSION
 from dare_agg.nvflare.words import read_words
@@ -219,9 +218,8 @@ class DareFedAvg(FedAvg):  # type: ignore[misc]
         return helper.get_result() or None
 
     def _write(self, finished: Finished) -> None:
-        row = json.dumps(finished.measurements, default=str)
         with (Path(self.get_run_dir()) / ROWS).open("a", encoding="utf-8") as file:
-            file.write(row + "\n")
+            file.write(row_text(finished.measurements) + "\n")
 
 
 def _finite(answered: Answered) -> dict[str, Any]:

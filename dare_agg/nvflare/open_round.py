@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import json
+import math
 import time
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field
@@ -64,3 +66,20 @@ def round_measured(
         "delta_norms": [one.receipt.delta_norm for one in taken],
         "rejected": [{**asdict(one), "name": names[one.client]} for one in rejections],
     }
+
+
+def row_text(measurements: Mapping[str, Any]) -> str:
+    """A round's measurements as a line of JSON; what is no number (a site may say so) is null.
+
+    >>> row_text({"round": 1, "delta_norms": [0.5, math.nan]})
+    '{"round": 1, "delta_norms": [0.5, null]}'
+    """
+    return json.dumps(_numbers(measurements), allow_nan=False)
+
+
+def _numbers(value: Any) -> Any:
+    if isinstance(value, float):
+        return value if math.isfinite(value) else None
+    if isinstance(value, Mapping):
+        return {name: _numbers(each) for name, each in value.items()}
+    return [_numbers(each) for each in value] if isinstance(value, list | tuple) else value

@@ -64,6 +64,9 @@ def test_a_job_makes_the_bits_of_a_flower_app(words, downlink, tmp_path, monkeyp
         flower = outcomes[number - 1].measurements
         for word in ("update_bytes", "dense_bytes", "examples", "delta_norms", "weights"):
             assert finished.measurements[word] == flower[word], word
+        if downlink == "auto" and number > 1:
+            step = strategy.downlink.steps[number - 2].nbytes
+            assert finished.measurements["download_bytes"] == [step] * 3
     for name, array in numpy_of(result.arrays).items():
         assert array.tobytes() == finished.arrays[name].tobytes(), name
     assert run.model.ref.version == strategy.broadcasting.model.ref.version

@@ -69,7 +69,7 @@ def simulate(folder, body="", meta=META, edit="", **words):
     return done, np.load(model) if model.exists() else None, found
 
 
-def in_memory(folder, sites=3, **words):
+def in_memory(folder, sites=3, last=2, **words):
     """The same sites through the same rounds, without NVFlare."""
 
     def train(arrays, number, server_round):
@@ -78,7 +78,8 @@ def in_memory(folder, sites=3, **words):
         return {"numpy_key": weights + rng.normal(0.002, 0.004, weights.shape).astype(np.float32)}
 
     start = {"numpy_key": np.random.default_rng(0).normal(size=(30, 40)).astype(np.float32)}
-    return rounds_in_memory(made(sites, **words), folder, arrays=start, sites=sites, train=train)
+    run = made(sites, **words)
+    return rounds_in_memory(run, folder, arrays=start, sites=sites, last=last, train=train)
 
 
 @pytest.mark.parametrize(
@@ -132,6 +133,19 @@ def test_without_a_count_each_site_weighs_one(tmp_path):
     assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-3000:]
     assert rows[0]["examples"] == [1, 1, 1]
     assert "counts as 1" in done.stdout + done.stderr
+
+
+def test_a_job_goes_on_where_another_one_stopped(tmp_path):
+    words = {"drop_rate": 0.9, "server_step": "adam(tau=1e-3)"}
+    state = str(tmp_path / "state")
+    for last, resume in ((2, False), (3, True)):
+        folder = tmp_path / str(last)
+        folder.mkdir()
+        done, model, rows = simulate(folder, num_rounds=last, state=state, resume=resume, **words)
+        assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-3000:]
+    assert [row["round"] for row in rows] == [3]
+    expected = in_memory(tmp_path / "memory", last=3, **words)
+    assert model.tobytes() == expected[-1].arrays["numpy_key"].tobytes()
 
 
 def test_a_job_stops_where_its_condition_is_met(tmp_path):

@@ -69,15 +69,19 @@ class DareFedAvg(FedAvg):  # type: ignore[misc]
     def run(self) -> None:
         """Run the rounds; raises `RunError` where none of them got enough updates."""
         self.engine.register_aux_message_handler(topic=PULL, message_handle_func=self._give_piece)
-        given: Any = self.load_model() if self.model is None else self.model
-        params = given.params if isinstance(given, FLModel) else given
-        done = self._rounds.begin({name: np.asarray(array) for name, array in params.items()})
+        done = self._rounds.begin(self._given())
         self.start_round += done
         self.num_rounds = max(0, self.num_rounds - done)
         self.model = FLModel(params=dict(self._rounds.model.arrays()), params_type=ParamsType.FULL)
         super().run()
         if not self.abort_signal.triggered:
             self._rounds.finish()
+
+    def _given(self) -> dict[str, np.ndarray]:
+        """The arrays that the job starts with, from its persistor or its own words."""
+        given: Any = self.load_model() if self.model is None else self.model
+        params = given.params if isinstance(given, FLModel) else given
+        return {name: np.asarray(array) for name, array in params.items()}
 
     def sample_clients(self, num_clients: int | None = None) -> list[str]:
         """Draw the sites of a round, the same in every run of one seed."""

@@ -34,6 +34,7 @@ from dare_agg.runs.rows import RunRow
 from dare_agg.runs.variants import Variant
 from server.adapter_facts import adapter_facts, say_adapters
 from server.asking import agree_on_labels, ask, wait_for_nodes
+from server.buffer_words import buffer_settings
 from server.compared import METHODS
 from server.config import RunConfig
 from server.export import describe_model, export_model
@@ -306,6 +307,7 @@ def make_strategy(config: RunConfig, name: str, record: Any, state: Path) -> Rou
         min_replies=config.min_replies,
         max_empty_rounds=config.max_empty_rounds,
         privacy=client_privacy(config, state),
+        buffer=buffer_settings(config, state),
         train_metrics_aggr_fn=largest_told if config.dp == RECORDS else None,
         round_hook=record,
         # FedAvg and the head alone are there to compare with: they send what they send.
@@ -319,7 +321,8 @@ def make_strategy(config: RunConfig, name: str, record: Any, state: Path) -> Rou
 
 
 # Keys of a row that stand there only where there is something to say.
-_WHERE_ANY = ("away", "refused", "evaluate_failed", "weights_cut", "noise_warning", "robust")
+_WHERE_ANY = ("away", "refused", "evaluate_failed", "weights_cut", "noise_warning", "robust",
+              "buffer")  # fmt: skip
 
 
 def _secure_facts(measured: Mapping[str, Any]) -> dict[str, Any]:

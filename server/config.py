@@ -12,6 +12,7 @@ from dare_agg.codec.mask import MASK_KINDS
 from dare_agg.deploy.devices import PRECISIONS
 from dare_agg.files.app_config import config_defaults
 from dare_agg.privacy.clients import MOST_APART
+from dare_agg.rounds.buffer import MOST_STALENESS, MOST_UPDATES
 from dare_agg.rounds.settings import WEIGHTINGS
 from dare_agg.rounds.step import ServerStep, server_step
 from dare_agg.rounds.terms import KEEP_RATES
@@ -79,6 +80,13 @@ class RunConfig(BaseModel):
     node_timeout: seconds that a client has for one message.
     min_replies: updates without which a round changes nothing.
     max_empty_rounds: rounds in a row that may change nothing before the run fails.
+    buffer: accepted updates that make a merge which waits for nobody, each client once in it
+        (docs/ASYNC.md); a round is then a merge, deadline a client's. 0: rounds of all asked.
+    staleness: with buffer, what an update counts for that was trained τ merges ago: sqrt,
+        1/√(1+τ); polynomial(a=0.5); hinge(a=1, b=2); linear(over=32); constant.
+    max_staleness: with buffer, the most merges that an update's version may be old.
+    arrivals: with buffer, a file arrivals.jsonl, whose order of who is asked and who answers the
+        run follows, to the same bits; none: as they come.
     evaluate: whether clients evaluate each round's model.
     seed: of data, batches, the head's start and masks: the same seed, the same bits.
     output: folder of the run; none: one below runs/.
@@ -155,6 +163,10 @@ class RunConfig(BaseModel):
     node_timeout: float = Field(gt=0)
     min_replies: int = Field(ge=1)
     max_empty_rounds: int = Field(ge=0)
+    buffer: int = Field(ge=0, le=MOST_UPDATES)
+    staleness: str
+    max_staleness: int = Field(ge=0, le=MOST_STALENESS)
+    arrivals: str
     evaluate: bool
     seed: int = Field(ge=0, lt=1 << 63)
     output: str

@@ -19,6 +19,7 @@ from dare_agg.rounds.terms import UpdateTerms
 from dare_agg.vectors.patterns import compile_patterns
 from server.adapter_words import check_adapter_words, refuse_idle_words
 from server.base_words import check_base_words
+from server.buffer_words import check_buffer_words
 from server.compared import METHODS
 from server.config import DEFAULTS, RunConfig, kebab
 from server.direction_words import check_directions_words
@@ -65,6 +66,7 @@ def read_config(raw: Mapping[str, Any]) -> RunConfig:
     config.budget()
     check_weight_bound(config.weight_bound)
     check_robust_words(config, merges)
+    check_buffer_words(config, merges, DEFAULTS)
     if config.values != AUTO:
         find_values(config.values)
     find_values(config.dense_values)

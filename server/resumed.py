@@ -20,7 +20,7 @@ _MAY_CHANGE = frozenset(
     {
         "num-rounds", "min-clients", "min-replies", "max-empty-rounds", "deadline", "node-timeout",
         "identities", "secure-stage-seconds", "secure-roster", "save-model", "output", "resume",
-        "prometheus-port", "prometheus-host", "verify-every", "device", "threads",
+        "prometheus-port", "prometheus-host", "verify-every", "device", "threads", "arrivals",
     }
 )  # fmt: skip
 _MOST_SHOWN = 60

@@ -49,5 +49,7 @@ def check_robust_words(config: RunConfig, methods: dict[str, str]) -> None:
     refuse(refusals)
     if config.secure:  # it compares groups, not clients
         return
+    if config.buffer:  # as many as a merge has
+        return
     fewest = max(int(config.min_clients * config.fraction_train), min(config.min_clients, 2))
     rule.check_clients(fewest, "raise min-clients (--clients in a simulation) or fraction-train")

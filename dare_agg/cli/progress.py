@@ -121,6 +121,7 @@ def _round_line(row: RunRow, rows: list[RunRow], config: dict[str, Any]) -> str:
         left_out += f" (weight cut: {', '.join(row.weights_cut)})"
     if unheard := row.robust.get("unheard"):
         left_out += f" (hardly heard: {', '.join(map(str, unheard))})"
+    left_out += _ages(row)
     left = seconds_left(rows, config)
     up, down = map(human_bytes, (row.upload_bytes_per_client, row.download_bytes_per_client))
     noise = row.noise_of_change
@@ -130,6 +131,14 @@ def _round_line(row: RunRow, rows: list[RunRow], config: dict[str, Any]) -> str:
         f"{row.accepted} updates{left_out}, {up} up and {down} down per client{told}, "
         f"{row.seconds:.0f} s" + (f", about {human_seconds(left)} left" if left else "")
     )
+
+
+def _ages(row: RunRow) -> str:
+    """How old the updates of a buffer were, "" in rounds."""
+    ages, training = row.buffer.get("staleness"), row.buffer.get("in_flight")
+    if not isinstance(ages, list) or not all(type(age) is int for age in ages) or not ages:
+        return ""
+    return f" ({min(ages)} to {max(ages)} merges old; {training} clients train on)"
 
 
 def measured(row: RunRow) -> str:

@@ -143,7 +143,7 @@ class DareTransport(DareStrategy):
     ) -> Iterable[Message]:
         """The wrapped strategy's messages, to be sent with the round's plans."""
         self._open = None
-        if self._part():
+        if self.part():
             arrays = self.broadcasting.arrays
         self.broadcasting.adopt(arrays)
         self.train_config = config
@@ -175,23 +175,23 @@ class DareTransport(DareStrategy):
         taken = self._alike(opened, opened.passed_on(given))
         rejections = opened.inbox.all_rejections()
         if len(taken) < self.min_replies:
-            self._count_empty_round(opened, taken, rejections)
+            self.count_empty(opened.asked(), len(taken), rejections)
             return None, None
         self.broadcasting.have.update(opened.held)
         arrays, metrics = merge(server_round, [*_as_messages(taken, given), *_failures(given)])
         plans = [reply.accepted.plan for reply in taken]
         if arrays is None:
             why = f"round {server_round}: {type(self.strategy).__name__} merged nothing"
-            measured = round_measurements(opened, taken, rejections, {})
+            measured = round_measurements(opened.asked(), taken, rejections, {})
             outcome = RoundOutcome(
                 opened.number, opened.model, self.step_state, measured, rejections, plans, metrics
             )
             self.stay(outcome, why, reason="merge")
             return None, metrics
         self._go_on(arrays)
-        measured = round_measurements(opened, taken, rejections, {})
+        measured = round_measurements(opened.asked(), taken, rejections, {})
         auto = self._auto_after(opened, taken, plans, measured)
-        run_log.merged(opened, taken)
+        run_log.merged(opened.asked(), taken)
         outcome = RoundOutcome(
             opened.number,
             self.broadcasting.model,
@@ -360,6 +360,11 @@ def _check_words(words: Mapping[str, Any]) -> None:
     fedavg = inspect.signature(FedAvg.__init__).parameters
     known = [name for name in every if name not in fedavg and name not in _ARITHMETIC]
     for word in words:
+        if word == "buffer":
+            raise ConfigError(
+                "buffer is DareStrategy's own: Flower's strategies aggregate rounds, whose updates "
+                "are all of one version; give DareStrategy(buffer=…), or leave it out"
+            )
         if word in fedavg or word in _ARITHMETIC:
             raise ConfigError(
                 f"{word} is the wrapped strategy's own to say; dare() says what travels: leave it "

@@ -90,9 +90,11 @@ class Clients:
         waiting = Waiting(minimum)
         while True:
             online = self.online = online_nodes(grid)
-            new = [node for node in online if node not in self.known and node not in self.refused]
-            left = max(1.0, deadline - time.monotonic())
-            self._meet(grid, hello, new, min(left, self.hello_timeout))
+            new, left = self.unmet(), max(1.0, deadline - time.monotonic())
+            left = min(left, self.hello_timeout)
+            messages = [self.question(hello, node, left) for node in new]
+            for index, reply in exchange(grid, messages, left):
+                self.hear(new[index], reply)
             ready = [self.known[node] for node in online if node in self.known]
             if len(ready) >= minimum:
                 return sorted(ready, key=lambda client: (*client.hello.order(), client.node))
@@ -131,24 +133,27 @@ class Clients:
             if node in self.refused
         ]
 
-    def _meet(self, grid: Grid, hello: RecordDict, nodes: Sequence[int], timeout: float) -> None:
-        """Ask each node who it is."""
+    def unmet(self) -> list[int]:
+        """Of the nodes that were online when last looked, those not asked who they are."""
+        return [n for n in self.online if n not in self.known and n not in self.refused]
+
+    def question(self, hello: RecordDict, node: int, timeout: float) -> Message:
+        """The message that asks a node who it is."""
         # Apps need have no function for queries: one asked by that name would reach no mod.
-        messages = [
-            Message(RecordDict(dict(hello.items())), node, MessageType.TRAIN, ttl=timeout + 60)
-            for node in nodes
-        ]
-        for index, reply in exchange(grid, messages, timeout):
-            node = nodes[index]
-            died = worker_died(reply)
-            self.deaths[node] += died
-            if went_away(reply) or (died and self.deaths[node] < MOST_DEATHS):
-                LOG.info("node %d went away when asked who it is", node)
-                continue
-            problem = self._read(node, reply)
-            if problem:
-                self.refused[node] = problem
-                LOG.warning("node %d does not take part: %s", node, problem)
+        content = RecordDict(dict(hello.items()))
+        return Message(content, node, MessageType.TRAIN, ttl=timeout + 60)
+
+    def hear(self, node: int, reply: Message) -> None:
+        """Take a node's answer to the question who it is."""
+        died = worker_died(reply)
+        self.deaths[node] += died
+        if went_away(reply) or (died and self.deaths[node] < MOST_DEATHS):
+            LOG.info("node %d went away when asked who it is", node)
+            return
+        problem = self._read(node, reply)
+        if problem:
+            self.refused[node] = problem
+            LOG.warning("node %d does not take part: %s", node, problem)
 
     def _read(self, node: int, reply: Message) -> str | None:
         """Learn the client's name; returns what is wrong with it, or None."""

@@ -13,6 +13,7 @@ import queue
 import threading
 import time
 from collections.abc import Iterator, Sequence
+from typing import Self
 
 from flwr.app import Message
 from flwr.serverapp import Grid
@@ -65,39 +66,112 @@ def exchange(
     """
     if not messages:
         return
-    be_patient(grid)
-    replace_workers(grid)
     deadline = time.monotonic() + timeout
-    sent = _push(grid, messages)
-    waiting: queue.SimpleQueue[Pull] = queue.SimpleQueue()
-    for message_id, index in sent.items():
-        waiting.put(Pull(grid, message_id, messages[index], limit))
-    found: queue.Queue[tuple[str, Message] | BaseException] = queue.Queue(maxsize=PULLERS)
-    stop = threading.Event()
-    pullers = min(PULLERS, len(sent))
-    for number in range(pullers):
-        threading.Thread(
-            target=_pull, args=(waiting, found, stop), name=f"puller-{number}", daemon=True
-        ).start()
-    missing = set(sent)
-    try:
-        while missing:
+    places = {id(message): place for place, message in enumerate(messages)}
+    with OpenExchange(grid) as opened:
+        opened.send(messages, limit)
+        while opened.count:
             left = deadline - time.monotonic()
             if left <= 0:
                 return
+            if (found := opened.next(min(left, 0.5))) is not None:
+                yield places[id(found[0])], found[1]
+
+
+class OpenExchange:
+    """Messages that are out and their replies as they come; more may be sent at any time.
+
+    ``count`` is how many have no reply yet. `close`, or the end of a ``with``, leaves them behind.
+    """
+
+    def __init__(self, grid: Grid) -> None:
+        be_patient(grid)
+        self.grid = grid
+        self._sent: dict[str, Message] = {}
+        self._waiting: queue.SimpleQueue[Pull] = queue.SimpleQueue()
+        self._found: queue.Queue[tuple[str, Message] | BaseException] = queue.Queue(PULLERS)
+        self._stop = threading.Event()
+        self._pullers = 0
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
+
+    @property
+    def count(self) -> int:
+        """Messages without a reply."""
+        return len(self._sent)
+
+    def send(self, messages: Sequence[Message], limit: ReplyLimit = ROOM) -> None:
+        """Send messages whose replies may hold so much; raises as `exchange`."""
+        replace_workers(self.grid)
+        for message_id, index in _push(self.grid, messages).items():
+            self._sent[message_id] = messages[index]
+            self._waiting.put(Pull(self.grid, message_id, messages[index], limit))
+        for number in range(self._pullers, min(PULLERS, self.count)):
+            thread = threading.Thread(target=self._pull, name=f"puller-{number}", daemon=True)
+            thread.start()
+            self._pullers += 1
+
+    def next(self, seconds: float) -> tuple[Message, Message] | None:
+        """A message and its reply, once there is one; None after so many seconds."""
+        until = time.monotonic() + seconds
+        while (left := until - time.monotonic()) > 0:
             try:
-                item = found.get(timeout=min(left, 0.5))
+                item = self._found.get(timeout=left)
             except queue.Empty:
-                check_engine()
-                continue
+                break
             if isinstance(item, BaseException):
                 raise item
-            message_id, reply = item
-            if message_id in missing:
-                missing.discard(message_id)
-                yield sent[message_id], reply
-    finally:
-        stop.set()
+            sent = self._sent.pop(item[0], None)
+            if sent is not None:
+                return sent, item[1]
+        check_engine()
+        return None
+
+    def forget(self, message: Message) -> None:
+        """Wait for the reply to a message no longer."""
+        for message_id, sent in list(self._sent.items()):
+            if sent is message:
+                del self._sent[message_id]
+
+    def close(self) -> None:
+        """Leave what has not come."""
+        self._stop.set()
+
+    def _pull(self) -> None:
+        pause = POLL_SECONDS
+        while not self._stop.is_set():
+            try:
+                pull = self._waiting.get(timeout=0.5)
+            except queue.Empty:
+                continue
+            if pull.message_id not in self._sent:
+                continue
+            try:
+                reply = pull.step()
+            except UpdateError as error:
+                reply = unread(error, pull.sent)
+            except BaseException as error:
+                self._hand_over(named(error))
+                return
+            if reply is not None:
+                self._hand_over((pull.message_id, reply))
+                pause = POLL_SECONDS
+            else:
+                self._waiting.put(pull)
+                self._stop.wait(pause)
+                pause = min(pause * 1.2, POLL_SECONDS_MOST)
+
+    def _hand_over(self, item: tuple[str, Message] | BaseException) -> None:
+        while not self._stop.is_set():
+            try:
+                self._found.put(item, timeout=0.5)
+                return
+            except queue.Full:
+                continue
 
 
 def _push(grid: Grid, messages: Sequence[Message]) -> dict[str, int]:
@@ -123,43 +197,3 @@ def sent_ids(ids: Sequence[str], messages: Sequence[Message]) -> dict[str, int]:
             if pushed_id(message) in accepted:
                 sent[pushed_id(message)] = index
     return sent
-
-
-def _pull(
-    waiting: queue.SimpleQueue[Pull],
-    found: queue.Queue[tuple[str, Message] | BaseException],
-    stop: threading.Event,
-) -> None:
-    pause = POLL_SECONDS
-    while not stop.is_set():
-        try:
-            pull = waiting.get_nowait()
-        except queue.Empty:
-            return
-        try:
-            reply = pull.step()
-        except UpdateError as error:
-            reply = unread(error, pull.sent)
-        except BaseException as error:
-            _hand_over(found, named(error), stop)
-            return
-        if reply is not None:
-            _hand_over(found, (pull.message_id, reply), stop)
-            pause = POLL_SECONDS
-        else:
-            waiting.put(pull)
-            stop.wait(pause)
-            pause = min(pause * 1.2, POLL_SECONDS_MOST)
-
-
-def _hand_over(
-    found: queue.Queue[tuple[str, Message] | BaseException],
-    item: tuple[str, Message] | BaseException,
-    stop: threading.Event,
-) -> None:
-    while not stop.is_set():
-        try:
-            found.put(item, timeout=0.5)
-            return
-        except queue.Full:
-            continue

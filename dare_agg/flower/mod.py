@@ -55,7 +55,7 @@ from dare_agg.flower.turns import (
 )
 from dare_agg.flower.update_answer import update_answer
 from dare_agg.rounds.client import update_of_arrays
-from dare_agg.rounds.messages import ASK_BASE, ASK_HELLO, Held, Hello, Order, Refusal
+from dare_agg.rounds.messages import ASK_BASE, ASK_HELLO, Held, Hello, Order, Refusal, one_line
 from dare_agg.vectors.returned import in_shape_of, returned_tensors
 
 LOG = logging.getLogger("flwr")
@@ -85,6 +85,8 @@ def dare_mod(msg: Message, ctxt: Context, call_next: ClientAppCallable) -> Messa
             return _answer(msg, _hello(receiver, ctxt), MetricRecord())
         if order.ask == ASK_BASE:
             return _answer(msg, take_piece(msg.content, order, folder_of(ctxt)))
+        if order.left_out:
+            LOG.warning("this client's last update was not merged: %s", one_line(order.left_out))
         base = receive_base(msg.content, order, receiver)
         arrays = {**base, **kept_local(ctxt)}
         came_whole = order.arrays_key in msg.content

@@ -26,6 +26,7 @@ from dare_agg.flower.lazy import lazy_record
 from dare_agg.flower.limits import OWN_BYTES, ReplyLimit
 from dare_agg.flower.records import ORDER_KEY, REPLY_KEY, is_order, unread
 from dare_agg.flower.replies import Inbox, TrainReply, metrics_and_weight
+from dare_agg.flower.round_outcome import Asked
 from dare_agg.flower.standing import Standing
 from dare_agg.flower.transport import message_bytes
 from dare_agg.rounds.messages import ASK_TRAIN, one_line
@@ -55,6 +56,16 @@ class OpenRound:
 
     def __post_init__(self) -> None:
         self.model = self.broadcasting.model
+
+    def asked(self) -> Asked:
+        """Who was asked, as measurements tell it."""
+        return Asked(
+            self.number,
+            self.started,
+            {self.plans[client.node].client: client.hello.name for client in self.clients},
+            [self.download[client.node] for client in self.clients],
+            self.inbox.duplicates,
+        )
 
     # --- out -------------------------------------------------------------------------------
 

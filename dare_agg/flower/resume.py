@@ -105,6 +105,8 @@ def resume(strategy: RoundStrategy, folder: StateFolder) -> Resumed | None:
     for problem in problems:
         LOG.warning("%s; going on from the round before", problem)
     if state is None:
+        if folder.begun:
+            strategy.take_up_begun()
         return None
     terms = strategy.settings.terms
     by_form = bool(state.facts.get(_BY_FORM, False))

@@ -11,7 +11,6 @@ from typing import Any
 from flwr.app import ArrayRecord, MetricRecord
 
 from dare_agg.flower.lazy import record_of
-from dare_agg.flower.open_round import OpenRound
 from dare_agg.flower.replies import TrainReply
 from dare_agg.rounds.plan import RoundPlan
 from dare_agg.rounds.server import Rejection
@@ -39,8 +38,23 @@ class RoundOutcome:
         return record_of(self.model)
 
 
+@dataclass(frozen=True)
+class Asked:
+    """Who was asked to train for a round, beside what they answered.
+
+    ``names`` are those of the clients by their plans' ``client``, ``download`` the bytes of each
+    message that was sent.
+    """
+
+    round: int
+    started: float
+    names: Mapping[int, str]
+    download: Sequence[int]
+    duplicates: int = 0
+
+
 def round_measurements(
-    opened: OpenRound,
+    asked: Asked,
     replies: Sequence[TrainReply],
     rejections: Sequence[Rejection],
     merged: Mapping[str, Any],
@@ -52,31 +66,30 @@ def round_measurements(
     than the round's bound, ``robust`` by which rule the round was merged, if by one, and who was
     hardly heard.
     """
-    names = {client.node: client.hello.name for client in opened.clients}
+    names = asked.names
     cut = [c for of_step in merged.get("steps", ()) for c in of_step.get("weights_cut", ())]
-    by_number = {opened.plans[node].client: name for node, name in names.items()}
     return {
-        "round": opened.number,
-        "seconds": time.monotonic() - opened.started,
-        "sampled": len(opened.plans),
+        "round": asked.round,
+        "seconds": time.monotonic() - asked.started,
+        "sampled": len(asked.download),
         "accepted": len(replies),
-        "clients": [names[reply.node] for reply in replies],
+        "clients": [names[reply.accepted.plan.client] for reply in replies],
         "update_bytes": [reply.update_bytes for reply in replies],
         "dense_bytes": [reply.dense_bytes for reply in replies],
         "statistics_bytes": [reply.statistics_bytes for reply in replies],
         "upload_bytes": [reply.message_bytes for reply in replies],
-        "download_bytes": [opened.download[client.node] for client in opened.clients],
+        "download_bytes": list(asked.download),
         "examples": [reply.accepted.weight for reply in replies],
         "drop_rates": [_dropped(reply.accepted.plan) for reply in replies],
         "values": [reply.accepted.plan.terms.values for reply in replies],
         "delta_norms": [reply.receipt.delta_norm for reply in replies],
         "delta_max": [reply.receipt.delta_max for reply in replies],
         "share_above": [reply.receipt.share_above for reply in replies],
-        "duplicates": opened.inbox.duplicates,
-        "rejected": [{**asdict(r), "name": by_number.get(r.client, "")} for r in rejections],
+        "duplicates": asked.duplicates,
+        "rejected": [{**asdict(r), "name": names.get(r.client, "")} for r in rejections],
         **merged,
-        "weights_cut": [by_number.get(client, "") for client in cut],
-        **_robust(merged, by_number),
+        "weights_cut": [names.get(client, "") for client in cut],
+        **_robust(merged, names),
     }
 
 

@@ -221,6 +221,7 @@ class RoundStrategy(Strategy):
             if self._tell(train_metrics, client_metrics, server_metrics):
                 LOG.info("stopped early after round %d", number)
                 break
+        self.ended()
         self.standing.note("end")
         result.arrays = arrays
         self.give_back()
@@ -325,9 +326,15 @@ class RoundStrategy(Strategy):
         """Whether there is to be this round, the ``first`` one of a start."""
         return True
 
+    def ended(self) -> None:
+        """Let go of what goes on beside the rounds."""
+
     def kept_facts(self) -> dict[str, Any]:
         """What a round's state keeps of a strategy besides."""
         return {}
+
+    def take_up_begun(self) -> None:
+        """Go on with a run that was begun and finished no round."""
 
     def take_up(self, facts: Mapping[str, Any]) -> None:
         """Look at the facts of the state that a run goes on from."""
@@ -347,28 +354,29 @@ class RoundStrategy(Strategy):
         )
         chosen = self.clients.choose(
             grid,
-            self._hello(number),
+            self.hello(number),
             Draw(what, number, self.secret, fraction, least),
             least=self.min_available_nodes,
             timeout=self.node_timeout,
         )
-        self._bring_base(grid, chosen)
+        self.bring_base(grid, chosen)
         return chosen
 
     def meet(self, grid: Grid, number: int, least: int) -> list[Client]:
         """All clients that are online, once there are so many; raises as `Clients.wait`."""
-        found = self.clients.wait(grid, self._hello(number), least, self.node_timeout)
-        self._bring_base(grid, found)
+        found = self.clients.wait(grid, self.hello(number), least, self.node_timeout)
+        self.bring_base(grid, found)
         return found
 
-    def _bring_base(self, grid: Grid, clients: Sequence[Client]) -> None:
+    def bring_base(self, grid: Grid, clients: Sequence[Client]) -> None:
         """Send the base to those of the clients that have none, where the strategy does."""
         have = self.broadcasting.have
         lacking = [c for c in clients if not have.get(c.node, c.hello.have)]
         if self._sent is not None and lacking:
             bring(grid, lacking, self.broadcasting, self._sent, self.node_timeout)
 
-    def _hello(self, number: int) -> RecordDict:
+    def hello(self, number: int) -> RecordDict:
+        """The question who a client is, in this round."""
         return self.broadcasting.hello(ConfigRecord({**self.train_config, ROUND_WORD: number}))
 
     def lend(self, lent: Lent) -> None:

@@ -13,8 +13,8 @@ from flwr.app import ArrayRecord, ConfigRecord, MetricRecord
 from flwr.serverapp.strategy import Result
 
 from dare_agg.flower.lazy import nbytes_of
-from dare_agg.flower.open_round import OpenRound
 from dare_agg.flower.replies import TrainReply
+from dare_agg.flower.round_outcome import Asked
 from dare_agg.rounds.server import Rejection
 from dare_agg.rounds.settings import FederatedSettings
 
@@ -65,27 +65,30 @@ def weights_cut(measured: Mapping[str, Any], bound: float) -> None:
         )
 
 
-def merged(opened: OpenRound, taken: Sequence[TrainReply]) -> None:
+def merged(asked: Asked, taken: Sequence[TrainReply]) -> None:
     """How many updates of a round were merged, and what they and the model took on the wire."""
     LOG.info(
         "round %d: %d of %d updates merged; %s bytes up and %s down per client",
-        opened.number,
+        asked.round,
         len(taken),
-        len(opened.plans),
+        len(asked.download),
         f"{_mean([reply.update_bytes + reply.dense_bytes for reply in taken]):,}",
-        f"{_mean(list(opened.download.values())):,}",
+        f"{_mean(asked.download):,}",
     )
 
 
-def too_few(opened: OpenRound, taken: int, needed: int, rejections: Sequence[Rejection]) -> str:
-    """Why a round merged nothing."""
+def too_few(
+    asked: Asked, taken: int, needed: int, rejections: Sequence[Rejection], why: str = ""
+) -> str:
+    """Why a round merged nothing; ``why`` in place of how many updates came."""
     counts = Counter(rejection.reason for rejection in rejections)
     reasons = ", ".join(f"{reason} ×{count}" for reason, count in sorted(counts.items()))
     first = f"; first: {rejections[0].detail}" if rejections else ""
-    return (
-        f"round {opened.number}: {taken} of {len(opened.plans)} clients "
-        f"sent an update that counts, {needed} are needed ({reasons}){first}"
+    came = (
+        f"round {asked.round}: {taken} of {len(asked.download)} clients sent an update that "
+        f"counts, {needed} are needed"
     )
+    return f"{why or came} ({reasons}){first}"
 
 
 def finished(seconds: float, result: Result) -> None:

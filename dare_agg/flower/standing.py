@@ -61,6 +61,12 @@ class Standing:
         self._asked = len(self._left)
         self._say()
 
+    def fill(self, size: int, held: int, nodes: Iterable[int]) -> None:
+        """A buffer holds so many of ``size`` updates, and these nodes train."""
+        self._phase, self._asked = "train", size
+        self._left = dict.fromkeys(nodes)
+        self._say(answered=held)
+
     def heard(self, node: int) -> None:
         """A node has answered, whatever it said."""
         if node not in self._left:
@@ -70,7 +76,7 @@ class Standing:
         if left <= _MOST_NAMES or left % max(1, self._asked // _PARTS) == 0:
             self._say()
 
-    def _say(self) -> None:
+    def _say(self, answered: int | None = None) -> None:
         if self.tell is None:
             return
         left = list(self._left)
@@ -81,7 +87,7 @@ class Standing:
                 self.round,
                 self.rounds,
                 asked=self._asked,
-                answered=self._asked - len(left),
+                answered=self._asked - len(left) if answered is None else answered,
                 waiting=tuple(map(self.name, shown)),
             )
         )

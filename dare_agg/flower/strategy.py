@@ -15,10 +15,12 @@ from dare_agg.codec.budget import ClientTerms, UploadBudget
 from dare_agg.codec.derive import derive_key
 from dare_agg.codec.mask import DropRate, parse_drop_rate
 from dare_agg.downlink.protocol import Downlink
-from dare_agg.errors import ConfigError, PrivacyError
+from dare_agg.errors import ConfigError, PrivacyError, StateError
 from dare_agg.flower import run_log
 from dare_agg.flower.budgets import RELEASES
-from dare_agg.flower.clients import Client
+from dare_agg.flower.buffer_state import BUFFER, NOTHING_MERGED
+from dare_agg.flower.buffered import BufferedRounds, buffered_rounds
+from dare_agg.flower.clients import Client, sample
 from dare_agg.flower.differential_privacy import check_privacy, privacy_wrapper
 from dare_agg.flower.limits import OWN_BYTES
 from dare_agg.flower.merging import merge_passed
@@ -27,12 +29,14 @@ from dare_agg.flower.open_round import OpenRound
 from dare_agg.flower.private_rounds import PrivateRounds
 from dare_agg.flower.receiving import Lent
 from dare_agg.flower.replies import Inbox, TrainReply
-from dare_agg.flower.round_outcome import RoundOutcome, round_measurements
+from dare_agg.flower.round_outcome import Asked, RoundOutcome, round_measurements
 from dare_agg.flower.round_strategy import ROUND_WORD, RoundStrategy
 from dare_agg.privacy.clients import ClientPrivacy
 from dare_agg.robust.rule import check_robust
 from dare_agg.rounds import arguments
 from dare_agg.rounds.auto import AUTO
+from dare_agg.rounds.buffer import BufferSettings
+from dare_agg.rounds.buffered import merged_masks
 from dare_agg.rounds.chain import Passed, StepContext, UpdateStep, chain
 from dare_agg.rounds.choosing import Chooser
 from dare_agg.rounds.directions import linears_of_round
@@ -44,6 +48,7 @@ from dare_agg.rounds.robust import check_one_mask, robust_step
 from dare_agg.rounds.round_noise import RoundNoise
 from dare_agg.rounds.server import Accepted, Rejection, round_weights
 from dare_agg.rounds.settings import FederatedSettings
+from dare_agg.rounds.staleness import staleness_step
 from dare_agg.rounds.step import ServerStep
 from dare_agg.rounds.terms import UpdateTerms
 from dare_agg.rounds.weight_bound import bound_step, bound_weights
@@ -128,6 +133,10 @@ class DareStrategy(RoundStrategy):
         what clients are promised (`ClientPrivacy`): a round releases the clipped and noised
         sum of all their updates, ``fraction_train`` is the probability with which a client takes
         part (with ``apart`` the share that is asked), and the run ends when its budget is spent.
+    buffer
+        how many updates make a merge that waits for nobody (0: rounds; docs/ASYNC.md), or
+        `dare_agg.rounds.buffer.BufferSettings`. A round of the loop is then a merge, and
+        ``deadline`` the seconds that a client has.
     round_hook
         called with each `RoundOutcome`; returning True ends the run early.
     """
@@ -184,6 +193,7 @@ class DareStrategy(RoundStrategy):
         byzantine: int = 0,
         privacy: ClientPrivacy | None = None,
         reply_room: int = OWN_BYTES,
+        buffer: int | BufferSettings = 0,
         round_hook: Callable[[RoundOutcome], bool | None] | None = None,
     ) -> None:
         chosen = drop_rate == AUTO
@@ -237,8 +247,16 @@ class DareStrategy(RoundStrategy):
         )
         self.train_metrics_aggr_fn = train_metrics_aggr_fn or mean_metrics
         self.min_replies = arguments.count("min_replies", min_replies, least=1)
-        self.steps = chain(bound_step, *steps, *self._robust_steps())
+        self.buffered: BufferedRounds | None = None
+        if buffer or isinstance(buffer, bool):
+            self._check_own_rounds()
+            self.buffered = buffered_rounds(self, buffer, steps, privacy, chosen=chosen)
+        first = () if self.buffered is None else (staleness_step(self.buffered.settings.rule),)
+        self.steps = chain(*first, bound_step, *steps, *self._robust_steps())
         chooser = Chooser(self.CALLED, LOG, values) if chosen else None
+        if chooser is not None and self.buffered is not None:
+            # What a rule compares are the same elements of all: in a buffer, all of them.
+            chooser.compared = settings.shared_mask
         self._own_terms = OwnTerms(client_terms, upload_budget, chooser)
         self._noise = RoundNoise(
             self.CALLED,
@@ -259,12 +277,23 @@ class DareStrategy(RoundStrategy):
             self.private = PrivateRounds(privacy, settings, self.fraction_train, others)
             self.standing.names = False
 
+    def _check_own_rounds(self) -> None:
+        """Refuse a buffer where a subclass has rounds of its own."""
+        for name in ("configure_train", "aggregate_train"):
+            if getattr(type(self), name) is not getattr(DareStrategy, name):
+                raise ConfigError(
+                    f"buffer with {type(self).__name__}, which overrides {name}: a buffer has no "
+                    "rounds whose messages are configured; give what it does as steps"
+                )
+
     def _robust_steps(self) -> tuple[UpdateStep, ...]:
         """The robust rule as a step, where there is one and rounds have enough clients for it."""
         rule = self.settings.robust
         if rule is None:
             return ()
         fewest = max(int(self.min_available_nodes * self.fraction_train), self.min_train_nodes)
+        if self.buffered is not None:
+            fewest = self.buffered.settings.size
         rule.check_clients(fewest, "raise min_available_nodes (min-clients) or fraction_train")
         if rule.beta and self.store is not None:
             raise ConfigError(
@@ -298,12 +327,34 @@ class DareStrategy(RoundStrategy):
         """Whether the privacy budget bears the round; raises `PrivacyError` for the first."""
         return self.private is None or self.private.may_go_on(number, first)
 
+    def ended(self) -> None:
+        """Leave the clients of a buffer that train."""
+        if self.buffered is not None:
+            self.buffered.close()
+
     def kept_facts(self) -> dict[str, Any]:
-        """How many releases there were, where privacy is kept."""
+        """How many releases there were, where privacy is kept, and what a buffer is after it."""
+        if self.buffered is not None:
+            return self.buffered.facts()
         return {} if self.private is None else self.private.facts()
 
+    def take_up_begun(self) -> None:
+        """Go on with a run that was begun: with the updates that it accepted before a merge."""
+        if self.buffered is not None:
+            self.buffered.take_up(NOTHING_MERGED)
+
     def take_up(self, facts: Mapping[str, Any]) -> None:
-        """Go on from a state; raises `PrivacyError` where it was of another privacy."""
+        """Go on from a state; raises `PrivacyError` where it was of another privacy.
+
+        And `StateError` for one of a run with a buffer without one, or the other way round.
+        """
+        if self.buffered is not None:
+            self.buffered.take_up(facts.get(BUFFER))
+        elif BUFFER in facts:
+            raise StateError(
+                "the run was begun with a buffer, and is to go on without; give the strategy the "
+                "same buffer, or begin another run"
+            )
         if self.private is not None:
             self.private.take_up(facts)
         elif RELEASES in facts:
@@ -313,7 +364,14 @@ class DareStrategy(RoundStrategy):
             )
 
     def choose(self, grid: Grid, what: str, number: int) -> list[Client]:
-        """As every strategy; where privacy is kept each client is drawn by itself to train."""
+        """As every strategy; where privacy is kept each client is drawn by itself to train.
+
+        With a buffer, those evaluate who do not train.
+        """
+        if self.buffered is not None:
+            idle = self.buffered.idle(grid)
+            count = max(int(len(idle) * self.fraction_evaluate), self.min_evaluate_nodes, 1)
+            return sample(idle, count, derive_key(self.secret, what, length=32), number)
         if self.private is None or what != ASK_TRAIN:
             return super().choose(grid, what, number)
         least = max(self.min_available_nodes, self.min_train_nodes, 1)
@@ -323,6 +381,8 @@ class DareStrategy(RoundStrategy):
         self, number: int, arrays: ArrayRecord, config: ConfigRecord, grid: Grid, limit: float
     ) -> tuple[ArrayRecord | None, MetricRecord | None]:
         """Ask those that `configure_train` chose, and merge what `aggregate_train` makes of it."""
+        if self.buffered is not None:
+            return self.buffered.train_round(number, config, grid, limit)
         self._open = None
         messages = list(self.configure_train(number, arrays, config, grid))
         if not messages:
@@ -332,7 +392,7 @@ class DareStrategy(RoundStrategy):
         opened = self._opened_for(messages, number, arrays, grid)
         self.give_back()
         replies = opened.receive(grid, messages, limit)
-        if self._part():
+        if self.part():
             LOG.info("round %d: the clients are asked once more", number)
             return self.train_round(number, self.broadcasting.arrays, config, grid, limit)
         merged, metrics = self.aggregate_train(number, replies)
@@ -344,10 +404,15 @@ class DareStrategy(RoundStrategy):
         self, server_round: int, arrays: ArrayRecord, config: ConfigRecord, grid: Grid
     ) -> Iterable[Message]:
         """Sample clients, make their plans and messages."""
+        if self.buffered is not None:
+            raise ConfigError(
+                "a buffer has no rounds whose messages are configured, as a loop of one's own and "
+                "wrappers around the strategy want them: call its start, or leave buffer out"
+            )
         self._open = None
         if self.fraction_train == 0.0:
             return []
-        if self._part():
+        if self.part():
             arrays = self.broadcasting.arrays
         self.broadcasting.adopt(arrays)
         chosen = self.choose(grid, ASK_TRAIN, server_round)
@@ -367,7 +432,7 @@ class DareStrategy(RoundStrategy):
 
         self.lend(Lent(grid, ready, opened.take, opened.room, self.deadline))
 
-    def _part(self) -> bool:
+    def part(self) -> bool:
         """Keep apart the tied tensors that clients found apart; returns whether there were any."""
         before = self.broadcasting.part()
         if before is not None:
@@ -377,8 +442,8 @@ class DareStrategy(RoundStrategy):
     def _open_round(self, number: int, chosen: Sequence[Client]) -> OpenRound:
         """A round of these clients, with a plan for each."""
         model = self.broadcasting.model
-        terms, auto = self.settings.terms, self.step_state.auto
-        own = [self._own_terms.of(client.hello, model, terms, auto) for client in chosen]
+        terms = self.settings.terms
+        own = [self.own_terms(client.hello) for client in chosen]
         if terms.directions:
             linears_of_round(model.groups.layout)
         plans = make_plans(
@@ -398,16 +463,11 @@ class DareStrategy(RoundStrategy):
         if self.private is not None:
             self.private.open(model, plans[0], chosen)
         by_node = {c.node: plan for c, plan in zip(chosen, plans[: len(chosen)], strict=True)}
-        signers = {
-            client.node: (client.hello.name, self.identities[client.hello.name])
-            for client in chosen
-            if self.identities
-        }
         inbox = Inbox(
             by_node,
             self.weighted_by_key,
             self.settings.weighting,
-            signers=signers,
+            signers=self.signers(chosen),
             layout=model.groups.layout,
         )
         return OpenRound(
@@ -419,6 +479,19 @@ class DareStrategy(RoundStrategy):
             self.standing,
             self.reply_room,
         )
+
+    def own_terms(self, hello: Hello) -> ClientTerms | None:
+        """The terms of one client now, None for those of all."""
+        terms, auto = self.settings.terms, self.step_state.auto
+        return self._own_terms.of(hello, self.broadcasting.model, terms, auto)
+
+    def signers(self, clients: Sequence[Client]) -> dict[int, tuple[str, str]]:
+        """The name and key by which each node's answer must be signed; none without identities."""
+        return {
+            client.node: (client.hello.name, self.identities[client.hello.name])
+            for client in clients
+            if self.identities
+        }
 
     def _opened_for(
         self, messages: Sequence[Message], number: int, arrays: ArrayRecord, grid: Grid
@@ -451,27 +524,49 @@ class DareStrategy(RoundStrategy):
         if opened is None:
             return None, None
         every = opened.passed_on(given)
-        names = {opened.plans[c.node].client: c.hello.name for c in opened.clients}
-        passed = self._pass_steps(opened.number, [reply.accepted for reply in every], names)
-        rejections = [*opened.inbox.all_rejections(), *passed.rejections]
+        return self.merge(opened.asked(), every, opened.inbox.all_rejections(), opened.held)
+
+    def merge(
+        self,
+        asked: Asked,
+        every: Sequence[TrainReply],
+        rejected: Sequence[Rejection],
+        held: Mapping[int, str],
+        *,
+        number: int = 0,
+        told: Mapping[str, Any] | None = None,
+    ) -> tuple[ArrayRecord | None, MetricRecord | None]:
+        """Merge replies that answer their plans, in the order of clients, and go on from there.
+
+        ``held`` are the versions that nodes hold after it. Of a buffer, ``number`` is the merge's,
+        and ``told`` what is measured of it besides how old its updates are.
+        """
+        passed = self._pass_steps(
+            number or asked.round, [reply.accepted for reply in every], asked.names
+        )
+        rejections = [*rejected, *passed.rejections]
         lost = {rejection.client for rejection in passed.rejections}
         taken = [reply for reply in every if reply.accepted.plan.client not in lost]
         if len(taken) < self.min_replies and self.private is None:
-            self._count_empty_round(opened, taken, rejections)
+            self.count_empty(asked, len(taken), rejections)
             return None, None
         model = self.broadcasting.model
+        plans = [reply.accepted.plan for reply in taken]
         moved = merge_passed(
             model,
             self.step_state,
             passed,
             self.settings,
             self.downlink,
-            [reply.accepted.plan for reply in taken],
+            merged_masks(plans, number) if number else plans,
             store=self.store,
             private=self.private,
         )
-        self.broadcasting.have.update(opened.held)
-        measurements = round_measurements(opened, taken, rejections, moved.measurements)
+        self.broadcasting.have.update(held)
+        measurements = round_measurements(asked, taken, rejections, moved.measurements)
+        if number:
+            ages = [number - plan.round for plan in plans]
+            measurements["buffer"] = {**(told or {}), "staleness": ages}
         run_log.weights_cut(measurements, self.settings.weight_bound)
         weights = round_weights(
             bound_weights([reply.accepted for reply in taken], self.settings),
@@ -498,9 +593,9 @@ class DareStrategy(RoundStrategy):
                 weights,
                 self.weighted_by_key,
             )
-        run_log.merged(opened, taken)
+        run_log.merged(asked, taken)
         outcome = RoundOutcome(
-            opened.number,
+            asked.round,
             moved.model,
             step_state,
             measurements,
@@ -532,7 +627,7 @@ class DareStrategy(RoundStrategy):
             opened.number,
             opened.model,
             self.step_state,
-            round_measurements(opened, taken, rejections, {}),
+            round_measurements(opened.asked(), taken, rejections, {}),
             rejections,
             [reply.accepted.plan for reply in taken],
         )
@@ -551,14 +646,12 @@ class DareStrategy(RoundStrategy):
             LOG.warning("rejected client %d: %s: %s", one.client, one.reason, one.detail)
         return passed
 
-    def _count_empty_round(
-        self,
-        opened: OpenRound,
-        taken: Sequence[TrainReply],
-        rejections: Sequence[Rejection],
+    def count_empty(
+        self, asked: Asked, taken: int, rejections: Sequence[Rejection], *, why: str = ""
     ) -> None:
-        why = run_log.too_few(opened, len(taken), self.min_replies, rejections)
-        measured = round_measurements(opened, [], rejections, {})
+        """Count a round of too few updates; raises as `RoundStrategy.stay`."""
+        why = run_log.too_few(asked, taken, self.min_replies, rejections, why)
+        measured = round_measurements(asked, [], rejections, {})
         model = self.broadcasting.model
-        outcome = RoundOutcome(opened.number, model, self.step_state, measured, rejections, [])
+        outcome = RoundOutcome(asked.round, model, self.step_state, measured, rejections, [])
         self.stay(outcome, why, reason="nobody-trained")

@@ -5,20 +5,22 @@ nobody is waited for (FedBuff, arXiv 2106.06581). Here is the book-keeping alone
 no arithmetic. Whoever drives it calls `Buffer.ask`, `Buffer.answer` and `Buffer.lose` in some
 order, and equal orders make equal plans, buffers and bits.
 
-**Who is in a buffer.** A client is asked again once its update is merged or does not count, so
-it is in a buffer at most once, and K may be at most the number of clients. One whose answer does
-not count rests until the next merge: what is wrong with it would be wrong at once again.
+**Who is in a buffer.** A client whose update is in the open buffer is asked again once that is
+merged, so it is in a buffer at most once, and K may be at most the number of clients. One whose
+answer does not count rests until the next merge: what is wrong with it would be wrong at once
+again.
 
 **Masks.** An update's mask is fixed when its client is asked, and nobody knows then which updates
 it will meet. A key of the version alone, as a round has it, would make masks of plans of one
 version disjoint and let those of two versions overlap at random. So where ranks suffice, 2K ≤
 ⌊1/(1−p)⌋, all plans of a drop rate share one mask key for the whole run: it cuts the elements at
 random into ⌊1/(1−p)⌋ disjoint parts, and a plan is one of them, its rank. Ranks are drawn anew for
-each plan, among those that no open plan of the last two versions has. (Older ones do not count
-there: what a slow client holds would be sent by nobody else until it comes back.) Since such a
-client may still meet its own rank in a buffer, an update whose rank is in it already waits for the
-next one. So the masks of a buffer are disjoint, always; each plan is a random part, so that updates
-are unbiased; and the union that a step goes down on is named by one key and some ranks.
+each plan, among those that neither the open buffer has nor an open plan of the last two versions.
+(Older plans do not count there: what a slow client holds would be sent by nobody else until it
+comes back.) Since such a client may still meet its own rank in a buffer, an update whose rank is in
+it already waits for the next one, and its client goes on meanwhile. So the masks of a buffer are
+disjoint, always; each plan is a random part, so that updates are unbiased; and the union that a
+step goes down on is named by one key and some ranks.
 
 For more updates than that, and for what has no such ranks (every value sent, one mask for all, keep
 rates by tensor), ranks are counted through among the plans of a version, as in a round.
@@ -30,6 +32,7 @@ version in one message, by the steps since the one it holds or by their sum.
 
 from __future__ import annotations
 
+import os
 from collections import Counter
 from collections.abc import Callable
 from dataclasses import dataclass, field
@@ -53,13 +56,18 @@ class BufferSettings:
     """How an asynchronous run is set; checked when made.
 
     ``size`` is K, ``staleness`` a rule as in a run config, ``max_staleness`` the largest τ that
-    counts. Raises `ConfigError` for what is out of bounds, and for a rule that gives an update
-    that counts nothing.
+    counts. Whoever drives the run keeps its record and the updates that wait to be merged in the
+    folder ``record`` ("": nowhere), and follows the record ``arrivals`` (a file; "": none).
+
+    Raises `ConfigError` for what is out of bounds, and for a rule that gives an update that counts
+    nothing.
     """
 
     size: int
     staleness: str = "sqrt"
     max_staleness: int = 20
+    record: str | os.PathLike[str] = ""
+    arrivals: str | os.PathLike[str] = ""
 
     def __post_init__(self) -> None:
         for word, value, least, most in (
@@ -139,7 +147,10 @@ class Buffer(Generic[T]):
     held: dict[int, Entry[T]] = field(default_factory=dict)
     waiting: dict[int, Entry[T]] = field(default_factory=dict)
     counts: Counter[str] = field(default_factory=Counter)
-    _busy: set[str] = field(default_factory=set)
+    # Clients with a plan in flight, with an update in the open buffer, with some that wait.
+    _training: set[str] = field(default_factory=set)
+    _inside: set[str] = field(default_factory=set)
+    _waits: Counter[str] = field(default_factory=Counter)
     _resting: set[str] = field(default_factory=set)
     # Of the last two versions, the newest last: how many open plans have a rank, by stride.
     _ranks: list[dict[tuple[int, int], Counter[int]]] = field(default_factory=lambda: [{}, {}])
@@ -152,8 +163,13 @@ class Buffer(Generic[T]):
         return len(self.held) >= self.settings.size
 
     def is_free(self, client: str) -> bool:
-        """Whether a client may be asked: it has no open plan and does not rest."""
-        return client not in self._busy and client not in self._resting
+        """Whether a client may be asked: it has no plan and is not in the buffer, nor rests."""
+        busy = client in self._training or client in self._inside or self._waits[client] > 1
+        return not busy and client not in self._resting
+
+    def rests(self, client: str) -> bool:
+        """Whether a client is kept from being asked by nothing but its last answer."""
+        return client in self._resting and client not in self._training
 
     def staleness(self, ticket: Ticket) -> int:
         """τ of an update of this ticket in the open buffer."""
@@ -179,25 +195,23 @@ class Buffer(Generic[T]):
         ticket = Ticket(self.asked, client, self.merges, stride, rank, apart)
         self.asked += 1
         self._dealt[stride] += 1
-        self._open(ticket)
+        self._count_rank(ticket, 1)
         self.in_flight[ticket.number] = ticket
+        self._training.add(client)
         self._note("ask", ticket)
         return ticket
 
     def answer(self, number: int, update: T, digest: bytes = b"") -> Answered:
         """Take the answer to plan ``number``; what is told by ``digest`` is the same answer."""
-        ticket = self.in_flight.pop(number, None)
-        if ticket is None:
+        if number not in self.in_flight:
             return self._unexpected(number, digest)
+        ticket = self._taken(number)
+        assert ticket is not None
         age = self.staleness(ticket)
         if age > self.settings.max_staleness:
             return self._left_out(ticket, reason="stale", detail=self._too_old(age))
-        entry = Entry(ticket, update, digest)
-        if self._fits(ticket):
-            self.held[number] = entry
-        else:
-            self.waiting[number] = entry
-            self.counts["waits"] += 1
+        self._put(Entry(ticket, update, digest))
+        self.counts["waits"] += number in self.waiting
         self._note("answer", ticket)
         return Answered(ticket)
 
@@ -207,11 +221,7 @@ class Buffer(Generic[T]):
         Without ``rest`` it may be asked again at once. An answer that was taken counts no more;
         nothing happens where the plan is closed.
         """
-        ticket = self.in_flight.pop(number, None)
-        for place in (self.held, self.waiting):
-            if (entry := place.pop(number, None)) is not None:
-                ticket = entry.ticket
-        if ticket is not None:
+        if (ticket := self._taken(number)) is not None:
             self._left_out(ticket, reason=reason, rest=rest)
 
     def flush(self) -> tuple[list[Entry[T]], list[Answered]]:
@@ -220,9 +230,9 @@ class Buffer(Generic[T]):
         Those that waited move up; those of them that are too old now do not count.
         """
         entries = [self.held[number] for number in sorted(self.held)]
-        self.held.clear()
         for entry in entries:
-            self._close(entry.ticket)
+            self._taken(entry.ticket.number)
+            self._count_rank(entry.ticket, -1)
         self.merges += 1
         self._ranks = [self._ranks[1], {}]
         self._dealt.clear()
@@ -230,15 +240,14 @@ class Buffer(Generic[T]):
         self._resting.clear()
         if self.tell is not None:
             self.tell(Event("merge", self.merges))
-        late, moved = [], list(self.waiting.values())
-        self.waiting.clear()
-        for entry in moved:
+        late = []
+        for entry in list(self.waiting.values()):
+            self._taken(entry.ticket.number)
             age = self.staleness(entry.ticket)
             if age > self.settings.max_staleness:
                 late.append(self._left_out(entry.ticket, reason="stale", detail=self._too_old(age)))
-                continue
-            place = self.held if self._fits(entry.ticket) else self.waiting
-            place[entry.ticket.number] = entry
+            else:
+                self._put(entry)
         return entries, late
 
     def rest_over(self) -> None:
@@ -248,19 +257,40 @@ class Buffer(Generic[T]):
     def take_up(self, entries: list[Entry[T]]) -> None:
         """Go on with updates that were accepted before a restart, in the order of their arrival."""
         for entry in entries:
-            self._open(entry.ticket)
-            place = self.held if self._fits(entry.ticket) else self.waiting
-            place[entry.ticket.number] = entry
+            self._count_rank(entry.ticket, 1)
+            self._put(entry)
 
     # --- inside ----------------------------------------------------------------------------
 
-    def _fits(self, ticket: Ticket) -> bool:
+    def _put(self, entry: Entry[T]) -> None:
+        """Put an update into the open buffer, or where it waits for the next one."""
+        ticket = entry.ticket
         met = (other.ticket for other in self.held.values())
         same = ticket.apart and any((o.stride, o.rank) == (ticket.stride, ticket.rank) for o in met)
-        return not self.full and not same
+        if self.full or same or ticket.client in self._inside:
+            self.waiting[ticket.number] = entry
+            self._waits[ticket.client] += 1
+        else:
+            self.held[ticket.number] = entry
+            self._inside.add(ticket.client)
+
+    def _taken(self, number: int) -> Ticket | None:
+        """Take a plan out of where it is; None where it is closed."""
+        if (ticket := self.in_flight.pop(number, None)) is not None:
+            self._training.discard(ticket.client)
+            return ticket
+        if (entry := self.held.pop(number, None)) is not None:
+            self._inside.discard(entry.ticket.client)
+            return entry.ticket
+        if (entry := self.waiting.pop(number, None)) is not None:
+            self._waits -= Counter([entry.ticket.client])
+            return entry.ticket
+        return None
 
     def _drawn_rank(self, stride: tuple[int, int], parts: int) -> int:
         taken = [ranks[stride] for ranks in self._ranks if stride in ranks]
+        inside = (entry.ticket for entry in self.held.values())
+        taken.append(Counter(ticket.rank for ticket in inside if ticket.stride == stride))
         drawn = 0
         for draw in range(_DRAWS):
             key = derive_key(self.secret, "buffer-rank", self.asked, draw)
@@ -298,24 +328,18 @@ class Buffer(Generic[T]):
     def _left_out(
         self, ticket: Ticket, *, reason: str, detail: str = "", rest: bool = True
     ) -> Answered:
-        self._close(ticket)
+        self._count_rank(ticket, -1)
         if rest and reason != "stale":  # who was slow did nothing wrong
             self._resting.add(ticket.client)
         self._note("lost", ticket, reason)
         return Answered(ticket, reason, detail)
 
-    def _open(self, ticket: Ticket) -> None:
-        self._busy.add(ticket.client)
+    def _count_rank(self, ticket: Ticket, by: int) -> None:
+        """Count an open plan's rank among those of its version, or no more."""
         age = self.merges - ticket.version
         if ticket.apart and age < len(self._ranks):
-            self._ranks[-1 - age].setdefault(ticket.stride, Counter())[ticket.rank] += 1
-
-    def _close(self, ticket: Ticket) -> None:
-        self._busy.discard(ticket.client)
-        age = self.merges - ticket.version
-        if ticket.apart and age < len(self._ranks):
-            ranks = self._ranks[-1 - age][ticket.stride]
-            ranks[ticket.rank] -= 1
+            ranks = self._ranks[-1 - age].setdefault(ticket.stride, Counter())
+            ranks[ticket.rank] += by
             if not ranks[ticket.rank]:
                 del ranks[ticket.rank]
 

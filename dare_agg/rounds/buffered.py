@@ -12,7 +12,6 @@ from dataclasses import replace
 from dare_agg.codec.budget import ClientTerms
 from dare_agg.codec.derive import derive_key
 from dare_agg.codec.mask import DropRate
-from dare_agg.downlink.protocol import DrawnMask
 from dare_agg.errors import ConfigError, refuse
 from dare_agg.rounds.adapters import merge_products
 from dare_agg.rounds.buffer import BufferSettings, Ticket
@@ -23,6 +22,8 @@ from dare_agg.rounds.settings import FederatedSettings
 from dare_agg.rounds.terms import UpdateTerms
 from dare_agg.vectors.layout import Layout
 from dare_agg.vectors.model import ModelRef
+
+_VALUES = "buffer-values"
 
 
 def buffered_plan(
@@ -66,9 +67,14 @@ def buffered_plan(
         client=ticket.number,
         mask_key=mask_key,
         rank=rank,
-        values_key=derive_key(secret, "buffer-values", ticket.number),
+        values_key=derive_key(secret, _VALUES, ticket.number),
         dense_values_key=derive_key(secret, "buffer-dense-values", ticket.number),
     )
+
+
+def is_of_run(plan: RoundPlan, secret: bytes) -> bool:
+    """Whether a plan is of the run with this secret."""
+    return plan.values_key == derive_key(secret, _VALUES, plan.client)
 
 
 def has_ranks(settings: FederatedSettings) -> bool:
@@ -76,7 +82,7 @@ def has_ranks(settings: FederatedSettings) -> bool:
     return settings.terms.keep_rates == "uniform" and not settings.shared_mask
 
 
-def merged_masks(plans: Iterable[RoundPlan], number: int) -> list[DrawnMask]:
+def merged_masks(plans: Iterable[RoundPlan], number: int) -> list[RoundPlan]:
     """The masks of a buffer's updates as those of merge ``number``, for a downlink."""
     return [replace(plan, round=number) for plan in plans]
 

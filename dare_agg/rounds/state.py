@@ -92,6 +92,11 @@ class StateFolder:
         kept = {**(facts or {}), "order": list(arrays)}
         write_state(self.path / _BASE, arrays, kept, remedy=_REMEDY)
 
+    @property
+    def begun(self) -> bool:
+        """Whether a run's base was kept here."""
+        return (self.path / _BASE).exists()
+
     def base_facts(self) -> dict[str, Any]:
         """What `save_base` was told of the base; raises `StateError`."""
         return read_state(self.path / _BASE)[1]

@@ -12,7 +12,8 @@ MOST_CLIENTS = 512
 def by_client(measured: Mapping[str, Any]) -> list[dict[str, Any]]:
     """One object for each client whose update counted, in the order of clients.
 
-    ``measured`` are a round's measurements, as lists in that order. Empty for rounds that do not
+    ``measured`` are a round's measurements, as lists in that order. Of a buffer each has its "age",
+    the merges since its client was asked. Empty for rounds that do not
     tell them all (secure sums), for private ones, where who took part is no one's business, and
     for rounds of more than `MOST_CLIENTS`.
     """
@@ -24,7 +25,11 @@ def by_client(measured: Mapping[str, Any]) -> list[dict[str, Any]]:
     whole = all(len(column) == len(names) for column in columns)
     if not whole or "privacy" in measured or len(names) > MOST_CLIENTS:
         return []
-    return [
+    rows = [
         {"client": name, "bytes": update + dense, "examples": examples, "p": p, "values": values}
         for name, update, dense, examples, p, values in zip(names, *columns, strict=True)
     ]
+    ages = measured.get("buffer", {}).get("staleness", ())
+    for row, age in zip(rows, ages, strict=False):
+        row["age"] = age
+    return rows

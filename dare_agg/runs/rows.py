@@ -65,9 +65,10 @@ class RunRow:
     change. ``lora_errors`` say by module what the common rank of adapters could not hold
     of the mean of their products, ``lora_error`` the largest. ``secure_…`` are a secure run's
     alone, ``privacy_…`` a private one's: what is spent, and the clipping norm of the next round.
-    ``robust`` says by which rule, and which clients were hardly heard. ``by_client`` has
-    what each client sent (`dare_agg.runs.by_client`), ``by_task`` an object for each client and
-    task, where clients tell metrics task by task: see `dare_agg.runs.by_task`.
+    ``robust`` says by which rule, and which clients were hardly heard; ``buffer``, of a run that
+    waits for nobody, how old updates were, how many too old, how many clients train.
+    ``by_client`` has what each client sent (`dare_agg.runs.by_client`), ``by_task`` an object for
+    each client and task, where clients tell metrics task by task: see `dare_agg.runs.by_task`.
     """
 
     values: Mapping[str, Any]
@@ -87,6 +88,7 @@ class RunRow:
     evaluate_failed = Key[Sequence[Mapping[str, Any]]]((), (list, tuple), each=Mapping)
     weights_cut = Key[Sequence[str]]((), (list, tuple), each=str)
     robust = Key[Mapping[str, Any]]({}, Mapping)
+    buffer = Key[Mapping[str, Any]]({}, Mapping)
     by_client = Key[Sequence[Mapping[str, Any]]]((), (list, tuple), each=Mapping)
     by_task = Key[Sequence[Mapping[str, Any]]]((), (list, tuple), each=Mapping)
     parameters = Key[int | None](None)

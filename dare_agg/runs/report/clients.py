@@ -32,7 +32,7 @@ def client_cells(row: RunRow | None, now: Now | None = None) -> list[dict[str, A
                 "–" if examples is None else f"{examples:,.6g}",
                 "–" if nbytes is None else human_bytes(nbytes),
                 "–" if p is None else f"p = {p:.4g}, {one.get('values', '')}",
-                "merged",
+                _merged(one),
             ],
             "share": (examples or 0.0) / most if most else 0.0,
             "good": True,
@@ -48,6 +48,13 @@ def client_cells(row: RunRow | None, now: Now | None = None) -> list[dict[str, A
         one["cells"][-1] = "waited for now"
         one["waited"] = True
     return list(found.values())
+
+
+def _merged(one: Mapping[str, Any]) -> str:
+    age = one.get("age")
+    if type(age) is not int or age < 0:
+        return "merged"
+    return f"merged, {age} merge{'' if age == 1 else 's'} old"
 
 
 def _left_out(row: RunRow | None) -> list[tuple[str, str]]:

@@ -24,8 +24,8 @@ def own_base(msg: Message, context: Context) -> dict[str, np.ndarray] | str:
 @app.train()
 def train(msg: Message, context: Context) -> Message:
     number = int(msg.content["config"]["server-round"])
-    time.sleep(float(context.run_config["pause"]))
     node = context.node_config
+    time.sleep(float(node.get("pause", context.run_config["pause"])))
     key = [number, *str(node.get("client-name", node.get("partition-id"))).encode()]
     rng = np.random.default_rng(key)
     tuned = {}

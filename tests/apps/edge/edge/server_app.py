@@ -18,6 +18,7 @@ from dare_agg.files.atomic import replace_file
 from dare_agg.flower import DareStrategy
 from dare_agg.flower.resume import keep_base, resume, save
 from dare_agg.flower.transport import to_record
+from dare_agg.rounds.buffer import BufferSettings
 from dare_agg.rounds.state import StateFolder
 from edge.base import base_arrays
 
@@ -51,6 +52,8 @@ def main(grid: Grid, context: Context) -> None:
                 "drop_rates": measured["drop_rates"],
                 "download_bytes": measured["download_bytes"],
                 "seconds": measured["seconds"],
+                "clients": measured["clients"],
+                "ages": measured.get("buffer", {}).get("staleness", []),
             }
         )
         save(strategy, kept, outcome)
@@ -71,6 +74,7 @@ def main(grid: Grid, context: Context) -> None:
         state=output / "state" if base else None,
         verify_every=1 if base else 0,
         upload_budget=UploadBudget(seconds=seconds) if seconds else None,
+        buffer=buffered(config, output),
         round_hook=after,
     )
     resumed = resume(strategy, kept)
@@ -93,6 +97,13 @@ def main(grid: Grid, context: Context) -> None:
         "rounds": rows,
     }
     replace_file(output / "report.json", (json.dumps(report).encode(),))
+
+
+def buffered(config: dict, output: Path) -> BufferSettings | int:
+    """The run's buffer, 0 for rounds."""
+    size = int(config["buffer"])
+    words = {"record": output / "buffer", "arrivals": str(config["arrivals"])}
+    return BufferSettings(size, **words) if size else 0
 
 
 def run_fedavg(grid: Grid, initial: ArrayRecord, config: dict, output: Path) -> None:

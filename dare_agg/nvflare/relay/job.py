@@ -20,9 +20,9 @@ def flower_job(
     run_config: dict[str, Any] | None = None,
     node_config: dict[str, Any] | None = None,
 ) -> FedJob:
-    """A job that runs the Flower app in a folder on the server and ``clients`` sites.
+    """A job that brings the Flower app of a folder and runs it at the server and ``clients`` sites.
 
-    The folder has to be on the server, not in the job: Flower itself hands the app to the sites.
+    The app is code of the job's author: NVFlare asks the sites' policies for the right "byoc".
     """
     folder = Path(app).resolve()
     if not (folder / "pyproject.toml").is_file():
@@ -31,6 +31,10 @@ def flower_job(
             "`flwr run` is given"
         )
     job = FedJob(name=name, min_clients=clients)
-    job.to_server(FlowerRelayController(str(folder), run_config))
+    # The package is installed everywhere, and not sent along.
+    job.set_app_packages(["dare_agg"])
+    job.to_server(FlowerRelayController("", run_config))
+    job.to_server(str(folder))
     job.to_clients(FlowerRelayExecutor(node_config))
+    job.to_clients(str(folder))
     return job

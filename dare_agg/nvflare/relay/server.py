@@ -150,7 +150,10 @@ class FlowerRelayController(TieController):
     def __init__(
         self, app: str = "", run_config: dict[str, Any] | None = None, seconds: float = 60.0
     ) -> None:
-        super().__init__(start_task_timeout=120, configure_task_timeout=60)
+        # A SuperNode that starts on a busy machine is silent for minutes; then it never is.
+        super().__init__(
+            start_task_timeout=120, configure_task_timeout=60, max_client_op_interval=300
+        )
         self.app, self.run_config, self.seconds = app, run_config, seconds
 
     def get_client_config_params(self, fl_ctx: FLContext) -> dict[str, Any]:

@@ -48,14 +48,14 @@ def main() -> None:
     )
     parser.add_argument("ways", nargs="+")
     parser.add_argument("--environment", type=Path, default=ROOT / ".venv-nvflare")
-    parser.add_argument("--seeds", type=int, default=3)
+    parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
     parser.add_argument("--clients", type=int, default=4)
     parser.add_argument("--rounds", type=int, default=25)
     parser.add_argument("--out", type=Path, default=RESULTS / "nvflare_accuracy.jsonl")
     options = parser.parse_args()
     environment = options.environment.resolve()
     release = release_of(environment)
-    for seed in range(options.seeds):
+    for seed in options.seeds:
         for way in options.ways:
             row = {
                 "nvflare": release,

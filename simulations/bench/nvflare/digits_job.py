@@ -5,6 +5,7 @@ or a drop rate of DARE ("auto" too).
 """
 
 import json
+import statistics
 import sys
 from pathlib import Path
 
@@ -47,7 +48,8 @@ def main() -> None:
     rounds_file = run / "dare_rounds.jsonl"
     if rounds_file.exists():
         lines = rounds_file.read_text(encoding="utf-8").splitlines()
-        row["rounds"] = [json.loads(line) for line in lines]
+        sizes = [json.loads(line)["update_bytes"] for line in lines]
+        row["update_bytes"] = round(statistics.mean(map(statistics.mean, sizes)))
     print("result:", json.dumps(row))
 
 

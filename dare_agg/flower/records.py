@@ -18,12 +18,8 @@ from dare_agg.flower.internals import LOST
 from dare_agg.flower.transport import unpack
 from dare_agg.flower.workers import WORKER_DIED
 from dare_agg.rounds.fields import Record
-from dare_agg.rounds.messages import Refusal, one_line
+from dare_agg.rounds.messages import ORDER_KEY, OURS, REPLY_KEY, Refusal, one_line
 
-# Every record of this library begins so; all others are the app's.
-OURS = "dare."
-ORDER_KEY = OURS + "order"
-REPLY_KEY = OURS + "reply"
 UPDATE_KEY = OURS + "update"
 DENSE_KEY = OURS + "dense"
 STATISTICS_KEY = OURS + "statistics"

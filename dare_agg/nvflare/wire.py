@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
-# In the meta of a task's and of a result's DXO: `dare_agg.rounds.messages`.
-ORDER = "dare.order"
-REPLY = "dare.reply"
+from dare_agg.rounds.messages import ORDER_KEY, REPLY_KEY
+
+# In the meta of a task's and of a result's DXO.
+ORDER, REPLY = ORDER_KEY, REPLY_KEY
 # Public properties of a site: who it is, for every message, and why it refuses, with a result.
 HELLO = "dare.hello"
 REFUSAL = "dare.refusal"

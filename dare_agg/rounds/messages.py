@@ -37,6 +37,11 @@ from dare_agg.rounds.fields import (
 from dare_agg.rounds.plan import RoundPlan, plan_from_record
 from dare_agg.rounds.same_code import check_same_code, package_fingerprint
 
+# Every record of this library begins so; all others are the app's.
+OURS = "dare."
+ORDER_KEY = OURS + "order"
+REPLY_KEY = OURS + "reply"
+
 ASK_HELLO = "hello"
 ASK_TRAIN = "train"
 ASK_EVALUATE = "evaluate"

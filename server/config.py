@@ -83,7 +83,8 @@ class RunConfig(BaseModel):
     buffer: accepted updates that make a merge which waits for nobody, each client once in it
         (docs/ASYNC.md); a round is then a merge, deadline a client's. 0: rounds of all asked.
     staleness: with buffer, what an update counts for that was trained τ merges ago: sqrt,
-        1/√(1+τ); polynomial(a=0.5); hinge(a=1, b=2); linear(over=32); constant.
+        1/√(1+τ); polynomial(a=0.5); hinge(a=1, b=2); linear(over=32); interval(most=5);
+        constant.
     max_staleness: with buffer, the most merges that an update's version may be old.
     arrivals: with buffer, a file arrivals.jsonl, whose order of who is asked and who answers the
         run follows, to the same bits; none: as they come.

@@ -8,7 +8,8 @@ docs/ASYNC.md.
 
 Reference: Nguyen et al. 2022, "Federated Learning with Buffered Asynchronous Aggregation", arXiv
 2106.06581 (sqrt); Xie et al. 2019, "Asynchronous Federated Optimization", arXiv 1903.03934
-(polynomial, hinge, constant).
+(polynomial, hinge, constant); Wang and Ji 2024, "A Lightweight Method for Tackling Unknown
+Participation Statistics in Federated Averaging", arXiv 2306.03401 (interval).
 """
 
 from __future__ import annotations
@@ -49,12 +50,19 @@ def _linear(tau: int, over: float) -> float:
     return max(0.0, 1.0 - tau / over) if over else 0.0
 
 
+def _interval(tau: int, most: float) -> float:
+    return min(1.0 + tau, most) / most if most else 0.0
+
+
 STALENESS: Mapping[str, StalenessRow] = MappingProxyType(
     {
         "sqrt": StalenessRow({}, lambda tau: 1.0 / math.sqrt(1.0 + tau), "1/√(1+τ) (FedBuff)"),
         "polynomial": StalenessRow({"a": 0.5}, _polynomial, "(1+τ)^−a"),
         "hinge": StalenessRow({"a": 1.0, "b": 2.0}, _hinge, "1 up to b, then 1/(a·(τ−b)+1)"),
         "linear": StalenessRow({"over": 32.0}, _linear, "1−τ/over, nothing from over on"),
+        "interval": StalenessRow(
+            {"most": 5.0}, _interval, "min(1+τ, most)/most: as long as its client was away (FedAU)"
+        ),
         "constant": StalenessRow({}, lambda tau: 1.0, "1: age does not count"),
     }
 )

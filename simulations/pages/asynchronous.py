@@ -33,21 +33,28 @@ def seconds_to(curve: Sequence[Mapping[str, Any]], target: float) -> float | Non
 
 
 def clock_table(rows: Rows, fedavg: str = FEDAVG, rounds: str = ROUNDS) -> str:
-    """Virtual hours to FedAvg's accuracy minus a point, by cell, beside both kinds of rounds."""
+    """Virtual hours to FedAvg's accuracy minus a point, by cell, beside both kinds of rounds.
+
+    A cell is compared with the rounds of its own seeds and of the division of the data that its
+    name ends with, behind a semicolon.
+    """
     cells = by_cell(rows)
-    targets = {row["seed"]: final(row) - 0.01 for row in cells[fedavg]}
-    times = {
-        cell: {row["seed"]: seconds_to(row["curve"], targets[row["seed"]]) for row in own}
-        for cell, own in cells.items()
-    }
+
+    def division(cell: str) -> str:
+        return cell.partition(";")[1] + cell.partition(";")[2]
+
+    def times_of(cell: str) -> dict[int, float | None]:
+        targets = {row["seed"]: final(row) - 0.01 for row in cells[fedavg + division(cell)]}
+        return {row["seed"]: seconds_to(row["curve"], targets[row["seed"]]) for row in cells[cell]}
+
     lines = [
         (
             cell,
             shown([final(row) for row in own]),
             f"{own[0]['curve'][-1]['seconds'] / 3600:.1f}",
-            _hours(list(times[cell].values())),
-            _times(times[fedavg], times[cell]),
-            _times(times[rounds], times[cell]),
+            _hours(list(times_of(cell).values())),
+            _times(times_of(fedavg + division(cell)), times_of(cell)),
+            _times(times_of(rounds + division(cell)), times_of(cell)),
             human_bytes(round(np.mean([row["bytes_an_update"] for row in own]))),
             str(len(own)),
         )

@@ -343,7 +343,16 @@ def test_more_updates_than_clients():
         BufferSettings(11).check_clients(10, "lower it")
 
 
-@pytest.mark.parametrize("name", STALENESS)
+def test_intervals_count_for_as_long_as_a_client_was_away():
+    rule = staleness_rule("interval(most=4)")
+    assert [rule.factor(tau) for tau in range(6)] == [0.25, 0.5, 0.75, 1, 1, 1]
+    # Who comes in each of four merges and who comes in the fourth alone have weighed the same.
+    assert 4 * rule.factor(0) == rule.factor(3)
+    with pytest.raises(ConfigError, match="0 merges old nothing"):
+        BufferSettings(2, staleness="interval(most=0)")
+
+
+@pytest.mark.parametrize("name", [name for name in STALENESS if name != "interval"])
 def test_a_rule_never_gives_more_than_a_fresh_update_has(name):
     rule = staleness_rule(name)
     factors = [rule.factor(tau) for tau in range(21)]

@@ -188,11 +188,14 @@ def test_the_tables_tell_the_ratio_of_each_seed():
         row("DARE, rounds", 0, [3000.0 * n for n in range(1, 7)], rising),
         row("DARE, buffer", 0, [600.0 * n for n in range(1, 7)], rising),
         row("never", 0, [600.0 * n for n in range(1, 4)], rising[:3]),
+        row("FedAvg, rounds; alike", 0, [3600.0 * n for n in range(1, 4)], rising[:3]),
+        row("DARE, rounds; alike", 0, [1800.0 * n for n in range(1, 4)], rising[:3]),
     ]
     assert seconds_to(rows[0]["curve"], 0.79) == 6 * 3600
     assert seconds_to(rows[0]["curve"], 0.76) == 5 * 3600
     text = clock_table(rows)
     assert "| DARE, buffer | 80.0 | 1.0 | 1.00 | 6.0× | 5.0× | 708 B | 1 |" in text
+    assert "| DARE, rounds; alike | 60.0 | 1.5 | 1.50 | 2.0× | 1.0× | 708 B | 1 |" in text
     assert "| never | 60.0 | 0.5 | not reached | – | – | 708 B | 1 |" in text
 
 

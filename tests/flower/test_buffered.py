@@ -342,7 +342,7 @@ def test_what_works_in_a_buffer(toys, words, tmp_path):
         ({"buffer": True}, "buffer = True"),
         ({"fraction_train": 0.0}, "nobody trains"),
     ],
-    ids=str,
+    ids=lambda value: value if isinstance(value, str) else ",".join(value),
 )
 def test_what_does_not_is_refused_before_the_run(words, said):
     with pytest.raises(ConfigError, match=said):

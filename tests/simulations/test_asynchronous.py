@@ -209,3 +209,18 @@ def test_the_day_is_told_with_its_memory():
     }  # fmt: skip
     text = day_table([row])
     assert "| 7,000 | 13,000 | 20 | 260 | 0.18 | 0.020, 0.030 | 300 | 81 → 83 | 150 | 1 |" in text
+
+
+def test_a_real_run_is_there_when_thirty_updates_in_a_row_are_good_enough():
+    from simulations.bench.asynchronous.__main__ import seconds_to as real_seconds_to
+
+    def curve(accepted: int, scores: list[float]) -> list[dict]:
+        return [
+            {"seconds": 10.0 * n, "accepted": accepted, "accuracy": score}
+            for n, score in enumerate(scores, 1)
+        ]
+
+    scores = [0.9, 0.5, 0.8, 0.8, 0.8, 0.8, 0.8]
+    assert real_seconds_to(curve(10, scores), 0.7) == 30  # three rounds of ten
+    assert real_seconds_to(curve(5, scores), 0.76) == 60  # six merges of five
+    assert real_seconds_to(curve(5, scores[:5]), 0.1) is None

@@ -1,0 +1,1 @@
+"""A small classifier of clothes on machines of different speed."""

@@ -13,7 +13,9 @@ if [ "$(cat "$overlay/.complete" 2>/dev/null)" != "$stamp" ]; then
     rm -rf "$overlay"
     "$venv/bin/python" -m venv "$overlay"
     site='import sysconfig; print(sysconfig.get_path("purelib"))'
-    "$venv/bin/python" -c "$site" >"$("$overlay/bin/python" -c "$site")/dare-agg-base.pth"
+    # As a site directory, so that its own .pth files count: the checkout is one of them.
+    printf 'import site; site.addsitedir("%s")\n' "$("$venv/bin/python" -c "$site")" \
+        >"$("$overlay/bin/python" -c "$site")/dare-agg-base.pth"
     "$overlay/bin/python" -m pip install --quiet --disable-pip-version-check \
         -c constraints.txt "$(sed -n 's/^nvflare = \["\(.*\)"\]$/\1/p' pyproject.toml)" || {
         echo "error: NVFlare could not be installed from the package index; its tests did not run" >&2

@@ -129,7 +129,7 @@ class BufferedRounds:
         self._came: dict[int, Message] = {}  # answers before their turn in a record
         self._greeted: dict[int, tuple[int, float]] = {}  # of messages: the node, until when
         self._rejected: list[tuple[Rejection, str]] = []
-        self._left_out: dict[str, str] = {}
+        self._not_merged: dict[str, str] = {}
         self._download: list[int] = []
         self._looked = 0.0
 
@@ -289,7 +289,7 @@ class BufferedRounds:
         if not ticket.number:
             check_privacy(config, strategy.settings, strategy.downlink, [plan], model.groups)
         order = broadcasting.order(ASK_TRAIN, plan)
-        order = replace(order, left_out=one_line(self._left_out.pop(name, "")))
+        order = replace(order, not_merged=one_line(self._not_merged.pop(name, "")))
         asked = ConfigRecord({**config, ROUND_WORD: plan.round})
         message = Message(
             broadcasting.content(client, order, asked), client.node, MessageType.TRAIN
@@ -392,18 +392,18 @@ class BufferedRounds:
         name = self._out[number].client.hello.name
         self._close(number)
         self.buffer.lose(number, reason=rejection.reason, rest=rejection.reason != "lost")
-        self._note_left_out(rejection, name)
+        self._note_not_merged(rejection, name)
 
     def _leave_out(self, answered: Answered) -> None:
         if answered.reason is not None and answered.ticket is not None:
             number = answered.ticket.number
             rejection = Rejection(number, answered.reason, answered.detail)
             LOG.warning("client %s: %s: %s", answered.ticket.client, *_why(rejection))
-            self._note_left_out(rejection, answered.ticket.client)
+            self._note_not_merged(rejection, answered.ticket.client)
 
-    def _note_left_out(self, rejection: Rejection, name: str) -> None:
+    def _note_not_merged(self, rejection: Rejection, name: str) -> None:
         self._rejected.append((rejection, name))
-        self._left_out[name] = ": ".join(_why(rejection))
+        self._not_merged[name] = ": ".join(_why(rejection))
 
     def _give_up(self, numbers: Sequence[int]) -> None:
         """Tensors are grouped anew: updates of the old groups fit no more."""

@@ -85,8 +85,8 @@ def dare_mod(msg: Message, ctxt: Context, call_next: ClientAppCallable) -> Messa
             return _answer(msg, _hello(receiver, ctxt), MetricRecord())
         if order.ask == ASK_BASE:
             return _answer(msg, take_piece(msg.content, order, folder_of(ctxt)))
-        if order.left_out:
-            LOG.warning("this client's last update was not merged: %s", one_line(order.left_out))
+        if order.not_merged:
+            LOG.warning("this client's last update was not merged: %s", one_line(order.not_merged))
         base = receive_base(msg.content, order, receiver)
         arrays = {**base, **kept_local(ctxt)}
         came_whole = order.arrays_key in msg.content

@@ -75,7 +75,7 @@ class Order(SameCode):
 
     ``downlink`` is a row of `dare_agg.downlink.ways.WAYS`, ``facts`` what that says of versions;
     ``dense``, ``exclude``, ``by_form`` and ``apart`` say the model's groups. To train, ``plan``
-    says the rest; a secure sum says it in its own record. ``left_out`` is why the client's last
+    says the rest; a secure sum says it in its own record. ``not_merged`` is why the client's last
     update did not count, where nobody waits for it to be told.
     """
 
@@ -87,7 +87,7 @@ class Order(SameCode):
     exclude: tuple[str, ...] = texts()
     by_form: bool = flag()
     apart: tuple[str, ...] = texts()
-    left_out: str = text(default="")
+    not_merged: str = text(default="")
     facts: Mapping[str, str] = field(default_factory=dict)
     plan: RoundPlan | None = None
 

@@ -154,7 +154,7 @@ def test_bad_answers_are_typed_counted_and_told_to_their_client(toys):
     # It rests until the next merge, and hears why then.
     assert len(rejected) <= 5
     orders = [
-        read_config(message.content, ORDER_KEY).get("left-out", "")
+        read_config(message.content, ORDER_KEY).get("not-merged", "")
         for message in grid.sent
         if is_asked(message) and grid.partitions[message.metadata.dst_node_id] == 1
     ]
@@ -171,7 +171,7 @@ def test_an_update_that_is_too_old_is_told_the_way_forward(toys):
     assert "and at most 2 count; its next order brings it" in stale[0]["detail"]
     assert sum(outcome.measurements["buffer"]["stale"] for outcome in outcomes) == len(stale)
     told = [
-        read_config(message.content, ORDER_KEY).get("left-out", "")
+        read_config(message.content, ORDER_KEY).get("not-merged", "")
         for message in grid.sent
         if is_asked(message) and grid.partitions[message.metadata.dst_node_id] in (2, 5)
     ]

@@ -25,6 +25,7 @@ from typing import Any
 
 import numpy as np
 
+from dare_agg.cli.signals import install
 from simulations.bench.federation import Federation
 from simulations.bench.slow_link import SlowLink, why_not
 from simulations.runs import asynchronous
@@ -155,6 +156,7 @@ def main() -> None:
     options = parser.parse_args()
     if reason := why_not():
         raise SystemExit(reason)
+    install()  # a SIGTERM ends nodes and namespaces too
     with tempfile.TemporaryDirectory(prefix="dare-async-") as name:
         folder = Path(name)
         with spread_federation(folder) as (federation, links):

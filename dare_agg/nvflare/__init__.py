@@ -8,6 +8,7 @@ and its training script stays as it is. The only room that imports NVFlare (extr
 """
 
 import importlib
+import importlib.util
 from typing import Any
 
 _LENT = {
@@ -22,4 +23,6 @@ __all__ = ["DareFedAvg", "DareFilter", "DareRecipe", "NumpyDareRecipe"]
 def __getattr__(name: str) -> Any:
     if name not in _LENT:
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    if importlib.util.find_spec("nvflare") is None:
+        raise ImportError(f"{name} needs NVFlare: pip install 'dare-agg[nvflare]'")
     return getattr(importlib.import_module(f"dare_agg.nvflare.{_LENT[name]}"), name)

@@ -273,9 +273,9 @@ def test_a_budget_of_other_rounds_apart_damaged_or_rolled_back_is_refused(tmp_pa
     path = tmp_path / "budget"
     run = run_of(path)
     one = places_of(1)
-    run.release(1, [], one, ["a"])
+    run.release(1, vectors(1, one), one, ["a"])
     before = path.read_bytes()
-    run.release(2, [], one, ["b"])
+    run.release(2, vectors(1, one), one, ["b"])
     for other in ({"apart": 3}, {"apart": 0}):
         with pytest.raises(PrivacyError, match="begun with a distance of 4"):
             run_of(path, **other)

@@ -30,6 +30,7 @@ from dare_agg.flower.exchange import OpenExchange, online_nodes
 from dare_agg.flower.internals import set_lifetime
 from dare_agg.flower.replies import Inbox, TrainReply, metrics_and_weight
 from dare_agg.flower.round_outcome import Asked
+from dare_agg.flower.round_strategy import ROUND_WORD
 from dare_agg.flower.standing import Standing
 from dare_agg.flower.transport import message_bytes
 from dare_agg.flower.waiting import Waiting
@@ -43,8 +44,6 @@ from dare_agg.rounds.server import Rejection, check_weight
 from dare_agg.rounds.settings import FederatedSettings
 
 LOG = logging.getLogger("flwr")
-# Of the app's config, as in `dare_agg.flower.round_strategy`.
-ROUND_WORD = "server-round"
 _LOOK_SECONDS = 1.0
 _HEAR_SECONDS = 0.25
 _Merged = tuple[ArrayRecord | None, MetricRecord | None]

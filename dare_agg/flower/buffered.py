@@ -151,7 +151,7 @@ class BufferedRounds:
         waiting: Waiting | None = None
         buffer.rest_over()
         self._look(grid, now=True)
-        while not buffer.full:
+        while not buffer.full or self._is_due_first():
             if self.strategy.part():
                 self._give_up(list(self._out))
             if (due := self._replay.next) is not None:
@@ -436,6 +436,8 @@ class BufferedRounds:
             if (out := self._out.get(due.number)) is not None:
                 assert self._exchange is not None
                 self._exchange.forget(out.message)
+                # Whether it came to the version it was sent is not known.
+                self.strategy.broadcasting.have[out.client.node] = ""
                 self._close(due.number)
             buffer.lose(due.number, reason=due.why, rest=False)
             return
@@ -443,6 +445,13 @@ class BufferedRounds:
             f"the record has {due.to_line()} next, which cannot be; its settings are others, or it "
             "was changed: leave it out"
         )
+
+    def _is_due_first(self) -> bool:
+        """Whether the record has something before the merge of a full buffer.
+
+        A run that was killed between its last answer and the merge lost what was under way first.
+        """
+        return self._replay.next is not None and self._replay.next.kind != "merge"
 
     def _await(self, until: float, grid: Grid, what: str) -> None:
         if time.monotonic() > until:

@@ -22,7 +22,7 @@ from dare_agg.flower.records import ORDER_KEY, read_config
 from dare_agg.flower.resume import keep_base, resume, save
 from dare_agg.privacy.clients import ClientPrivacy
 from dare_agg.rounds.adapters import merge_products
-from dare_agg.rounds.arrivals import read_events
+from dare_agg.rounds.arrivals import Event, Record, read_events
 from dare_agg.rounds.buffer import BufferSettings
 from dare_agg.rounds.state import StateFolder
 from simulations.runs.memory_grid import MemoryGrid
@@ -415,6 +415,21 @@ def test_a_run_goes_on_as_it_was_begun(toys, tmp_path):
     one_run(SlowGrid(toys.app(), CLIENTS), toys, tmp_path / "b", merges=2, buffer=0)
     with pytest.raises(StateError, match="begun without a buffer"):
         one_run(SlowGrid(toys.app(), CLIENTS), toys, tmp_path / "b", merges=4)
+
+
+def test_what_a_killed_run_lost_before_its_merge_is_followed(toys, tmp_path):
+    """Killed between the last answer and the merge, a run has its losses before the merge."""
+    go(SlowGrid(toys.app(), CLIENTS), toys, 4, folder=tmp_path / "a")
+    events = read_events(tmp_path / "a" / "arrivals.jsonl")
+    merge = next(place for place, event in enumerate(events) if event.kind == "merge")
+    answered = {event.number for event in events[:merge] if event.kind == "answer"}
+    under_way = [e for e in events[:merge] if e.kind == "ask" and e.number not in answered]
+    assert under_way
+    lost = [Event("lost", e.number, e.client, e.version, "lost") for e in under_way]
+    record = Record(tmp_path / "b" / "arrivals.jsonl")
+    record.begin([*events[:merge], *lost, events[merge]])
+    _, outcomes = go(MemoryGrid(toys.app(), CLIENTS), toys, 4, arrivals=record.path)
+    assert [outcome.measurements["accepted"] for outcome in outcomes] == [3] * 4
 
 
 @pytest.mark.slow

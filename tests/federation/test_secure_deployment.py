@@ -12,26 +12,13 @@ import pytest
 from safetensors.numpy import load_file, save_file
 
 from dare_agg.flower.processes.launch import run_app
-from dare_agg.secure.identity import new_identity, write_identity, write_public
-from dare_agg.secure.roster import make_roster, sign_roster, write_roster
 
 APP = Path(__file__).parents[1] / "apps" / "secure"
 NAMES = ["north", "south", "east", "west", "middle"]
-PASSPHRASE = "of the whole test"
 
 
 def prepare(folder: Path) -> tuple[dict[str, np.ndarray], dict[str, dict[str, np.ndarray]]]:
-    """Keys, a signed roster, a base, and a tuned model with a head of its own a party."""
-    coordinator = new_identity("coordinator")
-    write_public(folder / "coordinator.pub", "coordinator", coordinator.public)
-    members = []
-    for name in NAMES:
-        identity = new_identity(name)
-        write_identity(folder / f"{name}.key", identity, PASSPHRASE)
-        members.append((name, identity.public))
-    write_roster(folder / "roster.json", sign_roster(make_roster("five", members), coordinator))
-    (folder / "passphrase").write_text(PASSPHRASE)
-    (folder / "passphrase").chmod(0o600)
+    """A base, and a tuned model with a head of its own a party."""
     rng = np.random.default_rng(1)
     base = {"body.w": rng.normal(size=(100, 200)).astype(np.float32)}
     save_file(base, folder / "base.safetensors")
@@ -45,8 +32,11 @@ def prepare(folder: Path) -> tuple[dict[str, np.ndarray], dict[str, dict[str, np
 
 @pytest.mark.federation
 @pytest.mark.slow
-def test_secure_ties_completes_when_a_party_is_killed(federation, tmp_path: Path) -> None:
+def test_secure_ties_completes_when_a_party_is_killed(
+    federation, consortium, tmp_path: Path
+) -> None:
     base, tuned = prepare(tmp_path)
+    _, node_config = consortium(NAMES)
     # Each SuperNode runs this app alone, whatever the SuperLink sends.
     fed = federation(
         names=NAMES, app=APP, supernode=("dare-agg", "supernode", "--app", str(APP), "--")
@@ -56,11 +46,7 @@ def test_secure_ties_completes_when_a_party_is_killed(federation, tmp_path: Path
         list(pool.map(fed.register, NAMES))
     for name in NAMES:
         fed.node_config = {
-            "secure-identity": str(tmp_path / f"{name}.key"),
-            "secure-roster": str(tmp_path / "roster.json"),
-            "secure-trust": str(tmp_path / "coordinator.pub"),
-            "secure-passphrase-file": str(tmp_path / "passphrase"),
-            "secure-state": str(tmp_path / "state"),
+            **node_config(name),
             "base-path": str(tmp_path / "base.safetensors"),
             "model-path": str(tmp_path / f"{name}.safetensors"),
             "merged-path": str(tmp_path / f"merged-{name}.safetensors"),

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import importlib
 import json
-import sys
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
@@ -13,37 +12,18 @@ import pytest
 
 from dare_agg.flower.processes.launch import run_app
 from dare_agg.secure.division import divided
-from dare_agg.secure.identity import new_identity, write_identity, write_public
-from dare_agg.secure.roster import Roster, make_roster, sign_roster, write_roster
 
 APP = Path(__file__).parents[1] / "apps" / "groups"
 NAMES = [f"party-{number}" for number in range(9)]
 GROUPS = 3
-PASSPHRASE = "of the whole test"
-
-
-def make_consortium(folder: Path) -> Roster:
-    """Keys of the coordinator and of nine parties, and the roster that the first signed."""
-    coordinator = new_identity("coordinator")
-    write_public(folder / "coordinator.pub", "coordinator", coordinator.public)
-    members = []
-    for name in NAMES:
-        identity = new_identity(name)
-        write_identity(folder / f"{name}.key", identity, PASSPHRASE)
-        members.append((name, identity.public))
-    roster = sign_roster(make_roster("nine", members), coordinator)
-    write_roster(folder / "roster.json", roster)
-    (folder / "passphrase").write_text(PASSPHRASE)
-    (folder / "passphrase").chmod(0o600)
-    return roster
 
 
 @pytest.mark.federation
 @pytest.mark.slow
 def test_the_median_of_groups_bears_a_lying_party(
-    federation, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    federation, consortium, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    roster = make_consortium(tmp_path)
+    roster, node_config = consortium(NAMES)
     groups = [[roster[p].name for p in group] for group in divided(roster, GROUPS)]
     liar = groups[1][0]
     fed = federation(
@@ -54,11 +34,7 @@ def test_the_median_of_groups_bears_a_lying_party(
         list(pool.map(fed.register, NAMES))
     for name in NAMES:
         fed.node_config = {
-            "secure-identity": str(tmp_path / f"{name}.key"),
-            "secure-roster": str(tmp_path / "roster.json"),
-            "secure-trust": str(tmp_path / "coordinator.pub"),
-            "secure-passphrase-file": str(tmp_path / "passphrase"),
-            "secure-state": str(tmp_path / "state" / name),
+            **node_config(name),
             "secure-groups": GROUPS,
             "secure-colluding": 0.0,
             "lies": name == liar,
@@ -72,7 +48,6 @@ def test_the_median_of_groups_bears_a_lying_party(
     assert measured["accepted"] == 9 and measured["secure"]["lost_groups"] == {}
     monkeypatch.syspath_prepend(str(APP))
     learning = importlib.import_module("groups.learning")
-    sys.modules.pop("groups", None)
     step = np.load(tmp_path / "out" / "body.npy") - learning.base()
     touched = step != 0
     assert 0.45 < touched.mean() < 0.55

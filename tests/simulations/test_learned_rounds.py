@@ -9,18 +9,11 @@ import numpy as np
 import pytest
 
 from dare_agg.errors import ConfigError
-from simulations.runs import digits, learned_rounds
+from simulations.runs import learned_rounds
 from simulations.runs.scenario import KINDS
 
+pytestmark = pytest.mark.usefixtures("made_up_digits")
 WORDS = {**KINDS["learned-rounds"][1], "rounds": 1, "clients": 4, "steps": 2, "alpha": 100.0}
-
-
-@pytest.fixture(autouse=True)
-def made_up(monkeypatch: pytest.MonkeyPatch) -> None:
-    rng = np.random.default_rng(0)
-    pixels, labels = rng.random((400, 64)).astype(np.float32), rng.integers(0, 10, 400)
-    rows = digits.Digits(pixels, labels, pixels[:50], labels[:50])
-    monkeypatch.setattr(digits, "load_digits", lambda: rows)
 
 
 def run(**words: Any) -> dict[str, Any]:
